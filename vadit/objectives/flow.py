@@ -1,0 +1,276 @@
+"""Flow matching between noise and data: path, law of t, velocity and direction loss, and what a network's output means.
+
+Time runs from 0 (noise, x0 ~ N(0, 1)) to 1 (data, x1). On a path x_t = alpha(t) x1 + sigma(t) x0 the velocity is
+v = alpha'(t) x1 + sigma'(t) x0 (Lipman et al. 2023, eq. 14 and following; Albergo & Vanden-Eijnden 2023).
+Names of tensors: x0 noise, x1 data, x_t between them, all (B, C, h, w); t is (B,), fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vadit.config import FlowSpec
+from vadit.errors import UsageError
+
+Path = Literal["linear", "gvp", "vp"]
+Prediction = Literal["velocity", "noise", "score"]
+DiffusionForm = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# beta of the VP path at the data's and at the noise's end (Song et al. 2021, eq. 32-33: beta_min, beta_max)
+VP_BETA_DATA, VP_BETA_NOISE = 0.1, 20.0
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """The path at times t: each a tensor shaped like t (or broadcastable against x where `like` was given)."""
+
+    alpha: Tensor
+    """Share of the data."""
+    d_alpha: Tensor
+    """d alpha / dt."""
+    sigma: Tensor
+    """Share of the noise."""
+    d_sigma: Tensor
+    """d sigma / dt."""
+    drift: Tensor
+    """f = alpha' / alpha, of the forward SDE dx = f x dt + sqrt(2 g) dw whose marginals the path has."""
+    diffusion: Tensor
+    """g = f sigma^2 - sigma sigma', so that v = f x_t + g score."""
+
+
+@dataclass(frozen=True)
+class VelocityLoss:
+    """The two parts of LightningDiT's loss for each sample."""
+
+    mse: Tensor
+    """(B,): mean squared error over channels and positions."""
+    direction: Tensor
+    """(B,): mean over positions of 1 - cos(prediction, target) along channels."""
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """What the trainer minimises and logs: scalars, means over the batch."""
+
+    total: Tensor
+    """mse + direction."""
+    mse: Tensor
+    """Squared error of the prediction (weighted, where loss_weighting says so)."""
+    direction: Tensor
+    """Velocity direction loss; zero where it is off."""
+
+
+def path_point(path: Path, t: Tensor, like: Tensor | None = None) -> PathPoint:
+    """alpha, sigma, their derivatives and the SDE's coefficients at t (any shape); SiT (Ma et al. 2024), section 2.
+
+    linear: alpha = t, sigma = 1 - t. gvp: alpha = sin(pi t / 2), sigma = cos(pi t / 2). vp: alpha =
+    exp(-(1-t)^2 (b1 - b0) / 4 - (1-t) b0 / 2), sigma = sqrt(1 - alpha^2). With `like` (B, ...), t is (B,) and the
+    results broadcast against it.
+    """
+    if like is not None:
+        t = t.reshape(-1, *[1] * (like.dim() - 1))
+    if path == "linear":
+        alpha, d_alpha, sigma, d_sigma = t, torch.ones_like(t), 1 - t, -torch.ones_like(t)
+        drift = 1 / t
+    elif path == "gvp":
+        angle = t * (math.pi / 2)
+        alpha, sigma = torch.sin(angle), torch.cos(angle)
+        d_alpha, d_sigma = math.pi / 2 * sigma, -math.pi / 2 * alpha
+        drift = math.pi / (2 * torch.tan(angle))
+    else:
+        noise_time, slope = 1 - t, VP_BETA_NOISE - VP_BETA_DATA
+        log_alpha = -0.25 * noise_time**2 * slope - 0.5 * noise_time * VP_BETA_DATA
+        drift = 0.5 * noise_time * slope + 0.5 * VP_BETA_DATA
+        alpha, sigma = torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+        d_alpha, d_sigma = alpha * drift, -(alpha**2) * drift / sigma
+        # alpha^2 + sigma^2 = 1 makes f sigma^2 - sigma sigma' equal f: no cancellation near the ends
+        return PathPoint(alpha, d_alpha, sigma, d_sigma, drift, drift)
+    return PathPoint(alpha, d_alpha, sigma, d_sigma, drift, drift * sigma**2 - sigma * d_sigma)
+
+
+def interpolate(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and its velocity for noise x0 and data x1 (B, ...) at times t (B,)."""
+    point = path_point(path, t, like=x1)
+    return point.alpha * x1 + point.sigma * x0, point.d_alpha * x1 + point.d_sigma * x0
+
+
+# ------------------------------------------------------------------------------------------------ time
+
+
+def end_epsilon(spec: FlowSpec, *, training: bool) -> float:
+    """How far t keeps away from ends where the path or a conversion is singular (SiT's settings)."""
+    if spec.path == "vp":
+        return 1e-5 if training else 1e-3
+    return 0.0 if spec.prediction == "velocity" else 1e-3
+
+
+def training_interval(spec: FlowSpec) -> tuple[float, float]:
+    """The range of t in training: vp avoids 1, noise and score prediction avoid both ends."""
+    return _interval(spec, end_epsilon(spec, training=True))
+
+
+def sampling_interval(spec: FlowSpec) -> tuple[float, float]:
+    """First and last t of the probability-flow ODE."""
+    return _interval(spec, end_epsilon(spec, training=False))
+
+
+def sde_interval(spec: FlowSpec, form: DiffusionForm, last_step_size: float) -> tuple[float, float]:
+    """First and last t of the SDE; a last step of its own covers the rest (size 0: no such step).
+
+    Score and noise prediction, and the sbdm diffusion, divide by alpha, which is 0 at t = 0 on all paths but vp.
+    (SiT starts velocity prediction with sbdm at 0 all the same and gets infinities: here it starts at 1e-3.)
+    """
+    low, high = sampling_interval(spec)
+    if form == "sbdm" and spec.path != "vp":
+        low = max(low, 1e-3)
+    return low, 1 - last_step_size if last_step_size > 0 else high
+
+
+def _interval(spec: FlowSpec, eps: float) -> tuple[float, float]:
+    return (0.0, 1.0 - eps) if spec.path == "vp" else (eps, 1.0 - eps)
+
+
+def sample_time(
+    spec: FlowSpec,
+    batch_size: int,
+    images_seen: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Times (batch_size,) for training, fp32: sigmoid(N(0, 1)) (Esser et al. 2024, eq. 19) or uniform.
+
+    From `uniform_after_images` images on the law is uniform.
+    """
+    low, high = training_interval(spec)
+    switched = spec.uniform_after_images is not None and images_seen >= spec.uniform_after_images
+    if spec.time_law == "uniform" or switched:
+        unit = torch.rand(batch_size, generator=generator, device=device)
+    else:
+        unit = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
+    return low + (high - low) * unit
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def velocity_loss(prediction: Tensor, target: Tensor) -> VelocityLoss:
+    """Squared error and direction error of each sample, (B, C, ...) both (LightningDiT, section 4.2; in fp32 or wider)."""
+    _check_same_shape(prediction, target)
+    prediction, target = _at_least_fp32(prediction), _at_least_fp32(target)
+    cosine = F.cosine_similarity(prediction, target, dim=1)
+    return VelocityLoss(mse=_per_sample((prediction - target) ** 2), direction=_per_sample(1 - cosine))
+
+
+def training_loss(
+    spec: FlowSpec,
+    model: Velocity,
+    x1: Tensor,
+    labels: Tensor,
+    images_seen: int,
+    generator: torch.Generator | None = None,
+) -> FlowLoss:
+    """One draw of noise and time for data x1 (B, C, h, w) with labels (B,), and the loss of `model(x_t, t, labels)`.
+
+    `generator` must live on x1's device. The direction loss belongs to velocity prediction and is zero without it.
+    """
+    t = sample_time(spec, x1.shape[0], images_seen, generator, x1.device)
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+    x_t, velocity = interpolate(spec.path, x0, x1, t.to(x1.dtype))
+    output = model(x_t, t, labels)
+    if spec.prediction == "velocity":
+        loss = velocity_loss(output, velocity)
+        mse = loss.mse.mean()
+        direction = loss.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
+    else:
+        mse = denoising_loss(spec, output, x0, t).mean()
+        direction = torch.zeros_like(mse)
+    return FlowLoss(total=mse + direction, mse=mse, direction=direction)
+
+
+def denoising_loss(spec: FlowSpec, output: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Weighted squared error (B,) of noise or score prediction (SiT, section 3; likelihood: Song et al. 2021b).
+
+    The score's error is taken at the noise's scale: |sigma s + x0|^2.
+    """
+    _check_same_shape(output, x0)
+    output, x0 = _at_least_fp32(output), _at_least_fp32(x0)
+    point = path_point(spec.path, t.to(x0.dtype), like=x0)
+    error = output - x0 if spec.prediction == "noise" else output * point.sigma + x0
+    if spec.loss_weighting == "velocity":
+        error = error * (point.diffusion / point.sigma)
+    elif spec.loss_weighting == "likelihood":
+        error = error * (point.diffusion.sqrt() / point.sigma)
+    return _per_sample(error**2)
+
+
+# ------------------------------------------------------------------------------------------------ conversions
+
+
+def to_velocity(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The velocity (drift of the probability-flow ODE) that a network's output stands for at x_t (B, ...), t (B,)."""
+    if prediction == "velocity":
+        return output
+    point = path_point(path, t, like=x_t)
+    score = output if prediction == "score" else -output / point.sigma
+    return point.drift * x_t + point.diffusion * score
+
+
+def to_score(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The score grad log p_t(x_t) that a network's output stands for; from velocities it is finite at t = 0, too."""
+    if prediction == "score":
+        return output
+    point = path_point(path, t, like=x_t)
+    if prediction == "noise":
+        return -output / point.sigma
+    ratio = point.alpha / point.d_alpha
+    return (ratio * output - x_t) / (point.sigma**2 - ratio * point.d_sigma * point.sigma)
+
+
+def to_noise(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The noise E[x0 | x_t] that a network's output stands for: -sigma times the score."""
+    if prediction == "noise":
+        return output
+    point = path_point(path, t, like=x_t)
+    if prediction == "score":
+        return -point.sigma * output
+    ratio = point.alpha / point.d_alpha
+    return (ratio * output - x_t) / (ratio * point.d_sigma - point.sigma)
+
+
+def sde_diffusion(path: Path, form: DiffusionForm, t: Tensor, *, norm: float = 1.0) -> Tensor:
+    """w(t) of the sampling SDE dx = (v + w score) dt + sqrt(2 w) dW, shaped like t (SiT, section 2.4 and its code)."""
+    if form == "constant":
+        return torch.full_like(t, norm)
+    if form == "sbdm":
+        return norm * path_point(path, t).diffusion
+    if form == "sigma":
+        return norm * path_point(path, t).sigma
+    if form == "linear":
+        return norm * (1 - t)
+    if form == "decreasing":
+        return 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2
+    if form == "increasing_decreasing":
+        return norm * torch.sin(math.pi * t) ** 2
+    raise UsageError(
+        f"diffusion_form {form!r} is unknown; choose constant, sbdm, sigma, linear, decreasing or increasing_decreasing"
+    )
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values.reshape(values.shape[0], -1).mean(dim=1)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _check_same_shape(prediction: Tensor, target: Tensor) -> None:
+    assert prediction.shape == target.shape, f"the model gave {tuple(prediction.shape)}, needed {tuple(target.shape)}"
