@@ -1,0 +1,316 @@
+"""The files of a latent folder: safetensors shards, `index.json` and `latents_stats.pt`, read and written.
+
+A shard is an 8-byte little-endian header length, a JSON header and raw tensors
+(https://github.com/huggingface/safetensors#format), so it is read through memory maps without the library.
+
+| key | shape | content |
+|---|---|---|
+| `latents`, `latents_flip` | (N, d, h, w) | one posterior sample of image and mirror image (the authors' layout) |
+| `moments`, `moments_flip` | (N, 2d, h, w) | the posterior instead: d channels of mean, then d of standard deviation |
+| `labels` | (N,) | class |
+| `ids` | (N,) | index of the image in its source (our shards) |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vadit.errors import RunError, UsageError
+
+INDEX_FILE = "index.json"
+STATISTICS_FILE = "latents_stats.pt"
+FORMAT = "vadit-latents"
+
+# numpy has no bfloat16: its bytes are mapped as int16 and viewed as bfloat16 once they are a tensor.
+_NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16, "I64": np.int64, "I32": np.int32}
+_TORCH_TYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+_TYPE_NAMES = {kind: name for name, kind in _TORCH_TYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What the latents of a folder depend on; it stands in every shard's header and in the index."""
+
+    tokenizer: str
+    """Hash of the autoencoder's weights."""
+    config: str
+    """The autoencoder's spec as JSON."""
+    source: str
+    """Where the images came from."""
+    num_images: int
+    """Images of the source."""
+    num_classes: int
+    """Classes of the source."""
+    size: int
+    """Side of the images in pixels."""
+    store: Literal["moments", "sample"]
+    """moments: mean and standard deviation; sample: one draw."""
+    dtype: Literal["bf16", "fp32"]
+    """Type of the stored numbers."""
+    flip: bool
+    """Whether the mirrored images are there, too."""
+    seed: int
+    """Seed of the draw (store="sample")."""
+    shard_size: int
+    """Images per shard."""
+
+
+@dataclass(frozen=True)
+class LatentShard:
+    """One shard, mapped into memory: reading a row touches that row's pages only."""
+
+    path: Path
+    count: int
+    shape: tuple[int, int, int]
+    """(d, h, w) of one latent; stored rows have 2d channels where `has_moments`."""
+    dtype: torch.dtype
+    has_moments: bool
+    plain: np.ndarray
+    """(N, c, h, w), int16 bits where dtype is bfloat16."""
+    flipped: np.ndarray | None
+    labels: Tensor
+    """int64 (N,)."""
+    settings: LatentSettings | None
+    """None for a shard that is not ours."""
+
+    def rows(self, start: int, stop: int, *, flipped: bool) -> Tensor:
+        """Rows [start, stop) as stored, (stop - start, c, h, w)."""
+        source = self.flipped if flipped and self.flipped is not None else self.plain
+        return torch.from_numpy(source[start:stop].copy()).view(self.dtype)
+
+
+def open_shard(path: Path) -> LatentShard:
+    """Map a shard; RunError names a file that is cut short or whose header does not fit its content."""
+    tensors, metadata = _open_tensors(path)
+    key = next((key for key in ("latents", "moments") if key in tensors), None)
+    if key is None or "labels" not in tensors:
+        raise RunError(f"{path} holds {sorted(tensors)}; needed: latents or moments, and labels; remove the file")
+    type_name, plain = tensors[key]
+    flip_type, flipped = tensors.get(f"{key}_flip", (type_name, None))
+    labels = torch.from_numpy(tensors["labels"][1].astype(np.int64))
+    has_moments = key == "moments"
+    if plain.ndim != 4 or type_name[0] == "I" or (has_moments and plain.shape[1] % 2):
+        raise RunError(f"{path}: {key} is {type_name} {plain.shape}; needed: floating point (N, channels, h, w)")
+    if flipped is not None and (flipped.shape != plain.shape or flip_type != type_name):
+        raise RunError(f"{path}: {key}_flip {flip_type} {flipped.shape} does not match {key} {type_name} {plain.shape}")
+    if labels.shape != (plain.shape[0],):
+        raise RunError(f"{path}: {tuple(labels.shape)} labels for {plain.shape[0]} {key}; the file is damaged")
+    count, channels, height, width = plain.shape
+    settings = _parse_settings(path, metadata)
+    if settings is not None and metadata.get("count") != str(count):
+        raise RunError(
+            f"{path}: the header counts {metadata.get('count')} images but {count} are there; encode it anew"
+        )
+    return LatentShard(
+        path=path,
+        count=count,
+        shape=(channels // 2 if has_moments else channels, height, width),
+        dtype=_TORCH_TYPES[type_name],
+        has_moments=has_moments,
+        plain=plain,
+        flipped=flipped,
+        labels=labels,
+        settings=settings,
+    )
+
+
+def open_folder(folder: Path) -> list[LatentShard]:
+    """All shards of a latent folder in file-name order, checked to agree with each other."""
+    if not str(folder) or not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UsageError(
+            f"data.path {folder} holds no .safetensors shards; set it to a folder that `vadit encode` wrote"
+        )
+    shards = [open_shard(path) for path in paths]
+    first = shards[0]
+    for shard in shards[1:]:
+        if (shard.shape, shard.dtype, shard.has_moments) != (first.shape, first.dtype, first.has_moments):
+            raise RunError(
+                f"{shard.path} holds {shard.dtype} {shard.plain.shape[1:]} but {first.path.name} {first.dtype} "
+                f"{first.plain.shape[1:]}; keep shards of one kind in a folder"
+            )
+    return shards
+
+
+class LatentShardWriter:
+    """Collects one shard in memory, in its final dtype, and writes it whole or not at all."""
+
+    def __init__(self, path: Path, settings: LatentSettings) -> None:
+        self.path = path
+        self.settings = settings
+        self.count = 0
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(self, latents: Tensor, flipped: Tensor | None, labels: Tensor, ids: Tensor) -> None:
+        """Append rows: latents (B, c, h, w), c = 2d (mean, std) for moments; labels and ids (B,)."""
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
+        key = "moments" if self.settings.store == "moments" else "latents"
+        rows = {"labels": labels.to(torch.int64), "ids": ids.to(torch.int64), key: latents.to(dtype)}
+        if flipped is not None:
+            rows[f"{key}_flip"] = flipped.to(dtype)
+        for name, part in rows.items():
+            self._parts.setdefault(name, []).append(part.detach().cpu().contiguous())
+        self.count += len(labels)
+
+    def close(self) -> int:
+        """Write the shard; the number of images in it. RunError where the disk is full, and no partial file stays."""
+        values = {name: str(value) for name, value in asdict(self.settings).items()}
+        _write_tensors(self.path, self._parts, {"format": FORMAT, "count": str(self.count), **values})
+        return self.count
+
+
+def save_index(folder: Path, settings: LatentSettings, classes: Sequence[str]) -> None:
+    """Write index.json from the shards that are there: the mark of a complete folder."""
+    shards = open_folder(folder)
+    index = {
+        "format": FORMAT,
+        "num_images": sum(shard.count for shard in shards),
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "statistics": STATISTICS_FILE,
+        "settings": asdict(settings),
+        "shards": [{"file": shard.path.name, "count": shard.count} for shard in shards],
+    }
+    write_atomically(folder / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The content of index.json, or None where there is none (the authors' folders)."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return None
+    try:
+        index = json.loads(path.read_text())
+        # The keys that readers use; anything else in the file is information for people.
+        return {
+            "num_classes": int(index["num_classes"]),
+            "shards": {str(shard["file"]): int(shard["count"]) for shard in index["shards"]},
+        }
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); run the `vadit encode` command again to rewrite it") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; RunError where the disk does not take it."""
+    _write_parts(path, [content])
+
+
+def _write_tensors(path: Path, tensors: dict[str, list[Tensor]], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; each tensor comes as parts along its first axis."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: -tensors[name][0].element_size())
+    offset = 0
+    for name in names:
+        parts = tensors[name]
+        end = offset + sum(part.numel() * part.element_size() for part in parts)
+        shape = [sum(len(part) for part in parts), *parts[0].shape[1:]]
+        header[name] = {"dtype": _TYPE_NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    payload = [
+        part.view(torch.int16) if part.dtype == torch.bfloat16 else part for name in names for part in tensors[name]
+    ]
+    _write_parts(path, [len(text).to_bytes(8, "little"), text, *payload])
+
+
+def _write_parts(path: Path, parts: Sequence[bytes | Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part.numpy().tobytes() if isinstance(part, Tensor) else part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path} ({error.strerror or error}); free space or choose another folder"
+        ) from error
+
+
+def _open_tensors(path: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, str]]:
+    """Every tensor of a safetensors file as (type name, memory map), and the header's metadata."""
+    remedy = "fetch or encode the file anew"
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            start = 8 + header_bytes
+            if num_bytes < 8 or header_bytes > _MAX_HEADER_BYTES or start > num_bytes:
+                raise RunError(f"{path} is cut short or no safetensors file ({num_bytes} bytes); {remedy}")
+            header = json.loads(file.read(header_bytes))
+        metadata = header.pop("__metadata__", {})
+        tensors: dict[str, tuple[str, np.ndarray]] = {}
+        payload_bytes = 0
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            type_name, shape = entry["dtype"], tuple(entry["shape"])
+            if type_name not in _NUMPY_TYPES or any(not isinstance(side, int) or side < 0 for side in shape):
+                raise RunError(f"{path}: {name} is {type_name} {shape}, which is not readable; {remedy}")
+            kind = np.dtype(_NUMPY_TYPES[type_name])
+            if not 0 <= begin <= end or end - begin != math.prod(shape) * kind.itemsize:
+                raise RunError(
+                    f"{path}: the header gives {name} {end - begin} bytes but its shape is {shape}; {remedy}"
+                )
+            if start + end > num_bytes:
+                raise RunError(f"{path} is cut short: {name} ends at byte {start + end} of {num_bytes}; {remedy}")
+            payload_bytes = max(payload_bytes, end)
+            tensors[name] = (type_name, _map(path, kind, start + begin, shape))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} has a damaged header ({type(error).__name__}: {error}); {remedy}") from None
+    if start + payload_bytes != num_bytes:
+        raise RunError(f"{path} has {num_bytes - start} bytes of data, its header counts {payload_bytes}; {remedy}")
+    return tensors, metadata
+
+
+def _map(path: Path, kind: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    if math.prod(shape) == 0:  # an empty file region cannot be mapped
+        return np.empty(shape, kind)
+    # As a plain array: indexing the memmap class itself costs microseconds per row.
+    return np.memmap(path, kind, mode="r", offset=offset, shape=shape).view(np.ndarray)
+
+
+def _parse_settings(path: Path, metadata: dict[str, str]) -> LatentSettings | None:
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        return LatentSettings(
+            tokenizer=metadata["tokenizer"],
+            config=metadata["config"],
+            source=metadata["source"],
+            num_images=int(metadata["num_images"]),
+            num_classes=int(metadata["num_classes"]),
+            size=int(metadata["size"]),
+            store="moments" if metadata["store"] == "moments" else "sample",
+            dtype="fp32" if metadata["dtype"] == "fp32" else "bf16",
+            flip=metadata["flip"] == "True",
+            seed=int(metadata["seed"]),
+            shard_size=int(metadata["shard_size"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{path} has damaged metadata ({error!r}); remove it and encode it anew") from None
