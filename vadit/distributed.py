@@ -1,0 +1,74 @@
+"""Where this process stands among the others, and the few collectives that the trainers need.
+
+One process needs no launcher; under `deepspeed` or `torchrun` the environment (RANK, WORLD_SIZE, LOCAL_RANK) says the rest.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from vadit.errors import UsageError
+
+
+def rank() -> int:
+    """Index of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that logs and writes what is written once."""
+    return rank() == 0
+
+
+def device(choice: str = "auto") -> torch.device:
+    """The device of this process: auto takes this process's GPU where there is one."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("run.device is cuda but torch sees no GPU; set --run.device cpu, or see `vadit doctor`")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def all_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over processes, element by element, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def any_rank(flag: bool, on: torch.device) -> bool:
+    """Whether `flag` is set on any process (every process must call)."""
+    if not dist.is_initialized() or world_size() == 1:
+        return flag
+    value = torch.tensor([1.0 if flag else 0.0], device=on)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:
+    """Images per process and micro-batch; refuses a batch that does not divide."""
+    parts = world_size() * accumulation
+    if global_batch % parts:
+        lower = max(global_batch // parts, 1) * parts
+        raise UsageError(
+            f"run.batch_size {global_batch} is not divisible by {world_size()} processes x "
+            f"{accumulation} accumulation steps; set --run.batch-size {lower} or change the number of processes"
+        )
+    return global_batch // parts

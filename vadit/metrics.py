@@ -1,0 +1,93 @@
+"""What a run tells while it runs: a progress bar, TensorBoard events, and `log.jsonl`, one JSON object per log point."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vadit import distributed
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("-- img/s" if speed is None else f"{speed:,.0f} img/s", style="cyan")
+
+
+class ProgressBar:
+    """A bar with images/s and time left; silent on all processes but the main one."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30)
+        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Set the number of images done, and a short note behind the bar."""
+        self._progress.update(self._task, completed=done, **({} if note is None else {"note": note}))
+
+
+class RunLog:
+    """`log.jsonl` and TensorBoard events of one run; both forget what lies after the checkpoint that a run resumes from."""
+
+    def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
+        self._file = None
+        if not distributed.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["images"] <= images_seen]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
+
+    def write(self, *, images: int, step: int, values: dict[str, float]) -> None:
+        """One log point: `values` by name at so many images and optimizer steps."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"images": images, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, global_step=images)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log: one that a killed process left unfinished is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,85 @@
+"""Train the generator: latents -> LightningDiT under DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vadit import distributed, rng
+from vadit.config import DiTConfig
+from vadit.data.latents import LatentLoader, open_latents
+from vadit.models.dit import LightningDiT
+from vadit.objectives import ddpm, flow
+from vadit.train import loop, runs
+from vadit.train.checkpoint import Position
+from vadit.train.ema import ShardedEMA
+from vadit.train.engine import Engine
+
+
+def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
+    """Train to the end, or go on from where the run folder stands. Returns the run folder.
+
+    Raises:
+        UsageError: a setting does not fit the data, the checkpoint or the number of processes.
+        RunError: damaged data, a loss that is not finite, a disk that is full.
+        loop.Stopped: a signal asked to stop; everything is saved.
+    """
+    device = distributed.device(config.run.device)
+    batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
+    dataset = open_latents(config.data, config.model)
+    folder = runs.open_folder(config)
+    runs.seed_everything(config.run)
+
+    model = LightningDiT(config.model, gradient_checkpointing=config.engine.gradient_checkpointing)
+    if config.run.init_from and not runs.has_checkpoint(folder):
+        runs.initialise(model, config.run.init_from)
+    if config.engine.compile:
+        for block in model.blocks:
+            block.compile()
+    engine = Engine(
+        model.train(), optimizer=config.optimizer, spec=config.engine, global_batch=config.run.batch_size, device=device
+    )
+    runs.save_deepspeed_config(folder, {"dit": engine.config})
+    loader = LatentLoader(
+        dataset, batch_size, seed=config.run.seed, rank=distributed.rank(), world_size=distributed.world_size()
+    )
+    ema = ShardedEMA(engine, config.engine.ema_decays)
+    torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
+
+    def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
+        return train_step(engine, ema, config, batches, position, device)
+
+    task = loop.Task(title=title, engines={"dit": engine}, ema=ema, loader=loader, step=step)
+    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
+    return folder
+
+
+def train_step(
+    engine: Engine, ema: ShardedEMA, config: DiTConfig, batches: Iterator[Any], position: Position, device: torch.device
+) -> dict[str, Tensor]:
+    """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # fp32 in and out, whatever the precision inside
+        return engine(x.to(engine.compute_dtype()), t, y, with_variance=config.flow.objective == "ddpm").float()
+
+    sums: dict[str, Tensor] = {}
+    for _ in range(config.engine.gradient_accumulation):
+        latents, labels = next(batches)
+        latents, labels = latents.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if config.flow.objective == "ddpm":
+            loss = ddpm.training_loss(network, latents, labels)
+            terms = {"loss": loss.total, "mse": loss.mse, "variational": loss.variational}
+        else:
+            flow_loss = flow.training_loss(config.flow, network, latents, labels, images_seen=position.images_seen)
+            terms = {"loss": flow_loss.total, "mse": flow_loss.mse, "direction": flow_loss.direction}
+        engine.backward(terms["loss"])
+        applied = engine.step()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
+    if applied:
+        ema.update()
+    return sums

@@ -1,0 +1,133 @@
+"""The run folder: its config, its seeds, the weights it starts from, and the weights it gives.
+
+    RUN/config.json       the resolved config; a run only goes on with the same one
+    RUN/deepspeed.json    what DeepSpeed was told
+    RUN/log.jsonl, tensorboard/
+    RUN/checkpoints/step-N/
+    RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vadit import distributed, rng
+from vadit.config import DiTConfig, RunSpec, TokenizerConfig, load_run_config, save_config, to_dict
+from vadit.errors import UsageError
+from vadit.train import checkpoint
+
+# Settings that may change between two starts of the same run.
+_FREE = ("log_every_images", "save_every_images", "keep_checkpoints", "device")
+
+
+def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
+    """Make the run folder, or check that the one there belongs to the same config."""
+    folder = Path(config.run.out)
+    path = folder / "config.json"
+    if path.exists():
+        before = load_run_config(folder)
+        difference = _first_difference(_fixed(before), _fixed(config))
+        if difference is not None:
+            name, old, new = difference
+            raise UsageError(
+                f"{folder} holds a run with {name} {old!r}, this command says {new!r}; "
+                f"give --{name.replace('_', '-')} {old} to continue it, or another --run.out"
+            )
+    elif distributed.is_main():
+        save_config(config, path)
+    return folder
+
+
+def _fixed(config: Any) -> dict[str, Any]:
+    values = to_dict(config)
+    values["run"] = {name: value for name, value in values["run"].items() if name not in _FREE}
+    return json.loads(json.dumps(values))
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    for name in (*old, *(name for name in new if name not in old)):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            if (inner := _first_difference(before, after, f"{prefix}{name}.")) is not None:
+                return inner
+        elif before != after:
+            return prefix + name, before, after
+    return None
+
+
+def seed_everything(spec: RunSpec) -> None:
+    """Seed initialisation (alike on every process) and ask for deterministic algorithms where the run wants them."""
+    torch.manual_seed(rng.fold(spec.seed))
+    if spec.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """Keep what DeepSpeed was told, per network."""
+    if distributed.is_main():
+        (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a start would continue `folder` rather than begin it."""
+    return checkpoint.newest(folder / "checkpoints") is not None
+
+
+def final_folder(run: str | Path) -> Path:
+    """Where the newest weights of a run lie: the run itself, or its last stage that has a checkpoint."""
+    folder = Path(run)
+    stages = [path for path in sorted(folder.glob("stage-*")) if has_checkpoint(path)]
+    return stages[-1] if stages else folder
+
+
+def read_weights(run: str | Path, *, ema: float | None = None) -> tuple[dict[str, torch.Tensor], Path]:
+    """Whole fp32 weights of a run's newest checkpoint (or of one of its averages), and the file they came from."""
+    from vadit.models.pretrained import read_safetensors
+
+    folder = final_folder(run) / "checkpoints"
+    path = checkpoint.newest(folder)
+    if path is None:
+        raise UsageError(f"{run} has no whole checkpoint under {folder}; train it first (`vadit train`)")
+    file = path / (checkpoint.MODEL_FILE if ema is None else checkpoint.ema_file(ema))
+    if not file.exists():
+        known = sorted(found.stem.removeprefix("ema-") for found in path.glob("ema-*.safetensors"))
+        raise UsageError(f"{path} has no average with decay {ema}; --ema can be {', '.join(known) or 'left out only'}")
+    return read_safetensors(file), file
+
+
+def initialise(module: nn.Module, source: str) -> None:
+    """Start `module` from the weights of a run, of an exported folder or of a .safetensors file."""
+    from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
+
+    path = Path(source)
+    if path.is_file():
+        state, origin = read_safetensors(path), path
+    elif (path / WEIGHTS_NAME).is_file():
+        state, origin = read_safetensors(path / WEIGHTS_NAME), path
+    elif (path / "config.json").is_file():
+        state, origin = read_weights(path)
+    else:
+        raise UsageError(f"run.init_from {source} is no run, exported folder or .safetensors file; see `vadit import`")
+    load_state(module, state, str(origin))
+
+
+def stage_config(config: TokenizerConfig, index: int) -> TokenizerConfig:
+    """The config of one stage of a tokenizer: a run of its own that starts from the weights of the stage before."""
+    stage = config.stages[index]
+    names = ("vf_weight", "cos_margin", "distmat_margin", "disc_start_step")
+    changed = {name: value for name in names if (value := getattr(stage, name)) is not None}
+    out = Path(config.run.out)
+    start = config.run.init_from if index == 0 else str(out / f"stage-{index}")
+    run = dataclasses.replace(
+        config.run, out=str(out / f"stage-{index + 1}"), total_images=stage.total_images, init_from=start
+    )
+    return dataclasses.replace(config, run=run, loss=dataclasses.replace(config.loss, **changed), stages=())
