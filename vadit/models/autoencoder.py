@@ -1,0 +1,290 @@
+"""The LDM / VQGAN-KL autoencoder (Rombach et al. 2022), which VA-VAE trains with the VF loss.
+
+State-dict names are LDM's (encoder.down.0.block.0.norm1, decoder.mid.attn_1, quant_conv, ...), so the released
+tokenizers load without renaming (`vadit.interop`).
+
+Shapes: B batch, C image channels, H W image rows and columns, E features of a level, h w a level's rows and columns,
+d latent channels.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vadit.config import AutoencoderSpec
+from vadit.errors import UsageError
+from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors, read_spec, save_model
+
+NORM_EPS = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class DiagonalGaussian:
+    """The posterior q(z|x) = N(mean, diag(exp(logvar))), in float32; every tensor is (B, d, h, w)."""
+
+    def __init__(self, moments_BEhw: Tensor) -> None:
+        self.mean, logvar = moments_BEhw.float().chunk(2, dim=1)
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self) -> Tensor:
+        """The most likely latent: the mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A latent, by reparameterisation; the noise is drawn on the generator's device."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) in nats, summed over channels and positions: (B,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, spec: AutoencoderSpec, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(spec.norm_groups, in_width, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(spec.norm_groups, out_width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else None
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BEhw)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x_BEhw if self.nin_shortcut is None else self.nin_shortcut(x_BEhw))
+
+
+class AttentionBlock(nn.Module):
+    """x + self-attention over all positions, with one head as wide as the level."""
+
+    def __init__(self, spec: AutoencoderSpec, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(spec.norm_groups, width, eps=NORM_EPS)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        B, E, h, w = x_BEhw.shape
+        normed = self.norm(x_BEhw)
+        q, k, v = (conv(normed).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        out_BNE = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x_BEhw + self.proj_out(out_BNE.transpose(1, 2).reshape(B, E, h, w))
+
+
+class Downsample(nn.Module):
+    """Halves the side: a 3x3 convolution of stride 2 on an image padded at the right and the bottom only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BEhw, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the side: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_BEhw, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where `attend`, then the change of resolution."""
+
+    def __init__(self, spec: AutoencoderSpec, in_width: int, out_width: int, num_blocks: int, attend: bool) -> None:
+        super().__init__()
+        widths = [in_width] + [out_width] * num_blocks
+        self.block = nn.ModuleList(ResBlock(spec, a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionBlock(spec, out_width) for _ in range(num_blocks if attend else 0))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x_BEhw = block(x_BEhw)
+            if len(self.attn):
+                x_BEhw = self.attn[index](x_BEhw)
+        if self.downsample is not None:
+            x_BEhw = self.downsample(x_BEhw)
+        if self.upsample is not None:
+            x_BEhw = self.upsample(x_BEhw)
+        return x_BEhw
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, spec: AutoencoderSpec, width: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(spec, width, width)
+        self.attn_1 = AttentionBlock(spec, width)
+        self.block_2 = ResBlock(spec, width, width)
+
+    def forward(self, x_BEhw: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x_BEhw)))
+
+
+def _level_widths(spec: AutoencoderSpec) -> list[int]:
+    return [spec.base_channels * multiplier for multiplier in spec.channel_multipliers]
+
+
+def _attends(spec: AutoencoderSpec, level: int) -> bool:
+    return spec.image_size // 2**level in spec.attention_resolutions
+
+
+def _run(module: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(module, x, use_reentrant=False)
+    return module(x)
+
+
+# ------------------------------------------------------------------------------------------------ encoder, decoder
+
+
+class Encoder(nn.Module):
+    """Image to the features of the moments (B, 2d, h, w)."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        widths = _level_widths(spec)
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(spec.in_channels, spec.base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, (before, width) in enumerate(pairwise([spec.base_channels, *widths])):
+            level = Level(spec, before, width, spec.num_res_blocks, _attends(spec, index))
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(spec, widths[-1])
+        self.norm_out = nn.GroupNorm(spec.norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * spec.latent_channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv_in(x_BCHW)
+        for level in self.down:
+            h = _run(level, h, self.gradient_checkpointing)
+        h = _run(self.mid, h, self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latent to image; the levels are numbered from the image's resolution down, as the encoder's are."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        widths = _level_widths(spec)
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(spec, widths[-1])
+        self.up = nn.ModuleList()
+        for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            level = Level(spec, before, width, spec.num_res_blocks + 1, _attends(spec, index))
+            if index > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(spec.norm_groups, widths[0], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], spec.in_channels, 3, padding=1)
+
+    def forward(self, z_Bdhw: Tensor) -> Tensor:
+        h = _run(self.mid, self.conv_in(z_Bdhw), self.gradient_checkpointing)
+        for level in reversed(self.up):
+            h = _run(level, h, self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+class Autoencoder(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to a posterior over latents (B, d, H/f, W/f), and back.
+
+    Any H and W that the downsample ratio f divides will do; the levels that attend stay those of `spec.image_size`.
+    `checkpoint_decoder` recomputes the whole decoder in the backward pass (ZeRO 3 with adaptive weights needs it).
+    """
+
+    def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+        self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
+        self.checkpoint_decoder = False
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each level is recomputed in the backward pass."""
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.encoder.gradient_checkpointing = value
+        self.decoder.gradient_checkpointing = value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights (asked of the iterator: an attribute would make ZeRO 3 gather the tensor)."""
+        return next(self.parameters()).dtype
+
+    def moments(self, x_BCHW: Tensor) -> Tensor:
+        """Mean and unclamped logvar along channels: (B, 2d, h, w)."""
+        ratio = self.spec.downsample_ratio
+        height, width = x_BCHW.shape[-2:]
+        if height % ratio or width % ratio:
+            raise UsageError(
+                f"image size {height}x{width} is not divisible by the autoencoder's downsample ratio {ratio}; "
+                f"resize the images to multiples of {ratio}"
+            )
+        return self.quant_conv(self.encoder(x_BCHW.to(self.dtype)))
+
+    def encode(self, x_BCHW: Tensor) -> DiagonalGaussian:
+        """Posterior over the latents of images in [-1, 1]."""
+        return DiagonalGaussian(self.moments(x_BCHW))
+
+    def decode(self, z_Bdhw: Tensor) -> Tensor:
+        """Images (B, C, H, W), in [-1, 1] up to overshoot."""
+        h = self.post_quant_conv(z_Bdhw.to(self.dtype))
+        return _run(self.decoder, h, self.checkpoint_decoder)
+
+    def forward(self, x_BCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruction from a posterior sample, and the posterior."""
+        posterior = self.encode(x_BCHW)
+        return self.decode(posterior.sample(generator)), posterior
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_model(self, self.spec, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Autoencoder:
+        """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
+        model = cls(read_spec(AutoencoderSpec, folder))
+        path = Path(folder) / WEIGHTS_NAME
+        load_state(model, read_safetensors(path), origin=str(path))
+        return model.eval()

@@ -1,0 +1,345 @@
+"""LightningDiT (Yao et al. 2025, arXiv 2501.01423) and, with its switches off, the plain DiT (Peebles & Xie 2023).
+
+State-dict names are those of the authors' code, so their checkpoints load without renaming (`vadit.interop`).
+
+Shapes: B batch, C latent channels, h w latent rows and columns, N tokens, p patch side, D hidden size, H heads,
+K head width, F MLP width, S 256 timestep frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vadit.config import DiTSpec
+from vadit.errors import UsageError
+from vadit.kernels import rms_norm, rope, swiglu
+from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors, read_spec, save_model
+
+TIME_FREQUENCIES = 256
+MAX_PERIOD = 10_000.0
+NORM_EPS = 1e-6
+
+CosSin = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sin-cos embedding (1, grid*grid, width): the first half tells the column, the second the row."""
+    omega = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.outer(torch.arange(grid, dtype=torch.float64), omega)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)
+    columns = line[None, :, :].expand(grid, grid, -1)
+    rows = line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines (N, K) of the 2-D rotary embedding (EVA-02): K/2 numbers for the row, K/2 for the column.
+
+    Pairs (2i, 2i+1) share a frequency. The tables stay float32 when the model is cast: positions in bfloat16 blur.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_dim: int, grid: int) -> None:
+        super().__init__()
+        half = head_dim // 2
+        frequency = 1.0 / MAX_PERIOD ** (torch.arange(0, half, 2).float() / half)
+        angle = torch.outer(torch.arange(grid).float(), frequency).repeat_interleave(2, dim=1)
+        rows = angle[:, None, :].expand(grid, grid, half)
+        columns = angle[None, :, :].expand(grid, grid, half)
+        angle_NK = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_dim)
+        self.register_buffer("freqs_cos", angle_NK.cos())
+        self.register_buffer("freqs_sin", angle_NK.sin())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def forward(self) -> CosSin:
+        return self.freqs_cos, self.freqs_sin
+
+
+class PatchEmbed(nn.Module):
+    """Patches of p x p latent positions to tokens, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        return self.proj(x_BChw).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of t, unscaled (t in [0, 1] for the flow, 0..999 for DDPM), then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        index = torch.arange(half, device=t_B.device, dtype=torch.float32)
+        frequency = torch.exp(index * -math.log(MAX_PERIOD) / half)
+        angle = t_B.float()[:, None] * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A row per class, and a last one (index num_classes) for "no class", which guidance needs."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y_B: Tensor, drop_B: Tensor | None) -> Tensor:
+        if drop_B is None and self.training and self.dropout > 0:
+            drop_B = torch.rand(y_B.shape[0], device=y_B.device) < self.dropout
+        if drop_B is not None:
+            y_B = torch.where(drop_B, self.num_classes, y_B)
+        return self.embedding_table(y_B)
+
+
+# ------------------------------------------------------------------------------------------------ block
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight; scale and shift (B, D) apply the adaLN modulation in the same pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, scale_BD: Tensor | None = None, shift_BD: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, scale_BD, shift_BD, eps=NORM_EPS)
+
+
+class PlainLayerNorm(nn.Module):
+    """LayerNorm without a weight, as the plain DiT has it, with the same modulation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x_BND: Tensor, scale_BD: Tensor, shift_BD: Tensor | None = None) -> Tensor:
+        x_BND = F.layer_norm(x_BND, (self.width,), eps=NORM_EPS) * (1 + scale_BD.unsqueeze(1))
+        return x_BND if shift_BD is None else x_BND + shift_BD.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; QK-norm (where on) comes before the rotation."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        self.head_dim = spec.hidden_size // spec.num_heads
+        self.qkv = nn.Linear(spec.hidden_size, 3 * spec.hidden_size)
+        self.proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if spec.qk_norm:
+            # the reference's LayerNorm here is torch's default one: eps 1e-5, weight and bias
+            norm = RMSNorm if spec.rmsnorm else nn.LayerNorm
+            self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
+
+    def forward(self, x_BND: Tensor, cos_sin: CosSin | None) -> Tensor:
+        B, N, D = x_BND.shape
+        qkv = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q_BHNK, k_BHNK, v_BHNK = qkv.unbind(0)
+        if cos_sin is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin, self.q_norm.weight, self.k_norm.weight)
+        else:
+            if self.q_norm is not None and self.k_norm is not None:
+                q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
+            if cos_sin is not None:
+                q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin)
+        # norms may hand back float32 under autocast; attention needs one dtype
+        out_BHNK = F.scaled_dot_product_attention(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
+        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(x1) * x2) with x1, x2 = w12(x) (Shazeer 2020); two thirds of the width keep the parameter count."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.w3(swiglu(self.w12(x_BND)))
+
+
+class MLP(nn.Module):
+    """Two layers with GELU (tanh form) between: the plain DiT's."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
+
+
+def mlp_width(spec: DiTSpec) -> int:
+    """F, rounded down as the reference does: released shapes depend on it."""
+    hidden = int(spec.hidden_size * spec.mlp_ratio)
+    return int(2 / 3 * hidden) if spec.swiglu else hidden
+
+
+def _norm(spec: DiTSpec) -> nn.Module:
+    return RMSNorm(spec.hidden_size) if spec.rmsnorm else PlainLayerNorm(spec.hidden_size)
+
+
+class Block(nn.Module):
+    """adaLN-zero transformer block: x + gate * attention(modulate(norm(x))), then the same with the MLP."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        width = spec.hidden_size
+        self.shift_free = spec.shift_free
+        self.norm1 = _norm(spec)
+        self.attn = Attention(spec)
+        self.norm2 = _norm(spec)
+        self.mlp: nn.Module = (SwiGLU if spec.swiglu else MLP)(width, mlp_width(spec))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if spec.shift_free else 6) * width))
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None) -> Tensor:
+        modulation = self.adaLN_modulation(c_BD)
+        shift_attn: Tensor | None = None
+        shift_mlp: Tensor | None = None
+        if self.shift_free:
+            scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
+        else:
+            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        x_BND = x_BND + gate_attn.unsqueeze(1) * self.attn(self.norm1(x_BND, scale_attn, shift_attn), cos_sin)
+        return x_BND + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x_BND, scale_mlp, shift_mlp))
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then a linear layer to the p*p*C numbers of each patch."""
+
+    def __init__(self, spec: DiTSpec, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = _norm(spec)
+        self.linear = nn.Linear(spec.hidden_size, spec.patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.hidden_size, 2 * spec.hidden_size))
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(self.norm_final(x_BND, scale, shift))
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+class LightningDiT(nn.Module):
+    """The generator: latent z_t, time t and class y to velocity (or noise, or score), adaLN-zero conditioned.
+
+    `gradient_checkpointing` recomputes each block in the backward pass; it can be set at any time.
+    """
+
+    def __init__(self, spec: DiTSpec, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        if spec.hidden_size % 4:
+            raise UsageError(f"model.hidden_size {spec.hidden_size} is not divisible by 4, which 2-D positions need")
+        self.spec = spec
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_classes = spec.num_classes
+        self.in_channels = spec.in_channels
+        self.out_channels = spec.in_channels * (2 if spec.learn_sigma else 1)
+        grid = spec.input_size // spec.patch_size
+        self.x_embedder = PatchEmbed(spec.patch_size, spec.in_channels, spec.hidden_size)
+        self.t_embedder = TimestepEmbedder(spec.hidden_size)
+        self.y_embedder = LabelEmbedder(spec.num_classes, spec.hidden_size, spec.class_dropout)
+        # a frozen parameter, not a buffer, because the released checkpoints list it among the parameters
+        self.pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid), requires_grad=False)
+        self.feat_rope = RotaryTable(spec.hidden_size // spec.num_heads, grid) if spec.rope else None
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.final_layer = FinalLayer(spec, self.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier-uniform linears, N(0, 0.02) embeddings, zero modulation and output (DiT, section 3.2)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.spec.label_init_std)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for module in self.modules():
+            if isinstance(module, (Block, FinalLayer)):
+                last = module.adaLN_modulation[-1]
+                assert isinstance(last, nn.Linear), "the modulation ends in a linear layer"
+                nn.init.zeros_(last.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.pos_embed.dtype
+
+    def forward(
+        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None, *, with_variance: bool = False
+    ) -> Tensor:
+        """Prediction (B, C, h, w); a learned variance is left out unless `with_variance` asks for all (B, 2C, h, w).
+
+        Labels are in [0, num_classes], the last one meaning "no class". In training mode a label is dropped with
+        probability `spec.class_dropout` unless `drop_B` (bool) says which.
+        """
+        x_BND = self.x_embedder(x_BChw.to(self.dtype)) + self.pos_embed
+        c_BD = self.t_embedder(t_B, self.dtype) + self.y_embedder(y_B, drop_B)
+        cos_sin = None if self.feat_rope is None else self.feat_rope()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x_BND = checkpoint(block, x_BND, c_BD, cos_sin, use_reentrant=False)
+            else:
+                x_BND = block(x_BND, c_BD, cos_sin)
+        output = self._unpatchify(self.final_layer(x_BND, c_BD))
+        return output if with_variance else output[:, : self.in_channels]
+
+    def forward_with_variance(self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """All output channels: (B, 2C, h, w) with learn_sigma, (B, C, h, w) without."""
+        return self(x_BChw, t_B, y_B, drop_B, with_variance=True)
+
+    def _unpatchify(self, x_BNE: Tensor) -> Tensor:
+        """(B, N, p*p*C) to (B, C, h, w)."""
+        p = self.spec.patch_size
+        grid = self.spec.input_size // p
+        x = x_BNE.reshape(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, self.out_channels, grid * p, grid * p)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_model(self, self.spec, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LightningDiT:
+        """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
+        model = cls(read_spec(DiTSpec, folder))
+        path = Path(folder) / WEIGHTS_NAME
+        load_state(model, read_safetensors(path), origin=str(path))
+        return model.eval()
