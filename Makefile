@@ -1,0 +1,63 @@
+# Every target does its own set-up: one stamp stands for a complete environment, and nothing is installed twice.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# The checkout's folder must not shadow installed packages (kernels/ is the name of another one).
+export PYTHONSAFEPATH := 1
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   train, sample and evaluate the whole system on digits, in minutes (runs/demo)"
+	@echo "make test   lint and tests"
+	@echo "make lint   ruff, mypy and the layers of the package"
+	@echo "make bench  the benchmarks of this machine"
+	@echo "make clean  remove the environment and everything built (runs/ stays)"
+
+demo: $(STAMP)
+	vadit demo $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	ruff check .
+	mypy
+	lint-imports
+
+bench: $(STAMP)
+	for script in benchmarks/bench_*.py; do echo "== $$script"; python "$$script" $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info vadit/_C*.so .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+
+# Debian's python3 comes without the parts that make virtual environments and compile extensions.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "vadit needs Python 3.11 or newer, found $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
+	@wanted=(); \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || wanted+=(python3-venv); \
+	$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+		|| wanted+=(python3-dev); \
+	command -v g++ >/dev/null || wanted+=(g++); \
+	if (( $${#wanted[@]} )); then \
+		if [[ $$(id -u) != 0 ]]; then echo "please run: sudo apt-get install -y $${wanted[*]}" >&2; exit 1; fi; \
+		echo "installing $${wanted[*]} with apt-get"; \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${wanted[@]}"; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): constraints.txt pyproject.toml setup.py $(shell find csrc -type f) | $(VENV)/bin/python
+	@echo "installing vadit and what it needs into $(VENV): about 6 GB, some minutes"
+	python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja torch
+	python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# DeepSpeed would compile this at the first start on a CPU, silently.
+	@echo "compiling DeepSpeed's shared-memory extension: once, 20 s"
+	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)' >/dev/null 2>&1
+	touch $@

@@ -1,0 +1,155 @@
+"""The command line: which command, which settings, and how a failure is told.
+
+This module only parses and reports; the work is in `vadit.commands`, imported when a command is known, so that
+`vadit --help` needs neither torch nor tyro.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from vadit.errors import RunError, UsageError
+
+COMMANDS = {
+    "demo": "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes",
+    "train": "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]",
+    "encode": "turn a folder of images into a folder of latents",
+    "sample": "draw images from a generator",
+    "evaluate": "measure samples, a tokenizer or latents",
+    "import": "turn a checkpoint of the authors into a folder that vadit reads",
+    "export": "write a run's weights as one safetensors file with its config, or in the authors' format",
+    "doctor": "say which accelerations this machine has, and how to get the others",
+    "recipes": "list the recipes and what they reproduce",
+}
+"""Name and summary of each command; `vadit.commands` holds a function of that name with `_command` behind it."""
+
+USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (the work failed), 2 (a setting is wrong) or 130 (interrupted)."""
+    arguments, debug = _without_common_flags(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return _dispatch(arguments)
+    except BaseException as error:  # every way out of a command becomes an exit code here
+        if debug and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        return _report(error, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from vadit import __version__
+
+        print(f"vadit {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command {name!r}; {hint}")
+    from vadit import commands
+
+    command: Callable[[list[str]], None] = getattr(commands, f"{name}_command")
+    command(rest)
+    return 0
+
+
+def _without_common_flags(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take out --debug, and the --local_rank=N that the deepspeed launcher puts anywhere (LOCAL_RANK says the same)."""
+    kept: list[str] = []
+    debug = False
+    skip_value = False
+    for argument in arguments:
+        if skip_value and re.fullmatch(r"\d+", argument):
+            skip_value = False
+            continue
+        skip_value = argument in ("--local_rank", "--local-rank")
+        if skip_value or re.fullmatch(r"--local[_-]rank=\d+", argument):
+            continue
+        if argument == "--debug":
+            debug = True
+        else:
+            kept.append(argument)
+    return kept, debug
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Tell a failure in one sentence and return its exit code; what is nobody's mistake but ours keeps its traceback."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0
+    if isinstance(error, KeyboardInterrupt):
+        _say("stopped; the same command goes on from the last checkpoint")
+        return STOP_CODE
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output left (`vadit recipes | head`): point stdout elsewhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, UsageError):
+        _say(f"error: {_sentence(error)}")
+        return USAGE_CODE
+    if isinstance(error, RunError):
+        _say(f"error: {_sentence(error)}")
+        return RUN_CODE
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "; free some space or choose another folder, then run the same command" if _is_full(error) else ""
+        _say(f"error: {where}{error.strerror or error}{remedy}")
+        return RUN_CODE
+    if type(error).__name__ == "OutOfMemoryError":
+        _say(
+            "error: the GPU's memory is used up; lower --run.batch-size, raise --engine.gradient-accumulation or "
+            "--engine.zero-stage, or set --engine.gradient-checkpointing (--dry-run estimates the need)"
+        )
+        return RUN_CODE
+    if not debug:
+        traceback.print_exception(error)
+    return RUN_CODE
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _say(text: str) -> None:
+    """One line on stderr, from every process that has something to say, with its rank where there are several.
+
+    Mistakes in settings are the same on all processes; `vadit.commands.parse` lets only rank 0 tell them.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "vadit: VA-VAE tokenizers and LightningDiT generators, from images to samples.",
+            "",
+            "usage: vadit COMMAND [--setting value ...] [--debug]",
+            "",
+            *lines,
+            "",
+            "`vadit COMMAND --help` explains every setting with its unit and default.",
+            "--debug, with any command, shows the traceback of an error.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
