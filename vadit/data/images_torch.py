@@ -108,6 +108,7 @@ class ImageFolder:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
+                image.load()  # now, while the file is open
                 rgb = to_rgb(image)
             cropped = (
                 center_crop(rgb, self.size) if crop_seed is None else random_resized_crop(rgb, self.size, crop_seed)

@@ -1,0 +1,202 @@
+"""Encoding: values, equality over batch and world size, resume after a crash, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vadit.config import AutoencoderSpec, ImageDataSpec
+from vadit.data import latent_shards
+from vadit.data.images_torch import ImageFolder, open_images
+from vadit.data.latent_shards import open_folder
+from vadit.data.latents import LatentDataset, LatentLoader
+from vadit.data.transforms import to_signed
+from vadit.encode import EncodeSummary, encode, weights_hash
+from vadit.errors import RunError, UsageError
+from vadit.models.autoencoder import Autoencoder
+
+SIZE, NUM_IMAGES = 16, 11
+SPEC = AutoencoderSpec(
+    image_size=SIZE,
+    latent_channels=3,
+    base_channels=8,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    norm_groups=4,
+)
+
+
+@pytest.fixture
+def autoencoder() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(SPEC)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageFolder:
+    for number in range(NUM_IMAGES):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return ImageFolder(tmp_path / "images", SIZE)
+
+
+def run(autoencoder: Autoencoder, images: ImageFolder, out: Path, **options: object) -> EncodeSummary:
+    values: dict = {"batch_size": 3, "shard_size": 4, "dtype": "fp32", "num_workers": 2}
+    return encode(autoencoder, images, out, **(values | options))
+
+
+def contents(out: Path) -> dict[str, torch.Tensor]:
+    shards = open_folder(out)
+    return {
+        "plain": torch.cat([shard.rows(0, shard.count, flipped=False) for shard in shards]).float(),
+        "flipped": torch.cat([shard.rows(0, shard.count, flipped=True) for shard in shards]).float(),
+        "labels": torch.cat([shard.labels for shard in shards]),
+    }
+
+
+def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+    autoencoder.train()
+    done: list[int] = []
+    summary = run(autoencoder, images, tmp_path / "out", progress=done.append)
+    assert summary.num_images == NUM_IMAGES and summary.num_shards == 3 and summary.images_per_s > 0
+    assert autoencoder.training
+    assert done == sorted(done) and done[-1] == NUM_IMAGES
+    autoencoder.eval()
+    pixels = to_signed(torch.stack([torch.from_numpy(images.load_plain(index)) for index in range(NUM_IMAGES)]))
+    found = contents(tmp_path / "out")
+    assert torch.equal(found["labels"], images.labels)
+    for key, inputs in (("plain", pixels), ("flipped", pixels.flip(-1))):
+        with torch.no_grad():
+            posterior = autoencoder.encode(inputs)
+        torch.testing.assert_close(found[key], torch.cat([posterior.mean, posterior.std], 1), rtol=1e-4, atol=1e-5)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["num_images"] == NUM_IMAGES and index["classes"] == ["class0", "class1"]
+    assert index["settings"]["tokenizer"] == weights_hash(autoencoder)
+    latents, labels = next(iter(LatentLoader(LatentDataset(tmp_path / "out"), NUM_IMAGES)))
+    assert latents.shape == (NUM_IMAGES, 3, 4, 4) and set(labels.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("store", ["moments", "sample"])
+def test_result_depends_on_neither_batch_nor_world_size(
+    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, store: str
+) -> None:
+    run(autoencoder, images, tmp_path / "one", store=store, seed=3)
+    num_images = 0
+    for rank in (2, 1, 0):  # in one process: rank 0, which completes the folder, comes last
+        out = tmp_path / "three"
+        options = {"store": store, "seed": 3, "batch_size": 2, "rank": rank, "world_size": 3}
+        num_images += run(autoencoder, images, out, **options).num_images
+        assert (out / "index.json").exists() == (rank == 0)
+    assert num_images == NUM_IMAGES
+    one, three = contents(tmp_path / "one"), contents(tmp_path / "three")
+    for key, value in one.items():
+        torch.testing.assert_close(three[key], value, rtol=1e-4, atol=1e-5)
+    mean_one, mean_three = (LatentDataset(tmp_path / name).mean for name in ("one", "three"))
+    torch.testing.assert_close(mean_three, mean_one, rtol=1e-4, atol=1e-5)
+    if store == "sample":
+        run(autoencoder, images, tmp_path / "other", store=store, seed=4)
+        assert not torch.allclose(contents(tmp_path / "other")["plain"], one["plain"], atol=1e-2)
+
+
+def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+    run(autoencoder, images, tmp_path / "fp32", store="sample")
+    run(autoencoder, images, tmp_path / "bf16", store="sample", dtype="bf16", flip=False)
+    shards = open_folder(tmp_path / "bf16")
+    assert all(shard.dtype == torch.bfloat16 and shard.flipped is None for shard in shards)
+    rounded = contents(tmp_path / "fp32")["plain"].bfloat16().float()
+    torch.testing.assert_close(contents(tmp_path / "bf16")["plain"], rounded, rtol=2**-7, atol=1e-5)
+
+
+def test_resume_after_a_full_disk(
+    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(autoencoder, images, tmp_path / "whole")
+    out = tmp_path / "out"
+    real, calls = latent_shards.os.replace, []
+
+    def fail_at_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_shards.os, "replace", fail_at_second)
+        with pytest.raises(RunError, match=r"shard-00001.safetensors .*No space left on device.*free space"):
+            run(autoencoder, images, out)
+    assert [path.name for path in out.iterdir()] == ["shard-00000.safetensors"]
+    with pytest.raises(UsageError, match=r"is not finished"):
+        LatentDataset(out)
+    untouched = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    summary = run(autoencoder, images, out)
+    assert summary.num_images == NUM_IMAGES - 4 and summary.num_shards == 2
+    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == untouched
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    index = (out / "index.json").stat().st_mtime_ns
+    assert run(autoencoder, images, out).num_images == 0
+    assert (out / "index.json").stat().st_mtime_ns == index
+
+
+def test_a_shard_cut_short_is_made_again(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+    run(autoencoder, images, tmp_path / "out")
+    path = tmp_path / "out" / "shard-00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    assert run(autoencoder, images, tmp_path / "out").num_images == 4
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bf16"}, "made with dtype fp32, not bf16"),
+        ({"store": "sample"}, "made with store moments, not sample"),
+        ({"shard_size": 5}, "made with shard_size 4, not 5"),
+        ({"flip": False}, "made with flip True, not False"),
+    ],
+)
+def test_other_settings_are_refused(
+    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, change: dict, message: str
+) -> None:
+    run(autoencoder, images, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match=message):
+        run(autoencoder, images, tmp_path / "out", **change)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_another_tokenizer_is_refused(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+    run(autoencoder, images, tmp_path / "out")
+    with torch.no_grad():
+        autoencoder.quant_conv.weight[0] += 1e-3
+    with pytest.raises(UsageError, match=r"made with tokenizer"):
+        run(autoencoder, images, tmp_path / "out")
+
+
+def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+    Path(images.paths[5]).write_text("no image")
+    with pytest.raises(RunError, match=f"{images.paths[5]} does not decode"):
+        run(autoencoder, images, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.partial")) and not (tmp_path / "out" / "index.json").exists()
+    skipping = ImageFolder(tmp_path / "images", SIZE, on_error="skip")
+    run(autoencoder, skipping, tmp_path / "out")
+    good = [index for index in range(NUM_IMAGES) if index != 5]
+    assert torch.equal(contents(tmp_path / "out")["labels"], images.labels[good])
+    assert len(LatentDataset(tmp_path / "out")) == NUM_IMAGES - 1
+
+
+def test_debug_images_encode(autoencoder: Autoencoder, tmp_path: Path) -> None:
+    source = open_images(ImageDataSpec(path="debug:5"), SIZE)
+    assert encode(autoencoder, source, tmp_path / "out", batch_size=2).num_images == 5
+    assert LatentDataset(tmp_path / "out").num_classes == 5
+    with pytest.raises(UsageError, match=r"batch_size is 0"):
+        encode(autoencoder, source, tmp_path / "out", batch_size=0)

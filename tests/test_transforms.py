@@ -1,0 +1,96 @@
+"""The crop rule against an independent, literal implementation, and the conversion of odd image modes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vadit.data import transforms
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def naive_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's rule, spelled with arrays: halve by averaging, bicubic to the short side, slice the middle."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(32, 32), (33, 47), (47, 33), (64, 64), (63, 200), (200, 129), (131, 128), (5, 9), (1, 40), (300, 70)],
+)
+def test_center_crop_is_the_adm_rule(width: int, height: int) -> None:
+    image = picture(width, height)
+    cropped = transforms.center_crop(image, 32)
+    assert cropped.size == (32, 32)
+    assert np.array_equal(np.asarray(cropped), naive_center_crop(image, 32))
+
+
+def test_box_halving_of_a_4x_image_is_the_mean_of_2x2_blocks_twice() -> None:
+    image = picture(64, 64)
+    pixels = np.asarray(image).astype(np.float64)
+    for _ in range(2):
+        side = len(pixels) // 2
+        pixels = pixels.reshape(side, 2, side, 2, 3).mean(axis=(1, 3))
+    cropped = np.asarray(transforms.center_crop(image, 16)).astype(np.float64)
+    assert np.abs(cropped - pixels).max() <= 2.0  # four roundings to 8 bits: two passes, rows and columns
+
+
+def test_extreme_aspect_is_refused_before_it_takes_memory() -> None:
+    with pytest.raises(ValueError, match="1 x 5000 pixels"):
+        transforms.center_crop(picture(1, 5000), 32)
+
+
+def test_random_crop_is_reproducible_and_keeps_most_of_the_image() -> None:
+    columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (180, 200, 3))
+    image = Image.fromarray(np.ascontiguousarray(columns))
+    crops = [np.asarray(transforms.random_resized_crop(image, 32, seed)).astype(int) for seed in range(20)]
+    again = np.asarray(transforms.random_resized_crop(image, 32, 3)).astype(int)
+    assert np.array_equal(crops[3], again) and not np.array_equal(crops[3], crops[4])
+    for crop in crops:
+        assert crop.shape == (32, 32, 3)
+        span = crop[:, -1].mean() - crop[:, 0].mean()  # columns of the source that the crop covers
+        assert 200 * 0.8 * (3 / 4) * 0.9 < span <= 200
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "YCbCr", "HSV", "F", "I"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    source = picture(20, 20, "L").convert(mode) if mode in ("LA", "F", "I") else picture(20, 20, mode)
+    assert transforms.to_rgb(source).mode == "RGB"
+
+
+def test_16_bit_grey_keeps_its_high_byte() -> None:
+    values = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        pixels = np.asarray(transforms.to_rgb(image))
+    assert np.array_equal(pixels[:, :, 1], (values >> 8).astype(np.uint8))
+
+
+def test_palette_with_transparency_keeps_its_colours() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.info["transparency"] = 0
+    assert transforms.to_rgb(image).getpixel((0, 0)) == (10, 200, 30)
+
+
+def test_to_signed_spans_minus_one_to_one() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    signed = transforms.to_signed(levels)
+    assert signed.dtype == torch.float32 and levels.max() == 255
+    reference = (levels.double() / 255 - 0.5) / 0.5
+    assert (signed - reference).abs().max() < 1e-6

@@ -1,0 +1,224 @@
+"""Images -> latent shards: every image is decoded and encoded once, plain and mirrored.
+
+N processes share the shards out (shard k goes to process k % N). A shard is written whole or not at all, and one that
+is there is not made again, so the same command continues an interrupted one, also with another number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vadit import distributed, rng
+from vadit.config import ImageDataSpec
+from vadit.data.images_torch import ImageSource, load_in_order, warn_of_bad_files
+from vadit.data.latent_shards import (
+    INDEX_FILE,
+    STATISTICS_FILE,
+    LatentSettings,
+    LatentShardWriter,
+    open_shard,
+    save_index,
+)
+from vadit.data.latents import compute_statistics
+from vadit.data.transforms import to_signed
+from vadit.errors import RunError, UsageError
+from vadit.models.autoencoder import Autoencoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What one call did in this process."""
+
+    num_images: int
+    """Images that this call encoded; those of shards that were there already are not counted."""
+    num_shards: int
+    """Shards that this call wrote."""
+    seconds: float
+    """Wall-clock time, statistics included."""
+    images_per_s: float
+    """num_images over the seconds spent encoding."""
+
+
+@torch.no_grad()
+def encode(
+    autoencoder: Autoencoder,
+    images: ImageSource,
+    out: str | Path,
+    *,
+    batch_size: int,
+    flip: bool = True,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    store: Literal["moments", "sample"] = "moments",
+    seed: int = 0,
+    shard_size: int = 10_000,
+    num_workers: int = ImageDataSpec.num_workers,
+    progress: Callable[[int], object] | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> EncodeSummary:
+    """Encode all `images` into the folder `out`: shards, then statistics, then the index.
+
+    `progress` is called with the images done so far over all processes (an estimate from this one's share). rank and
+    world_size default to those of the launcher. Up to rounding the result does not depend on batch_size or
+    world_size. UsageError where `out` holds latents made with other settings; RunError where the disk is full.
+    """
+    out = Path(out)
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
+    settings = LatentSettings(
+        tokenizer=weights_hash(autoencoder),
+        config=json.dumps(asdict(autoencoder.spec)),
+        source=images.source,
+        num_images=len(images),
+        num_classes=len(images.classes),
+        size=images.size,
+        store=store,
+        dtype=dtype,
+        flip=flip,
+        seed=seed if store == "sample" else 0,
+        shard_size=shard_size,
+    )
+    started = time.monotonic()
+    num_shards = -(-len(images) // shard_size)
+    finished = _finished_shards(out, settings, num_shards)
+    complete = len(finished) == num_shards and (out / INDEX_FILE).exists() and (out / STATISTICS_FILE).exists()
+    distributed.barrier()  # every process has seen the folder before one of them changes it
+    if rank == 0 and not complete:
+        (out / INDEX_FILE).unlink(missing_ok=True)  # the mark of a complete folder: first to go, last to come
+    mine = range(rank, num_shards, world_size)
+    share = sum(len(_shard_ids(number, settings)) for number in mine)
+    num_done = num_encoded = 0
+    was_training = autoencoder.training
+    autoencoder.eval()
+    try:
+        for number in mine:
+            ids = _shard_ids(number, settings)
+            if number not in finished:
+                writer = LatentShardWriter(shard_path(out, number), settings)
+                for batch in load_in_order(images, ids, batch_size, num_workers):
+                    latents, flipped = _encode_batch(autoencoder, batch.images, batch.ids, settings)
+                    writer.add(latents, flipped, batch.labels, batch.ids)
+                    if progress is not None:
+                        progress((num_done + writer.count) * len(images) // share)
+                num_encoded += _close(writer, images, ids)
+            num_done += len(ids)
+            if progress is not None:
+                progress(num_done * len(images) // share)
+    finally:
+        autoencoder.train(was_training)
+        warn_of_bad_files(images)
+    encoding_s = time.monotonic() - started
+    distributed.barrier()
+    if rank == 0 and not complete:
+        _complete(out, settings, images.classes, num_shards)
+    distributed.barrier()
+    return EncodeSummary(
+        num_images=num_encoded,
+        num_shards=sum(number not in finished for number in mine),
+        seconds=time.monotonic() - started,
+        images_per_s=num_encoded / max(encoding_s, 1e-9),
+    )
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """File of a shard."""
+    return out / f"shard-{number:05d}.safetensors"
+
+
+def weights_hash(module: nn.Module) -> str:
+    """16 hex digits that name a module's weights: SHA-256 over names, types, shapes and bytes of its state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encode_batch(
+    autoencoder: Autoencoder, images: Tensor, ids: Tensor, settings: LatentSettings
+) -> tuple[Tensor, Tensor | None]:
+    """What is stored of uint8 images (B, 3, H, W) and of their mirror images, (B, d or 2d, h, w) each."""
+    weight = next(autoencoder.parameters())
+    pixels = to_signed(images.to(weight.device)).to(weight.dtype)
+    plain = _stored(autoencoder, pixels, ids, settings, rng.fold(settings.seed, "encode"))
+    if not settings.flip:
+        return plain, None
+    return plain, _stored(autoencoder, pixels.flip(-1), ids, settings, rng.fold(settings.seed, "encode mirrored"))
+
+
+def _stored(autoencoder: Autoencoder, pixels: Tensor, ids: Tensor, settings: LatentSettings, seed: int) -> Tensor:
+    posterior = autoencoder.encode(pixels)
+    mean, std = posterior.mean.float(), posterior.std.float()
+    if settings.store == "moments":
+        return torch.cat([mean, std], dim=1)
+    return mean + std * rng.normal(seed, ids, mean.shape[1:]).to(mean.device)
+
+
+def _shard_ids(number: int, settings: LatentSettings) -> range:
+    start = number * settings.shard_size
+    return range(start, min(start + settings.shard_size, settings.num_images))
+
+
+def _close(writer: LatentShardWriter, images: ImageSource, ids: range) -> int:
+    if writer.count == 0:
+        raise RunError(f"none of the images {ids.start} to {ids.stop - 1} of {images.source} decodes; replace them")
+    return writer.close()
+
+
+def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> set[int]:
+    """Numbers of the shards that are there and whole; refuses a folder that holds anything else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        present = sorted(out.glob("*.safetensors"))
+    except OSError as error:
+        raise UsageError(f"the output folder {out} cannot be used ({error.strerror}); choose another one") from None
+    expected = {shard_path(out, number): number for number in range(num_shards)}
+    finished: set[int] = set()
+    for path in present:
+        try:
+            found = open_shard(path).settings
+        except RunError as error:
+            if path not in expected:
+                raise
+            logger.warning("%s; it is encoded anew", error)
+            continue
+        _refuse_other_settings(path, found, settings)
+        if path in expected:
+            finished.add(expected[path])
+    return finished
+
+
+def _refuse_other_settings(path: Path, found: LatentSettings | None, settings: LatentSettings) -> None:
+    if found is None:
+        raise UsageError(f"{path} is not from `vadit encode`; choose an empty output folder")
+    for name, value in asdict(settings).items():
+        old = getattr(found, name)
+        if old != value:
+            raise UsageError(
+                f"{path.parent} holds latents made with {name} {old}, not {value}; "
+                "choose another output folder or remove this one"
+            )
+
+
+def _complete(out: Path, settings: LatentSettings, classes: list[str], num_shards: int) -> None:
+    """Write statistics and index, once all shards are there."""
+    missing = [number for number in range(num_shards) if not shard_path(out, number).exists()]
+    if missing:
+        raise RunError(f"{shard_path(out, missing[0])} is missing; run the same command again to encode it")
+    compute_statistics(out)
+    save_index(out, settings, classes)
