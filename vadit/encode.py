@@ -12,10 +12,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vadit import distributed, rng
@@ -70,6 +72,7 @@ def encode(
 ) -> EncodeSummary:
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
 
+    A shard is held in memory until it is written (10,000 moments of 64 x 16 x 16, plain and mirrored: 0.7 GB in bf16).
     `progress` is called with the images done so far over all processes (an estimate from this one's share). rank and
     world_size default to those of the launcher. Up to rounding the result does not depend on batch_size or
     world_size. UsageError where `out` holds latents made with other settings; RunError where the disk is full.
@@ -78,6 +81,7 @@ def encode(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
+    joined = rank is None and _join()
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
     settings = LatentSettings(
@@ -101,24 +105,12 @@ def encode(
     if rank == 0 and not complete:
         (out / INDEX_FILE).unlink(missing_ok=True)  # the mark of a complete folder: first to go, last to come
     mine = range(rank, num_shards, world_size)
-    share = sum(len(_shard_ids(number, settings)) for number in mine)
-    num_done = num_encoded = 0
     was_training = autoencoder.training
     autoencoder.eval()
     try:
-        for number in mine:
-            ids = _shard_ids(number, settings)
-            if number not in finished:
-                writer = LatentShardWriter(shard_path(out, number), settings)
-                for batch in load_in_order(images, ids, batch_size, num_workers):
-                    latents, flipped = _encode_batch(autoencoder, batch.images, batch.ids, settings)
-                    writer.add(latents, flipped, batch.labels, batch.ids)
-                    if progress is not None:
-                        progress((num_done + writer.count) * len(images) // share)
-                num_encoded += _close(writer, images, ids)
-            num_done += len(ids)
-            if progress is not None:
-                progress(num_done * len(images) // share)
+        num_encoded = _encode_share(
+            autoencoder, images, out, settings, mine, finished, batch_size, num_workers, progress
+        )
     finally:
         autoencoder.train(was_training)
         warn_of_bad_files(images)
@@ -127,12 +119,55 @@ def encode(
     if rank == 0 and not complete:
         _complete(out, settings, images.classes, num_shards)
     distributed.barrier()
+    if joined:
+        dist.destroy_process_group()
     return EncodeSummary(
         num_images=num_encoded,
         num_shards=sum(number not in finished for number in mine),
         seconds=time.monotonic() - started,
         images_per_s=num_encoded / max(encoding_s, 1e-9),
     )
+
+
+def _encode_share(
+    autoencoder: Autoencoder,
+    images: ImageSource,
+    out: Path,
+    settings: LatentSettings,
+    mine: range,
+    finished: set[int],
+    batch_size: int,
+    num_workers: int,
+    progress: Callable[[int], object] | None,
+) -> int:
+    """Write this process's shards that are not finished; the number of images encoded."""
+    share = sum(len(_shard_ids(number, settings)) for number in mine)
+    num_done = num_encoded = 0
+    for number in mine:
+        ids = _shard_ids(number, settings)
+        if number not in finished:
+            writer = LatentShardWriter(shard_path(out, number), settings)
+            for batch in load_in_order(images, ids, batch_size, num_workers):
+                latents, flipped = _encode_batch(autoencoder, batch.images, batch.ids, settings)
+                writer.add(latents, flipped, batch.labels, batch.ids)
+                if progress is not None:
+                    progress((num_done + writer.count) * len(images) // share)
+            num_encoded += _close(writer, images, ids)
+        num_done += len(ids)
+        if progress is not None:
+            progress(num_done * len(images) // share)
+    return num_encoded
+
+
+def _join() -> bool:
+    """Meet the other processes of the launcher, where nobody did so before; whether this call did it.
+
+    Gloo with a long timeout: nothing is exchanged, and the others wait while rank 0 reads all latents for statistics.
+    """
+    if distributed.world_size() == 1 or dist.is_initialized():
+        return False
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    return True
 
 
 def shard_path(out: Path, number: int) -> Path:

@@ -26,6 +26,8 @@ from vadit.errors import RunError, UsageError
 STATISTICS_CHUNK = 512
 """Latents read at a time while statistics are computed: 64 MiB of float64 at 32 x 16 x 16 x 512."""
 SMALLEST_STD = 1e-8
+LOADER_THREADS = 2
+"""Batches made at the same time; the work is copies and arithmetic outside the interpreter's lock."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class LatentLoader(PositionedLoader[tuple[Tensor, Tensor]]):
     def __init__(
         self, dataset: LatentSource, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
-        super().__init__(len(dataset), batch_size, seed, rank, world_size, num_threads=1)
+        super().__init__(len(dataset), batch_size, seed, rank, world_size, LOADER_THREADS)
         self.dataset = dataset
 
     def _start(self, pool: ThreadPoolExecutor, positions: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
