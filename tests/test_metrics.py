@@ -1,0 +1,182 @@
+"""Frechet distance, inception score, precision and recall, kernel distance: closed forms and hand-made sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from vadit.errors import UsageError
+from vadit.eval.metrics import (
+    FeatureMoments,
+    frechet_distance,
+    inception_score,
+    kid,
+    mean_and_covariance,
+    precision_recall,
+    softmax,
+)
+
+
+def random_covariance(width: int, seed: int) -> np.ndarray:
+    """A well-conditioned covariance with eigenvalues between 0.5 and 2."""
+    generator = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(generator.normal(size=(width, width)))
+    return basis @ np.diag(generator.uniform(0.5, 2, width)) @ basis.T
+
+
+def test_moments_in_uneven_batches_equal_numpy_also_far_from_zero() -> None:
+    features = np.random.default_rng(0).normal(size=(503, 7)) * 0.01 + 1e5
+    moments = FeatureMoments()
+    for start, stop in ((0, 1), (1, 4), (4, 300), (300, 503)):
+        moments.update(torch.from_numpy(features[start:stop]))
+    mean, covariance = moments.result()
+    assert moments.count == 503
+    np.testing.assert_allclose(mean, features.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(features, rowvar=False), rtol=0, atol=1e-9 * 1e-4)
+
+
+def test_moments_refuse_another_width() -> None:
+    moments = FeatureMoments()
+    moments.update(np.zeros((2, 3)))
+    with pytest.raises(UsageError, match="width 4"):
+        moments.update(np.zeros((2, 4)))
+
+
+def test_frechet_distance_of_diagonal_gaussians() -> None:
+    means = np.array([0.0, 1.0, -2.0]), np.array([1.0, 1.0, 1.0])
+    variances = np.array([1.0, 4.0, 0.25]), np.array([9.0, 4.0, 1.0])
+    expected = 1 + 9 + ((1 - 3) ** 2 + 0 + (0.5 - 1) ** 2)
+    found = frechet_distance(means[0], np.diag(variances[0]), means[1], np.diag(variances[1]))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_of_commuting_full_covariances() -> None:
+    basis, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(5, 5)))
+    first, second = np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 1, 2, 0.5, 3])
+    expected = ((np.sqrt(first) - np.sqrt(second)) ** 2).sum()
+    zero = np.zeros(5)
+    found = frechet_distance(zero, basis @ np.diag(first) @ basis.T, zero, basis @ np.diag(second) @ basis.T)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frechet_distance_equals_a_general_matrix_square_root(seed: int) -> None:
+    width = 24
+    first, second = random_covariance(width, seed), random_covariance(width, seed + 100)
+    generator = np.random.default_rng(seed)
+    mu1, mu2 = generator.normal(size=width), generator.normal(size=width)
+    # Checked before it is trusted: sqrtm is what some builds get wrong.
+    root = scipy.linalg.sqrtm(first @ second)
+    np.testing.assert_allclose(root @ root, first @ second, atol=1e-10)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(first + second - 2 * root.real)
+    assert frechet_distance(mu1, first, mu2, second) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(mu2, second, mu1, first) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_rank_deficient_covariances() -> None:
+    # 5 samples in 20 dimensions; shifted copies: the distance is the shift's square, and 0 without one.
+    features = np.random.default_rng(1).normal(size=(5, 20))
+    mean, covariance = mean_and_covariance(features)
+    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(mean, covariance, mean + 0.5, covariance) == pytest.approx(20 * 0.25, abs=1e-6)
+
+
+def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
+    eye = np.eye(2)
+    with pytest.raises(UsageError, match="mu2 holds NaN"):
+        frechet_distance(np.zeros(2), eye, np.array([0, np.nan]), eye)
+    with pytest.raises(UsageError, match="sigma1 holds NaN"):
+        frechet_distance(np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), eye)
+    with pytest.raises(UsageError, match="at least 2 samples, found 1"):
+        mean_and_covariance(np.zeros((1, 2)))
+    with pytest.raises(UsageError, match="one width"):
+        frechet_distance(np.zeros(2), eye, np.zeros(3), np.eye(3))
+    with pytest.raises(UsageError, match="NaN"):
+        mean_and_covariance(torch.full((3, 2), float("nan")))
+
+
+def test_inception_score_of_one_hot_and_of_equal_predictions() -> None:
+    one_hot = np.eye(10)[np.arange(200) % 10]
+    assert inception_score(one_hot) == pytest.approx(10)
+    assert inception_score(np.full((200, 10), 0.1)) == pytest.approx(1)
+    # Half the samples sure of class 0, half undecided between 0 and 1: by hand.
+    mixed = np.array([[1.0, 0.0], [0.5, 0.5]])
+    divergence = (np.log(1 / 0.75) + 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)) / 2
+    assert inception_score(mixed) == pytest.approx(np.exp(divergence))
+
+
+def test_inception_score_splits_in_file_order() -> None:
+    sorted_by_class = np.eye(4)[np.repeat(np.arange(4), 10)]
+    assert inception_score(sorted_by_class, split_size=10) == pytest.approx(1)  # each split holds one class
+    assert inception_score(sorted_by_class, split_size=20) == pytest.approx(2)
+    assert inception_score(sorted_by_class[:30], split_size=20) == pytest.approx((2 + 1) / 2)  # a short last split
+
+
+def test_softmax_feeds_the_inception_score_and_logits_are_refused() -> None:
+    logits = torch.tensor([[1000.0, 0.0, -1000.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(softmax(logits), [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], atol=1e-12)
+    with pytest.raises(UsageError, match="softmax"):
+        inception_score(logits)
+
+
+def test_precision_and_recall_on_a_line() -> None:
+    # Real points 0..3: with k=1 every ball has radius 1. Fake: three at 10.x, whose balls reach each other only,
+    # one at 3.5 (inside the ball of 3) with its nearest neighbour 6.5 away (so its ball covers all real points).
+    real = np.array([[0.0], [1.0], [2.0], [3.0]])
+    fake = np.array([[3.5], [10.0], [10.1], [10.2]])
+    assert precision_recall(real, fake, k=1) == (0.25, 1.0)
+    far = np.array([[20.0], [20.1], [20.2], [20.3]])
+    assert precision_recall(real, far, k=1) == (0.0, 0.0)
+    assert precision_recall(real, real.copy(), k=1) == (1.0, 1.0)
+
+
+def test_precision_and_recall_take_the_kth_neighbour() -> None:
+    # The 3rd neighbour of 0 is 3 away: 6 lies inside the ball of 3 (radius 3), not inside any with k=2 (radius <= 2).
+    real = np.array([[0.0], [1.0], [2.0], [3.0]])
+    fake = np.array([[6.0], [100.0], [200.0], [300.0]])
+    assert precision_recall(real, fake, k=3)[0] == 0.25
+    assert precision_recall(real, fake, k=2)[0] == 0.0
+
+
+def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(5)
+    real, fake = generator.normal(size=(150, 4)), generator.normal(size=(130, 4)) * 0.7 + 0.5
+
+    def radius(points: np.ndarray) -> np.ndarray:
+        return np.sort(((points[:, None] - points[None]) ** 2).sum(-1), axis=1)[:, 3]
+
+    between = ((real[:, None] - fake[None]) ** 2).sum(-1)
+    expected = (
+        (between <= radius(real)[:, None]).any(axis=0).mean(),
+        (between <= radius(fake)[None]).any(axis=1).mean(),
+    )
+    monkeypatch.setattr("vadit.eval.metrics._ROWS_PER_CHUNK", 37)
+    assert precision_recall(real + 1000, fake + 1000) == pytest.approx(expected, abs=1e-12)
+    assert 0.1 < expected[1] < expected[0] < 1
+
+
+def test_precision_and_recall_refuse_too_few_points() -> None:
+    with pytest.raises(UsageError, match="more than 3 fake images, found 3"):
+        precision_recall(np.zeros((5, 2)), np.zeros((3, 2)))
+
+
+def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
+    generator = np.random.default_rng(2)
+    features = generator.normal(size=(4000, 8))
+    same = kid(features[:2000], features[2000:], num_subsets=40, subset_size=200)
+    assert abs(same.mean) < 4 * same.std / np.sqrt(40)
+    biased = kid(features[:2000], features[2000:] + 0.3, num_subsets=40, subset_size=200)
+    assert biased.mean > 10 * abs(same.mean)
+    assert kid(features[:300], features[300:600], subset_size=100, seed=1) == kid(
+        features[:300], features[300:600], subset_size=100, seed=1
+    )
+
+
+def test_kernel_distance_by_hand() -> None:
+    # Whole sets as the one subset: E k(x,x') = (0 + 1)^3, E k(y,y') = (4 + 1)^3, cross = 1 (x = 0).
+    zeros, twos = np.zeros((3, 2)), np.full((3, 2), 2.0)
+    assert kid(zeros, twos, num_subsets=2, subset_size=3).mean == pytest.approx(1 + 125 - 2)
+    with pytest.raises(UsageError, match="subset_size 4"):
+        kid(zeros, twos, subset_size=4)
