@@ -1,0 +1,116 @@
+"""The Inception network of 2015 that published FID, sFID, IS, precision and recall rest on.
+
+torch-fidelity carries the graph (TF1's bilinear resize to 299 without antialias, (x - 128) / 128, the pooling quirks of
+`classify_image_graph_def.pb`) and publishes its weights; this file adds the layer that sFID needs and keeps the
+arithmetic in fp32. The network is the protocol: features of torchvision's Inception give other numbers.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vadit.errors import RunError, UsageError
+
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
+SPATIAL_CHANNELS = 7
+"""Channels of mixed_6/conv that sFID takes (Nash et al. 2021): 7 x 17 x 17 = 2023 numbers, about pool_3's 2048."""
+
+
+class InceptionFeatures(NamedTuple):
+    """Features of B images, fp32."""
+
+    pool: Tensor
+    """(B, 2048): pool_3, for FID, precision and recall."""
+    spatial: Tensor
+    """(B, 2023): the first 7 channels of mixed_6/conv (17 x 17), flattened in NHWC order, for sFID."""
+    probabilities: Tensor
+    """(B, 1008): softmax of pool_3 times the class weights, without the bias, for the inception score."""
+
+
+class Inception:
+    """Inception features of uint8 images; `weights` is the path of torch-fidelity's file."""
+
+    def __init__(self, weights: str | Path | None, device: str | torch.device = "cpu") -> None:
+        path = _check_weights(weights)
+        self.device = torch.device(device)
+        self._network = _build(path).to(self.device)
+        self._spatial: list[Tensor] = []
+        # TF names the 17x17 blocks mixed_4 .. mixed_7, torch Mixed_6b .. Mixed_6e, and the first convolution of a
+        # block is its 1x1 branch: mixed_6/conv is the output (after ReLU) of Mixed_6d.branch1x1, 192 channels.
+        self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, out: self._spatial.append(out))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> InceptionFeatures:
+        """Features of images uint8 (B, 3, H, W), any size."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UsageError(
+                f"Inception needs uint8 images of shape (B, 3, H, W), found {images.dtype} {tuple(images.shape)}"
+            )
+        self._spatial.clear()
+        with _full_fp32():
+            pool, logits = self._network(images.to(self.device))
+        spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return InceptionFeatures(pool, spatial, logits.softmax(dim=1))
+
+    def pool(self, images: Tensor) -> Tensor:
+        """The pool_3 features (B, 2048) alone, the form that rFID takes."""
+        return self(images).pool
+
+
+def _check_weights(weights: str | Path | None) -> Path:
+    if weights is None or not Path(weights).is_file():
+        found = "no file was given" if weights is None else f"{weights} does not exist"
+        raise UsageError(
+            f"the Inception weights are needed and {found}; download {WEIGHTS_FILE} from {WEIGHTS_URL} "
+            "and name it with --inception-weights"
+        )
+    path = Path(weights)
+    try:
+        # torch-fidelity unpickles the file freely; this look makes sure that it holds nothing but tensors.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        reason = _first_line(error)
+        raise RunError(f"{path} cannot be read as weights ({reason}); download {WEIGHTS_FILE} again") from None
+    if not isinstance(state, dict) or "Mixed_6d.branch1x1.conv.weight" not in state:
+        raise UsageError(f"{path} is not torch-fidelity's Inception; name {WEIGHTS_FILE} with --inception-weights")
+    return path
+
+
+def _build(path: Path) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UsageError("evaluation needs torch-fidelity: pip install torch-fidelity") from None
+    try:
+        network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} does not fit the Inception of 2015 ({_first_line(error)}); take {WEIGHTS_FILE}"
+        ) from None
+    return network
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """The protocol is fp32: no TF32 in convolutions and products, whatever the caller has set, and no autocast."""
+    matmul = torch.backends.cuda.matmul
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, convolution.fp32_precision
+    matmul.fp32_precision, convolution.fp32_precision = "ieee", "ieee"
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision = before
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
