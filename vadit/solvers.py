@@ -1,11 +1,12 @@
 """From noise to latents: ODE and SDE solvers and the DDPM sampler, with guidance.
 
 Everything here works on one batch that the caller made; `vadit.sample` decides which samples form a batch. Latents are
-(B, C, h, w), labels (B,) int64. Times of the grid are fp32 scalars on the CPU, so no fixed-step solver waits for the GPU.
+(B, C, h, w), labels (B,) int64. Times of the grid are fp32 scalars on the CPU: no fixed-step solver waits for a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def sample_ode(
             return _dopri5(model, noise, labels, guidance, flow, times, atol, rtol)
         field = _Field(model, labels, guidance, flow)
         x = noise
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        for t, t_next in itertools.pairwise(times):
             dt = t_next - t
             slope = field.velocity(x, t)
             if method == "heun":
@@ -162,7 +163,7 @@ def sample_sde(
     with evaluation(model, guide):
         field = _Field(model, labels, guidance, flow)
         x = noise
-        for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
             dt = t_next - t
             velocity, score = field.velocity_and_score(x, t)
             w = sde_diffusion(flow.path, diffusion_form, t, norm=diffusion_norm)

@@ -162,7 +162,7 @@ def sample_time(
 
 
 def velocity_loss(prediction: Tensor, target: Tensor) -> VelocityLoss:
-    """Squared error and direction error of each sample, (B, C, ...) both (LightningDiT, section 4.2; in fp32 or wider)."""
+    """Squared and direction error of each sample, (B, C, ...) both, in fp32 or wider (LightningDiT, section 4.2)."""
     _check_same_shape(prediction, target)
     prediction, target = _at_least_fp32(prediction), _at_least_fp32(target)
     cosine = F.cosine_similarity(prediction, target, dim=1)
