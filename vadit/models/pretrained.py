@@ -1,7 +1,12 @@
-"""Weights on disk: a folder with config.json (the model's spec) and model.safetensors, written whole or not at all."""
+"""Weights on disk: a folder with config.json (the model's spec) and model.safetensors, written whole or not at all.
+
+Foreign files are read here, too (`read_weights`), and never with code that the file brings along.
+"""
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +62,31 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read as safetensors ({error}); it is truncated or damaged") from None
+
+
+def read_weights(path: str | Path) -> Any:
+    """What a .safetensors file or a file of torch.save holds, on the CPU; no code of the file is run.
+
+    Raises UsageError where there is no such file or it needs code to load, RunError where it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is no file; name a file of weights")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        # mapped: of a checkpoint with optimizer states only the weights asked for are ever read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error):
+            raise UsageError(
+                f"{path} holds Python objects besides tensors, which could run code; "
+                "save its state dict alone with torch.save and use that file"
+            ) from None
+        raise RunError(f"{path} cannot be read as a torch checkpoint; it is truncated or damaged") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        # the unpickler runs on the damaged bytes themselves and so fails in many ways
+        raise RunError(f"{path} cannot be read as a torch checkpoint; it is truncated or damaged") from None
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

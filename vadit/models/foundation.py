@@ -1,0 +1,179 @@
+"""The frozen vision foundation model that the latent is aligned to: DINOv2, MAE, SAM, CLIP or any timm model.
+
+The only file that imports timm. Shapes: B batch, H W image rows and columns, D feature width, h w the latent's grid.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vadit.config import FoundationSpec
+from vadit.errors import RunError, UsageError
+
+TIMM_NAMES = {
+    "dinov2": "vit_large_patch14_dinov2.lvd142m",
+    "mae": "vit_large_patch16_224.mae",
+    "sam": "samvit_large_patch16.sa1b",
+    "clip": "vit_large_patch14_clip_224.openai",
+}
+MISFIT = "Error(s) in loading state_dict"
+"""How torch's own message begins where names or shapes of weights do not fit."""
+
+
+class FoundationModel(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to features (B, D, h, w) on the latent's grid. Never trains, needs no gradient.
+
+    The features are those of the last block after the final norm, without class and register tokens (as the authors').
+    """
+
+    image_scale: Tensor
+    image_offset: Tensor
+
+    def __init__(self, spec: FoundationSpec, latent_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = _create(spec)
+        self.requires_grad_(False)
+        self.eval()
+        stride = _stride(self.model)
+        self.input_size = spec.input_size or stride * latent_size
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in _image_statistics(self.model, spec))
+        # (x + 1) / 2 to [0, 1], then (. - mean) / std, as one multiplication and one addition
+        self.register_buffer("image_scale", 0.5 / std)
+        self.register_buffer("image_offset", (0.5 - mean) / std)
+        _, self.feature_dim, *grid = self._probe()
+        if grid != [latent_size, latent_size]:
+            raise UsageError(
+                f"foundation model {spec.name} gives a {'x'.join(map(str, grid))} grid for foundation.input_size "
+                f"{self.input_size}, the latent is {latent_size}x{latent_size}; "
+                f"set --foundation.input-size {stride * latent_size}"
+            )
+
+    def train(self, mode: bool = True) -> FoundationModel:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        size = (self.input_size, self.input_size)
+        x = images_BCHW.to(self.image_scale.dtype)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        if self.spec.input_range == "normalized":
+            x = x * self.image_scale + self.image_offset
+        return self.model.forward_intermediates(x, indices=[-1], norm=True, output_fmt="NCHW", intermediates_only=True)[
+            -1
+        ]
+
+    def _probe(self) -> list[int]:
+        """Shape of the features of one image, by a run on the meta device: shapes without arithmetic."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        image = torch.empty(1, 3, self.input_size, self.input_size, device="meta")
+        try:
+            return list(functional_call(self, state, (image,)).shape)
+        except (RuntimeError, NotImplementedError):
+            pass  # the model makes a tensor on the CPU as it goes: ask it in earnest
+        try:
+            return list(self(torch.zeros(1, 3, self.input_size, self.input_size)).shape)
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(
+                f"foundation model {self.spec.name} does not take images of foundation.input_size {self.input_size} "
+                f"({_first_line(error)}); set --foundation.input-size to a size that it takes"
+            ) from None
+
+
+def _create(spec: FoundationSpec) -> Any:
+    """The timm model with its weights."""
+    name = TIMM_NAMES.get(spec.name, spec.name)
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, [*TIMM_NAMES, *timm.list_models()], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"foundation.name {spec.name} is neither {', '.join(TIMM_NAMES)} nor a timm model{hint}")
+    if spec.weights == "random":
+        return _create_sized(spec, name, pretrained=False)
+    if spec.weights == "hub":
+        return _create_from_hub(spec, name)
+    return _create_from_file(spec, name)
+
+
+def _create_sized(spec: FoundationSpec, name: str, **arguments: Any) -> Any:
+    """With dynamic_img_size where the model knows it: other image sizes by interpolated position embeddings."""
+    arguments = {**spec.model_args, **arguments}
+    try:
+        return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise _bad_arguments(spec, error) from None
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise _bad_arguments(spec, error) from None
+
+
+def _bad_arguments(spec: FoundationSpec, error: TypeError) -> UsageError:
+    return UsageError(f"foundation.model_args {spec.model_args} do not suit {spec.name}: {_first_line(error)}")
+
+
+def _create_from_file(spec: FoundationSpec, name: str) -> Any:
+    if not Path(spec.weights).is_file():
+        raise UsageError(
+            f"foundation.weights {spec.weights} is no file; name a .safetensors, .pth or .bin file of {name}, or hub"
+        )
+    # custom_load would read .npz; the class count, where changed, would make timm load loosely
+    overlay: dict[str, Any] = {"file": spec.weights, "source": "timm", "custom_load": False}
+    if "num_classes" in spec.model_args:
+        overlay["num_classes"] = spec.model_args["num_classes"]
+    try:
+        return _create_sized(spec, name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except UsageError:
+        raise
+    except Exception as error:  # safetensors, pickle, zip and torch each fail in their own way on damaged bytes
+        if str(error).startswith(MISFIT):
+            detail = str(error).splitlines()[-1].strip()
+            raise UsageError(f"foundation.weights {spec.weights} do not fit {name}: {detail}") from None
+        raise RunError(
+            f"foundation.weights {spec.weights} cannot be read ({_first_line(error)}); the file is truncated or damaged"
+        ) from None
+
+
+def _create_from_hub(spec: FoundationSpec, name: str) -> Any:
+    try:
+        return _create_sized(spec, name, pretrained=True)
+    except UsageError:
+        raise
+    except Exception as error:  # the hub's client, its HTTP library and the socket each have their own kinds
+        raise RunError(
+            f"the weights of {_hub_id(name)} could not be had from the hub ({_first_line(error)}); check the network, "
+            "or download them elsewhere and set --foundation.weights to the file"
+        ) from None
+
+
+def _hub_id(name: str) -> str:
+    config = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return (config and config.hf_hub_id) or name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _stride(model: Any) -> int:
+    """Pixels of the image per position of the last feature map: the patch side of a ViT."""
+    return int(model.feature_info[-1]["reduction"])
+
+
+def _image_statistics(model: Any, spec: FoundationSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and standard deviation that the model was trained with, for images in [0, 1]."""
+    config = timm.data.resolve_model_data_config(model)
+    if len(config["mean"]) != 3:
+        raise UsageError(f"foundation model {spec.name} takes {len(config['mean'])} channels; name one for RGB images")
+    return tuple(config["mean"]), tuple(config["std"])

@@ -1,0 +1,115 @@
+"""LPIPS (Zhang et al. 2018), version 0.1 with VGG16: the perceptual distance of the tokenizer's loss.
+
+    sum over 5 layers of mean over positions of w . (f(x)/|f(x)| - f(y)/|f(y)|)^2
+
+The linear heads w come with the `lpips` package (or torchmetrics); the VGG16 backbone is torchvision's file, by path.
+Shapes: B batch, H W image rows and columns, E features of a layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vadit.errors import UsageError
+from vadit.models.pretrained import read_weights
+
+VGG_FILE = "vgg16-397923af.pth"
+VGG_PUBLISHED_AT = "https://download.pytorch.org/models/"
+VGG_WIDTHS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+"""(width, convolutions) of the five stages; a 2x2 max-pool stands between two stages."""
+HEAD_FILES = (("lpips", "weights/v0.1/vgg.pth"), ("torchmetrics", "functional/image/lpips_models/vgg.pth"))
+IMAGE_SHIFT = (-0.030, -0.088, -0.188)
+IMAGE_SCALE = (0.458, 0.448, 0.450)
+NORM_EPS = 1e-10
+
+
+class LPIPS(nn.Module):
+    """Distance of two batches of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1). Frozen; gradients reach the images."""
+
+    image_shift: Tensor
+    image_scale: Tensor
+
+    def __init__(self, vgg_weights: str | None) -> None:
+        super().__init__()
+        self.features = _vgg_features()
+        self.heads = nn.ParameterList(nn.Parameter(torch.empty(1, width, 1, 1)) for width, _ in VGG_WIDTHS)
+        self.register_buffer("image_shift", torch.tensor(IMAGE_SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("image_scale", torch.tensor(IMAGE_SCALE).view(1, 3, 1, 1))
+        self._load_backbone(vgg_weights)
+        self._load_heads()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> LPIPS:
+        """Stays in evaluation mode: the network is a fixed measure."""
+        return super().train(False)
+
+    def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        # one pass over both batches: half the kernel launches, the same numbers (there is no BatchNorm)
+        h = (torch.cat([x_BCHW, y_BCHW]) - self.image_shift) / self.image_scale
+        total = torch.zeros((), device=h.device)
+        stage = 0
+        for module in self.features:
+            if isinstance(module, nn.MaxPool2d):
+                total = total + self._distance(h, stage)
+                stage += 1
+            h = module(h)
+        return total + self._distance(h, stage)
+
+    def _distance(self, features: Tensor, stage: int) -> Tensor:
+        features = features.float()
+        # the root of the plain sum, with eps outside: the package's form, whose values are the published ones
+        x_BEhw, y_BEhw = (features / (_length(features) + NORM_EPS)).chunk(2)
+        return ((x_BEhw - y_BEhw).square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+
+    def _load_backbone(self, path: str | None) -> None:
+        remedy = f"download {VGG_FILE} from {VGG_PUBLISHED_AT} and set --loss.vgg-weights to its path"
+        if path is None:
+            raise UsageError(f"LPIPS needs torchvision's VGG16 weights and loss.vgg_weights is not set; {remedy}")
+        if not Path(path).is_file():
+            raise UsageError(f"loss.vgg_weights {path} does not exist; {remedy}")
+        state = read_weights(path)
+        for name, parameter in self.features.named_parameters():
+            found = state.get(f"features.{name}") if isinstance(state, dict) else None
+            if not isinstance(found, Tensor) or found.shape != parameter.shape:
+                raise UsageError(
+                    f"loss.vgg_weights {path} has no tensor features.{name} of shape {tuple(parameter.shape)}; {remedy}"
+                )
+            parameter.data.copy_(found)
+
+    def _load_heads(self) -> None:
+        state = read_weights(_head_file())
+        for stage, head in enumerate(self.heads):
+            head.data.copy_(state[f"lin{stage}.model.1.weight"])
+
+
+def _length(features_BEhw: Tensor) -> Tensor:
+    """Norm along channels (B, 1, h, w), whose gradient is 0 where all features are."""
+    return torch.linalg.vector_norm(features_BEhw, dim=1, keepdim=True)
+
+
+def _vgg_features() -> nn.Sequential:
+    """torchvision's vgg16().features up to relu5_3, with its numbering."""
+    modules: list[nn.Module] = []
+    width_before = 3
+    for stage, (width, convolutions) in enumerate(VGG_WIDTHS):
+        if stage:
+            modules.append(nn.MaxPool2d(2))
+        for _ in range(convolutions):
+            modules += [nn.Conv2d(width_before, width, 3, padding=1), nn.ReLU()]
+            width_before = width
+    return nn.Sequential(*modules)
+
+
+def _head_file() -> Path:
+    """The linear heads inside an installed package, found without importing it."""
+    for package, inside in HEAD_FILES:
+        found = importlib.util.find_spec(package)
+        for location in (found.submodule_search_locations or []) if found else []:
+            if (path := Path(location) / inside).is_file():
+                return path
+    raise UsageError("the linear heads of LPIPS are in neither lpips nor torchmetrics; run pip install lpips")
