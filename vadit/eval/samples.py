@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from vadit.config import SampleSpec
 from vadit.errors import RunError, UsageError
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
@@ -174,14 +173,6 @@ def count_name(count: int) -> str:
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
 
 
-def sampler_name(spec: SampleSpec) -> str:
-    """euler250, dopri5, euler250_cfg10_balanced: what a metric's name says about how its samples were drawn."""
-    name = spec.method if spec.method == "dopri5" else f"{spec.method}{spec.num_steps}"
-    if spec.cfg_scale != 1:
-        name += f"_cfg{spec.cfg_scale:g}"
-    return name + ("_balanced" if spec.labels == "balanced" else "")
-
-
 @dataclass(frozen=True)
 class SampleMetrics:
     """ADM's five numbers; None where the reference holds too little for one."""
@@ -194,7 +185,7 @@ class SampleMetrics:
     recall: float | None
 
     def named(self, sampler: str) -> dict[str, float]:
-        """The numbers by names that carry count and sampler: fid50k_euler250, is50k_euler250, ..."""
+        """The numbers by names that carry count and sampler (`vadit.sample.sampler_name`): fid50k_euler250, ..."""
         values = {
             "fid": self.fid,
             "sfid": self.sfid,
