@@ -8,10 +8,12 @@ Shape suffixes: B batch, N tokens, D channels; `...` any number of token axes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, dispatch
 
 OP = "rms_norm"
 
@@ -30,6 +32,42 @@ def rms_norm_reference(
     if shift_BD is not None:
         y = y + shift_BD.to(wide).view(rows)
     return y.to(x.dtype)
+
+
+# ------------------------------------------------------------------------ C++: csrc/cpu/rms_norm.cpp, float32
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_D, scale_BD, shift_BD, eps = inputs
+    ctx.save_for_backward(x, weight_D, scale_BD)
+    ctx.has_shift, ctx.eps = shift_BD is not None, eps
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight_D, scale_BD = ctx.saved_tensors
+    modulated = scale_BD is not None or ctx.has_shift
+    dx, dweight, dscale, dshift = torch.ops.vadit.rms_norm_backward(dy, x, weight_D, scale_BD, modulated, ctx.eps)
+    return dx, dweight, dscale if scale_BD is not None else None, dshift if ctx.has_shift else None, None
+
+
+if dispatch.CPP_LOADED:
+
+    @torch.library.register_fake("vadit::rms_norm")
+    def _(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("vadit::rms_norm_backward")
+    def _(
+        dy: Tensor, x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, modulated: bool, eps: float
+    ) -> tuple[Tensor, ...]:
+        modulation = (x.shape[0] if modulated else 0, x.shape[-1])
+        return x.new_empty(x.shape), x.new_empty(x.shape[-1:]), x.new_empty(modulation), x.new_empty(modulation)
+
+    torch.library.register_autograd("vadit::rms_norm", _backward, setup_context=_setup_context)
+    dispatch.refuse_second_derivative("rms_norm_backward")
+
+
+# ---------------------------------------------------------------------------------------------------------- public
 
 
 def _check(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None) -> None:
@@ -53,4 +91,6 @@ def rms_norm(
     Raises: ValueError naming the shapes found and needed.
     """
     _check(x, weight, scale, shift)
+    if dispatch.takes_cpp(OP, x, weight, scale, shift):
+        return torch.ops.vadit.rms_norm(x, weight, scale, shift, eps)
     return rms_norm_reference(x, weight, scale, shift, eps)

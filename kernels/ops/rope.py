@@ -10,10 +10,13 @@ Shape suffixes: B batch, H heads, N tokens, K head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, dispatch
+from .rms_norm import rms_norm
 
 OP = "rope"
 
@@ -42,6 +45,34 @@ def rope_reference(
         _rotate_reference(q_BHNK, cos_NK, sin_NK, q_weight_K, eps),
         _rotate_reference(k_BHNK, cos_NK, sin_NK, k_weight_K, eps),
     )
+
+
+# ---------------------------------------------------------------------------- C++: csrc/cpu/rope.cpp, float32
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos_NK, sin_NK, ctx.transposed = inputs
+    ctx.save_for_backward(cos_NK, sin_NK)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    # The gradient of a rotation is the transposed rotation, so this is differentiable any number of times.
+    dq, dk = torch.ops.vadit.rope(dq, dk, *ctx.saved_tensors, not ctx.transposed)
+    return dq, dk, None, None, None
+
+
+if dispatch.CPP_LOADED:
+
+    @torch.library.register_fake("vadit::rope")
+    def _(
+        q_BHNK: Tensor, k_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor, transposed: bool
+    ) -> tuple[Tensor, Tensor]:
+        return q_BHNK.new_empty(q_BHNK.shape), k_BHNK.new_empty(k_BHNK.shape)
+
+    torch.library.register_autograd("vadit::rope", _backward, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------------------------------------------------- public
 
 
 def _check(
@@ -74,4 +105,9 @@ def rope(
     Raises: ValueError naming the shapes found and needed.
     """
     _check(q, k, cos, sin, q_weight, k_weight)
+    # The compiled op has no gradient for the tables: fixed buffers in every model here.
+    if dispatch.takes_cpp(OP, q, k, cos, sin, q_weight, k_weight) and not (cos.requires_grad or sin.requires_grad):
+        q = q if q_weight is None else rms_norm(q, q_weight, eps=eps)
+        k = k if k_weight is None else rms_norm(k, k_weight, eps=eps)
+        return torch.ops.vadit.rope(q, k, cos, sin, False)
     return rope_reference(q, k, cos, sin, q_weight, k_weight, eps)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, dispatch
 
 OP = "vf_loss"
 MIN_SQUARED_NORM = 1e-24
@@ -32,7 +32,7 @@ def _inverse_norm(squared_norm: Tensor) -> Tensor:
 def vf_loss_reference(
     z_BdN: Tensor, weight_Dd: Tensor | None, features_BDN: Tensor, cos_margin: float, distmat_margin: float
 ) -> tuple[Tensor, Tensor]:
-    """Both losses in plain torch, float32 inside whatever autocast says (float64 if an input is float64)."""
+    """Both losses in plain torch, float32 inside whatever autocast says (float64 if z or features are)."""
     wide = torch.promote_types(torch.promote_types(z_BdN.dtype, features_BDN.dtype), torch.float32)
     # bf16 matrix products would lose the small differences of cosines that the margins are about.
     with torch.autocast(device_type=z_BdN.device.type, enabled=False):
@@ -76,4 +76,5 @@ def vf_loss(
     Raises: ValueError naming the shapes found and needed.
     """
     _check(z, weight, features)
+    dispatch.check_setting()
     return vf_loss_reference(z, weight, features, cos_margin, distmat_margin)
