@@ -259,13 +259,19 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=path.name):
             LatentDataset(tmp_path)
     path.write_bytes(whole + b"\0" * 8)
-    with pytest.raises(RunError, match=f"{path.name} has .* bytes of data, its header counts"):
+    with pytest.raises(RunError, match=f"{path.name}: its tensors .* do not fill its"):
         LatentDataset(tmp_path)
     for lie in ('"shape":[2,4', '"shape":[-1,4', '"shape":["1",4'):
         path.write_bytes(whole)
         rewrite_header(path, '"shape":[1,4', lie)
         with pytest.raises(RunError, match=path.name):
             LatentDataset(tmp_path)
+    path.write_bytes(whole)
+    with safe_open(path, framework="pt") as file:
+        num_bytes = file.get_tensor("latents").nbytes
+    rewrite_header(path, f"[{8 + num_bytes},{8 + 2 * num_bytes}]", f"[8,{8 + num_bytes}]")
+    with pytest.raises(RunError, match=f"{path.name}: its tensors .* do not fill its"):  # both name the same bytes
+        LatentDataset(tmp_path)
     path.write_bytes(whole)
     rewrite_header(path, '"latents"', '"other"')
     with pytest.raises(RunError, match=r"needed: latents or moments"):

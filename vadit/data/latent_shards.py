@@ -264,7 +264,7 @@ def _open_tensors(path: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[s
             header = json.loads(file.read(header_bytes))
         metadata = header.pop("__metadata__", {})
         tensors: dict[str, tuple[str, np.ndarray]] = {}
-        payload_bytes = 0
+        spans: list[tuple[int, int]] = []
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             type_name, shape = entry["dtype"], tuple(entry["shape"])
@@ -277,14 +277,18 @@ def _open_tensors(path: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[s
                 )
             if start + end > num_bytes:
                 raise RunError(f"{path} is cut short: {name} ends at byte {start + end} of {num_bytes}; {remedy}")
-            payload_bytes = max(payload_bytes, end)
+            spans.append((begin, end))
             tensors[name] = (type_name, _map(path, kind, start + begin, shape))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} has a damaged header ({type(error).__name__}: {error}); {remedy}") from None
-    if start + payload_bytes != num_bytes:
-        raise RunError(f"{path} has {num_bytes - start} bytes of data, its header counts {payload_bytes}; {remedy}")
+    spans.sort()
+    starts, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    if [*starts, num_bytes - start] != [0, *ends]:
+        raise RunError(
+            f"{path}: its tensors {spans} do not fill its {num_bytes - start} bytes one after another; {remedy}"
+        )
     return tensors, metadata
 
 
