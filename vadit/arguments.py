@@ -20,7 +20,9 @@ from vadit.errors import UsageError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = "") -> T:
+def parse(
+    kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = ""
+) -> T:
     """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits."""
     with told_once(), _one_sentence(kind, command):
         options: dict[str, Any] = {} if default is None else {"default": default}
@@ -54,7 +56,7 @@ def _one_sentence(kind: type, command: str) -> Iterator[None]:
         return
 
     def refuse(event: Any) -> None:
-        argument = getattr(event, "argument", None)
+        argument: Any = getattr(event, "argument", None)
         flag = "" if argument is None else argument.lowered.name_or_flags[-1]
         match event:
             case events.UnrecognizedArgs():
@@ -78,7 +80,7 @@ def _one_sentence(kind: type, command: str) -> Iterator[None]:
 
 def _unknown(kind: type, token: str, command: str) -> str:
     if not token.startswith("-"):
-        return f"unexpected argument {token!r}; settings are given as --name value (`vadit {command} --help` lists them)"
+        return f"unexpected argument {token!r}; write settings as --name value (`vadit {command} --help` lists them)"
     given = token.split("=")[0].replace("_", "-")
     flags = list(_flags(kind))
     # Someone who writes --lr means --optimizer.lr: the last part counts before the spelling of the whole.

@@ -6,7 +6,9 @@ This module only parses and reports; the work is in `vadit.commands`, imported w
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib
 import os
 import re
 import sys
@@ -26,7 +28,10 @@ COMMANDS = {
     "doctor": "say which accelerations this machine has, and how to get the others",
     "recipes": "list the recipes and what they reproduce",
 }
-"""Name and summary of each command; `vadit.commands` holds a function of that name with `_command` behind it."""
+"""Name and summary of each command."""
+
+SHARED_MODULES = {"import": "convert", "export": "convert", "doctor": "about", "recipes": "about"}
+"""Commands that share a module of `vadit.commands`, as `NAME_command`; the others have their own, as `run`."""
 
 USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130
 
@@ -53,14 +58,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {name!r}; {hint}")
-    from vadit import commands
-
-    command: Callable[[list[str]], None] = getattr(commands, f"{name}_command")
+    module = importlib.import_module(f"vadit.commands.{SHARED_MODULES.get(name, name)}")
+    command: Callable[[list[str]], None] = getattr(module, f"{name}_command" if name in SHARED_MODULES else "run")
     command(rest)
     return 0
 
@@ -85,7 +87,7 @@ def _without_common_flags(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _report(error: BaseException, debug: bool) -> int:
-    """Tell a failure in one sentence and return its exit code; what is nobody's mistake but ours keeps its traceback."""
+    """Tell a failure in one sentence and return its exit code; a mistake of ours keeps its traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0
     if isinstance(error, KeyboardInterrupt):
@@ -106,7 +108,10 @@ def _report(error: BaseException, debug: bool) -> int:
         remedy = "; free some space or choose another folder, then run the same command" if _is_full(error) else ""
         _say(f"error: {where}{error.strerror or error}{remedy}")
         return RUN_CODE
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "Stopped":  # of vadit.train.loop, by name: that module imports torch
+        _say(_sentence(error))
+        return STOP_CODE
+    if type(error).__name__ == "OutOfMemoryError":  # of torch
         _say(
             "error: the GPU's memory is used up; lower --run.batch-size, raise --engine.gradient-accumulation or "
             "--engine.zero-stage, or set --engine.gradient-checkpointing (--dry-run estimates the need)"
@@ -128,7 +133,7 @@ def _sentence(error: BaseException) -> str:
 def _say(text: str) -> None:
     """One line on stderr, from every process that has something to say, with its rank where there are several.
 
-    Mistakes in settings are the same on all processes; `vadit.commands.parse` lets only rank 0 tell them.
+    Mistakes in settings are the same on all processes; `vadit.arguments.told_once` lets only rank 0 tell them.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`vadit doctor`: which accelerations this machine has, with versions, and for each that is missing why and what brings it.
+"""`vadit doctor`: the accelerations of this machine with versions, and for each that is missing why and what brings it.
 
 Optional packages are looked up by their metadata and never imported: a broken one must not break the doctor.
 """
@@ -77,7 +77,7 @@ NVIDIA_APEX = (
 
 
 def examine() -> list[Finding]:
-    """Everything that the doctor looks at, in the order of the report. Takes seconds: torch and DeepSpeed are imported."""
+    """Everything that the doctor looks at, in the order of the report; takes seconds (torch and DeepSpeed)."""
     return [
         Finding("Python", "ok", platform.python_version(), platform.platform()),
         *_torch(),
@@ -122,14 +122,15 @@ def _torch() -> list[Finding]:
     driver = _driver()
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        names = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor})" for card in cards)
+        sizes = [f"{card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}" for card in cards]
+        names = ", ".join(f"{card.name} ({size})" for card, size in zip(cards, sizes, strict=True))
         findings.append(Finding("CUDA", "ok", torch.version.cuda or "", f"driver {driver}; {names}"))
     elif torch.version.cuda is None:
         why = "this torch is a CPU build"
         findings.append(Finding("CUDA", "missing", "", why, "pip install --force-reinstall -c constraints.txt torch"))
     elif driver is None:
         why = "no NVIDIA driver is loaded; everything runs on the CPU"
-        findings.append(Finding("CUDA", "missing", "", why, "install the NVIDIA driver of your GPU (nvidia-smi shows it)"))
+        findings.append(Finding("CUDA", "missing", "", why, "install your GPU's NVIDIA driver (nvidia-smi shows it)"))
     else:
         why = f"driver {driver} is loaded, but torch sees no GPU: too old for CUDA {torch.version.cuda}, or hidden"
         findings.append(Finding("CUDA", "missing", "", why, "check nvidia-smi and CUDA_VISIBLE_DEVICES"))
@@ -229,7 +230,8 @@ def _deepspeed() -> list[Finding]:
             findings.append(Finding(f"DeepSpeed {name}", "ok", "", "builds at first use (ninja, some seconds)"))
         else:
             why = "its compiler or libraries are not here; only needed by runs that ask for it"
-            remedy = OP_LIBRARIES.get(name, f"{variable}=1 pip install --no-build-isolation deepspeed  (says what it misses)")
+            build = f"{variable}=1 pip install --no-build-isolation deepspeed  (says what it misses)"
+            remedy = OP_LIBRARIES.get(name, build)
             findings.append(Finding(f"DeepSpeed {name}", "missing", "", why, remedy))
     return findings
 

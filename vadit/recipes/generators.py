@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from vadit.config import (
     DiTConfig,
@@ -16,7 +17,7 @@ from vadit.config import (
     SampleSpec,
 )
 
-DIT_SIZES: dict[str, dict[str, int]] = {
+DIT_SIZES: dict[str, dict[str, Any]] = {
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},

@@ -1,0 +1,71 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from vadit.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vadit.models.autoencoder import Autoencoder
+
+Device = Literal["auto", "cuda", "cpu"]
+
+
+def load_tokenizer(path: str, device: torch.device) -> Autoencoder:
+    """The autoencoder of a run or an exported folder, for use and not for training."""
+    from vadit.train.export import load_autoencoder
+
+    return load_autoencoder(path).to(device).eval().requires_grad_(False)
+
+
+def image_size(autoencoder: Autoencoder, size: int | None) -> int:
+    """The side that images are cropped to: `size` where it fits the tokenizer, by default its training size."""
+    spec = autoencoder.spec
+    size = spec.image_size if size is None else size
+    if size < 1 or size % spec.downsample_ratio:
+        raise UsageError(
+            f"--image-size {size} is not a multiple of the tokenizer's downsample ratio {spec.downsample_ratio}; "
+            f"set it to {max(round(size / spec.downsample_ratio), 1) * spec.downsample_ratio}"
+        )
+    return size
+
+
+@contextlib.contextmanager
+def processes(choice: str) -> Iterator[Any]:
+    """The device of this process; under a launcher, inside a process group."""
+    from vadit import distributed
+
+    device = distributed.device(choice)
+    if distributed.world_size() == 1:
+        yield device
+        return
+    from vadit.train import engine
+
+    engine.start(device)
+    try:
+        yield device
+    finally:
+        engine.finish()
+
+
+def print_table(renderable: Any) -> None:
+    """Print with rich, as wide as it gets where nobody looks."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width: do not fold what a line could hold
+    console.print(renderable)
+
+
+def tell(text: str) -> None:
+    """Print from the first process alone."""
+    from vadit import distributed
+
+    if distributed.is_main():
+        print(text)

@@ -1,0 +1,15 @@
+"""vadit demo: the whole system in small."""
+
+from __future__ import annotations
+
+from vadit.arguments import parse
+
+
+def run(arguments: list[str]) -> None:
+    """Run the demo."""
+    from vadit.demo.options import DemoOptions
+
+    options = parse(DemoOptions, arguments, command="demo")
+    from vadit.demo.run import run_demo
+
+    run_demo(options)

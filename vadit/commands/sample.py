@@ -1,0 +1,115 @@
+"""vadit sample: images from a generator."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vadit.arguments import parse
+from vadit.commands.common import Device, load_tokenizer, processes, tell
+from vadit.config import DiTConfig, FlowSpec, SampleSpec, load_run_config
+from vadit.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Draw images: PNGs, an .npz for evaluation and a picture of the first ones. The same command continues."""
+
+    generator: str
+    """Generator: a run folder, or one from `vadit export` or `vadit import`."""
+    tokenizer: str
+    """Tokenizer that decodes: a run folder, or one from `vadit export` or `vadit import`."""
+    out: str
+    """Folder for the images."""
+    latents: str = ""
+    """Folder of latents with latents_stats.pt; default: the one that the generator's run was trained on."""
+    num_samples: int = 64
+    """Images to draw (FID-50k: 50,000)."""
+    classes: tuple[int, ...] = ()
+    """Labels to take in turn, instead of those that --labels draws."""
+    ema: float | None = None
+    """Decay of the average to take from a run; 0 for the plain weights; default: the run's first average."""
+    guide: str | None = None
+    """A weaker generator for autoguidance, instead of the null label."""
+    normalize: bool = True
+    """The generator's latents are normalised per channel (LatentDataSpec.normalize of its training)."""
+    multiplier: float = 1.0
+    """Factor that the latents were trained with (SD-VAE: 0.18215)."""
+    device: Device = "auto"
+    """Device of both networks."""
+    sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
+    flow: FlowSpec = field(default_factory=FlowSpec)
+
+
+def run(arguments: list[str]) -> None:
+    """Draw, decode and write."""
+    settings = _settings_of_run(arguments)
+    missing: Any = tyro.MISSING
+    default = SampleOptions(generator=missing, tokenizer=missing, out=missing, **settings)
+    options = parse(SampleOptions, arguments, command="sample", default=default)
+    import torch
+
+    from vadit.data.latents import load_statistics
+    from vadit.metrics import ProgressBar
+    from vadit.sample import write_samples
+    from vadit.train.export import load_generator
+
+    with processes(options.device) as device:
+        generator = load_generator(options.generator, options.ema).to(device)
+        guide = load_generator(options.guide, options.ema).to(device) if options.guide else None
+        autoencoder = load_tokenizer(options.tokenizer, device)
+        channels = generator.in_channels
+        if autoencoder.spec.latent_channels != channels:
+            raise UsageError(
+                f"{options.generator} makes latents of {channels} channels, {options.tokenizer} decodes "
+                f"{autoencoder.spec.latent_channels}; name the tokenizer that encoded its training data"
+            )
+        mean, std = torch.zeros(channels), torch.ones(channels)
+        if options.normalize:
+            if not options.latents:
+                raise UsageError("vadit sample needs --latents, a folder with latents_stats.pt, or --no-normalize")
+            statistics = load_statistics(options.latents, channels)
+            mean, std = statistics.mean, statistics.std
+        from vadit import distributed
+
+        with ProgressBar("sample", -(-options.num_samples // distributed.world_size())) as bar:
+            files = write_samples(
+                options.out,
+                generator,
+                autoencoder,
+                options.sampler,
+                num_samples=options.num_samples,
+                mean=mean,
+                std=std,
+                multiplier=options.multiplier,
+                flow=options.flow,
+                guide=guide,
+                labels=options.classes or None,
+                source=f"{options.generator} {options.ema} {options.tokenizer} {options.guide}",
+                progress=bar.update,
+            )
+    tell(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
+
+
+def _settings_of_run(arguments: list[str]) -> dict[str, Any]:
+    """Defaults of `vadit sample` from the config of the run that --generator names, where it names one."""
+    joined = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--generator=")]
+    spaced = [after for flag, after in itertools.pairwise(arguments) if flag == "--generator"]
+    path = next(iter(joined + spaced), None)
+    if path is None or (Path(path) / "model.safetensors").is_file() or not (Path(path) / "config.json").is_file():
+        return {}
+    config = load_run_config(path)
+    if not isinstance(config, DiTConfig):
+        raise UsageError(f"--generator {path} is a tokenizer's run; name a generator's")
+    data = config.data
+    return {
+        "sampler": config.sample,
+        "flow": config.flow,
+        "latents": data.path,
+        "normalize": data.normalize,
+        "multiplier": data.multiplier,
+    }

@@ -1,0 +1,145 @@
+"""vadit train: a recipe, with settings changed, trained or only reckoned."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import arg
+
+from vadit.arguments import parse, told_once
+from vadit.commands.about import recipe_table
+from vadit.commands.common import print_table
+from vadit.config import DiTConfig, TokenizerConfig, to_dict
+from vadit.errors import UsageError
+from vadit.recipes import RECIPES, get_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What `vadit train` takes besides the recipe's settings."""
+
+    dry_run: bool = False
+    """Print the resolved config, the parameters and the memory per GPU, and exit."""
+    world_size: int | None = None
+    """Number of processes that --dry-run reckons with; default: as started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(DryRun):
+    """Train a tokenizer; the same command continues a run that was stopped."""
+
+    config: Annotated[TokenizerConfig, arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGenerator(DryRun):
+    """Train a generator; the same command continues a run that was stopped."""
+
+    config: Annotated[DiTConfig, arg(name="")]
+
+
+def run(arguments: list[str]) -> None:
+    """Train a recipe, or with --dry-run say what it would take."""
+    with told_once():
+        name, rest = _recipe_name(arguments)
+        if name is None:
+            print("usage: vadit train RECIPE [--setting value ...] [--dry-run]\n")
+            print_table(recipe_table())
+            print("\n`vadit train RECIPE --help` explains every setting.")
+            return
+        recipe = get_recipe(name)
+    about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
+    options: TrainGenerator | TrainTokenizer
+    if isinstance(recipe, DiTConfig):
+        options = parse(
+            TrainGenerator, rest, command=f"train {name}", default=TrainGenerator(config=recipe), description=about
+        )
+    else:
+        options = parse(
+            TrainTokenizer, rest, command=f"train {name}", default=TrainTokenizer(config=recipe), description=about
+        )
+    if options.dry_run:
+        _dry_run(options)
+    elif options.world_size is not None:
+        raise UsageError(
+            f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
+        )
+    elif isinstance(options, TrainGenerator):
+        from vadit.train import dit
+
+        dit.train(options.config)
+    else:
+        from vadit.train import tokenizer
+
+        tokenizer.train(options.config)
+
+
+def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe and the other arguments; None asks for help. A recipe may stand behind settings."""
+    known = [argument for argument in arguments if argument in RECIPES]
+    name = known[0] if known else next(iter(arguments), None)
+    if name in ("-h", "--help"):
+        return None, []
+    if name is None or name.startswith("-"):
+        raise UsageError("vadit train needs the name of a recipe first; `vadit recipes` lists them")
+    position = arguments.index(name)
+    return name, arguments[:position] + arguments[position + 1 :]
+
+
+def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
+    from vadit import distributed
+    from vadit.memory import estimate
+
+    if options.world_size is not None and options.world_size < 1:
+        raise UsageError(f"--world-size is {options.world_size}; it must be at least 1")
+    with _pretend_world(options.world_size):
+        world_size = distributed.world_size()
+        needed = estimate(options.config, world_size)
+    if not distributed.is_main():
+        return
+    print(json.dumps(to_dict(options.config), indent=2))
+    print()
+    for network in needed.networks:
+        frozen = f", {network.num_frozen:,} frozen" if network.num_frozen else ""
+        print(f"{network.name}: {network.num_trained:,} trained parameters{frozen}")
+    from rich.table import Table
+
+    gib = 2**30
+    accumulation = options.config.engine.gradient_accumulation
+    table = Table(
+        title=f"GiB per GPU: {world_size} process(es), {needed.micro_batch} images each in a forward pass"
+        + (f", {accumulation} of them per step" if accumulation > 1 else ""),
+        title_justify="left",
+    )
+    columns = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "total")
+    for column in ("ZeRO", *columns):
+        table.add_column(column, justify="right")
+    for row in needed.stages:
+        chosen = row.stage == options.config.engine.zero_stage
+        values = [f"{getattr(row, column) / gib:,.2f}" for column in columns]
+        table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, style="bold" if chosen else None)
+    print_table(table)
+    print(
+        f"* engine.zero_stage. Activations: {needed.activations.per_image / gib:.3f} GiB per image. "
+        "Estimated; workspace and fragmentation come on top (10-20%)."
+    )
+
+
+@contextlib.contextmanager
+def _pretend_world(size: int | None) -> Iterator[None]:
+    """Let the batch be divided among `size` processes, where that is given."""
+    before = os.environ.get("WORLD_SIZE")
+    try:
+        if size is not None:
+            os.environ["WORLD_SIZE"] = str(size)
+        yield
+    finally:
+        if size is not None:
+            del os.environ["WORLD_SIZE"]
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
