@@ -57,6 +57,13 @@ def test_pngs_and_npz_give_the_same_images_in_the_order_of_their_numbers(tmp_pat
         np.testing.assert_array_equal(np.concatenate(list(source.batches(4, limit=5))), pictures[:5])
 
 
+def test_a_sample_folder_is_read_without_its_grid(tmp_path: Path) -> None:
+    pictures = images(3)
+    write_pngs(tmp_path / "images", pictures)
+    Image.fromarray(images(1, 24)[0]).save(tmp_path / "grid.png")
+    np.testing.assert_array_equal(np.concatenate(list(samples.open_images(tmp_path).batches(8))), pictures)
+
+
 def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None:
     def refuse(path: Path, match: str, kind: type[Exception] = UsageError) -> None:
         with pytest.raises(kind, match=match):

@@ -134,10 +134,10 @@ def _npy_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dty
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """A folder of PNGs or an .npz with arr_0."""
+    """A folder of PNGs, what `vadit sample` wrote (its images/ lie beside a grid), or an .npz with arr_0."""
     path = Path(path)
     if path.is_dir():
-        return PngFolder(path)
+        return PngFolder(path / "images" if (path / "images").is_dir() else path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist; name a folder of PNGs or an .npz with arr_0")
     if path.suffix.lower() in (".jpg", ".jpeg"):
