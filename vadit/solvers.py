@@ -289,10 +289,12 @@ def _dopri5(
 
     # points between the ends would only be interpolated and kept in memory: the steps do not depend on them
     ends = times[[0, -1]].to(noise.device)
+    # dopri5 steps past the end and interpolates back; the vp path has no sigma past t = 1, so there a step ends with it
+    options = {"step_t": ends[1:]} if flow.path == "vp" else {}
     # tolerances as lists, like the authors: torchdiffeq then takes the error norm in fp64, and the first steps, whose
     # error is rounding alone, come out equal
     try:
-        latents = odeint(slope, state, ends, method="dopri5", atol=[atol], rtol=[rtol])[-1]
+        latents = odeint(slope, state, ends, method="dopri5", atol=[atol], rtol=[rtol], options=options)[-1]
     except AssertionError as error:
         if "underflow in dt" not in str(error) and "non-finite" not in str(error):
             raise
