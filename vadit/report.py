@@ -1,0 +1,238 @@
+"""One HTML file that shows a run: numbers, curves and pictures, all inside it; it opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vadit.charts import Curve, line_chart, short_number
+from vadit.errors import UsageError
+
+MAX_PICTURE_BYTES = 2_400_000
+"""All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""
+
+_FIRST = ("loss", "images_per_s")
+_NOT_CURVES = ("images", "step")
+_LINEAR = ("lr", "images_per_s")
+_CHART_TITLES = {"images_per_s": "throughput, images/s", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report, for instance a stage of a run."""
+
+    title: str
+    log: Path | None = None
+    """log.jsonl of a run: every quantity in it becomes a chart."""
+    images: Sequence[tuple[str, Path]] = ()
+    """Captions and PNG files."""
+    table: Sequence[tuple[str, ...]] = ()
+    """Rows; the first cell of a row is its name."""
+    header: tuple[str, ...] = ()
+    """Names of the table's columns, where it has more than name and value."""
+    text: str = ""
+    """A paragraph above all else; a blank line starts another."""
+    settings: Path | None = None
+    """config.json of a run, folded away behind a click."""
+
+
+def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Write the report to `out`, whole or not at all. Returns its path."""
+    out = Path(out)
+    paths = [path for section in sections for _, path in section.images]
+    budget = MAX_PICTURE_BYTES // max(len(paths), 1)
+    body = "".join(_section(section, f"s{number}", budget) for number, section in enumerate(sections))
+    contents = "".join(f'<a href="#s{number}">{_text(section.title)}</a>' for number, section in enumerate(sections))
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><main>"
+        f"<header><h1>{_text(title)}</h1>{_paragraphs(lead, 'lead')}<nav>{contents}</nav></header>{body}"
+        f"<footer>Written by vadit on {datetime.now():%Y-%m-%d %H:%M}.</footer></main></body></html>\n"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+
+@dataclass
+class Log:
+    """The quantities of a log.jsonl by name, over images."""
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    skipped_lines: int = 0
+    """Lines that are no JSON objects (a process that was killed while it wrote)."""
+
+
+def read_log(path: str | Path) -> Log:
+    """Read a log.jsonl; where a resumed run logged the same image counts again, the later lines count."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name the log.jsonl of a run")
+    log = Log()
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            images = line["images"]
+        except (ValueError, TypeError, KeyError):
+            log.skipped_lines += 1
+            continue
+        while lines and lines[-1]["images"] >= images:
+            lines.pop()
+        lines.append(line)
+    names = dict.fromkeys(name for line in lines for name in line if name not in _NOT_CURVES)
+    for name in names:
+        points = [(line["images"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+        if points:
+            x, y = zip(*points, strict=True)
+            log.curves[name] = Curve(np.array(x, np.float64), np.array(y, np.float64))
+    return log
+
+
+def _charts(path: Path) -> str:
+    log = read_log(path)
+    names = [name for name in _FIRST if name in log.curves] + [name for name in log.curves if name not in _FIRST]
+    cards = []
+    for name in names:
+        curve = log.curves[name]
+        drawing = line_chart(name, curve, may_be_log=name not in _LINEAR)
+        lost = int((~curve.finite).sum())
+        note = f' <span class="warn">{lost} not finite</span>' if lost else ""
+        last = short_number(float(curve.y[-1])) if math.isfinite(curve.y[-1]) else "not finite"
+        cards.append(
+            f'<figure class="chart"><figcaption><b>{_text(_CHART_TITLES.get(name, name))}</b>{note}'
+            f'<span class="last">{last}</span></figcaption>{drawing}</figure>'
+        )
+    if not cards:
+        return '<p class="note">The log holds no points yet.</p>'
+    note = (
+        f'<p class="note">{log.skipped_lines} damaged lines of the log were left out.</p>' if log.skipped_lines else ""
+    )
+    return f'<div class="charts">{"".join(cards)}</div>{note}'
+
+
+# ------------------------------------------------------------------------------------------ parts of the page
+
+
+def _section(section: Section, anchor: str, budget: int) -> str:
+    parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>', _paragraphs(section.text, "")]
+    if section.table:
+        parts.append(_table(section.table, section.header))
+    for caption, path in section.images:
+        source, width = _picture(path, budget)
+        parts.append(
+            f'<figure class="picture"><img src="{source}" alt="{_text(caption)}" style="max-width:min(100%,{width}px)">'
+            f"<figcaption>{_text(caption)}</figcaption></figure>"
+        )
+    if section.log is not None:
+        parts.append(_charts(section.log))
+    if section.settings is not None:
+        parts.append(
+            f"<details><summary>All settings</summary><pre>{_text(_settings(section.settings))}</pre></details>"
+        )
+    return "".join(parts) + "</section>"
+
+
+def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{_text(row[0])}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
+    )
+    top = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def _settings(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name the config.json of a run")
+    return path.read_text(encoding="utf-8")
+
+
+def _picture(path: Path, budget: int) -> tuple[str, int]:
+    """A PNG as a data URI of at most about `budget` bytes before base64, and its width on the page in pixels."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; name a picture that was written") from None
+    except OSError as error:
+        raise UsageError(f"{path} is not a readable picture ({error}); name a PNG file") from None
+    width, kind = image.width, "png"
+    # Grids of photographs are large as PNG; in a report, unlike in an evaluation, a JPEG does no harm.
+    quality = 90
+    while len(data) > budget and min(image.size) > 64:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+        data, kind = buffer.getvalue(), "jpeg"
+        image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", max(width, 240)
+
+
+def _paragraphs(text: str, kind: str) -> str:
+    style = f' class="{kind}"' if kind else ""
+    return "".join(f"<p{style}>{_text(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+_STYLE = """
+:root{--ink:#1d2433;--soft:#5b6475;--line:#e3e7ee;--accent:#2f6fde;--paper:#fff;--ground:#f5f7fa}
+*{box-sizing:border-box}
+body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 60px}
+h1{margin:0 0 8px;font-size:30px;letter-spacing:-.015em;line-height:1.2}
+h2{margin:0 0 14px;font-size:20px;letter-spacing:-.01em}
+.lead{max-width:46em;margin:0 0 10px;color:var(--soft);font-size:17px}
+nav{display:flex;flex-wrap:wrap;gap:8px;margin:18px 0 26px}
+nav a{padding:4px 12px;border:1px solid var(--line);border-radius:99px;background:var(--paper);color:var(--accent);
+text-decoration:none;font-size:14px}
+section{margin:0 0 22px;padding:24px;border:1px solid var(--line);border-radius:12px;background:var(--paper)}
+section p{max-width:46em;margin:0 0 14px}
+.table{overflow-x:auto;margin:0 0 18px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:6px 28px 6px 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+tbody th{color:var(--soft);font-weight:400}
+td{font-weight:600}
+thead th{color:var(--soft);font-size:13px;font-weight:600}
+figure{margin:0}
+.picture{margin:0 0 20px}
+.picture img{display:block;width:100%;height:auto;border-radius:6px}
+.picture figcaption{margin-top:6px;color:var(--soft);font-size:14px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px}
+.chart{padding:10px 10px 4px;border:1px solid var(--line);border-radius:8px}
+.chart figcaption{display:flex;gap:8px;align-items:baseline;padding:0 4px;font-size:14px}
+.chart .last{margin-left:auto;color:var(--accent);font-weight:600;font-variant-numeric:tabular-nums}
+svg{display:block;width:100%;height:auto}
+svg text{fill:#7a8394;font-size:10.5px;font-family:inherit}
+.grid{stroke:#edf0f5}.axis{stroke:#c9d0db}
+.curve{fill:none;stroke:var(--accent);stroke-width:1.6;stroke-linejoin:round}
+.band{fill:var(--accent);opacity:.16}.end{fill:var(--accent)}
+.note,footer{color:var(--soft);font-size:14px}
+.warn{color:#b3261e;font-size:12px}
+details{margin-top:16px}
+summary{color:var(--accent);cursor:pointer;font-size:14px}
+pre{max-height:420px;margin:10px 0 0;padding:14px;overflow:auto;border-radius:8px;background:var(--ground);
+font-size:12.5px}
+@media print{body{background:#fff}main{padding:0}section{break-inside:avoid}nav{display:none}}
+""".strip()
