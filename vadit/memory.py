@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vadit.config import Config, DiTConfig, EngineSpec, TokenizerConfig
 from vadit.train.engine import deepspeed_config
+
+if TYPE_CHECKING:
+    from vadit.models.foundation import FoundationModel
 
 FP32, BF16 = 4, 2
 """Bytes per number."""
@@ -83,8 +87,13 @@ def estimate(config: Config, world_size: int) -> Estimate:
     settings = deepspeed_config(config.engine, global_batch=config.run.batch_size)
     micro_batch = settings["train_micro_batch_size_per_gpu"]
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
-    with FakeTensorMode():
-        networks, activations = _tokenizer(config) if isinstance(config, TokenizerConfig) else _generator(config)
+    if isinstance(config, TokenizerConfig):
+        foundation = _foundation(config)
+        with FakeTensorMode():
+            networks, activations = _tokenizer(config, foundation)
+    else:
+        with FakeTensorMode():
+            networks, activations = _generator(config)
     kept = activations.fixed + activations.per_image * micro_batch
     stages = tuple(_stage_memory(networks, config.engine, stage, world_size, bucket, kept) for stage in range(4))
     return Estimate(networks, micro_batch, activations, stages)
@@ -136,7 +145,18 @@ def _generator(config: DiTConfig) -> tuple[tuple[Network, ...], Activations]:
     return (_count("LightningDiT" if spec.swiglu else "DiT", model, averaged=True),), kept
 
 
-def _tokenizer(config: TokenizerConfig) -> tuple[tuple[Network, ...], Activations]:
+def _foundation(config: TokenizerConfig) -> FoundationModel | None:
+    """The foundation model on the meta device (timm reads values while it builds, which fake tensors have not)."""
+    if config.loss.vf_weight <= 0:
+        return None
+    from vadit.models.foundation import FoundationModel
+
+    # Random weights: the count needs the shapes alone, and nothing is downloaded.
+    with torch.device("meta"):
+        return FoundationModel(dataclasses.replace(config.foundation, weights="random"), config.autoencoder.latent_size)
+
+
+def _tokenizer(config: TokenizerConfig, foundation: FoundationModel | None) -> tuple[tuple[Network, ...], Activations]:
     from vadit.models.autoencoder import Autoencoder
 
     spec, loss = config.autoencoder, config.loss
@@ -153,11 +173,7 @@ def _tokenizer(config: TokenizerConfig) -> tuple[tuple[Network, ...], Activation
 
         critics.append(vgg16().features[:VGG16_LAYERS].requires_grad_(False))
         networks.append(_count("VGG16 of LPIPS", critics[-1]))
-    if loss.vf_weight > 0:
-        from vadit.models.foundation import FoundationModel
-
-        # Random weights: the count needs the shapes alone, and nothing is downloaded.
-        foundation = FoundationModel(dataclasses.replace(config.foundation, weights="random"), spec.latent_size)
+    if foundation is not None:
         networks.append(_count("foundation model", foundation))
         networks[0] = dataclasses.replace(
             networks[0], num_trained=networks[0].num_trained + foundation.feature_dim * spec.latent_channels

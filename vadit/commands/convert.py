@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from vadit.arguments import parse
+from vadit.config import DiTConfig, load_run_config
+from vadit.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,32 @@ class ExportOptions:
 
 
 def import_command(arguments: list[str]) -> None:
-    """vadit import SOURCE"""
+    """Turn one of the authors' checkpoints into a folder of ours."""
     options = parse(ImportOptions, arguments, command="import")
-    raise NotImplementedError(options)
+    from vadit.interop import import_checkpoint
+
+    kind = import_checkpoint(
+        options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
+    )
+    print(f"{options.out}: {'a generator' if kind == 'dit' else 'a tokenizer'}")
 
 
 def export_command(arguments: list[str]) -> None:
-    """vadit export RUN"""
+    """Write a run's network, or turn an exported one into the authors' format."""
     options = parse(ExportOptions, arguments, command="export")
-    raise NotImplementedError(options)
+    from vadit.interop import export_reference, save_reference
+    from vadit.models.pretrained import WEIGHTS_NAME
+    from vadit.train.export import export_run, load_autoencoder, load_generator
+
+    exported = (Path(options.run) / WEIGHTS_NAME).is_file()
+    if exported and options.format == "vadit":
+        raise UsageError(f"{options.run} is exported already; name a run, or set --format reference")
+    if exported:
+        export_reference(options.run, options.out)
+    elif options.format == "vadit":
+        export_run(options.run, options.out, options.ema)
+    elif isinstance(load_run_config(options.run), DiTConfig):
+        save_reference(load_generator(options.run, options.ema), options.out)
+    else:
+        save_reference(load_autoencoder(options.run, options.ema or None), options.out)
+    print(options.out)

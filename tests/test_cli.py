@@ -1,0 +1,253 @@
+"""The command line: what it refuses, how it says so, and what a dry run tells."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vadit import cli
+from vadit.commands import train as train_command
+from vadit.errors import RunError, UsageError
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "vadit", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("command", ["help", "recipes", "train"])
+def test_help_and_recipes_need_no_torch(command: str) -> None:
+    arguments = {"help": ["--help"], "recipes": ["recipes"], "train": ["train", "lightningdit-b", "--help"]}[command]
+    code = (
+        "import sys; from vadit.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(3 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command} ", text, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "evaluate samples", "evaluate tokenizer", "evaluate latents"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert f"usage: vadit {command.split()[0]}" in capsys.readouterr().out
+
+
+def test_help_of_a_recipe_gives_meaning_unit_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
+    assert cli.main(["train", "vavae-f16d32-dinov2", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--run.batch-size INT Images per optimizer step over all processes. (default: 256)" in text
+    assert "--dry-run" in text
+    assert "--stages.1.vf-weight" in text
+
+
+def test_recipes_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    for part in ("lightningdit-xl-64ep", "fid50k_euler250", "2.11", "1,024,000,000", "VA-VAE f16d32"):
+        assert part in text, part
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+REFUSALS = {
+    "unknown command": (["trian"], ["'trian'", "did you mean train"]),
+    "unknown recipe": (["train", "lightningdit-x"], ["'lightningdit-x'", "lightningdit-", "vadit recipes"]),
+    "no recipe": (["train"], ["name of a recipe", "vadit recipes"]),
+    "setting before recipe": (["train", "--run.seed", "1"], ["name of a recipe"]),
+    "unknown setting": (
+        ["train", "lightningdit-b", "--optimizer.lrr", "1"],
+        ["unknown setting --optimizer.lrr", "did you mean --optimizer.lr?"],
+    ),
+    "setting without its group": (["train", "lightningdit-b", "--lr", "1"], ["--lr;", "did you mean --optimizer.lr?"]),
+    "not a number": (["train", "lightningdit-b", "--optimizer.lr", "fast"], ["--optimizer.lr", "'fast'"]),
+    "no such choice": (
+        ["train", "lightningdit-b", "--engine.precision", "fp8"],
+        ["--engine.precision is 'fp8'", "fp32, bf16, autocast"],
+    ),
+    "value missing": (["train", "lightningdit-b", "--optimizer.betas", "0.9"], ["--optimizer.betas needs FLOAT FLOAT"]),
+    "stray word": (["train", "lightningdit-b", "faster"], ["'faster'", "--name value"]),
+    "impossible value": (["train", "lightningdit-b", "--run.batch-size", "0"], ["run.batch_size is 0", "at least 1"]),
+    "image size": (
+        ["train", "vavae-f16d32-dinov2", "--autoencoder.image-size", "250"],
+        ["image_size 250", "downsample ratio 16"],
+    ),
+    "alignment without a model": (
+        ["train", "vavae-f16d32-dinov2", "--foundation.name", "none"],
+        ["--loss.vf-weight 0"],
+    ),
+    "batch and processes": (
+        ["train", "lightningdit-b-debug", "--dry-run", "--world-size", "3"],
+        ["run.batch_size 4", "3 processes", "--run.batch-size 3"],
+    ),
+    "world size without dry run": (
+        ["train", "lightningdit-b-debug", "--world-size", "2"],
+        ["--world-size 2", "--dry-run"],
+    ),
+    "world size zero": (["train", "lightningdit-b", "--dry-run", "--world-size", "0"], ["--world-size is 0"]),
+    "encode without images": (["encode", "--tokenizer", "x"], ["--images"]),
+    "required settings": (["sample", "--out", "x"], ["--generator", "--tokenizer"]),
+    "evaluate what": (["evaluate", "everything"], ["samples, tokenizer or latents", "'everything'"]),
+    "doctor takes nothing": (["doctor", "--all"], ["'--all'"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal_is_one_sentence_that_names_the_setting(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, parts = REFUSALS[case]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    for part in parts:
+        assert part in lines[0]
+
+
+MISSING = {
+    "images for the tokenizer": ["train", "vavae-f16d32-dinov2-debug", "--data.path", "nowhere"],
+    "latents": ["train", "lightningdit-b-debug", "--data.path", "nowhere"],
+    "tokenizer to encode with": ["encode", "--tokenizer", "nowhere", "--images", "nowhere", "--out", "out"],
+    "generator": ["sample", "--generator", "nowhere", "--tokenizer", "nowhere", "--out", "out"],
+    "samples": ["evaluate", "samples", "--samples", "nowhere", "--reference", "nowhere.npz"],
+    "latents to measure": ["evaluate", "latents", "--latents", "nowhere"],
+    "run to export": ["export", "nowhere", "--out", "out"],
+    "checkpoint to import": ["import", "nowhere.pt", "--out", "out"],
+    "statistics": ["encode", "--stats-only", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_missing_input_is_named_and_nothing_is_written(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(MISSING[case]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "nowhere" in error and "Traceback" not in error, error
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_of_its_own_exits_with_2_and_no_traceback() -> None:
+    done = run("train", "lightningdit-c")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown recipe 'lightningdit-c'")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_adds_the_traceback() -> None:
+    done = run("train", "--debug", "lightningdit-c")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr and "error: unknown recipe" in done.stderr
+
+
+def test_only_rank_0_tells_a_mistake_in_the_settings() -> None:
+    done = run("train", "lightningdit-c", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UsageError("a is 1;\n set it to 2"), 2, "error: a is 1; set it to 2"),
+        (RunError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "/data/x: Permission denied"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_failures_become_exit_codes(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(train_command, "run", fail)
+    assert cli.main(["train"]) == code
+    told = capsys.readouterr().err
+    assert words in told and "Traceback" not in told
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_command, "run", fail)
+    assert cli.main(["train"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict, str]:
+    """The resolved config and the text behind it."""
+    assert cli.main(["train", *arguments, "--dry-run"]) == 0
+    config, _, rest = capsys.readouterr().out.partition("\n}\n")
+    return json.loads(config + "}"), rest
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [("lightningdit-xl-64ep", 675), ("lightningdit-b", 130)])
+def test_dry_run_counts_parameters(recipe: str, millions: int, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = dry_run(capsys, recipe)
+    match = re.search(r"([\d,]+) trained parameters", text)
+    assert match is not None
+    assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_dry_run_prints_what_the_overrides_resolve_to(capsys: pytest.CaptureFixture[str]) -> None:
+    config, text = dry_run(
+        capsys,
+        "lightningdit-b-debug",
+        *("--optimizer.lr", "3e-4", "--engine.zero-stage", "2", "--model.qk-norm", "--run.batch-size=8"),
+        *("--engine.ema-decays", "0.9", "0.99", "--world-size", "4"),
+    )
+    assert config["optimizer"]["lr"] == 3e-4
+    assert config["engine"]["ema_decays"] == [0.9, 0.99]
+    assert config["model"]["qk_norm"] is True
+    assert "4 process(es), 2 images each" in text
+    assert "2 *" in text
+
+
+def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank", "0")
+    assert config["run"]["seed"] == 7
+
+
+def test_dry_run_of_the_tokenizer_counts_all_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = dry_run(capsys, "vavae-f16d32-dinov2-debug")
+    for network in ("autoencoder", "discriminator", "foundation model"):
+        assert network in text, network

@@ -1,0 +1,105 @@
+"""The house: stems of ops complete, files short, layers kept."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES, MAX_ENTRIES = 450, 12
+SOURCES = sorted(
+    path
+    for folder in ("vadit", "kernels", "csrc", "tests", "benchmarks", "launch")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh", ".sh", ".sbatch")
+)
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Files that git knows."""
+    done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.splitlines()
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth of it; relative ones with their dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "vadit" else {module}
+    return found
+
+
+def test_every_op_has_its_stem_everywhere() -> None:
+    from vadit import kernels
+
+    ops = set(kernels.backends())
+    assert ops == {"rms_norm", "rope", "swiglu", "vf_loss"}
+    for op in ops:
+        assert (ROOT / "kernels" / "ops" / f"{op}.py").is_file(), op
+        assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file(), op
+        assert (ROOT / "tests" / f"test_op_{op}.py").is_file(), op
+        assert callable(getattr(kernels, op))
+    stems = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} | {
+        path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+    }
+    assert stems <= ops
+    assert {path.stem.removeprefix("test_op_") for path in (ROOT / "tests").glob("test_op_*.py")} == ops
+
+
+def test_top_level_is_small() -> None:
+    entries = {path.split("/")[0] for path in tracked()}
+    visible = sorted(entry for entry in entries if not entry.startswith("."))
+    assert len(visible) <= MAX_ENTRIES, visible
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_kernels_folder_is_no_package() -> None:
+    # A top-level package named kernels would shadow another project's.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert [path.name for path in ROOT.glob("*.py")] == ["setup.py"]
+
+
+def test_kernels_import_nothing_of_vadit() -> None:
+    for path in (ROOT / "kernels" / "ops").glob("*.py"):
+        above = {name for name in imports(path) if name.split(".")[0] == "vadit"}
+        assert all(name == "vadit" or name.startswith("vadit.kernels") for name in above), (path.name, above)
+
+
+def test_layers_are_kept() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    if not Path(command[0]).is_file():
+        pytest.skip("import-linter is not installed")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_door_per_foreign_package() -> None:
+    doors = {"timm": {"foundation.py"}, "torchdiffeq": {"solvers.py"}, "torch_fidelity": {"inception.py"}}
+    for package, files in doors.items():
+        found = {
+            path.name
+            for path in (ROOT / "vadit").rglob("*.py")
+            if any(name.split(".")[0] == package for name in imports(path))
+        }
+        assert found <= files, package
+
+
+def test_scripts_of_the_front_door_are_executable() -> None:
+    for name in (".ci/run", "launch/train.sh", "launch/torchrun.sh"):
+        path = ROOT / name
+        assert path.stat().st_mode & 0o100, name
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0, name
