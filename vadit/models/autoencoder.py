@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vadit.config import AutoencoderSpec
 from vadit.errors import UsageError
-from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors, read_spec, save_model
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -224,7 +224,6 @@ class Autoencoder(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to a posterior over latents (B, d, H/f, W/f), and back.
 
     Any H and W that the downsample ratio f divides will do; the levels that attend stay those of `spec.image_size`.
-    `checkpoint_decoder` recomputes the whole decoder in the backward pass (ZeRO 3 with adaptive weights needs it).
     """
 
     def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool = False) -> None:
@@ -234,7 +233,6 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(spec)
         self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
-        self.checkpoint_decoder = False
         self.gradient_checkpointing = gradient_checkpointing
 
     @property
@@ -269,8 +267,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, z_Bdhw: Tensor) -> Tensor:
         """Images (B, C, H, W), in [-1, 1] up to overshoot."""
-        h = self.post_quant_conv(z_Bdhw.to(self.dtype))
-        return _run(self.decoder, h, self.checkpoint_decoder)
+        return self.decoder(self.post_quant_conv(z_Bdhw.to(self.dtype)))
 
     def forward(self, x_BCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction from a posterior sample, and the posterior."""
@@ -284,7 +281,6 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Autoencoder:
         """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
-        model = cls(read_spec(AutoencoderSpec, folder))
+        spec = read_spec(AutoencoderSpec, folder)
         path = Path(folder) / WEIGHTS_NAME
-        load_state(model, read_safetensors(path), origin=str(path))
-        return model.eval()
+        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))

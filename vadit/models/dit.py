@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vadit.config import DiTSpec
 from vadit.errors import UsageError
 from vadit.kernels import rms_norm, rope, swiglu
-from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors, read_spec, save_model
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
 
 TIME_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -339,7 +339,6 @@ class LightningDiT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LightningDiT:
         """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
-        model = cls(read_spec(DiTSpec, folder))
+        spec = read_spec(DiTSpec, folder)
         path = Path(folder) / WEIGHTS_NAME
-        load_state(model, read_safetensors(path), origin=str(path))
-        return model.eval()
+        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))

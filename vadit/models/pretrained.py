@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 S = TypeVar("S")
+M = TypeVar("M", bound=nn.Module)
 
 
 def save_model(model: nn.Module, spec: Any, folder: str | Path) -> None:
@@ -91,6 +92,26 @@ def read_weights(path: str | Path) -> Any:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Copy `state` into `model`, name by name; the first tensor that is missing, left over or misshapen is named."""
+    _check_fit(model, state, origin)
+    with torch.no_grad():
+        model.load_state_dict(dict(state))
+
+
+def build_model(make: Callable[[], M], state: Mapping[str, Tensor], origin: str) -> M:
+    """The model that `make` builds, with `state` as its weights: float32, on the CPU, in evaluation mode.
+
+    It is built without memory, so that a billion weights are neither drawn at random first nor held twice.
+    """
+    with torch.device("meta"):
+        model = make()
+    _check_fit(model, state, origin)
+    # copies: what is read may be a view of the file, or the caller's own tensors
+    copies = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state:
@@ -103,5 +124,3 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     for name, tensor in state.items():
         if name not in own:
             raise UsageError(f"{origin}: unexpected tensor {name} of shape {tuple(tensor.shape)}; use a matching file")
-    with torch.no_grad():
-        model.load_state_dict(dict(state))

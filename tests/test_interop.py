@@ -1,0 +1,248 @@
+"""The authors' file format: every hyper-parameter inferred, equal outputs, round trips, and each way to be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vadit import interop
+from vadit.config import AutoencoderSpec, DiTSpec
+from vadit.errors import RunError, UsageError
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.dit import LightningDiT, mlp_width
+
+LIGHTNING = DiTSpec(input_size=4, patch_size=1, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=6)
+PLAIN = dataclasses.replace(LIGHTNING, patch_size=2, swiglu=False, rope=False, rmsnorm=False)
+DIT_SPECS = {
+    "lightning_patch1": LIGHTNING,
+    "qk_norm_patch2": dataclasses.replace(LIGHTNING, patch_size=2, qk_norm=True, num_heads=2),
+    "plain": PLAIN,
+    "plain_sigma": dataclasses.replace(PLAIN, learn_sigma=True, depth=3),
+    "shift_free": dataclasses.replace(LIGHTNING, shift_free=True, num_classes=1000),
+    "qk_norm_alone": dataclasses.replace(PLAIN, qk_norm=True, in_channels=5, mlp_ratio=2.5),
+    "rmsnorm_alone": dataclasses.replace(PLAIN, rmsnorm=True),
+    "swiglu_alone": dataclasses.replace(PLAIN, swiglu=True, mlp_ratio=3.0),
+}
+AUTOENCODER = AutoencoderSpec(
+    image_size=256, latent_channels=4, base_channels=32, channel_multipliers=(1, 2, 1, 1, 2), num_res_blocks=1
+)
+UNATTENDING = dataclasses.replace(AUTOENCODER, channel_multipliers=(1, 2), attention_resolutions=())
+
+
+def randomise(model: Any) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def dit(spec: DiTSpec = LIGHTNING) -> LightningDiT:
+    return randomise(LightningDiT(spec))
+
+
+def predict(model: LightningDiT) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, model.spec.in_channels, 4, 4, generator=generator)
+    with torch.no_grad():
+        return model.forward_with_variance(x, torch.tensor([0.1, 0.8]), torch.tensor([0, model.num_classes]))
+
+
+def autoencoder_checkpoint(spec: AutoencoderSpec = AUTOENCODER) -> tuple[Autoencoder, dict[str, Any]]:
+    """A model, and what the authors' trainer would have saved of it."""
+    model = randomise(Autoencoder(spec))
+    extra = {
+        "loss.logvar": torch.zeros(()),
+        "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
+        "foundation_model.model.cls_token": torch.zeros(1, 1, 8),
+        "linear_proj.weight": torch.zeros(8, 4, 1, 1),
+    }
+    return model, {"state_dict": {**model.state_dict(), **extra}, "global_step": 7}
+
+
+# ------------------------------------------------------------------------------------------------ generator
+
+
+@pytest.mark.parametrize("name", DIT_SPECS)
+def test_every_hyper_parameter_is_inferred(name: str) -> None:
+    spec = DIT_SPECS[name]
+    model = dit(spec)
+    needed = None if spec.rope or spec.qk_norm else spec.num_heads
+    loaded = interop.load_reference_dit({"ema": model.state_dict()}, num_heads=needed)
+    assert loaded.spec == spec
+    assert not loaded.training
+    assert torch.equal(predict(loaded), predict(model))
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_any_mlp_width_is_reproduced(swiglu: bool) -> None:
+    def make(ratio: float) -> DiTSpec:
+        return DiTSpec(hidden_size=44, num_heads=1, mlp_ratio=ratio, swiglu=swiglu)
+
+    for width in range(1, 400):
+        ratio = interop._infer_mlp_ratio(make, width, 44, swiglu)
+        assert mlp_width(make(ratio)) == width
+
+
+def test_wrappers_and_precedence() -> None:
+    model, other = dit(), dit()
+    with torch.no_grad():
+        other.final_layer.linear.bias.add_(1.0)
+    own, second = model.state_dict(), other.state_dict()
+    prefixed = {f"module.{name}": tensor for name, tensor in own.items()}
+    compiled = {f"_orig_mod.module.{name}": tensor for name, tensor in own.items()}
+    for source in (
+        {"model": second, "ema": own, "opt": {"state": {}}, "config": {"train": {"lr": 2e-4}}},
+        {"model": prefixed},
+        prefixed,
+        compiled,
+        {name: tensor.double() for name, tensor in own.items()},
+    ):
+        assert torch.equal(predict(interop.load_reference_dit(source)), predict(model))
+
+
+def test_loading_copies_the_callers_tensors() -> None:
+    state = dit().state_dict()
+    loaded = interop.load_reference_dit(state)
+    before = predict(loaded)
+    state["final_layer.linear.bias"].add_(1.0)
+    assert torch.equal(predict(loaded), before)
+
+
+def test_number_of_heads() -> None:
+    state = dit(PLAIN).state_dict()
+    with pytest.raises(UsageError, match=r"neither RoPE nor QK-norm.*give num_heads"):
+        interop.load_reference_dit(state)
+    with pytest.raises(UsageError, match=r"hidden_size 32 is not divisible by model\.num_heads 5"):
+        interop.load_reference_dit(state, num_heads=5)
+    with pytest.raises(UsageError, match=r"num_heads is 2, but feat_rope\.freqs_cos .* says 4"):
+        interop.load_reference_dit(dit().state_dict(), num_heads=2)
+
+
+def without(name: str) -> Callable[[dict], None]:
+    return lambda state: state.pop(name)
+
+
+def replaced(name: str, *shape: int) -> Callable[[dict], None]:
+    return lambda state: state.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("x_embedder.proj.weight"), r"tensor x_embedder\.proj\.weight is missing"),
+        (without("pos_embed"), "tensor pos_embed is missing"),
+        (without("blocks.1.attn.qkv.bias"), r"tensor blocks\.1\.attn\.qkv\.bias of shape \(96,\) is missing"),
+        (without("blocks.0.mlp.w3.weight"), r"tensor blocks\.0\.mlp\.w3\.weight is missing"),
+        (replaced("extra.weight", 3), r"unexpected tensor extra\.weight of shape \(3,\)"),
+        (replaced("blocks.3.norm1.weight", 32), r"blocks\.2\.\.\.\. are missing"),
+        (replaced("blocks.1.norm2.weight", 31), r"norm2\.weight has shape \(31,\), the model needs \(32,\)"),
+        (replaced("final_layer.linear.weight", 4, 32), r"final_layer\.linear\.weight has 4 rows, needed are 3"),
+        (replaced("pos_embed", 1, 15, 32), "pos_embed has 15 positions, needed is a square number"),
+        (replaced("pos_embed", 16, 32), r"pos_embed has shape \(16, 32\), needed are 3 dimensions"),
+    ],
+)
+def test_the_first_bad_tensor_is_named(damage: Callable[[dict], None], message: str) -> None:
+    state = dict(dit().state_dict())
+    damage(state)
+    with pytest.raises(UsageError, match=message) as error:
+        interop.load_reference_dit({"ema": state})
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize(
+    ("spec", "attention_resolution"),
+    [
+        (AUTOENCODER, None),
+        (AUTOENCODER, 16),
+        (dataclasses.replace(AUTOENCODER, image_size=64, attention_resolutions=(8, 4)), 4),
+        (dataclasses.replace(UNATTENDING, num_res_blocks=2), None),
+        (dataclasses.replace(UNATTENDING, in_channels=1), 16),
+    ],
+    ids=["f16", "f16_told", "two_levels_at_64", "no_attention", "no_attention_told"],
+)
+def test_autoencoder_is_inferred(spec: AutoencoderSpec, attention_resolution: int | None) -> None:
+    model, checkpoint = autoencoder_checkpoint(spec)
+    loaded = interop.load_reference_autoencoder(checkpoint, attention_resolution=attention_resolution)
+    assert loaded.spec == spec
+    x = torch.rand(1, spec.in_channels, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(x).mean, model.encode(x).mean)
+        z = model.encode(x).mode()
+        assert torch.equal(loaded.decode(z), model.decode(z))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("encoder.conv_in.weight"), r"tensor encoder\.conv_in\.weight is missing"),
+        (without("post_quant_conv.weight"), r"tensor post_quant_conv\.weight is missing"),
+        (without("decoder.up.4.attn.1.q.weight"), r"tensor decoder\.up\.4\.attn\.1\.q\.weight of shape .* is missing"),
+        (replaced("encoder.down.1.block.0.conv1.weight", 40, 32, 3, 3), "is 40 wide, needed is a multiple of 32"),
+        (replaced("quant_conv.weight", 4, 8, 1, 1), r"quant_conv\.weight has shape \(4, 8, 1, 1\), the model needs"),
+    ],
+)
+def test_bad_autoencoder_is_named(damage: Callable[[dict], None], message: str) -> None:
+    _, checkpoint = autoencoder_checkpoint()
+    damage(checkpoint["state_dict"])
+    with pytest.raises(UsageError, match=message):
+        interop.load_reference_autoencoder(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_import_and_export(tmp_path: Path) -> None:
+    model = dit(DIT_SPECS["plain"])
+    tokenizer, checkpoint = autoencoder_checkpoint()
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "config": {"a": [1, "b"]}}, tmp_path / "dit.pt")
+    torch.save(checkpoint, tmp_path / "vae.pt")
+    assert interop.import_checkpoint(tmp_path / "dit.pt", tmp_path / "dit", num_heads=4) == "dit"
+    assert interop.import_checkpoint(tmp_path / "vae.pt", tmp_path / "vae") == "autoencoder"
+    assert torch.equal(predict(LightningDiT.from_pretrained(tmp_path / "dit")), predict(model))
+    assert Autoencoder.from_pretrained(tmp_path / "vae").spec == tokenizer.spec
+
+    interop.export_reference(tmp_path / "dit", tmp_path / "back" / "dit.pt")
+    interop.export_reference(tmp_path / "vae", tmp_path / "back" / "vae.pt")
+    back = torch.load(tmp_path / "back" / "dit.pt", weights_only=True)
+    assert list(back) == ["ema"]
+    assert back["ema"].keys() == model.state_dict().keys()
+    assert all(torch.equal(back["ema"][name], tensor) for name, tensor in model.state_dict().items())
+    again = interop.load_reference_autoencoder(tmp_path / "back" / "vae.pt")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tokenizer.state_dict().items())
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {"dit.pt", "vae.pt"}
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    model = dit()
+    with pytest.raises(UsageError, match=r"absent\.pt does not exist"):
+        interop.load_reference_dit(tmp_path / "absent.pt")
+    torch.save({"ema": model.state_dict()}, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-3000])
+    with pytest.raises(RunError, match=r"cut\.pt cannot be read as a torch checkpoint; it is truncated or damaged"):
+        interop.load_reference_dit(tmp_path / "cut.pt")
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 8)
+    with pytest.raises(RunError, match=r"noise\.pt cannot be read"):
+        interop.load_reference_autoencoder(tmp_path / "noise.pt")
+    torch.save({"ema": model.state_dict(), "config": Path("x")}, tmp_path / "object.pt")
+    with pytest.raises(UsageError, match=r"object\.pt holds Python objects besides tensors"):
+        interop.load_reference_dit(tmp_path / "object.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UsageError, match=r"list\.pt holds a list, needed is a mapping"):
+        interop.load_reference_dit(tmp_path / "list.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"other\.pt is neither a generator"):
+        interop.import_checkpoint(tmp_path / "other.pt", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"holds no model\.safetensors"):
+        interop.export_reference(tmp_path, tmp_path / "out.pt")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.pt").exists()
