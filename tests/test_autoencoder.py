@@ -1,0 +1,203 @@
+"""The autoencoder against a naive second form, its posterior against torch.distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vadit.config import AutoencoderSpec
+from vadit.errors import UsageError
+from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
+
+BASE = AutoencoderSpec(
+    image_size=16,
+    latent_channels=3,
+    base_channels=8,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=2,
+    attention_resolutions=(8,),
+    norm_groups=4,
+)
+
+
+def randomised(spec: AutoencoderSpec) -> Autoencoder:
+    torch.manual_seed(0)
+    model = Autoencoder(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class Naive:
+    """LDM's encoder and decoder written out over the state dict, in float64."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        self.spec = model.spec
+        self.w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int | None = None) -> Tensor:
+        weight = self.w[name + ".weight"]
+        padding = weight.shape[-1] // 2 if padding is None else padding
+        return F.conv2d(x, weight, self.w[name + ".bias"], stride, padding)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (self.spec.norm_groups, -1))
+        mean = groups.mean((2, 3, 4), keepdim=True)
+        variance = (groups - mean).pow(2).mean((2, 3, 4), keepdim=True)
+        flat = ((groups - mean) / (variance + 1e-6).sqrt()).flatten(1, 2)
+        return flat * self.w[name + ".weight"][:, None, None] + self.w[name + ".bias"][:, None, None]
+
+    def block(self, name: str, x: Tensor) -> Tensor:
+        h = self.norm(name + ".norm1", x)
+        h = self.conv(name + ".conv1", h * h.sigmoid())
+        h = self.norm(name + ".norm2", h)
+        h = self.conv(name + ".conv2", h * h.sigmoid())
+        return h + (self.conv(name + ".nin_shortcut", x) if name + ".nin_shortcut.weight" in self.w else x)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        normed = self.norm(name + ".norm", x)
+        q, k, v = (self.conv(f"{name}.{part}", normed).flatten(2) for part in "qkv")
+        weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / q.shape[1] ** 0.5, -1)
+        return x + self.conv(name + ".proj_out", torch.einsum("bij,bcj->bci", weights, v).view_as(x))
+
+    def level(self, name: str, x: Tensor, blocks: int) -> Tensor:
+        for index in range(blocks):
+            x = self.block(f"{name}.block.{index}", x)
+            if f"{name}.attn.{index}.q.weight" in self.w:
+                x = self.attention(f"{name}.attn.{index}", x)
+        return x
+
+    def middle(self, name: str, x: Tensor) -> Tensor:
+        return self.block(name + ".block_2", self.attention(name + ".attn_1", self.block(name + ".block_1", x)))
+
+    def moments(self, x: Tensor) -> Tensor:
+        h = self.conv("encoder.conv_in", x.double())
+        for level in range(len(self.spec.channel_multipliers)):
+            h = self.level(f"encoder.down.{level}", h, self.spec.num_res_blocks)
+            if level < len(self.spec.channel_multipliers) - 1:
+                padded = torch.zeros(*h.shape[:2], h.shape[2] + 1, h.shape[3] + 1, dtype=h.dtype)
+                padded[:, :, :-1, :-1] = h
+                h = self.conv(f"encoder.down.{level}.downsample.conv", padded, stride=2, padding=0)
+        h = self.norm("encoder.norm_out", self.middle("encoder.mid", h))
+        return self.conv("quant_conv", self.conv("encoder.conv_out", h * h.sigmoid()))
+
+    def decode(self, z: Tensor) -> Tensor:
+        h = self.middle("decoder.mid", self.conv("decoder.conv_in", self.conv("post_quant_conv", z.double())))
+        for level in reversed(range(len(self.spec.channel_multipliers))):
+            h = self.level(f"decoder.up.{level}", h, self.spec.num_res_blocks + 1)
+            if level > 0:
+                doubled = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                h = self.conv(f"decoder.up.{level}.upsample.conv", doubled)
+        h = self.norm("decoder.norm_out", h)
+        return self.conv("decoder.conv_out", h * h.sigmoid())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"attention_resolutions": (), "num_res_blocks": 1},
+        {"channel_multipliers": (2, 1), "attention_resolutions": (16, 8)},
+    ],
+    ids=["f4", "no_attention", "f2"],
+)
+def test_equals_naive_form(change: dict) -> None:
+    model = randomised(dataclasses.replace(BASE, **change))
+    naive = Naive(model)
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    ratio = model.spec.downsample_ratio
+    with torch.no_grad():
+        moments = model.moments(x)
+        z = torch.randn(2, 3, 16 // ratio, 24 // ratio)
+        images = model.decode(z)
+    for found, expected in ((moments, naive.moments(x)), (images, naive.decode(z))):
+        assert found.shape == expected.shape
+        assert (found - expected).norm() / expected.norm() < 1e-5
+    used = {name for name in model.state_dict() if ".attn." in name and name.endswith("q.weight")}
+    assert len(used) == len(model.spec.attention_resolutions) * (2 * model.spec.num_res_blocks + 1)
+
+
+def test_reference_shapes_of_f16d32() -> None:
+    with torch.device("meta"):
+        model = Autoencoder(AutoencoderSpec())
+        assert model.moments(torch.empty(1, 3, 256, 256)).shape == (1, 64, 16, 16)
+    state = model.state_dict()
+    assert [name for name in state if name.endswith("attn.0.q.weight")] == [
+        "encoder.down.4.attn.0.q.weight",
+        "decoder.up.4.attn.0.q.weight",
+    ]
+    assert state["encoder.down.4.block.0.nin_shortcut.weight"].shape == (512, 256, 1, 1)
+    assert state["decoder.up.3.block.0.nin_shortcut.weight"].shape == (256, 512, 1, 1)
+    assert state["quant_conv.weight"].shape == (64, 64, 1, 1)
+    assert state["post_quant_conv.weight"].shape == (32, 32, 1, 1)
+    assert model.encoder.conv_out.weight.shape == (64, 512, 3, 3)
+    assert model.decoder.conv_out.weight.shape == (3, 128, 3, 3)
+
+
+def test_posterior() -> None:
+    generator = torch.Generator().manual_seed(0)
+    moments = 3 * torch.randn(2, 8, 5, 5, generator=generator)
+    posterior = DiagonalGaussian(moments)
+    expected = torch.distributions.Normal(moments[:, :4].double(), moments[:, 4:].double().div(2).exp())
+    kl = torch.distributions.kl_divergence(expected, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert torch.allclose(posterior.kl().double(), kl, rtol=1e-5)
+    assert torch.equal(posterior.mode(), moments[:, :4])
+    assert torch.allclose(posterior.std.double(), expected.stddev, rtol=1e-5)
+
+    first = posterior.sample(torch.Generator().manual_seed(7))
+    assert torch.equal(first, posterior.sample(torch.Generator().manual_seed(7)))
+    assert not torch.equal(first, posterior.sample(torch.Generator().manual_seed(8)))
+    wide = DiagonalGaussian(torch.cat([torch.full((1, 1, 200, 200), 2.0), torch.full((1, 1, 200, 200), -1.0)], 1))
+    drawn = wide.sample(generator)
+    assert abs(drawn.mean() - 2.0) < 0.02
+    assert abs(drawn.std() - 0.6065) < 0.02
+
+
+def test_logvar_is_clamped() -> None:
+    moments = torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1)
+    assert DiagonalGaussian(moments).logvar.flatten().tolist() == [-30.0, 20.0]
+
+
+def test_image_size_that_the_ratio_does_not_divide() -> None:
+    with pytest.raises(UsageError, match=r"18x16 is not divisible by the autoencoder's downsample ratio 4"):
+        randomised(BASE).encode(torch.zeros(1, 3, 18, 16))
+
+
+def test_gradient_checkpointing_gives_equal_gradients() -> None:
+    model = randomised(BASE)
+    assert not model.gradient_checkpointing
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    gradients = []
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        model.zero_grad()
+        images, posterior = model(x, torch.Generator().manual_seed(3))
+        ((images - x).square().mean() + 0.1 * posterior.kl().mean()).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_channels_last_gives_the_same_numbers() -> None:
+    model = randomised(BASE)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.decode(model.encode(x).mode())
+        model.to(memory_format=torch.channels_last)
+        found = model.decode(model.encode(x.to(memory_format=torch.channels_last)).mode())
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_save_and_load(tmp_path) -> None:
+    model = randomised(BASE)
+    model.save_pretrained(tmp_path)
+    loaded = Autoencoder.from_pretrained(tmp_path)
+    assert loaded.spec == BASE
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded.moments(x), model.moments(x))

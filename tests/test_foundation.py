@@ -1,0 +1,114 @@
+"""Foundation models through timm, with tiny random networks; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from vadit.config import FoundationSpec
+from vadit.errors import RunError, UsageError
+from vadit.models import foundation
+from vadit.models.foundation import TIMM_NAMES, FoundationModel
+
+TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+DINO = "vit_small_patch14_dinov2"
+VIT = "vit_tiny_patch16_224"
+
+
+def build(name: str = DINO, latent_size: int = 3, **settings: Any) -> FoundationModel:
+    torch.manual_seed(0)
+    return FoundationModel(FoundationSpec(name, **{"weights": "random", "model_args": TINY, **settings}), latent_size)
+
+
+def images(size: int = 48) -> torch.Tensor:
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("input_range", ["normalized", "minus_one_one"])
+def test_features_are_the_last_block_after_the_norm_without_class_token(input_range: Any) -> None:
+    model = build(input_range=input_range)
+    assert (model.feature_dim, model.input_size) == (24, 42)
+    found = model(images())
+    x = F.interpolate(images(), size=(42, 42), mode="bilinear", align_corners=False)
+    if input_range == "normalized":
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        x = ((x + 1) / 2 - mean) / std
+    with torch.no_grad():
+        expected = model.model.forward_features(x)[:, 1:].reshape(2, 3, 3, 24).permute(0, 3, 1, 2)
+    assert found.shape == (2, 24, 3, 3)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "latent_size", "feature_dim"),
+    [
+        ("vit_small_patch14_reg4_dinov2", TINY, 4, 24),
+        ("vit_base_patch16_clip_224", TINY, 2, 24),
+        ("samvit_base_patch16", TINY, 2, 256),
+        ("resnet10t", {}, 2, 512),
+    ],
+)
+def test_any_timm_model_on_the_latents_grid(name: str, model_args: dict, latent_size: int, feature_dim: int) -> None:
+    model = build(name, latent_size, model_args=model_args)
+    assert model.feature_dim == feature_dim
+    assert model(images(40)).shape == (2, feature_dim, latent_size, latent_size)
+
+
+def test_names_of_the_paper_are_timm_models() -> None:
+    assert list(TIMM_NAMES) == ["dinov2", "mae", "sam", "clip"]
+    for name in TIMM_NAMES.values():
+        assert name in timm.list_pretrained(name.split(".")[0] + ".*")
+
+
+def test_is_frozen() -> None:
+    model = build().train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model(images().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(5)
+    source = timm.create_model(VIT, num_classes=7, **TINY)
+    path = tmp_path / f"weights.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(source.state_dict(), path)
+    model = build(VIT, weights=str(path), model_args={**TINY, "num_classes": 7})
+    assert torch.equal(model.model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+    with pytest.raises(UsageError, match=r"foundation\.weights \S+ do not fit vit_tiny_patch16_224: size mismatch"):
+        build(VIT, weights=str(path), model_args={**TINY, "num_classes": 9})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(RunError, match=rf"foundation\.weights \S+weights\.{suffix} cannot be read"):
+        build(VIT, weights=str(path))
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"3x3 grid for foundation\.input_size 48.*set --foundation\.input-size 64"):
+        build(VIT, latent_size=4, input_size=48)
+    with pytest.raises(UsageError, match=r"foundation\.weights \S+ is no file.*vit_large_patch14_dinov2\.lvd142m"):
+        build("dinov2", weights=str(tmp_path / "absent.pth"))
+    with pytest.raises(UsageError, match=r"foundation\.name vit_tinny_patch16_224 .*did you mean vit_tiny_patch16_224"):
+        build("vit_tinny_patch16_224")
+    with pytest.raises(UsageError, match=r"foundation\.model_args \{'no_such': 1\} do not suit vit_tiny_patch16_224"):
+        build(VIT, model_args={"no_such": 1})
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(foundation.timm, "create_model", refuse)
+    with pytest.raises(RunError) as error:
+        build("mae", weights="hub")
+    assert "timm/vit_large_patch16_224.mae" in str(error.value)
+    assert "--foundation.weights" in str(error.value)
+    assert "\n" not in str(error.value)
