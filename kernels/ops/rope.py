@@ -64,9 +64,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 if dispatch.CPP_LOADED:
 
     @torch.library.register_fake("vadit::rope")
-    def _(
-        q_BHNK: Tensor, k_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor, transposed: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _(q_BHNK: Tensor, k_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
         return q_BHNK.new_empty(q_BHNK.shape), k_BHNK.new_empty(k_BHNK.shape)
 
     torch.library.register_autograd("vadit::rope", _backward, setup_context=_setup_context)
@@ -75,9 +73,7 @@ if dispatch.CPP_LOADED:
 # ---------------------------------------------------------------------------------------------------------- public
 
 
-def _check(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
     checks.check_kind(OP, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
     if q.ndim != 4 or q.shape[-1] % 2:
         checks.fail(OP, f"q {checks.shape(q)}", "q (B, H, N, K) with an even head width K")

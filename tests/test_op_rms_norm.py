@@ -1,0 +1,154 @@
+"""RMSNorm with modulation against its formula in float64: results, all gradients, both backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vadit.kernels import dispatch, rms_norm
+from vadit.kernels.testing import assert_as_exact_as_torch, results_and_gradients
+
+BACKENDS = [
+    "reference",
+    pytest.param("cpp", marks=pytest.mark.skipif(not dispatch.CPP_LOADED, reason="vadit/_C.abi3.so is not built")),
+]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request: pytest.FixtureRequest):
+    with dispatch.setting(request.param):
+        yield request.param
+
+
+def formula(x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    y = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+    tokens = (slice(None),) + (None,) * (x.ndim - 2)
+    if scale is not None:
+        y = y * (1 + scale[tokens])
+    return y if shift is None else y + shift[tokens]
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, magnitude: float = 1.0, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    images, width = shape[0], shape[-1]
+    return [normal(*shape) * magnitude, 1 + 0.3 * normal(width), 0.5 * normal(images, width), normal(images, width)]
+
+
+@pytest.mark.parametrize("shape", [(2, 255, 760), (3, 7, 1152), (2, 33, 9), (5, 64), (2, 3, 4, 24), (1, 1, 3)])
+@pytest.mark.parametrize("modulation", ["none", "scale", "shift", "both"])
+def test_results_and_gradients(shape: tuple[int, ...], modulation: str) -> None:
+    x, weight, scale, shift = make(*shape)
+    inputs = [x, weight, scale if modulation in ("scale", "both") else None]
+    assert_as_exact_as_torch(rms_norm, formula, [*inputs, shift if modulation in ("shift", "both") else None])
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 1e-4])
+def test_magnitudes(magnitude: float) -> None:
+    assert_as_exact_as_torch(rms_norm, formula, make(2, 16, 72, magnitude=magnitude))
+
+
+def test_zeros_and_rows_of_zeros() -> None:
+    x, weight, scale, shift = make(2, 16, 72)
+    x[0, 3] = 0
+    assert_as_exact_as_torch(rms_norm, formula, [x, weight, scale, shift])
+    assert_as_exact_as_torch(rms_norm, formula, [torch.zeros_like(x), weight, scale, shift])
+
+
+def test_bfloat16_keeps_its_dtype() -> None:
+    assert_as_exact_as_torch(rms_norm, formula, make(2, 16, 760, dtype=torch.bfloat16))
+
+
+def test_bfloat16_modulation_of_float32() -> None:
+    # What autocast makes: a float32 residual stream, a bf16 modulation.
+    x, weight, scale, shift = make(2, 16, 72)
+    found = rms_norm(x, weight, scale.bfloat16(), shift.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, formula(x, weight, scale.bfloat16().float(), shift.bfloat16().float()))
+
+
+def test_strided_inputs() -> None:
+    def through_views(op):
+        def call(x_DNB: Tensor, weight: Tensor, modulation: Tensor) -> Tensor:
+            scale, shift = modulation.chunk(2, dim=1)
+            return op(x_DNB.permute(2, 1, 0), weight, scale, shift)
+
+        return call
+
+    x, weight, scale, shift = make(3, 17, 40)
+    inputs = [x.permute(2, 1, 0).contiguous(), weight, torch.cat([scale, shift], dim=1)]
+    assert_as_exact_as_torch(through_views(rms_norm), through_views(formula), inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 24), (2, 0, 24)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    x, weight, scale, shift = make(*shape)
+    y, dx, dweight, dscale, _ = results_and_gradients(rms_norm, [x, weight, scale, shift])
+    assert y.shape == shape and dx.shape == shape and dscale.shape == scale.shape
+    assert not dweight.any()
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    inputs = make(4, 300, 96)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results_and_gradients(rms_norm, inputs)
+        torch.set_num_threads(3)
+        three = results_and_gradients(rms_norm, inputs)
+    finally:
+        torch.set_num_threads(threads)
+    if dispatch.takes_cpp("rms_norm", *inputs):
+        assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = make(2, 16, 72)
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    for found, eager in zip(
+        results_and_gradients(compiled, inputs), results_and_gradients(rms_norm, inputs), strict=True
+    ):
+        torch.testing.assert_close(found, eager)
+
+
+def test_opcheck(backend: str) -> None:
+    if backend != "cpp":
+        pytest.skip("plain torch")
+    x, weight, scale, shift = (t.requires_grad_() for t in make(2, 5, 24))
+    torch.library.opcheck(torch.ops.vadit.rms_norm.default, (x, weight, scale, shift, 1e-6))
+    torch.library.opcheck(torch.ops.vadit.rms_norm.default, (x, weight, None, None, 1e-6))
+    plain = [t.detach() for t in (x, x, weight, scale)]
+    torch.library.opcheck(torch.ops.vadit.rms_norm_backward.default, (*plain, True, 1e-6))
+
+
+def test_second_derivative_is_right_or_refused(backend: str) -> None:
+    x, weight, _, _ = make(2, 3, 8)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(rms_norm(x, weight).pow(3).sum(), x, create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(gradient.square().sum(), x)[0].any()
+    else:
+        with pytest.raises(RuntimeError, match="VADIT_KERNELS=reference"):
+            torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.ones(7)}, ["(7,)", "(8,)"]),
+        ({"scale": torch.ones(3, 8)}, ["(3, 8)", "(2, 8)"]),
+        ({"shift": torch.ones(8)}, ["(8,)", "(2, 8)"]),
+        ({"x": torch.ones(8)}, ["(8,)", "(B, ..., D)"]),
+        ({"x": torch.ones(2, 3, 8, dtype=torch.int64)}, ["int64", "floating"]),
+        ({"weight": torch.ones(8, device="meta")}, ["meta", "cpu"]),
+    ],
+)
+def test_wrong_calls_are_named(change: dict[str, Tensor], words: list[str]) -> None:
+    x, weight, scale, shift = make(2, 3, 8)
+    with pytest.raises(ValueError, match=r"^rms_norm: found") as error:
+        rms_norm(**{"x": x, "weight": weight, "scale": scale, "shift": shift} | change)
+    assert all(word in str(error.value) for word in words)

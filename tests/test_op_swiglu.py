@@ -1,0 +1,103 @@
+"""SwiGLU's gate against its formula in float64: results, gradient, both backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vadit.kernels import dispatch, swiglu
+from vadit.kernels.testing import assert_as_exact_as_torch, results_and_gradients
+
+BACKENDS = [
+    "reference",
+    pytest.param("cpp", marks=pytest.mark.skipif(not dispatch.CPP_LOADED, reason="vadit/_C.abi3.so is not built")),
+]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request: pytest.FixtureRequest):
+    with dispatch.setting(request.param):
+        yield request.param
+
+
+def formula(x12: Tensor) -> Tensor:
+    width = x12.shape[-1] // 2
+    x1, x2 = x12[..., :width], x12[..., width:]
+    return x1 * torch.sigmoid(x1) * x2
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 255, 2256), (3, 16, 682), (5, 14), (2, 3, 4, 6), (2,), (40_000, 2)])
+def test_results_and_gradients(shape: tuple[int, ...]) -> None:
+    assert_as_exact_as_torch(swiglu, formula, [normal(*shape)])
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 30.0, 1e-4, 0.0])
+def test_magnitudes(magnitude: float) -> None:
+    assert_as_exact_as_torch(swiglu, formula, [normal(3, 16, 72) * magnitude])
+
+
+def test_whole_range_of_the_exponential() -> None:
+    # Elementwise, where the largest magnitude of a tensor would hide the small ones; x2 = 1.
+    x1 = torch.linspace(-100, 100, 20_001)
+    found = swiglu(torch.stack([x1, torch.ones_like(x1)], dim=1))[:, 0].double()
+    exact = x1.double() * torch.sigmoid(x1.double())
+    smallest = torch.finfo(torch.float32).tiny * 100  # below, the exponential is flushed to 0
+    assert ((found - exact).abs() <= 4e-7 * exact.abs() + smallest).all()
+
+
+def test_not_a_number_stays_one() -> None:
+    x12 = normal(4, 32)
+    x12[1, 3] = torch.nan
+    x12[2, 3] = torch.inf
+    found = swiglu(x12)
+    assert found[1, 3].isnan() and found[2, 3].isinf() and found.isfinite().sum() == found.numel() - 2
+
+
+def test_bfloat16_keeps_its_dtype() -> None:
+    assert_as_exact_as_torch(swiglu, formula, [normal(3, 16, 760).bfloat16()])
+
+
+def test_strided_input() -> None:
+    def through_a_view(op):
+        return lambda x: op(x.transpose(0, 2)[:, ::2])
+
+    assert_as_exact_as_torch(through_a_view(swiglu), through_a_view(formula), [normal(24, 10, 3)])
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 24), (2, 3, 0)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    y, dx = results_and_gradients(swiglu, [torch.zeros(shape)])
+    assert y.shape == (*shape[:-1], shape[-1] // 2) and dx.shape == shape
+
+
+def test_compiles_as_one_graph() -> None:
+    compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
+    x12 = normal(2, 16, 72)
+    for found, eager in zip(results_and_gradients(compiled, [x12]), results_and_gradients(swiglu, [x12]), strict=True):
+        torch.testing.assert_close(found, eager)
+
+
+def test_opcheck(backend: str) -> None:
+    if backend != "cpp":
+        pytest.skip("plain torch")
+    torch.library.opcheck(torch.ops.vadit.swiglu.default, (normal(2, 5, 24).requires_grad_(),))
+    torch.library.opcheck(torch.ops.vadit.swiglu_backward.default, (normal(2, 5, 12), normal(2, 5, 24)))
+
+
+@pytest.mark.parametrize(
+    ("x12", "words"),
+    [
+        (torch.ones(2, 7), ["(2, 7)", "even"]),
+        (torch.tensor(1.0), ["()", "(..., 2H)"]),
+        (torch.ones(2, 8, dtype=torch.int32), ["int32", "floating"]),
+    ],
+)
+def test_wrong_calls_are_named(x12: Tensor, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^swiglu: found") as error:
+        swiglu(x12)
+    assert all(word in str(error.value) for word in words)
