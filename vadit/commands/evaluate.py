@@ -22,7 +22,7 @@ class EvaluateSamplesOptions:
     """Folder of PNGs, or an .npz with arr_0."""
     reference: str
     """.npz with statistics or images (ADM's VIRTUAL_imagenet256_labeled.npz), or a folder of PNGs."""
-    inception: str | None = None
+    inception_weights: str | None = None
     """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
     sampler: str = "unnamed"
     """How the samples were drawn, for the names of the numbers: euler250_cfg10; default: what `vadit sample` noted."""
@@ -48,7 +48,7 @@ class EvaluateTokenizerOptions:
     """Side that images are cropped to, in pixels; default: the tokenizer's training size."""
     posterior: Literal["sample", "mode"] = "sample"
     """Latent that is decoded: one posterior sample (as the authors evaluate), or the mean."""
-    inception: str | None = None
+    inception_weights: str | None = None
     """Path of torch-fidelity's Inception weights, for rFID."""
     vgg_weights: str | None = None
     """Path of torchvision's vgg16-397923af.pth, for LPIPS."""
@@ -106,7 +106,7 @@ def _evaluate_samples(arguments: list[str]) -> None:
     metrics = evaluate_samples(
         options.samples,
         options.reference,
-        inception_weights=options.inception,
+        inception_weights=options.inception_weights,
         device=distributed.device(options.device),
         batch_size=options.batch_size,
         num_samples=options.num_samples,
@@ -149,7 +149,7 @@ def _evaluate_tokenizer(arguments: list[str]) -> None:
         (batch.images for batch in batches),
         device=device,
         lpips=perceptual,
-        features=None if options.inception is None else Inception(options.inception, device).pool,
+        features=None if options.inception_weights is None else Inception(options.inception_weights, device).pool,
         posterior=options.posterior,
         seed=options.seed,
     )
