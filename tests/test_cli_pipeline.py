@@ -1,0 +1,140 @@
+"""encode, train, sample, evaluate, export and import, one after the other as a user types them, on tiny networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vadit import cli
+from vadit.config import TokenizerConfig
+from vadit.models.autoencoder import Autoencoder
+from vadit.recipes import get_recipe
+
+NUM_IMAGES, SIDE = 12, 64
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images in two classes, an untrained tokenizer, its latents and a generator's run on them."""
+    folder = tmp_path_factory.mktemp("house")
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 70, 90, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        path = folder / "images" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    config = get_recipe("vavae-f16d32-dinov2-debug")
+    assert isinstance(config, TokenizerConfig)
+    torch.manual_seed(0)
+    Autoencoder(config.autoencoder).save_pretrained(folder / "tokenizer")
+    assert cli.main(encode(folder)) == 0
+    train = ["train", "lightningdit-b-debug", "--run.out", str(folder / "run"), "--data.path", str(folder / "latents")]
+    assert cli.main(train) == 0
+    return folder
+
+
+def encode(folder: Path, *settings: str) -> list[str]:
+    names = ("--tokenizer", "tokenizer", "--images", "images", "--out", "latents")
+    paths = [name if name.startswith("--") else str(folder / name) for name in names]
+    return ["encode", *paths, "--image-size", str(SIDE), "--dtype", "fp32", "--num-workers", "1", *settings]
+
+
+def sample(folder: Path, out: Path, *settings: str) -> list[str]:
+    paths = ("--generator", str(folder / "run"), "--tokenizer", str(folder / "tokenizer"), "--out", str(out))
+    return ["sample", *paths, "--method", "euler", "--num-steps", "3", "--num-samples", "3", *settings]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+    """The one sentence that the command ends with."""
+    capsys.readouterr()
+    assert cli.main(arguments) == code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_encode_leaves_shards_statistics_and_a_second_call_that_does_nothing(
+    house: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics = torch.load(house / "latents" / "latents_stats.pt", weights_only=True)
+    assert statistics["mean"].shape == (1, 32, 1, 1)
+    before = {path: path.stat().st_mtime_ns for path in (house / "latents").iterdir()}
+    capsys.readouterr()
+    assert cli.main(encode(house)) == 0
+    assert "0 images encoded here" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (house / "latents").iterdir()} == before
+
+
+def test_sample_takes_statistics_and_flow_from_the_run(house: Path, tmp_path: Path) -> None:
+    assert cli.main(sample(house, tmp_path, "--classes", "1", "0")) == 0
+    pngs = sorted((tmp_path / "images").glob("*.png"))
+    assert len(pngs) == 3
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, SIDE, SIDE, 3) and archive["arr_0"].dtype == np.uint8
+        assert archive["labels"].tolist() == [1, 0, 1]
+
+
+def test_export_and_import_give_the_same_weights_back(house: Path, tmp_path: Path) -> None:
+    folder, file, back = str(tmp_path / "exported"), str(tmp_path / "reference.pt"), str(tmp_path / "back")
+    assert cli.main(["export", str(house / "run"), "--out", folder]) == 0
+    assert cli.main(["export", folder, "--out", file, "--format", "reference"]) == 0
+    assert cli.main(["import", file, "--out", back]) == 0
+    first, second = (load_file(Path(path) / "model.safetensors") for path in (folder, back))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    averaged = load_file(Path(folder) / "model.safetensors")
+    assert cli.main(["export", str(house / "run"), "--out", str(tmp_path / "plain"), "--ema", "0"]) == 0
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
+
+
+def test_evaluate_tokenizer_writes_its_numbers(house: Path, tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
+    images = ["--images", str(house / "images"), "--image-size", str(SIDE), "--num-workers", "1"]
+    assert cli.main(["evaluate", "tokenizer", "--tokenizer", str(house / "tokenizer"), *images, "--out", str(out)]) == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["num_images"] == NUM_IMAGES and 0 < numbers["psnr"] < 30
+    assert "rfid" not in numbers
+
+
+def test_an_image_that_does_not_decode_is_named_and_can_be_left_out(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    for name, content in (("good", None), ("broken", 100)):
+        data = (house / "images" / "a" / "0.png").read_bytes()
+        (images / "a" / f"{name}.png").write_bytes(data[:content])
+    arguments = encode(house, "--images", str(images), "--out", str(tmp_path / "latents"))
+    assert "broken.png" in refusal(capsys, arguments, 1)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert cli.main([*arguments, "--on-error", "skip"]) == 0
+    assert "1 images encoded here" in capsys.readouterr().out
+
+
+def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--image-size 60" in refusal(capsys, encode(house, "--image-size", "60"), 2)
+    assert "label 99" in refusal(capsys, sample(house, tmp_path / "x", "--classes", "99"), 2)
+    assert "latents_stats.pt" in refusal(capsys, sample(house, tmp_path / "x", "--latents", str(tmp_path)), 2)
+    assert not (tmp_path / "x").exists()
+    elsewhere = ["--data.path", str(house / "images"), "--run.out", str(tmp_path / "run")]
+    assert str(house / "images") in refusal(capsys, ["train", "lightningdit-b-debug", *elsewhere], 2)
+    wrong_kind = ["sample", "--generator", str(house / "run"), "--tokenizer", str(house / "run"), "--out", "x"]
+    assert "tokenizer" in refusal(capsys, wrong_kind, 2)
+
+
+def test_a_truncated_checkpoint_is_named(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (damaged / name).write_bytes((house / "tokenizer" / name).read_bytes())
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    message = refusal(capsys, encode(house, "--tokenizer", str(damaged), "--out", str(tmp_path / "latents")), 1)
+    assert str(weights) in message
+    assert not (tmp_path / "latents").exists()
