@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,24 +62,34 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats * 1e3
 
 
+def compare(call: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, ...], repeats: int) -> Iterator[str]:
+    """One line for the forward pass alone, and one for both passes."""
+    cotangents = [torch.randn_like(result) for result in call()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            call()
+
+    def both() -> None:
+        torch.autograd.grad(call(), inputs, cotangents)
+
+    for name, part in (("forward", forward), ("forward + backward", both)):
+        times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+        for _ in range(ROUNDS):
+            for backend in BACKENDS:
+                with dispatch.setting(backend):
+                    times[backend].append(milliseconds(part, repeats))
+        plain, cpp = (statistics.median(times[backend][WARM_UP:]) for backend in BACKENDS)
+        yield f"{name:18} torch {plain:8.3f} ms  cpp {cpp:8.3f} ms  {plain / cpp:5.2f}x"
+
+
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, shape in SHAPES.items():
         for op, (call, inputs) in cases(shape).items():
-            cotangents = [torch.randn_like(result) for result in call()]
-            times: dict[tuple[str, str], list[float]] = {}
-            for _ in range(ROUNDS):
-                for backend in BACKENDS:
-                    with dispatch.setting(backend):
-                        repeats = 1 if name == "LightningDiT-B" else 20
-                        with torch.no_grad():
-                            times.setdefault(("forward", backend), []).append(milliseconds(call, repeats))
-                        both = milliseconds(lambda: torch.autograd.grad(call(), inputs, cotangents), repeats)
-                        times.setdefault(("forward + backward", backend), []).append(both)
-            for part in ("forward", "forward + backward"):
-                plain, cpp = (statistics.median(times[part, backend][WARM_UP:]) for backend in BACKENDS)
-                print(f"{name:14} {op:8} {part:18} torch {plain:8.3f} ms  cpp {cpp:8.3f} ms  {plain / cpp:5.2f}x")
+            for line in compare(call, inputs, repeats=1 if name == "LightningDiT-B" else 20):
+                print(f"{name:14} {op:8} {line}")
 
 
 if __name__ == "__main__":
