@@ -163,7 +163,7 @@ def _extension() -> Finding:
 
     files = sorted(Path(vadit.__file__).parent.glob("_C*.so"))
     if files:
-        return Finding("vadit._C", "ok", vadit.__version__, f"compiled C++ and CUDA kernels: {files[0].name}")
+        return Finding("vadit._C", "ok", vadit.__version__, f"compiled kernels: {files[0].name}")
     why = "the C++ kernels are not compiled; plain torch and Triton do their work"
     install = "pip install --no-build-isolation -e .  (in the checkout; it says why where it cannot compile)"
     remedy = install if shutil.which("g++") else f"apt-get install g++ && {install}"
