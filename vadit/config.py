@@ -108,14 +108,18 @@ class DiTSpec:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise UsageError(f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}")
+            raise UsageError(
+                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}"
+            )
         if self.rope and self.hidden_size // self.num_heads % 4:
             raise UsageError(
                 f"model.rope needs a head width divisible by 4, found {self.hidden_size}/{self.num_heads}; "
                 "change model.num_heads or set --no-model.rope"
             )
         if self.input_size % self.patch_size:
-            raise UsageError(f"model.input_size {self.input_size} is not divisible by model.patch_size {self.patch_size}")
+            raise UsageError(
+                f"model.input_size {self.input_size} is not divisible by model.patch_size {self.patch_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -371,7 +375,9 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
-            raise UsageError("loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model")
+            raise UsageError(
+                "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
+            )
 
 
 @dataclass(frozen=True)

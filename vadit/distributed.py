@@ -1,6 +1,6 @@
 """Where this process stands among the others, and the few collectives that the trainers need.
 
-One process needs no launcher; under `deepspeed` or `torchrun` the environment (RANK, WORLD_SIZE, LOCAL_RANK) says the rest.
+One process needs no launcher; under `deepspeed` or `torchrun` the environment says the rest (RANK, WORLD_SIZE).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress bar, TensorBoard events, and `log.jsonl`, one JSON object per log point."""
+"""What a run tells while it runs: a progress bar, TensorBoard events, and `log.jsonl`, a JSON object per log point."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ class ProgressBar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(*columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30)
+        self._progress = Progress(
+            *columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30
+        )
         self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
@@ -52,7 +56,7 @@ class ProgressBar:
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard events of one run; both forget what lies after the checkpoint that a run resumes from."""
+    """`log.jsonl` and TensorBoard events of one run; both forget what lies after the checkpoint that it resumes from."""
 
     def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
         self._file = None

@@ -27,6 +27,7 @@ from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 
 MODEL_FILE = "model.safetensors"
+"""Whole weights of the network called `model`: every task's first."""
 
 
 def ema_file(decay: float) -> str:
@@ -43,7 +44,13 @@ class Position:
 
 
 def save(
-    folder: Path, *, position: Position, engines: dict[str, Engine], ema: ShardedEMA, loader_state: dict[str, Any], keep: int
+    folder: Path,
+    *,
+    position: Position,
+    engines: dict[str, Engine],
+    ema: ShardedEMA,
+    loader_state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write a checkpoint of `engines` (the first is the network that is exported) under `folder`. Collective."""
     final = folder / f"step-{position.step:08d}"
@@ -57,7 +64,7 @@ def save(
             engine.save(partial, name)
         torch.save(_random_state(), partial / f"random-{distributed.rank():05d}.pt")
         main_engine = next(iter(engines.values()))
-        states = {MODEL_FILE: main_engine.full_state()}
+        states = {f"{name}.safetensors": engine.full_state() for name, engine in engines.items()}
         states |= {ema_file(decay): ema.full_state(decay) for decay in ema.shards}
         if distributed.is_main():
             for name, state in states.items():

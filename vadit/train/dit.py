@@ -43,7 +43,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     engine = Engine(
         model.train(), optimizer=config.optimizer, spec=config.engine, global_batch=config.run.batch_size, device=device
     )
-    runs.save_deepspeed_config(folder, {"dit": engine.config})
+    runs.save_deepspeed_config(folder, {"model": engine.config})
     loader = LatentLoader(
         dataset, batch_size, seed=config.run.seed, rank=distributed.rank(), world_size=distributed.world_size()
     )
@@ -53,7 +53,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
         return train_step(engine, ema, config, batches, position, device)
 
-    task = loop.Task(title=title, engines={"dit": engine}, ema=ema, loader=loader, step=step)
+    task = loop.Task(title=title, engines={"model": engine}, ema=ema, loader=loader, step=step)
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
 

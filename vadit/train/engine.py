@@ -66,7 +66,13 @@ def start(device: torch.device) -> None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            alone = {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             os.environ.update(alone)
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -161,13 +167,17 @@ class Engine:
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.named_parameters():
             with contextlib.ExitStack() as stack:
-                value = safe_get_full_fp32_param(parameter) if parameter.requires_grad and self.spec.zero_stage else None
+                value = (
+                    safe_get_full_fp32_param(parameter) if parameter.requires_grad and self.spec.zero_stage else None
+                )
                 if value is None:
                     if hasattr(parameter, "ds_id"):
                         stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
                     value = parameter.detach()
                 if distributed.is_main():
-                    state[name] = value.detach().float().reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu().clone()
+                    state[name] = (
+                        value.detach().float().reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu().clone()
+                    )
         if distributed.is_main():
             own = self.module.state_dict(keep_vars=True)
             for name, buffer in self.module.named_buffers():

@@ -112,13 +112,17 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 bar.update(position.images_seen, note=f"loss {values['loss']:.4g}")
             # ---- keep
             # Processes agree on a stop every eighth step only: agreeing waits for the device.
-            asked = (distributed.world_size() == 1 or position.step % 8 == 0) and distributed.any_rank(stop.requested, device)
+            asked = (distributed.world_size() == 1 or position.step % 8 == 0) and distributed.any_rank(
+                stop.requested, device
+            )
             if last or asked or _crossed(before, position.images_seen, spec.save_every_images):
                 check_finite(meter.peek(), images=position.images_seen, folder=str(folder / "checkpoints"))
                 save()
             if asked and not last:
                 log.close()
-                raise Stopped(f"stopped after {position.images_seen:,} images and saved; the same command goes on from there")
+                raise Stopped(
+                    f"stopped after {position.images_seen:,} images and saved; the same command goes on from there"
+                )
     log.close()
     if distributed.is_main():
         console.print(f"  [dim]run folder {folder}[/dim]")
@@ -139,7 +143,9 @@ class _Meter:
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
         for name, value in terms.items():
-            self._sums[name] = self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
+            self._sums[name] = (
+                self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
+            )
         self._steps += 1
 
     def peek(self) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """The run folder: its config, its seeds, the weights it starts from, and the weights it gives.
 
-    RUN/config.json       the resolved config; a run only goes on with the same one
-    RUN/deepspeed.json    what DeepSpeed was told
-    RUN/log.jsonl, tensorboard/
-    RUN/checkpoints/step-N/
-    RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
+RUN/config.json       the resolved config; a run only goes on with the same one
+RUN/deepspeed.json    what DeepSpeed was told
+RUN/log.jsonl, tensorboard/
+RUN/checkpoints/step-N/
+RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vadit.train import checkpoint
 
 # Settings that may change between two starts of the same run.
 _FREE = ("log_every_images", "save_every_images", "keep_checkpoints", "device")
+_PROJECTION = "linear_proj."
 
 
 def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
@@ -117,7 +118,20 @@ def initialise(module: nn.Module, source: str) -> None:
         state, origin = read_weights(path)
     else:
         raise UsageError(f"run.init_from {source} is no run, exported folder or .safetensors file; see `vadit import`")
+    # The projection of the VF loss is no part of an exported tokenizer, and of no use where there is no alignment.
+    own = module.state_dict()
+    state = {name: value for name, value in state.items() if name in own or not name.startswith(_PROJECTION)}
+    state |= {name: value for name, value in own.items() if name not in state and name.startswith(_PROJECTION)}
     load_state(module, state, str(origin))
+
+
+def initialise_discriminator(module: nn.Module, source: str) -> None:
+    """Go on with the discriminator of a run, where `source` is one that has it; exported folders do not."""
+    from vadit.models.pretrained import load_state, read_safetensors
+
+    path = checkpoint.newest(final_folder(source) / "checkpoints")
+    if path is not None and (path / "discriminator.safetensors").is_file():
+        load_state(module, read_safetensors(path / "discriminator.safetensors"), str(path))
 
 
 def stage_config(config: TokenizerConfig, index: int) -> TokenizerConfig:

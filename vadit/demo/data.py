@@ -1,0 +1,96 @@
+"""The demo's pictures, out of packages that are installed anyway, written as an ordinary folder of PNGs.
+
+digits: scikit-learn's scans of handwritten digits (Alpaydin & Kaynak 1998), 8x8, enlarged bicubically to 32x32.
+photos: 32x32 crops of the photographs in scikit-image and scikit-learn; the class is the photograph.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+SIZE = 32
+"""Side of the demo's images in pixels."""
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "ihc", "hubble", "retina", "china", "flower")
+CROPS_PER_PHOTO = 300
+HELD_OUT = 0.2
+"""Share of the images that no network trains on."""
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Folders of PNGs, one subfolder per class, and the same pictures in memory."""
+
+    train: Path
+    held_out: Path
+    classes: list[str]
+    train_images: np.ndarray
+    """uint8 (N, 32, 32, 3)."""
+    train_labels: np.ndarray
+    held_out_images: np.ndarray
+    held_out_labels: np.ndarray
+
+
+def prepare(folder: Path, kind: Literal["digits", "photos"]) -> DemoData:
+    """Write the pictures under `folder` (once) and return them."""
+    images, labels, classes = _digits() if kind == "digits" else _photos()
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order], labels[order]
+    cut = int(len(images) * (1 - HELD_OUT))
+    data = DemoData(
+        folder / "train", folder / "held_out", classes, images[:cut], labels[:cut], images[cut:], labels[cut:]
+    )
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for part, start, stop in (("train", 0, cut), ("held_out", cut, len(images))):
+            for index in range(start, stop):
+                target = partial / part / f"{labels[index]}-{classes[labels[index]]}" / f"{index:05d}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[index]).save(target)
+        partial.replace(folder)
+    return data
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = [Image.fromarray(np.uint8(scan * (255 / 16))) for scan in bunch.images]
+    large = [np.asarray(scan.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")) for scan in grey]
+    return np.stack(large), bunch.target.astype(np.int64), [str(digit) for digit in range(10)]
+
+
+def _photos() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    generator = np.random.default_rng(1)
+    crops, labels = [], []
+    for label, name in enumerate(PHOTOS):
+        photo = Image.fromarray(_photograph(name)).convert("RGB")
+        # A crop of a quarter of the photograph's short side shows something that can be told apart.
+        side = min(photo.size) // 4
+        for _ in range(CROPS_PER_PHOTO):
+            left, top = (int(generator.integers(0, full - side + 1)) for full in photo.size)
+            crop = photo.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            crops.append(np.asarray(crop))
+            labels.append(label)
+    return np.stack(crops), np.asarray(labels, np.int64), list(PHOTOS)
+
+
+def _photograph(name: str) -> np.ndarray:
+    """uint8 (H, W, 3) from the wheels; none of these is a download."""
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+
+        return load_sample_image(f"{name}.jpg")
+    import skimage.data
+    from skimage.io import imread
+
+    files = {"motorcycle": "motorcycle_left.png", "ihc": "ihc.png", "hubble": "hubble_deep_field.jpg",
+             "retina": "retina.jpg", "chelsea": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg",
+             "astronaut": "astronaut.png"}  # fmt: skip
+    return imread(Path(skimage.data.__file__).parent / files[name])[..., :3]

@@ -1,0 +1,106 @@
+"""The demo's two small classifiers: a vision transformer as the foundation model, and an independent judge.
+
+The judge sees no generated picture, shares no weight with the foundation model and is of another kind (a convolutional
+network), so its verdict on samples is not the tokenizer's own opinion handed back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vadit.config import FoundationSpec
+from vadit.demo.data import SIZE
+
+BATCH = 64
+LR = 2e-3
+
+
+def foundation_spec(weights: str, num_classes: int) -> FoundationSpec:
+    """A ViT of 0.8M weights with 8x8 patches: a 4x4 grid of features, as the demo's latents have."""
+    sizes: dict[str, int | float | str | bool] = {
+        "img_size": SIZE, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": num_classes,
+    }  # fmt: skip
+    return FoundationSpec(name="vit_tiny_patch16_224", weights=weights, model_args=sizes)
+
+
+class Judge(nn.Module):
+    """Images (B, 3, 32, 32) in [-1, 1] to logits; `features` gives the 64 numbers before them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 64)."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.features(x)))
+
+    @torch.no_grad()
+    def assess(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        """uint8 images (N, 32, 32, 3) to features (N, 64) and predicted classes (N,)."""
+        self.eval()
+        x = as_input(pixels)
+        features = torch.cat([self.features(part) for part in x.split(256)])
+        return features, self.head(F.relu(features)).argmax(1)
+
+
+def as_input(pixels: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    noise: float = 0.0,
+    progress: Callable[[int], None],
+) -> None:
+    """Train a classifier on images (N, 3, H, W) with random shifts of up to 2 pixels, and noise where asked."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    network.train()
+    for step in range(steps):
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        x = images[chosen].roll((dy, dx), dims=(2, 3))
+        x = x + noise * torch.randn(x.shape, generator=generator)
+        loss = F.cross_entropy(network(x), labels[chosen], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress((step + 1) * BATCH)
+    network.eval()
+
+
+def train_once(path: Path, build: Callable[[], nn.Module], train: Callable[[nn.Module], None]) -> nn.Module:
+    """The network whose weights lie at `path`; trained and saved (whole or not at all) where there are none."""
+    network = build()
+    if path.is_file():
+        network.load_state_dict(load_file(path))
+        return network.eval()
+    train(network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(network.state_dict(), partial)
+    os.replace(partial, path)
+    return network

@@ -1,0 +1,22 @@
+"""What `vadit demo` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The whole system in small: train, encode, sample and evaluate on real pictures, on any machine."""
+
+    out: str = "runs/demo"
+    """Folder for everything that is made; the same command goes on from what is there."""
+    data: Literal["digits", "photos"] = "digits"
+    """digits: 1,797 scanned handwritten digits; photos: crops of photographs (slower to become presentable)."""
+    quick: bool = False
+    """A quarter of the training steps: everything runs, the pictures are worse."""
+    compare: bool = False
+    """Train tokenizers with and without the VF loss, equal in all else, and print both with their spread."""
+    seeds: int = 3
+    """Seeds of the comparison."""

@@ -1,0 +1,74 @@
+"""The demo's pictures and its report: what someone looks at when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vadit.demo.data import DemoData
+from vadit.pictures import image_grid, reconstruction_pairs
+from vadit.report import Section, write_report
+
+COLUMNS = 10
+"""One column per class: labels of balanced samples go round."""
+ROWS = 8
+
+LEAD = (
+    "Everything here was made on this machine, from nothing, by the code that trains on a cluster: a small vision "
+    "foundation model, a VA-VAE tokenizer aligned to it, its latents, and a LightningDiT that generates new ones."
+)
+
+
+def write(
+    out: Path,
+    data: DemoData,
+    metrics: dict[str, Any],
+    *,
+    tokenizer_run: Path,
+    generator: Path,
+    plain: Path,
+    guided: Path,
+    reconstructions: np.ndarray,
+) -> None:
+    """Write samples.png, samples-plain.png, reconstructions.png and report.html into `out`.
+
+    `reconstructions` uint8 (n, H, W, 3) are those of the first n held-out images; `plain` and `guided` are .npz files.
+    """
+    _save_grid(out / "samples.png", guided)
+    _save_grid(out / "samples-plain.png", plain)
+    originals = data.held_out_images[: len(reconstructions)]
+    reconstruction_pairs(originals, reconstructions, columns=12).save(out / "reconstructions.png")
+    sections = [
+        Section(
+            title="Samples",
+            images=[
+                (f"With guidance. One column per class: {', '.join(data.classes)}.", out / "samples.png"),
+                ("Without guidance.", out / "samples-plain.png"),
+            ],
+            table=[
+                (name.removeprefix("samples_") + " " + key, f"{value:.3f}")
+                for name, scores in metrics.items()
+                if name.startswith("samples_")
+                for key, value in scores.items()
+            ],
+            text="The judge is a classifier that shares nothing with generator or foundation model; agreement is the "
+            "share of samples that it reads as the class they were asked to be. Distances are in its features.",
+        ),
+        Section(
+            title="Tokenizer (VA-VAE)",
+            log=tokenizer_run / "log.jsonl",
+            images=[("Images that no network saw in training.", out / "reconstructions.png")],
+            table=[(key, f"{value:.3f}") for key, value in metrics["tokenizer"].items()],
+            settings=tokenizer_run / "config.json",
+        ),
+        Section(title="Generator (LightningDiT)", log=generator / "log.jsonl", settings=generator / "config.json"),
+    ]
+    write_report(out / "report.html", "vadit demo", LEAD, sections)
+
+
+def _save_grid(path: Path, npz: Path) -> None:
+    with np.load(npz) as file:
+        images = file["arr_0"][: COLUMNS * ROWS]
+    image_grid(images, columns=COLUMNS, scale=2).save(path)

@@ -1,0 +1,120 @@
+"""VA-VAE in training: the autoencoder, and the projection that the VF loss compares with foundation features.
+
+Its forward returns everything the losses need, and keeps the inner tensors of that forward for the adaptive weights:
+gradients with respect to them leave the parameters, and so a sharding engine's hooks, untouched.
+
+Shape suffixes: B batch, C image channels, H W image sides, d latent channels, h w latent sides, D feature channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vadit.config import AutoencoderSpec
+from vadit.kernels import vf_loss
+from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
+
+
+@dataclass
+class Inner:
+    """Tensors of the last forward, with their graph."""
+
+    moments_BEhw: Tensor
+    """Output of encoder.conv_out."""
+    images_BCHW: Tensor
+    """Output of decoder.conv_out: the reconstruction."""
+    cos_loss: Tensor
+    distmat_loss: Tensor
+
+
+class AlignedAutoencoder(Autoencoder):
+    """Autoencoder plus `linear_proj`, a 1x1 convolution without bias (the authors' name), where there are features.
+
+    `recompute_tail` runs all that follows the encoder under checkpoint(): ZeRO-3 then finds its weights gathered again
+    in each of the two backward passes over it.
+    """
+
+    def __init__(
+        self,
+        spec: AutoencoderSpec,
+        *,
+        feature_dim: int | None,
+        projection: Literal["latent_up", "features_down"] = "latent_up",
+        cos_margin: float,
+        distmat_margin: float,
+        gradient_checkpointing: bool = False,
+        recompute_tail: bool = False,
+    ) -> None:
+        super().__init__(spec, gradient_checkpointing)
+        self.projection = projection
+        self.cos_margin = cos_margin
+        self.distmat_margin = distmat_margin
+        self.recompute_tail = recompute_tail
+        if feature_dim is not None:
+            widths = (
+                (spec.latent_channels, feature_dim)
+                if projection == "latent_up"
+                else (feature_dim, spec.latent_channels)
+            )
+            self.linear_proj = _Alignment(*widths)
+        self.inner: Inner | None = None
+        self.conv_inputs: dict[str, Tensor] = {}
+        for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
+            part.conv_out.register_forward_pre_hook(self._keep_input(name))
+
+    def _keep_input(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.conv_inputs[name] = inputs[0].detach()
+
+        return hook
+
+    def forward(  # type: ignore[override]
+        self, x_BCHW: Tensor, features_BDhw: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images and foundation features (None: no alignment) to (reconstruction (B, C, H, W), KL, L_mcos, L_mdms).
+
+        KL is the mean over images of the sum over the latent; the last two are zero without features.
+        """
+        moments = self.encoder(x_BCHW.to(self.dtype))
+        if self.recompute_tail:
+            outputs = checkpoint(self._tail, moments, features_BDhw, use_reentrant=False)
+        else:
+            outputs = self._tail(moments, features_BDhw)
+        images, kl, cos_loss, distmat_loss = outputs
+        self.inner = Inner(moments, images, cos_loss, distmat_loss)
+        # Copies: an engine hooks what it returns, and any backward pass through a hooked tensor starts its reduction.
+        return images.view_as(images), kl.view_as(kl), cos_loss.view_as(cos_loss), distmat_loss.view_as(distmat_loss)
+
+    def _tail(self, moments_BEhw: Tensor, features_BDhw: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        posterior = DiagonalGaussian(self.quant_conv(moments_BEhw))
+        z_Bdhw = posterior.sample()
+        kl = posterior.kl().mean()
+        zero = torch.zeros_like(kl)
+        cos_loss, distmat_loss = zero, zero
+        if features_BDhw is not None:
+            cos_loss, distmat_loss = self.linear_proj(
+                z_Bdhw, features_BDhw, self.projection, self.cos_margin, self.distmat_margin
+            )
+        return self.decode(z_Bdhw), kl, cos_loss, distmat_loss
+
+
+class _Alignment(nn.Module):
+    """Projection and loss in one module, so that a sharding engine gathers the weight for both passes."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Conv2d(in_channels, out_channels, 1, bias=False).weight
+
+    def forward(
+        self, z_Bdhw: Tensor, features_BDhw: Tensor, projection: str, cos_margin: float, distmat_margin: float
+    ) -> tuple[Tensor, Tensor]:
+        z_BdN, features_BDN, weight = z_Bdhw.flatten(2), features_BDhw.flatten(2), self.weight.flatten(1)
+        if projection == "features_down":
+            down_BdN = torch.einsum("dD,bDn->bdn", weight.to(features_BDN.dtype), features_BDN)
+            return vf_loss(z_BdN, None, down_BdN, cos_margin=cos_margin, distmat_margin=distmat_margin)
+        return vf_loss(z_BdN, weight, features_BDN, cos_margin=cos_margin, distmat_margin=distmat_margin)

@@ -1,0 +1,256 @@
+"""Train the tokenizer: images -> VA-VAE and its discriminator, two engines under DeepSpeed.
+
+The adaptive weights compare gradient norms at the last layers of encoder and decoder. Taking them through an engine's
+outputs would start its gradient reduction, so the generator's losses are taken on detached copies of the
+reconstruction, their gradients are combined there, and one surrogate loss whose gradient is exactly that combination
+goes through the engine: the same numbers as VQGAN's, with one backward pass over the weights, at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vadit import distributed, rng
+from vadit.config import TokenizerConfig, TokenizerLossSpec
+from vadit.data.images_torch import ImageLoader, open_images
+from vadit.data.transforms import to_signed
+from vadit.models.aligned import AlignedAutoencoder
+from vadit.models.discriminator import PatchDiscriminator
+from vadit.models.foundation import FoundationModel
+from vadit.models.lpips import LPIPS
+from vadit.objectives import tokenizer as objective
+from vadit.train import loop, runs
+from vadit.train.checkpoint import Position
+from vadit.train.ema import ShardedEMA
+from vadit.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything that one step touches."""
+
+    model: Engine
+    discriminator: Engine | None
+    foundation: FoundationModel | None
+    perceptual: LPIPS | None
+
+
+def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
+    """Train all stages to the end, or go on from where the run folder stands. Returns the run folder.
+
+    Raises:
+        UsageError: a setting does not fit the data, the checkpoint or the number of processes.
+        RunError: damaged data, a loss that is not finite, a disk that is full.
+        loop.Stopped: a signal asked to stop; everything is saved.
+    """
+    if not config.stages:
+        return _train_stage(config, title)
+    folder = runs.open_folder(config)
+    for index in range(len(config.stages)):
+        _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})")
+    return folder
+
+
+def _train_stage(config: TokenizerConfig, title: str) -> Path:
+    device = distributed.device(config.run.device)
+    batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
+    dataset = open_images(config.data, config.autoencoder.image_size)
+    folder = runs.open_folder(config)
+    runs.seed_everything(config.run)
+    networks = _build(config, folder, device)
+    engines = {"model": networks.model}
+    if networks.discriminator is not None:
+        engines["discriminator"] = networks.discriminator
+    runs.save_deepspeed_config(folder, {name: engine.config for name, engine in engines.items()})
+    loader = ImageLoader(
+        dataset,
+        batch_size,
+        seed=config.run.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=config.data.num_workers,
+    )
+    ema = ShardedEMA(networks.model, config.engine.ema_decays)
+    torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
+
+    def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
+        return train_step(networks, ema, config, batches, position, device)
+
+    task = loop.Task(title=title, engines=engines, ema=ema, loader=loader, step=step)
+    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
+    return folder
+
+
+def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Networks:
+    loss = config.loss
+    foundation = None
+    if loss.vf_weight > 0:
+        foundation = FoundationModel(config.foundation, config.autoencoder.latent_size).to(device)
+    perceptual = LPIPS(loss.vgg_weights).to(device) if loss.perceptual_weight > 0 else None
+    model = AlignedAutoencoder(
+        config.autoencoder,
+        feature_dim=None if foundation is None else foundation.feature_dim,
+        projection=loss.vf_projection,
+        cos_margin=loss.cos_margin,
+        distmat_margin=loss.distmat_margin,
+        gradient_checkpointing=config.engine.gradient_checkpointing,
+        recompute_tail=config.engine.zero_stage == 3,
+    )
+    discriminator = None
+    if loss.disc_weight > 0:
+        discriminator = _Discriminator(
+            PatchDiscriminator(config.autoencoder.in_channels, loss.disc_channels, loss.disc_layers)
+        )
+    if config.run.init_from and not runs.has_checkpoint(folder):
+        runs.initialise(model, config.run.init_from)
+        if discriminator is not None:
+            runs.initialise_discriminator(discriminator, config.run.init_from)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def engine(module: nn.Module) -> Engine:
+        return Engine(
+            module.train(),
+            optimizer=config.optimizer,
+            spec=config.engine,
+            global_batch=config.run.batch_size,
+            device=device,
+        )
+
+    return Networks(engine(model), None if discriminator is None else engine(discriminator), foundation, perceptual)
+
+
+class _Discriminator(nn.Module):
+    """Real and fake images through one call: BatchNorm sees them apart, the engine sees one forward."""
+
+    def __init__(self, network: PatchDiscriminator) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(real), self.network(fake)
+
+
+def train_step(
+    networks: Networks,
+    ema: ShardedEMA,
+    config: TokenizerConfig,
+    batches: Iterator[Any],
+    position: Position,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """One optimizer step of both networks over `gradient_accumulation` micro-batches; the means of the loss terms."""
+    sums: dict[str, Tensor] = {}
+    for _ in range(config.engine.gradient_accumulation):
+        images = to_signed(next(batches).images.to(device, non_blocking=True))
+        # Steps are counted from 1 here: disc_start_step 1 means from the first.
+        adversarial = networks.discriminator is not None and position.step + 1 >= config.loss.disc_start_step
+        terms, fake = generator_step(networks, config.loss, images, adversarial=adversarial)
+        if networks.model.step():
+            ema.update()
+        if adversarial:
+            terms |= discriminator_step(networks, images, fake)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
+    return sums
+
+
+def generator_step(
+    networks: Networks, spec: TokenizerLossSpec, images: Tensor, *, adversarial: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward, losses, adaptive weights and backward of the autoencoder; the terms and the detached reconstruction.
+
+    images: (B, 3, H, W) in [-1, 1], fp32.
+    """
+    engine = networks.model
+    features = None if networks.foundation is None else networks.foundation(images)
+    output, kl, cos_loss, distmat_loss = engine(images, features)
+    network = engine.module
+    assert isinstance(network, AlignedAutoencoder) and network.inner is not None
+
+    # ---- losses on a copy of the reconstruction, and their gradients there
+    fake = output.detach().float().requires_grad_()
+    nll, l1, lpips = objective.reconstruction_nll(
+        images, fake, perceptual=networks.perceptual, weight=spec.perceptual_weight
+    )
+    (nll_grad,) = torch.autograd.grad(nll, fake)
+    image_grad = nll_grad
+    terms = {"l1": l1, "lpips": lpips, "nll": nll, "kl": kl, "mcos": cos_loss, "mdms": distmat_loss}
+    loss = nll.detach() + spec.kl_weight * kl.detach()
+    if adversarial:
+        gan, gan_grad, weight = _adversarial(networks, network, fake, nll_grad)
+        image_grad = nll_grad + spec.disc_weight * weight * gan_grad
+        loss = loss + spec.disc_weight * weight * gan
+        terms |= {"gan": gan, "gan_weight": spec.disc_weight * weight}
+
+    # ---- the surrogate: its gradient at the reconstruction is image_grad
+    surrogate = (output * image_grad.to(output.dtype)).sum() + spec.kl_weight * kl
+    if features is not None:
+        weight = _alignment_weight(network, nll_grad, spec) if spec.vf_adaptive else torch.ones_like(kl)
+        alignment = spec.cos_weight * cos_loss + spec.distmat_weight * distmat_loss
+        surrogate = surrogate + spec.vf_weight * weight * alignment
+        loss = loss + spec.vf_weight * weight * alignment.detach()
+        terms |= {"vf_weight": spec.vf_weight * weight}
+    network.inner = None
+    engine.backward(surrogate)
+    return {"loss": loss, **terms}, fake.detach()
+
+
+def _adversarial(
+    networks: Networks, network: AlignedAutoencoder, fake: Tensor, nll_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The generator's hinge loss, its gradient at the reconstruction, and adaptive_gan (reference: VQGAN, eq. 7)."""
+    assert networks.discriminator is not None
+    discriminator = networks.discriminator
+    with discriminator.autocast():
+        logits = discriminator.module.network(fake.to(discriminator.compute_dtype()))  # type: ignore[union-attr, operator]
+    gan = objective.generator_hinge_loss(logits.float())
+    (gan_grad,) = torch.autograd.grad(gan, fake)
+    inputs, shape = network.conv_inputs["decoder"], _weight_shape(network.decoder.conv_out)
+    weight = objective.adaptive_weight(
+        objective.conv_weight_grad_norm(inputs, nll_grad, shape),
+        objective.conv_weight_grad_norm(inputs, gan_grad, shape),
+        maximum=objective.MAX_GAN_WEIGHT,
+    )
+    return gan.detach(), gan_grad, weight
+
+
+def _alignment_weight(network: AlignedAutoencoder, nll_grad: Tensor, spec: TokenizerLossSpec) -> Tensor:
+    """adaptive_vf: the ratio of gradient norms at encoder.conv_out, over the graph of the forward just done."""
+    inner = network.inner
+    assert inner is not None
+    alignment = spec.cos_weight * inner.cos_loss + spec.distmat_weight * inner.distmat_loss
+    (from_nll,) = torch.autograd.grad(
+        inner.images_BCHW, inner.moments_BEhw, nll_grad.to(inner.images_BCHW.dtype), retain_graph=True
+    )
+    (from_alignment,) = torch.autograd.grad(alignment, inner.moments_BEhw, retain_graph=True)
+    inputs, shape = network.conv_inputs["encoder"], _weight_shape(network.encoder.conv_out)
+    return objective.adaptive_weight(
+        objective.conv_weight_grad_norm(inputs, from_nll, shape),
+        objective.conv_weight_grad_norm(inputs, from_alignment, shape),
+        maximum=objective.MAX_VF_WEIGHT,
+    )
+
+
+def _weight_shape(layer: nn.Module) -> torch.Size:
+    """Shape of a layer's whole weight, also where ZeRO-3 has taken it away."""
+    weight = layer.weight
+    return getattr(weight, "ds_shape", weight.shape)  # type: ignore[return-value]
+
+
+def discriminator_step(networks: Networks, images: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Forward, hinge loss, backward and step of the discriminator on real images and detached reconstructions."""
+    engine = networks.discriminator
+    assert engine is not None
+    dtype = engine.compute_dtype()
+    real_logits, fake_logits = engine(images.to(dtype), fake.to(dtype))
+    loss = objective.discriminator_hinge_loss(real_logits.float(), fake_logits.float())
+    engine.backward(loss)
+    engine.step()
+    return {"disc": loss, "logits_real": real_logits.float().mean(), "logits_fake": fake_logits.float().mean()}
