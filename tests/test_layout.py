@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES, MAX_ENTRIES = 450, 12
+MAX_LINES = 450
+FOLDERS = {"benchmarks", "csrc", "kernels", "launch", "tests", "vadit"}
+DOCUMENTS = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
+FILES = {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
+TORCH_ONLY = {"vf_loss"}
+"""Ops without a compiled kernel: the low-rank VF loss is a few matrix products, which are torch's."""
 SOURCES = sorted(
     path
     for folder in ("vadit", "kernels", "csrc", "tests", "benchmarks", "launch")
@@ -46,7 +51,7 @@ def test_every_op_has_its_stem_everywhere() -> None:
     assert ops == {"rms_norm", "rope", "swiglu", "vf_loss"}
     for op in ops:
         assert (ROOT / "kernels" / "ops" / f"{op}.py").is_file(), op
-        assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file(), op
+        assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file() or op in TORCH_ONLY, op
         assert (ROOT / "tests" / f"test_op_{op}.py").is_file(), op
         assert callable(getattr(kernels, op))
     stems = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} | {
@@ -56,10 +61,10 @@ def test_every_op_has_its_stem_everywhere() -> None:
     assert {path.stem.removeprefix("test_op_") for path in (ROOT / "tests").glob("test_op_*.py")} == ops
 
 
-def test_top_level_is_small() -> None:
-    entries = {path.split("/")[0] for path in tracked()}
-    visible = sorted(entry for entry in entries if not entry.startswith("."))
-    assert len(visible) <= MAX_ENTRIES, visible
+def test_top_level_holds_nothing_else() -> None:
+    visible = {entry for entry in (path.split("/")[0] for path in tracked()) if not entry.startswith(".")}
+    assert visible <= FOLDERS | FILES | DOCUMENTS
+    assert all((ROOT / name).exists() for name in FOLDERS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
