@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vadit import cli
-from vadit.config import DiTConfig, TokenizerConfig, from_dict, load_run_config, to_dict
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config_files import from_dict, load_run_config, to_dict
 from vadit.errors import UsageError
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, RECIPES, get_recipe
 

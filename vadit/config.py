@@ -7,17 +7,10 @@ Progress is counted in images, so a recipe survives a change of batch size. Noth
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from vadit.errors import UsageError
-
-T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------ networks
 
@@ -325,6 +318,10 @@ class SampleSpec:
     """Uniform random labels, or the same number of each class."""
     seed: int = 0
     """Seed; sample i is a function of (seed, i) alone."""
+    sde_diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma"
+    """Diffusion coefficient of euler_maruyama (SiT, table 3)."""
+    sde_last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    """How euler_maruyama takes its last step (SiT: mean, of size 0.04)."""
 
 
 # ------------------------------------------------------------------------------------------------ whole recipes
@@ -364,7 +361,7 @@ class TokenizerConfig:
     foundation: FoundationSpec = field(default_factory=FoundationSpec)
     loss: TokenizerLossSpec = field(default_factory=TokenizerLossSpec)
     optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(lr=1e-4, betas=(0.5, 0.9)))
-    engine: EngineSpec = field(default_factory=lambda: EngineSpec(ema_decays=()))
+    engine: EngineSpec = field(default_factory=lambda: EngineSpec(ema_decays=(), max_grad_norm=0.0))
     run: RunSpec = field(default_factory=lambda: RunSpec(batch_size=256, total_images=50 * 1_281_167))
     data: ImageDataSpec = field(default_factory=ImageDataSpec)
     stages: tuple[StageSpec, ...] = ()
@@ -411,70 +408,9 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
         raise UsageError(f"engine.gradient_accumulation is {engine.gradient_accumulation}; it must be at least 1")
     if any(not 0 <= decay < 1 for decay in engine.ema_decays):
         raise UsageError(f"engine.ema_decays {engine.ema_decays}: every decay must be in [0, 1)")
+    if engine.precision == "bf16" and engine.zero_stage == 0:
+        raise UsageError(
+            "engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3"
+        )
     if engine.offload_weights and engine.zero_stage != 3:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
-
-
-# ------------------------------------------------------------------------------------------------ on disk
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def save_config(config: Any, path: str | Path) -> None:
-    """Write a config as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    partial.replace(path)
-
-
-def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
-    """A config of type `kind` from plain values; unknown keys and wrong types are named, together with `origin`."""
-    from pydantic import TypeAdapter, ValidationError
-
-    _refuse_unknown(kind, values, origin, prefix="")
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{origin}: {where}: {first['msg']} (found {first['input']!r})") from None
-
-
-def load_config(kind: type[T], path: str | Path) -> T:
-    """Read what `save_config` wrote."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; name a folder that holds {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-    return from_dict(kind, values, origin=str(path))
-
-
-def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
-    """The config of a run folder, tokenizer or generator."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{run} is no run folder: {path} does not exist")
-    kind = json.loads(path.read_text()).get("kind")
-    if kind not in ("tokenizer", "dit"):
-        raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")
-    return load_config(TokenizerConfig if kind == "tokenizer" else DiTConfig, path)
-
-
-def _refuse_unknown(kind: Any, values: Any, origin: str, prefix: str) -> None:
-    if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
-        return
-    hints = typing.get_type_hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
-            raise UsageError(f"{origin}: unknown setting {prefix}{key}{hint}")
-        _refuse_unknown(hints[key], value, origin, prefix=f"{prefix}{key}.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vadit.config import Config, DiTConfig, EngineSpec, TokenizerConfig
-from vadit.train.engine import deepspeed_config
+from vadit.train.engine import MAX_BUCKET, deepspeed_config
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -84,9 +84,8 @@ class Estimate:
 
 def estimate(config: Config, world_size: int) -> Estimate:
     """Parameters and memory per GPU of a run on `world_size` GPUs; refuses a batch that does not divide."""
-    settings = deepspeed_config(config.engine, global_batch=config.run.batch_size)
+    settings = deepspeed_config(config.engine, global_batch=config.run.batch_size, num_weights=MAX_BUCKET)
     micro_batch = settings["train_micro_batch_size_per_gpu"]
-    bucket = settings["zero_optimization"]["reduce_bucket_size"]
     if isinstance(config, TokenizerConfig):
         foundation = _foundation(config)
         with FakeTensorMode():
@@ -95,12 +94,12 @@ def estimate(config: Config, world_size: int) -> Estimate:
         with FakeTensorMode():
             networks, activations = _generator(config)
     kept = activations.fixed + activations.per_image * micro_batch
-    stages = tuple(_stage_memory(networks, config.engine, stage, world_size, bucket, kept) for stage in range(4))
+    stages = tuple(_stage_memory(networks, config.engine, stage, world_size, kept) for stage in range(4))
     return Estimate(networks, micro_batch, activations, stages)
 
 
 def _stage_memory(
-    networks: tuple[Network, ...], spec: EngineSpec, stage: int, world_size: int, bucket: int, activations: float
+    networks: tuple[Network, ...], spec: EngineSpec, stage: int, world_size: int, activations: float
 ) -> StageMemory:
     trained = sum(network.num_trained for network in networks)
     frozen = sum(network.num_frozen for network in networks)
@@ -109,7 +108,7 @@ def _stage_memory(
     shards = world_size if stage >= 1 else 1
     # ZeRO keeps its own fp32 masters even where the weights are fp32 already; without it the weights are the masters.
     masters = FP32 * trained if stage >= 1 or spec.precision == "bf16" else 0
-    engines = sum(network.num_trained > 0 for network in networks)
+    buckets = sum(min(MAX_BUCKET, network.num_trained) for network in networks)
     on_host = stage >= 1 and spec.offload_optimizer
     return StageMemory(
         stage=stage,
@@ -118,7 +117,7 @@ def _stage_memory(
         gradients=number * trained / (world_size if stage >= 2 else 1),
         optimizer=0 if on_host else (masters + ADAM_MOMENTS * FP32 * trained) / shards,
         averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / shards,
-        buffers=number * bucket * engines * (2 if spec.overlap_comm else 1) if stage >= 1 else 0,
+        buffers=number * buckets * (2 if spec.overlap_comm else 1) if stage >= 1 else 0,
         activations=activations,
     )
 

@@ -29,8 +29,8 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
         columns = (
-            TextColumn("{task.description:<34}"),
-            BarColumn(bar_width=30),
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=16),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -52,11 +52,13 @@ class ProgressBar:
 
     def update(self, done: int, note: str | None = None) -> None:
         """Set the number of images done, and a short note behind the bar."""
-        self._progress.update(self._task, completed=done, **({} if note is None else {"note": note}))
+        self._progress.update(self._task, completed=done)
+        if note is not None:
+            self._progress.update(self._task, note=note)
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard events of one run; both forget what lies after the checkpoint that it resumes from."""
+    """`log.jsonl` and TensorBoard events of one run; both forget what lies after a checkpoint that is resumed."""
 
     def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
         self._file = None

@@ -2,7 +2,7 @@
 
 Sample i is a function of (seed, i) and the settings alone: of no batch size, number of processes or place of a restart.
 Its noise, label and SDE noise are keyed by (seed, i), and since the last bits of a matrix product depend on how many
-rows it has (and dopri5's steps on all of them), all arithmetic runs on aligned groups of 16 indices, whole ones always.
+rows it has (and dopri5's steps on all of them), all arithmetic runs on aligned groups of 64 indices, whole ones always.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ __all__ = [
     "write_samples",
 ]
 
-GROUP = 16
-"""Samples that are computed together: index i belongs to group i // 16."""
+GROUP = 64
+"""Samples that are computed together: index i belongs to group i // 64."""
+DECODE_BATCH = 16
+"""Latents that are decoded together: a decoder's activations are large, and the cut must not depend on anything."""
 GRID_IMAGES = 64
 """Images of the grid picture, at most."""
 
@@ -163,6 +165,8 @@ def _draw_group(
             model,
             noise,
             labels,
+            diffusion_form=spec.sde_diffusion,
+            last_step=spec.sde_last_step,
             timestep_shift=spec.timestep_shift,
             flow=flow,
             seed=spec.seed,
@@ -291,7 +295,8 @@ def write_samples(
         if missing:
             latents = _draw_group(model, spec, group, shape, flow, guide, labels).latents
             with evaluation(autoencoder):
-                pixels = to_uint8(autoencoder.decode(latents * std / multiplier + mean)).cpu().numpy()
+                parts = (latents * std / multiplier + mean).split(DECODE_BATCH)
+                pixels = torch.cat([to_uint8(autoencoder.decode(part)) for part in parts]).cpu().numpy()
             for index in missing:
                 _write_png(_png(out, index), pixels[index - group.start])
         done += len(wanted)

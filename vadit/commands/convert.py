@@ -9,7 +9,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from vadit.arguments import parse
-from vadit.config import DiTConfig, load_run_config
+from vadit.config import DiTConfig
+from vadit.config_files import load_run_config
 from vadit.errors import UsageError
 
 

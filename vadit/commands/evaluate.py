@@ -10,7 +10,8 @@ from typing import Literal
 
 from vadit.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer
-from vadit.config import ImageDataSpec, SampleSpec, from_dict
+from vadit.config import ImageDataSpec, SampleSpec
+from vadit.config_files import from_dict
 from vadit.errors import UsageError
 
 

@@ -11,7 +11,8 @@ import tyro
 
 from vadit.arguments import parse
 from vadit.commands.common import Device, load_tokenizer, processes, tell
-from vadit.config import DiTConfig, FlowSpec, SampleSpec, load_run_config
+from vadit.config import DiTConfig, FlowSpec, SampleSpec
+from vadit.config_files import load_run_config
 from vadit.errors import UsageError
 
 

@@ -14,7 +14,8 @@ from tyro.conf import arg
 from vadit.arguments import parse, told_once
 from vadit.commands.about import recipe_table
 from vadit.commands.common import print_table
-from vadit.config import DiTConfig, TokenizerConfig, to_dict
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config_files import to_dict
 from vadit.errors import UsageError
 from vadit.recipes import RECIPES, get_recipe
 

@@ -44,14 +44,15 @@ def run_comparison(demo: Demo, judge: Judge) -> None:
     )
     for column in ("quantity", "without VF", "with VF", "p (Holm)", "verdict"):
         table.add_column(column, justify="left" if column in ("quantity", "verdict") else "right")
-    rows = {}
+    rows: dict[str, dict[str, object]] = {}
     for quantity, p in zip(quantities, p_values, strict=True):
         means = {
             name: (float(np.mean(found)), float(np.std(found, ddof=1))) for name, found in values[quantity].items()
         }
-        rows[quantity] = {"values": values[quantity], "mean_and_std": means, "p_holm": p, "verdict": verdict(means, p)}
+        said = verdict(means, p)
+        rows[quantity] = {"values": values[quantity], "mean_and_std": means, "p_holm": p, "verdict": said}
         cells = (f"{means[name][0]:.4g} +- {means[name][1]:.2g}" for name in VARIANTS)
-        table.add_row(quantity, *cells, f"{p:.2f}", rows[quantity]["verdict"])
+        table.add_row(quantity, *cells, f"{p:.2f}", said)
     path = demo.out / "comparison.json"
     path.write_text(json.dumps({"seeds": seeds, "quantities": rows}, indent=2) + "\n")
     console.print(table)

@@ -92,7 +92,7 @@ def tokenizer_config(
             vf_weight=vf_weight, cos_margin=0.0, distmat_margin=0.0,
         ),
         optimizer=OptimizerSpec(lr=2e-3, betas=(0.5, 0.9), schedule="one_cycle"),
-        engine=EngineSpec(ema_decays=()),
+        engine=EngineSpec(ema_decays=(), max_grad_norm=0.0),
         run=RunSpec(
             out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
             log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
@@ -207,7 +207,7 @@ class Demo:
         self, generator: Path, tokenizer_run: Path, latents: Path, name: str, *, cfg_scale: float, seed: int = 0
     ) -> Path:
         """Draw and decode samples."""
-        dataset = LatentDataset(latents)
+        dataset = LatentDataset(latents, flip=False)
         spec = SampleSpec(num_steps=50, seed=seed, labels="balanced", cfg_scale=cfg_scale)
         with ProgressBar(_title("sample", name), NUM_SAMPLES) as bar:
             files = write_samples(
@@ -268,7 +268,7 @@ def run_demo(options: DemoOptions) -> None:
     engine.finish()
 
     count = f"{NUM_SAMPLES}"
-    metrics = {"data": options.data, "num_samples": NUM_SAMPLES, "num_steps": sizes(options).__dict__}
+    metrics: dict[str, Any] = {"data": options.data, "num_samples": NUM_SAMPLES, "num_steps": sizes(options).__dict__}
     held_out_agreement = judge.assess(demo.data.held_out_images)[1] == torch.from_numpy(demo.data.held_out_labels)
     metrics["judge_accuracy_held_out"] = float(held_out_agreement.float().mean())
     metrics["tokenizer"] = demo.judge_tokenizer(tokenizer_run, latents)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vadit.config import load_config, save_config
+from vadit.config_files import load_config, save_config
 from vadit.errors import RunError, UsageError
 
 CONFIG_NAME = "config.json"

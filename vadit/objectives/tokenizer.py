@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 # The reference's constants: they matter, as all norms are compared with EPSILON, not scaled.
 EPSILON = 1e-4
@@ -54,5 +55,5 @@ def conv_weight_grad_norm(inputs: Tensor, output_grad: Tensor, weight_shape: tor
     autograd.grad with respect to it would run DeepSpeed's gradient hooks.
     inputs: (B, C_in, h, w); output_grad: (B, C_out, h, w).
     """
-    grad = torch.nn.grad.conv2d_weight(inputs.float(), list(weight_shape), output_grad.float(), stride=1, padding=1)
+    grad = conv2d_weight(inputs.float(), list(weight_shape), output_grad.float(), stride=1, padding=1)
     return grad.norm()

@@ -117,7 +117,7 @@ def restore(folder: Path, *, engines: dict[str, Engine], ema: ShardedEMA) -> tup
     if found != needed:
         raise UsageError(
             f"{path} was written by {found[0]} processes with engine.zero_stage {found[1]}, this run has {needed[0]} "
-            f"and {needed[1]}; use the former, or start anew from its weights with --run.init-from and another --run.out"
+            f"and {needed[1]}; use the former, or start anew with --run.init-from and another --run.out"
         )
     try:
         for name, engine in engines.items():

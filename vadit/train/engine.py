@@ -21,16 +21,21 @@ from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
 
+MAX_BUCKET = 500_000_000
+"""Weights that are reduced or gathered in one piece, at most."""
 
-def deepspeed_config(spec: EngineSpec, *, global_batch: int) -> dict[str, Any]:
+
+def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run; `global_batch` counts images per optimizer step over all processes."""
     micro_batch = distributed.per_rank_batch(global_batch, spec.gradient_accumulation)
+    # A bucket is allocated whole: one larger than the network would be memory for nothing. Collectives want even sizes.
+    bucket = min(MAX_BUCKET, num_weights + num_weights % 2)
     zero: dict[str, Any] = {
         "stage": spec.zero_stage,
         "overlap_comm": spec.overlap_comm,
         "contiguous_gradients": True,
-        "reduce_bucket_size": 500_000_000,
-        "allgather_bucket_size": 500_000_000,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if spec.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -94,8 +99,9 @@ class Engine:
         import deepspeed
 
         self.spec = spec
-        self.config = deepspeed_config(spec, global_batch=global_batch)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        num_weights = sum(parameter.numel() for parameter in trained)
+        self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
         adam = torch.optim.AdamW(
             trained,
             lr=optimizer.lr,

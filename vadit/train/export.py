@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from vadit.config import DiTConfig, TokenizerConfig, load_run_config
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config_files import load_run_config
 from vadit.errors import UsageError
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from vadit import distributed, rng
-from vadit.config import DiTConfig, RunSpec, TokenizerConfig, load_run_config, save_config, to_dict
+from vadit.config import DiTConfig, RunSpec, TokenizerConfig
+from vadit.config_files import load_run_config, save_config, to_dict
 from vadit.errors import UsageError
 from vadit.train import checkpoint
 

@@ -238,10 +238,11 @@ def _alignment_weight(network: AlignedAutoencoder, nll_grad: Tensor, spec: Token
     )
 
 
-def _weight_shape(layer: nn.Module) -> torch.Size:
+def _weight_shape(layer: Any) -> torch.Size:
     """Shape of a layer's whole weight, also where ZeRO-3 has taken it away."""
     weight = layer.weight
-    return getattr(weight, "ds_shape", weight.shape)  # type: ignore[return-value]
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def discriminator_step(networks: Networks, images: Tensor, fake: Tensor) -> dict[str, Tensor]:
