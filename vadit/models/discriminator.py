@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_WIDTH_FACTOR = 8
 LEAK = 0.2
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """BatchNorm in fp32, as its running statistics are, also where the weights and the images are bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        normal = F.batch_norm(
+            input.float(),
+            self.running_mean,
+            self.running_var,
+            self.weight.float(),
+            self.bias.float(),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return normal.to(input.dtype)
 
 
 class PatchDiscriminator(nn.Module):
@@ -21,7 +42,7 @@ class PatchDiscriminator(nn.Module):
             # BatchNorm's shift makes a bias of the convolution before it idle
             modules += [
                 nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                _BatchNorm(width),
                 nn.LeakyReLU(LEAK),
             ]
         modules.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
