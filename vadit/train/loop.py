@@ -116,7 +116,8 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 stop.requested, device
             )
             if last or asked or _crossed(before, position.images_seen, spec.save_every_images):
-                check_finite(meter.peek(), images=position.images_seen, folder=str(folder / "checkpoints"))
+                sound = meter.peek() | _weights(task.engines)
+                check_finite(sound, images=position.images_seen, folder=str(folder / "checkpoints"))
                 save()
             if asked and not last:
                 log.close()
@@ -126,6 +127,13 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
     log.close()
     if distributed.is_main():
         console.print(f"  [dim]run folder {folder}[/dim]")
+
+
+def _weights(engines: dict[str, Engine]) -> dict[str, float]:
+    """One number per network that is finite where all its weights are, on all processes: a loss can hide a NaN."""
+    sums = [torch.stack([shard.abs().sum() for shard in engine.masters()]).sum() for engine in engines.values()]
+    means = distributed.all_mean(torch.stack(sums))
+    return dict(zip((f"a weight of the {name}" for name in engines), means.tolist(), strict=True))
 
 
 def _crossed(before: int, after: int, every: int) -> bool:
