@@ -7,9 +7,11 @@ Every key whose default has moved between DeepSpeed releases is written out (gra
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import nn
 from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
+from vadit.metrics import console
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
@@ -61,11 +64,11 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
 
 def start(device: torch.device) -> None:
     """Join the process group (alone, without a launcher, as one process) and quieten DeepSpeed."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _hush()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _hush()  # DeepSpeed's import has set its own level
     if not torch.distributed.is_initialized():
         if "RANK" not in os.environ:
             with socket.socket() as probe:
@@ -80,12 +83,35 @@ def start(device: torch.device) -> None:
             }
             os.environ.update(alone)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        if device.type == "cpu":
+            _announce_compilation()
+        with contextlib.redirect_stdout(io.StringIO()):  # "... built successfully", at every start
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _hush() -> None:
+    """Leave out what DeepSpeed and torch tell at every start; errors still get through."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    # ZeRO-3 calls collectives by names that torch has since deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _announce_compilation() -> None:
+    """DeepSpeed's first start on a CPU compiles without a word: say so."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    name = "deepspeed_shm_comm"
+    if distributed.is_main() and not (Path(_get_build_directory(name, False)) / f"{name}.so").exists():
+        console.print("DeepSpeed compiles its CPU communication extension: once, about 20 s")
 
 
 def finish() -> None:
-    """Leave the process group, if this process is in one."""
-    if torch.distributed.is_initialized():
+    """Leave the process group that a launcher's processes share.
+
+    A process alone keeps its own: DeepSpeed could not start again in it.
+    """
+    if torch.distributed.is_initialized() and distributed.world_size() > 1:
         torch.distributed.destroy_process_group()
 
 
