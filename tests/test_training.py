@@ -1,0 +1,243 @@
+"""The trainers in one process against plain PyTorch: losses, accumulation, precision, averages, stages, noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from training_plain import BATCH, logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
+
+from vadit.config import EngineSpec, OptimizerSpec, TokenizerConfig
+from vadit.errors import RunError
+from vadit.models.autoencoder import Autoencoder
+from vadit.recipes import get_recipe
+from vadit.train import checkpoint, dit, export, loop, tokenizer
+from vadit.train.ema import ShardedEMA
+from vadit.train.engine import Engine, deepspeed_config
+
+CPU = torch.device("cpu")
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a run."""
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ against torch
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_generator_trains_as_plain_adamw_does(zero_stage: int, tmp_path: Path) -> None:
+    config = tiny_dit(tmp_path, steps=5, zero_stage=zero_stage)
+    expected, weights = plain_dit(config)
+    assert max(expected) > 1.05 * min(expected)  # a curve, not a constant
+    found = logged(dit.train(config))
+    assert found == pytest.approx(expected, rel=1e-5)
+    state = load_file(newest(tmp_path) / "model.safetensors")
+    assert state.keys() == weights.keys()
+    for name, value in weights.items():
+        # Adam divides by a root: rounding of a gradient near 0 can turn a step of lr 3e-3.
+        assert (state[name] - value).norm() <= 1e-3 * value.norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_tokenizer_trains_as_plain_adamw_does(zero_stage: int, tmp_path: Path) -> None:
+    config = tiny_tokenizer(tmp_path, steps=2 if zero_stage == 3 else 3, zero_stage=zero_stage)
+    expected, expected_disc = plain_tokenizer(config)
+    tokenizer.train(config)
+    assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert "disc" not in lines[0]
+    assert expected_disc == pytest.approx([json.loads(line)["disc"] for line in lines[1:]], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_accumulation_is_a_mean_over_micro_batches(zero_stage: int, tmp_path: Path) -> None:
+    config = tiny_dit(tmp_path, zero_stage=zero_stage, gradient_accumulation=2)
+    expected, _ = plain_dit(config)
+    assert logged(dit.train(config)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokenizer_accumulates_in_both_networks(tmp_path: Path) -> None:
+    config = tiny_tokenizer(tmp_path, zero_stage=1, gradient_accumulation=2, loss={"disc_start_step": 1})
+    expected, expected_disc = plain_tokenizer(config)
+    tokenizer.train(config)
+    assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert logged(tmp_path, "disc") == pytest.approx(expected_disc, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("bf16", 3), ("autocast", 1)])
+def test_half_precision_stays_near(precision: Any, zero_stage: int, tmp_path: Path) -> None:
+    expected, _ = plain_dit(tiny_dit(tmp_path))
+    found = logged(dit.train(tiny_dit(tmp_path / "dit", zero_stage=zero_stage, precision=precision)))
+    assert found == pytest.approx(expected, rel=0.02)
+    assert found != pytest.approx(expected, rel=1e-6)  # it did run in bf16
+    expected, _ = plain_tokenizer(tiny_tokenizer(tmp_path, steps=2))
+    found = logged(
+        tokenizer.train(tiny_tokenizer(tmp_path / "vae", steps=2, zero_stage=zero_stage, precision=precision))
+    )
+    assert found == pytest.approx(expected, rel=0.05)
+    state = load_file(newest(tmp_path / "vae") / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in state.values())
+    assert any((value != value.bfloat16()).any() for value in state.values())  # the fp32 weights, not their copies
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(total: int, *points: int, **spec: Any) -> list[float]:
+        made = OptimizerSpec(lr=1.0, **spec)
+        return [loop.learning_rate(made, images_seen=point, total_images=total) for point in points]
+
+    assert rates(100, 0, 99) == [1.0, 1.0]
+    assert rates(100, 0, 4, 9, 50, warmup_images=10) == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert rates(100, 0, 50, 75, schedule="linear") == pytest.approx([1.0, 0.5, 0.25])
+    assert rates(100, 0, 15, 30, 65, 100, schedule="one_cycle") == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0])
+
+
+def test_deepspeed_is_told_what_its_releases_disagree_on() -> None:
+    spec = EngineSpec(zero_stage=2, gradient_accumulation=2, max_grad_norm=0.0, precision="bf16")
+    config = deepspeed_config(spec, global_batch=8, num_weights=101)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (8, 4)
+    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (2, 0.0)
+    assert config["zero_optimization"]["stage"] == 2 and config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["zero_optimization"]["reduce_bucket_size"] == 102  # even, or ZeRO 1 and 2 refuse it
+    assert "torch_autocast" not in config
+    config = deepspeed_config(EngineSpec(precision="autocast"), global_batch=8, num_weights=10**12)
+    assert config["torch_autocast"]["enabled"] and not config["bf16"]["enabled"]
+    assert config["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.SiLU(), torch.nn.Linear(7, 3))
+    engine = Engine(
+        network,
+        optimizer=OptimizerSpec(lr=0.1),
+        spec=EngineSpec(zero_stage=zero_stage, precision=precision),
+        global_batch=4,
+        device=CPU,
+    )
+    ema = ShardedEMA(engine, (0.9, 0.5))
+    plain = {decay: engine.full_state() for decay in (0.9, 0.5)}
+    start = engine.full_state()
+    for _ in range(4):
+        inputs = torch.randn(4, 5).to(engine.compute_dtype())
+        engine.backward(engine(inputs).float().square().mean())
+        assert engine.step()
+        ema.update()
+        weights = engine.full_state()
+        for decay, average in plain.items():
+            for name, value in average.items():
+                value.lerp_(weights[name], 1 - decay)
+    assert any((weights[name] - start[name]).abs().max() > 0.01 for name in weights)
+    for decay, average in plain.items():
+        found = ema.full_state(decay)
+        assert found.keys() == average.keys()
+        assert max((found[name] - value).abs().max().item() for name, value in average.items()) == 0
+    after = engine.full_state()  # reading an average leaves the weights alone
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    ema.load_full_state(0.9, start)
+    assert all(torch.equal(value, start[name]) for name, value in ema.full_state(0.9).items())
+    assert all(torch.equal(value, plain[0.5][name]) for name, value in ema.full_state(0.5).items())
+    assert all(torch.equal(value, weights[name]) for name, value in engine.full_state().items())
+
+
+# ------------------------------------------------------------------------------------------------ a loss gone wrong
+
+
+@pytest.mark.parametrize(("where", "zero_stage"), [("loss", 1), ("gradient", 0), ("gradient", 1), ("gradient", 3)])
+def test_not_finite_ends_the_run_and_is_never_saved(
+    where: str, zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = dit.flow.training_loss, 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss = original(*args, **kwargs)
+        if calls < 3:
+            return loss
+        if where == "loss":
+            return dataclasses.replace(loss, total=loss.total * float("nan"))
+        hurt: Tensor = (loss.total - loss.total).sqrt()  # 0, and its gradient is not a number
+        return dataclasses.replace(loss, total=loss.total + hurt)
+
+    monkeypatch.setattr(dit.flow, "training_loss", broken)
+    # The only log point is the end: saving has to look by itself.
+    run = {"save_every_images": BATCH, "log_every_images": 100 * BATCH, "keep_checkpoints": 9}
+    # (Where ZeRO sees such a gradient it leaves the step out, says so, and the norm at the log point tells.)
+    with pytest.raises(RunError, match=r"not finite after 1[26] images") as error:
+        dit.train(tiny_dit(tmp_path, steps=4, zero_stage=zero_stage, max_grad_norm=0.0, run=run))
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved[:2]] == ["step-00000001", "step-00000002"]
+    assert where == "gradient" or len(saved) == 2
+    for path in saved:
+        assert all(value.isfinite().all() for value in load_file(path / "model.safetensors").values()), path
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = get_recipe("vavae-f16d32-dinov2-debug")
+    assert isinstance(config, TokenizerConfig) and len(config.stages) == 3
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(tmp_path)))
+    starts = []
+    original = tokenizer._build
+
+    def build(*args: Any) -> tokenizer.Networks:
+        networks = original(*args)
+        assert networks.discriminator is not None
+        starts.append((args[0].loss, networks.model.full_state(), networks.discriminator.full_state()))
+        return networks
+
+    monkeypatch.setattr(tokenizer, "_build", build)
+    assert tokenizer.train(config) == tmp_path
+    for index in (1, 2):
+        loss, model, discriminator = starts[index]
+        assert (loss.vf_weight, loss.cos_margin) == (config.stages[index].vf_weight, config.stages[index].cos_margin)
+        before = newest(tmp_path / f"stage-{index}")
+        assert _equal(model, load_file(before / "model.safetensors"))
+        assert _equal(discriminator, load_file(before / "discriminator.safetensors"))
+        assert not _equal(model, starts[index - 1][1])
+
+    final = load_file(newest(tmp_path / "stage-3") / "model.safetensors")
+    final.pop("linear_proj.weight")
+    assert _equal(export.load_autoencoder(tmp_path).state_dict(), final)
+    export.export_run(tmp_path, tmp_path / "exported")
+    assert _equal(Autoencoder.from_pretrained(tmp_path / "exported").state_dict(), final)
+
+
+def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ------------------------------------------------------------------------------------------------ quiet
+
+
+def test_a_start_is_quiet(tmp_path: Path) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    arguments = ["train", "lightningdit-b-debug", "--run.out", str(tmp_path / "run"), "--engine.zero-stage", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vadit", *arguments], capture_output=True, text=True, env=inherited, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    told = [line for line in done.stderr.splitlines() if line and not line.startswith(("train ", "  run folder "))]
+    compiled = "DeepSpeed compiles its CPU communication extension: once, about 20 s"
+    assert [line for line in told if line != compiled] == []
