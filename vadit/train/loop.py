@@ -116,7 +116,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 stop.requested, device
             )
             if last or asked or _crossed(before, position.images_seen, spec.save_every_images):
-                sound = meter.peek() | _weights(task.engines)
+                sound = meter.peek() | _weights(task.engines, device)
                 check_finite(sound, images=position.images_seen, folder=str(folder / "checkpoints"))
                 save()
             if asked and not last:
@@ -129,10 +129,10 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         console.print(f"  [dim]run folder {folder}[/dim]")
 
 
-def _weights(engines: dict[str, Engine]) -> dict[str, float]:
+def _weights(engines: dict[str, Engine], device: torch.device) -> dict[str, float]:
     """One number per network that is finite where all its weights are, on all processes: a loss can hide a NaN."""
     sums = [torch.stack([shard.abs().sum() for shard in engine.masters()]).sum() for engine in engines.values()]
-    means = distributed.all_mean(torch.stack(sums))
+    means = distributed.all_mean(torch.stack([value.to(device) for value in sums]))  # offloaded ones are on the host
     return dict(zip((f"a weight of the {name}" for name in engines), means.tolist(), strict=True))
 
 
