@@ -11,5 +11,9 @@ def run(arguments: list[str]) -> None:
 
     options = parse(DemoOptions, arguments, command="demo")
     from vadit.demo.run import run_demo
+    from vadit.train import engine
 
-    run_demo(options)
+    try:
+        run_demo(options)
+    finally:
+        engine.finish()

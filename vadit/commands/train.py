@@ -70,14 +70,16 @@ def run(arguments: list[str]) -> None:
         raise UsageError(
             f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
         )
-    elif isinstance(options, TrainGenerator):
-        from vadit.train import dit
-
-        dit.train(options.config)
     else:
-        from vadit.train import tokenizer
+        from vadit.train import dit, engine, tokenizer
 
-        tokenizer.train(options.config)
+        try:
+            if isinstance(options, TrainGenerator):
+                dit.train(options.config)
+            else:
+                tokenizer.train(options.config)
+        finally:
+            engine.finish()
 
 
 def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
