@@ -55,10 +55,6 @@ $(VENV)/bin/python:
 
 $(STAMP): constraints.txt pyproject.toml setup.py $(shell find csrc -type f) | $(VENV)/bin/python
 	@echo "installing vadit and what it needs into $(VENV): about 6 GB, some minutes"
-	@python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja torch
+	@python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel torch
 	@python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
-	@# DeepSpeed would compile this at the first start on a CPU, silently.
-	@echo "compiling DeepSpeed's shared-memory extension: once, 20 s"
-	@DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)' \
-		> $(VENV)/deepspeed.log 2>&1 || { tail -n 20 $(VENV)/deepspeed.log >&2; exit 1; }
 	@touch $@

@@ -239,5 +239,4 @@ def test_a_start_is_quiet(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if line and not line.startswith(("train ", "  run folder "))]
-    compiled = "DeepSpeed compiles its CPU communication extension: once, about 20 s"
-    assert [line for line in told if line != compiled] == []
+    assert told == []

@@ -409,8 +409,6 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
     if any(not 0 <= decay < 1 for decay in engine.ema_decays):
         raise UsageError(f"engine.ema_decays {engine.ema_decays}: every decay must be in [0, 1)")
     if engine.precision == "bf16" and engine.zero_stage == 0:
-        raise UsageError(
-            "engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3"
-        )
+        raise UsageError("engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3")
     if engine.offload_weights and engine.zero_stage != 3:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")

@@ -7,7 +7,6 @@ Every key whose default has moved between DeepSpeed releases is written out (gra
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import socket
@@ -22,7 +21,6 @@ from torch import nn
 from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
-from vadit.metrics import console
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
@@ -83,10 +81,10 @@ def start(device: torch.device) -> None:
             }
             os.environ.update(alone)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cpu":
-            _announce_compilation()
-        with contextlib.redirect_stdout(io.StringIO()):  # "... built successfully", at every start
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        # Without this DeepSpeed compiles an extension at the first start on a CPU, for up to a minute and silently, to
+        # speed up sums between processes of one machine: gloo serves for what runs there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _hush() -> None:
@@ -95,15 +93,6 @@ def _hush() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # ZeRO-3 calls collectives by names that torch has since deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def _announce_compilation() -> None:
-    """DeepSpeed's first start on a CPU compiles without a word: say so."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    name = "deepspeed_shm_comm"
-    if distributed.is_main() and not (Path(_get_build_directory(name, False)) / f"{name}.so").exists():
-        console.print("DeepSpeed compiles its CPU communication extension: once, about 20 s")
 
 
 def finish() -> None:

@@ -51,6 +51,7 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     """
     if not config.stages:
         return _train_stage(config, title)
+    open_images(config.data, config.autoencoder.image_size)  # a wrong path must not leave a run folder behind
     folder = runs.open_folder(config)
     for index in range(len(config.stages)):
         _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})")
@@ -89,10 +90,10 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
 
 def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Networks:
     loss = config.loss
+    perceptual = LPIPS(loss.vgg_weights).to(device) if loss.perceptual_weight > 0 else None
     foundation = None
     if loss.vf_weight > 0:
         foundation = FoundationModel(config.foundation, config.autoencoder.latent_size).to(device)
-    perceptual = LPIPS(loss.vgg_weights).to(device) if loss.perceptual_weight > 0 else None
     model = AlignedAutoencoder(
         config.autoencoder,
         feature_dim=None if foundation is None else foundation.feature_dim,
@@ -111,8 +112,6 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
         runs.initialise(model, config.run.init_from)
         if discriminator is not None:
             runs.initialise_discriminator(discriminator, config.run.init_from)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def engine(module: nn.Module) -> Engine:
         return Engine(
@@ -149,6 +148,8 @@ def train_step(
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
         images = to_signed(next(batches).images.to(device, non_blocking=True))
+        if device.type == "cuda":  # the activations alone: ZeRO flattens weights, which must stay contiguous
+            images = images.contiguous(memory_format=torch.channels_last)
         # Steps are counted from 1 here: disc_start_step 1 means from the first.
         adversarial = networks.discriminator is not None and position.step + 1 >= config.loss.disc_start_step
         terms, fake = generator_step(networks, config.loss, images, adversarial=adversarial)
