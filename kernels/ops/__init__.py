@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .dispatch import backends, reasons
+from .dispatch import backends, exact, reasons
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 from .vf_loss import vf_loss
 
-__all__ = ["backends", "reasons", "rms_norm", "rope", "swiglu", "vf_loss"]
+__all__ = ["backends", "exact", "reasons", "rms_norm", "rope", "swiglu", "vf_loss"]

@@ -99,3 +99,10 @@ def setting(value: str) -> Iterator[None]:
         yield
     finally:
         _setting = before
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Plain torch in place of `auto` for the duration of a block: for callers that amplify rounding."""
+    with setting("reference" if _setting == "auto" else _setting):
+        yield

@@ -4,7 +4,7 @@ State-dict names are LDM's (encoder.down.0.block.0.norm1, decoder.mid.attn_1, qu
 tokenizers load without renaming (`vadit.interop`).
 
 Shapes: B batch, C image channels, H W image rows and columns, E features of a level, h w a level's rows and columns,
-d latent channels.
+N = h w, d latent channels.
 """
 
 from __future__ import annotations
@@ -54,6 +54,21 @@ class DiagonalGaussian:
 # ------------------------------------------------------------------------------------------------ layers
 
 
+def _exact(module: nn.Module, x: Tensor) -> bool:
+    """Whether to round exactly as LDM's code does, which released tokenizers were measured with.
+
+    The fused SiLU and attention round otherwise, and depth makes 1e-5 of the largest pixel of it. They need less
+    memory for the backward pass, though, so training keeps them.
+    """
+    return not module.training and x.dtype == torch.float32
+
+
+def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of the normalised features."""
+    h = norm(x)
+    return h * torch.sigmoid(h) if _exact(norm, h) else F.silu(h)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
 
@@ -67,8 +82,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else None
 
     def forward(self, x_BEhw: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BEhw)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(_norm_silu(self.norm1, x_BEhw))
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h)))
         return h + (x_BEhw if self.nin_shortcut is None else self.nin_shortcut(x_BEhw))
 
 
@@ -86,9 +101,14 @@ class AttentionBlock(nn.Module):
     def forward(self, x_BEhw: Tensor) -> Tensor:
         B, E, h, w = x_BEhw.shape
         normed = self.norm(x_BEhw)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        out_BNE = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x_BEhw + self.proj_out(out_BNE.transpose(1, 2).reshape(B, E, h, w))
+        q_BEN, k_BEN, v_BEN = (conv(normed).flatten(2) for conv in (self.q, self.k, self.v))
+        if _exact(self, normed):
+            weights_BNN = (torch.bmm(q_BEN.transpose(1, 2), k_BEN) * E**-0.5).softmax(dim=-1)
+            out_BEN = torch.bmm(v_BEN, weights_BNN.transpose(1, 2))
+        else:
+            q, k, v = (part.transpose(1, 2).unsqueeze(1) for part in (q_BEN, k_BEN, v_BEN))
+            out_BEN = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x_BEhw + self.proj_out(out_BEN.reshape(B, E, h, w))
 
 
 class Downsample(nn.Module):
@@ -189,7 +209,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = _run(level, h, self.gradient_checkpointing)
         h = _run(self.mid, h, self.gradient_checkpointing)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_norm_silu(self.norm_out, h))
 
 
 class Decoder(nn.Module):
@@ -214,7 +234,7 @@ class Decoder(nn.Module):
         h = _run(self.mid, self.conv_in(z_Bdhw), self.gradient_checkpointing)
         for level in reversed(self.up):
             h = _run(level, h, self.gradient_checkpointing)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_norm_silu(self.norm_out, h))
 
 
 # ------------------------------------------------------------------------------------------------ model
