@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vadit.config import DiTConfig, TokenizerConfig
-from vadit.errors import UsageError
+from vadit.errors import RunError, UsageError, write_fault
 
 T = TypeVar("T")
 
@@ -23,10 +23,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
 
 
 def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:

@@ -7,3 +7,12 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
+
+
+def write_fault(error: Exception) -> str:
+    """Why a file could not be written, in words for people."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # torch's zip writer tells a full disk by the position that it did not reach
+    return "the disk took only a part of it" if "unexpected pos" in text else text

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vadit.config import AutoencoderSpec, DiTSpec
-from vadit.errors import RunError, UsageError
+from vadit.errors import RunError, UsageError, write_fault
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_weights
@@ -66,13 +66,12 @@ def import_checkpoint(
     source: str | Path, out: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None
 ) -> Literal["dit", "autoencoder"]:
     """Turn one of the authors' files, of either kind, into our folder `out`; says which kind it was."""
-    content = read_weights(source)
-    state, _ = _read(content, ("ema", "state_dict", "model"), None, str(source))
+    state, _ = _read(source, ("ema", "state_dict", "model"), None)
     if DIT_MARK in state:
-        load_reference_dit(content, num_heads=num_heads).save_pretrained(out)
+        load_reference_dit(source, num_heads=num_heads).save_pretrained(out)
         return "dit"
     if AUTOENCODER_MARK in state:
-        load_reference_autoencoder(content, attention_resolution=attention_resolution).save_pretrained(out)
+        load_reference_autoencoder(source, attention_resolution=attention_resolution).save_pretrained(out)
         return "autoencoder"
     raise UsageError(
         f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no {AUTOENCODER_MARK}); "
@@ -104,7 +103,9 @@ def save_reference(model: Model, path: str | Path) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        raise RunError(
+            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
 
 
 def export_reference(folder: str | Path, out: str | Path) -> None:

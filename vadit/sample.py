@@ -223,7 +223,7 @@ def _check_request(
         if not 0 <= label < model.num_classes:
             raise UsageError(
                 f"label {label} is out of range: the generator has {model.num_classes} classes, "
-                f"0 to {model.num_classes - 1}"
+                f"0 to {model.num_classes - 1}; choose labels (vadit sample --classes) among those"
             )
 
 

@@ -12,7 +12,7 @@ from vadit.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer
 from vadit.config import ImageDataSpec, SampleSpec
 from vadit.config_files import from_dict
-from vadit.errors import UsageError
+from vadit.errors import RunError, UsageError, write_fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +177,10 @@ def _print_numbers(numbers: dict[str, float], out: str | None) -> None:
         print(f"{name:<32} {value:.6g}")
     if out is not None:
         partial = Path(f"{out}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(numbers, indent=2) + "\n")
-        partial.replace(out)
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(numbers, indent=2) + "\n")
+            partial.replace(out)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RunError(f"cannot write {out} ({write_fault(error)}); set --out to a place with room") from None

@@ -71,6 +71,10 @@ def run(arguments: list[str]) -> None:
             f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
         )
     else:
+        from vadit import distributed
+
+        with told_once():  # by one process for all
+            distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
         from vadit.train import dit, engine, tokenizer
 
         try:

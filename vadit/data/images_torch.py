@@ -117,7 +117,7 @@ class ImageFolder:
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
             raise RunError(
                 f"image {path} does not decode ({type(error).__name__}: {error}); "
-                "replace or remove it, or set --data.on-error skip"
+                "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
             ) from error
 
 
@@ -262,7 +262,9 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, image paths and their labels."""
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise UsageError(f"data.path {root} {problem}; set it to a folder of images")
+        raise UsageError(
+            f"data.path {root} {problem}; set --data.path (vadit encode and evaluate: --images) to a folder of images"
+        )
     try:
         flat = [str(path) for path in sorted(root.iterdir()) if _is_image(path.name) and not path.is_dir()]
         folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]

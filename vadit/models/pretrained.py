@@ -5,6 +5,7 @@ Foreign files are read here, too (`read_weights`), and never with code that the 
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vadit.config_files import load_config, save_config
-from vadit.errors import RunError, UsageError
+from vadit.errors import RunError, UsageError, write_fault
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -34,7 +35,9 @@ def save_model(model: nn.Module, spec: Any, folder: str | Path) -> None:
         write_safetensors(model.state_dict(), folder / WEIGHTS_NAME)
         save_config(spec, folder / CONFIG_NAME)
     except OSError as error:
-        raise RunError(f"cannot write the model to {folder}: {error.strerror or error}") from None
+        raise RunError(
+            f"cannot write the model to {folder} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
@@ -43,10 +46,21 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     # safetensors refuses strided and shared storage, and keeps tensors on the host
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        save_file(tensors, partial)
-    except SafetensorError as error:
-        raise RunError(f"cannot write {path}: {error}") from None
-    partial.replace(path)
+        save_tensors(tensors, partial)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, but with the permissions of any new file: its own lets the owner alone read."""
+    save_file(tensors, path)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_spec(kind: type[S], folder: str | Path) -> S:
@@ -60,9 +74,17 @@ def read_spec(kind: type[S], folder: str | Path) -> S:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one file, on the CPU; a damaged file raises RunError with its name."""
     try:
+        with open(path, "rb"):  # safetensors tells a file that may not be read as one that is not there
+            pass
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read as safetensors ({error}); it is truncated or damaged") from None
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from None
+    except SafetensorError as error:
+        raise RunError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: fetch or export it anew"
+        ) from None
 
 
 def read_weights(path: str | Path) -> Any:
@@ -84,10 +106,14 @@ def read_weights(path: str | Path) -> Any:
                 f"{path} holds Python objects besides tensors, which could run code; "
                 "save its state dict alone with torch.save and use that file"
             ) from None
-        raise RunError(f"{path} cannot be read as a torch checkpoint; it is truncated or damaged") from None
+        raise RunError(
+            f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: fetch or export it anew"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         # the unpickler runs on the damaged bytes themselves and so fails in many ways
-        raise RunError(f"{path} cannot be read as a torch checkpoint; it is truncated or damaged") from None
+        raise RunError(
+            f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: fetch or export it anew"
+        ) from None
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

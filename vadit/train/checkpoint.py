@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from vadit import distributed
-from vadit.errors import RunError, UsageError
+from vadit.errors import RunError, UsageError, write_fault
 from vadit.metrics import console
+from vadit.models.pretrained import save_tensors
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 
@@ -68,7 +70,7 @@ def save(
         states |= {ema_file(decay): ema.full_state(decay) for decay in ema.shards}
         if distributed.is_main():
             for name, state in states.items():
-                save_file(state, partial / name)
+                save_tensors(state, partial / name)
             values = {
                 **dataclasses.asdict(position),
                 "world_size": distributed.world_size(),
@@ -80,12 +82,12 @@ def save(
         distributed.barrier()
         if distributed.is_main():
             _publish(partial, final)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"the checkpoint {final} could not be written ({error}); earlier checkpoints in {folder} are whole: "
-            "free some disk space and give the same command again"
+            f"the checkpoint {final} could not be written ({write_fault(error)}); earlier checkpoints in {folder} "
+            "are whole: free some disk space and give the same command again"
         ) from error
     distributed.barrier()
     if distributed.is_main():

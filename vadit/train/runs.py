@@ -30,10 +30,13 @@ _PROJECTION = "linear_proj."
 
 
 def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
-    """Make the run folder, or check that the one there belongs to the same config."""
+    """Make the run folder, or check that the one there belongs to the same config.
+
+    Where nothing was saved yet there is nothing to continue, and the new config takes the old one's place.
+    """
     folder = Path(config.run.out)
     path = folder / "config.json"
-    if path.exists():
+    if path.exists() and has_checkpoint(final_folder(folder)):
         before = load_run_config(folder)
         difference = _first_difference(_fixed(before), _fixed(config))
         if difference is not None:

@@ -1,0 +1,162 @@
+"""Bad input through the commands: one sentence that names value and remedy, the exit code, and nothing half written.
+
+A limit on the size of files (RLIMIT_FSIZE) stands for the full disk: the writes themselves fail, in whatever library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vadit import cli
+from vadit.models.pretrained import read_safetensors, write_safetensors
+
+DEBUG = ["train", "lightningdit-b-debug"]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator's run, exported in both formats."""
+    folder = tmp_path_factory.mktemp("house")
+    assert cli.main([*DEBUG, "--run.out", str(folder / "run")]) == 0
+    assert cli.main(["export", str(folder / "run"), "--out", str(folder / "exported")]) == 0
+    reference = ["--format", "reference", "--out", str(folder / "reference.pt")]
+    assert cli.main(["export", str(folder / "exported"), *reference]) == 0
+    return folder
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """No file grows beyond `num_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+    """The sentence that the command ends with."""
+    capsys.readouterr()
+    assert cli.main(arguments) == code
+    text = capsys.readouterr().err
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in text, text
+    return last
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        (["export", "run", "--out"], "model.safetensors"),
+        (["export", "exported", "--format", "reference", "--out"], "out"),
+        (["import", "reference.pt", "--out"], "model.safetensors"),
+    ],
+)
+def test_full_disk_leaves_no_weights(
+    command: list[str], target: str, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command[0], str(house / command[1]), *command[2:], str(tmp_path / "out")]
+    with room_for(100_000):
+        message = refusal(capsys, arguments, 1)
+    assert f"{target} (" in message and "free some space" in message
+    assert files(tmp_path) == []
+    assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("num_bytes", [2_000, 10_000, 400_000])
+def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(
+    num_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*DEBUG, "--run.out", str(tmp_path)]
+    with room_for(num_bytes):
+        message = refusal(capsys, arguments, 1)
+    assert "step-00000002 could not be written" in message and "free some disk space" in message
+    assert not [name for name in files(tmp_path) if name.startswith("checkpoints")]
+    assert cli.main(arguments) == 0
+
+
+def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with room_for(100):
+        message = refusal(capsys, [*DEBUG, "--run.out", str(tmp_path)], 1)
+    assert f"{tmp_path / 'config.json'} (" in message and "free some space" in message
+    assert files(tmp_path) == []
+
+
+def test_weights_have_the_permissions_of_any_new_file(house: Path) -> None:
+    for file in ("exported/model.safetensors", "run/checkpoints/step-00000002/model.safetensors"):
+        assert (house / file).stat().st_mode == (house / "exported" / "config.json").stat().st_mode, file
+
+
+@pytest.mark.parametrize("length", [0, 10, 40_000])
+def test_truncated_reference_checkpoint(
+    length: int, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((house / "reference.pt").read_bytes()[:length])
+    message = refusal(capsys, ["import", str(cut), "--out", str(tmp_path / "out")], 1)
+    assert f"{cut} cannot be read" in message and "truncated or damaged" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(house / "reference.pt", weights_only=True)
+    name = "blocks.0.attn.qkv.weight"
+    content["ema"][name] = content["ema"][name][:-1]
+    file = tmp_path / "odd.pt"
+    torch.save(content, file)
+    message = refusal(capsys, ["import", str(file), "--out", str(tmp_path / "out")], 2)
+    assert f"{file}: tensor {name} has shape (191, 64), the model needs (192, 64)" in message
+    folder, run = str(house / "exported"), str(tmp_path / "run")
+    narrow = [*DEBUG, "--run.out", run, "--run.init-from", folder, "--model.hidden-size", "96"]
+    assert f"{folder}: tensor pos_embed has shape" in refusal(capsys, narrow, 2)
+    state = read_safetensors(house / "exported" / "model.safetensors")
+    write_safetensors({name: state[name]}, tmp_path / "part.safetensors")
+    part = [*DEBUG, "--run.out", run, "--run.init-from", str(tmp_path / "part.safetensors")]
+    assert "part.safetensors: tensor pos_embed" in refusal(capsys, part, 2)
+    # what was refused does not bind the folder to its settings
+    assert cli.main([*DEBUG, "--run.out", run]) == 0
+    assert "model.hidden_size 64" in refusal(capsys, [*DEBUG, "--run.out", run, "--model.hidden-size", "96"], 2)
+
+
+def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    arguments = ["train", "vavae-f16d32-dinov2-debug", "--data.path", str(tmp_path / "images")]
+    message = refusal(capsys, [*arguments, "--run.out", str(tmp_path / "run")], 1)
+    assert "broken.png does not decode" in message and "--data.on-error skip" in message
+    assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_unreadable_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True, mode=0o000)
+    arguments = ["train", "vavae-f16d32-dinov2-debug", "--data.path", str(tmp_path / "images")]
+    message = refusal(capsys, [*arguments, "--run.out", str(tmp_path / "run")], 2)
+    assert f"{tmp_path / 'images'} cannot be read" in message and "give read permission" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_that_the_processes_do_not_divide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*DEBUG, "--run.out", str(tmp_path / "run")]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(arguments) == 2
+        text = capsys.readouterr().err
+        assert text.count("run.batch_size 4 is not divisible by 3 processes") == told
+    assert not (tmp_path / "run").exists()
