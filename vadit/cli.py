@@ -38,8 +38,8 @@ USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (the work failed), 2 (a setting is wrong) or 130 (interrupted)."""
-    # Read when torch loads: threads that wait by spinning make a busy machine ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads: threads that wait for others by spinning long make a busy machine ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments, debug = _without_common_flags(sys.argv[1:] if argv is None else list(argv))
     try:
         return _dispatch(arguments)
