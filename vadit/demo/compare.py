@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vadit.demo.networks import Judge
     from vadit.demo.run import Demo
 
-VARIANTS = {"plain": 0.0, "vf": 0.5}
+VARIANTS = {"plain": 0.0, "vf": 0.1}
 """Name and weight of the VF loss."""
 SIGNIFICANCE = 0.05
 LAST_POINTS = 5
