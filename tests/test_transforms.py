@@ -54,7 +54,16 @@ def test_extreme_aspect_is_refused_before_it_takes_memory() -> None:
         transforms.center_crop(picture(1, 5000), 32)
 
 
-def test_random_crop_is_reproducible_and_keeps_most_of_the_image() -> None:
+def test_random_crop_is_a_square_of_the_short_side() -> None:
+    image = picture(90, 40)  # the short side becomes 32, the long one 72
+    whole = np.asarray(image.resize((72, 32), Image.Resampling.BICUBIC))
+    crops = [np.asarray(transforms.random_crop(image, 32, seed)) for seed in range(40)]
+    places = {next(x for x in range(41) if np.array_equal(whole[:, x : x + 32], crop)) for crop in crops}
+    assert min(places) < 8 and max(places) > 32, "the whole width is used"
+    assert np.array_equal(crops[5], np.asarray(transforms.random_crop(image, 32, 5)))
+
+
+def test_random_resized_crop_is_reproducible_and_keeps_most_of_the_image() -> None:
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (180, 200, 3))
     image = Image.fromarray(np.ascontiguousarray(columns))
     crops = [np.asarray(transforms.random_resized_crop(image, 32, seed)).astype(int) for seed in range(20)]

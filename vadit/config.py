@@ -270,8 +270,8 @@ class ImageDataSpec:
 
     path: str = ""
     """Folder of images: one subfolder per class, or flat. debug:N makes N random images (debug recipes)."""
-    crop: Literal["center", "random"] = "center"
-    """center: ADM's centre crop; random: random resized crop (scale 0.8-1)."""
+    crop: Literal["center", "random", "random_resized"] = "center"
+    """center: ADM's centre crop; random: a random square of the short side; random_resized: of area 0.8-1."""
     flip: bool = False
     """Mirror images at random."""
     num_workers: int = 8

@@ -19,7 +19,7 @@ from torch import Tensor
 from vadit import rng
 from vadit.config import ImageDataSpec
 from vadit.data.stream import PREFETCH_BATCHES, PositionedLoader, debug_count, sample_ids
-from vadit.data.transforms import center_crop, random_resized_crop, to_chw, to_rgb
+from vadit.data.transforms import center_crop, random_crop, random_resized_crop, to_chw, to_rgb
 from vadit.errors import RunError, UsageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -68,7 +68,7 @@ class ImageFolder:
         self,
         path: str | Path,
         size: int,
-        crop: Literal["center", "random"] = ImageDataSpec.crop,
+        crop: Literal["center", "random", "random_resized"] = ImageDataSpec.crop,
         flip: bool = ImageDataSpec.flip,
         on_error: Literal["raise", "skip"] = ImageDataSpec.on_error,
     ) -> None:
@@ -92,28 +92,28 @@ class ImageFolder:
 
         RunError names a file that does not decode.
         """
+        crop_seed = rng.fold(seed, "crop", epoch, index)
         if self.crop == "random":
-            pixels = self._decode(index, rng.fold(seed, "crop", epoch, index))
+            pixels = self._decode(index, lambda image: random_crop(image, self.size, crop_seed))
+        elif self.crop == "random_resized":
+            pixels = self._decode(index, lambda image: random_resized_crop(image, self.size, crop_seed))
         else:
-            pixels = self._decode(index)
+            pixels = self.load_plain(index)
         if self.flip and rng.uniform(rng.fold(seed, "flip", epoch), [index]).item() < 0.5:
             pixels = pixels[:, :, ::-1]
         return pixels
 
     def load_plain(self, index: int) -> np.ndarray:
         """Image under the centre crop and never mirrored, uint8 (3, size, size): for encoding and evaluation."""
-        return self._decode(index)
+        return self._decode(index, lambda image: center_crop(image, self.size))
 
-    def _decode(self, index: int, crop_seed: int | None = None) -> np.ndarray:
+    def _decode(self, index: int, crop: Callable[[Image.Image], Image.Image]) -> np.ndarray:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
                 image.load()  # now, while the file is open
                 rgb = to_rgb(image)
-            cropped = (
-                center_crop(rgb, self.size) if crop_seed is None else random_resized_crop(rgb, self.size, crop_seed)
-            )
-            return to_chw(cropped)
+            return to_chw(crop(rgb))
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
             raise RunError(
                 f"image {path} does not decode ({type(error).__name__}: {error}); "

@@ -40,13 +40,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Halve with a box filter while the short side is at least twice the goal, bring the short side to it with a bicubic
     filter, cut out the middle (rounded towards the upper left).
     """
+    image = _to_short_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
+    """A random square of the short side, as the authors train their tokenizer; scaled like the centre crop."""
+    image = _to_short_side(image, size)
+    draw = random.Random(seed)
+    left, top = draw.randint(0, image.width - size), draw.randint(0, image.height - size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_short_side(image: Image.Image, size: int) -> Image.Image:
     _check_aspect(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
 def random_resized_crop(image: Image.Image, size: int, seed: int) -> Image.Image:

@@ -39,7 +39,7 @@ def vavae_f16d32_dinov2() -> TokenizerConfig:
             log_every_images=100 * 256,
             save_every_images=IMAGENET_IMAGES,
         ),
-        # The authors' loader takes random 256-pixel crops, not centre crops, and never mirrors.
+        # The authors' loader takes a random square of the short side and never mirrors.
         data=ImageDataSpec(crop="random", flip=False),
         stages=stages,
         paper=Paper(source="Tables 2-4, released VA-VAE", metric="rfid50k 0.28, PSNR 27.96, LPIPS 0.096, SSIM 0.79"),
