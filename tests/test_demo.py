@@ -14,13 +14,12 @@ from vadit.demo.options import DemoOptions
 from vadit.errors import UsageError
 from vadit.train import dit
 
-TINY = run.Sizes(foundation=2, judge=2, tokenizer=4, generator=4)
+TINY = run.Sizes(foundation=2, judge=2, tokenizer=4, generator=4, samples=64)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "QUICK", TINY)
-    monkeypatch.setattr(run, "NUM_SAMPLES", 64)
     monkeypatch.setattr(run, "UNIFORMITY_VECTORS", 100)
 
 

@@ -50,24 +50,24 @@ from vadit.sample import sampler_name, write_samples
 from vadit.train import dit, tokenizer
 from vadit.train.export import load_autoencoder, load_generator
 
-NUM_SAMPLES = 500
 GUIDED_SCALE = 2.5
-UNIFORMITY_VECTORS = 1000
+UNIFORMITY_VECTORS = 800
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths of the demo's stages, in optimizer steps."""
+    """Lengths of the demo's stages: training in optimizer steps, samples in images."""
 
     foundation: int
     judge: int
     tokenizer: int
     generator: int
+    samples: int
 
 
-FULL = Sizes(foundation=200, judge=300, tokenizer=600, generator=1000)
-QUICK = Sizes(foundation=60, judge=100, tokenizer=90, generator=150)
-PHOTOS = Sizes(foundation=200, judge=300, tokenizer=700, generator=1100)
+FULL = Sizes(foundation=200, judge=300, tokenizer=600, generator=1000, samples=500)
+QUICK = Sizes(foundation=60, judge=100, tokenizer=120, generator=200, samples=100)
+PHOTOS = Sizes(foundation=200, judge=300, tokenizer=700, generator=1100, samples=500)
 
 
 def sizes(options: DemoOptions) -> Sizes:
@@ -209,10 +209,11 @@ class Demo:
         """Draw and decode samples."""
         dataset = LatentDataset(latents, flip=False)
         spec = SampleSpec(num_steps=50, seed=seed, labels="balanced", cfg_scale=cfg_scale)
-        with ProgressBar(_title("sample", name), NUM_SAMPLES) as bar:
+        with ProgressBar(_title("sample", name), self.sizes.samples) as bar:
             files = write_samples(
                 self.out / name, load_generator(generator), load_autoencoder(tokenizer_run), spec,
-                num_samples=NUM_SAMPLES, mean=dataset.mean, std=dataset.std, source=str(generator), progress=bar.update,
+                num_samples=self.sizes.samples, mean=dataset.mean, std=dataset.std, source=str(generator),
+                progress=bar.update,
             )  # fmt: skip
         return files.npz
 
@@ -284,13 +285,12 @@ def run_demo(options: DemoOptions) -> None:
     plain = demo.samples(generator, tokenizer_run, latents, "samples", cfg_scale=1.0)
     guided = demo.samples(generator, tokenizer_run, latents, "samples-guided", cfg_scale=GUIDED_SCALE)
 
-    count = f"{NUM_SAMPLES}"
-    metrics: dict[str, Any] = {"data": options.data, "num_samples": NUM_SAMPLES, "num_steps": sizes(options).__dict__}
+    metrics: dict[str, Any] = {"data": options.data, "sizes": dataclasses.asdict(demo.sizes)}
     held_out_agreement = judge.assess(demo.data.held_out_images)[1] == torch.from_numpy(demo.data.held_out_labels)
     metrics["judge_accuracy_held_out"] = float(held_out_agreement.float().mean())
     metrics["tokenizer"] = demo.judge_tokenizer(tokenizer_run, latents)
     for npz, scale in ((plain, 1.0), (guided, GUIDED_SCALE)):
-        name = f"{count}_{sampler_name(SampleSpec(num_steps=50, labels='balanced', cfg_scale=scale))}"
+        name = f"{demo.sizes.samples}_{sampler_name(SampleSpec(num_steps=50, labels='balanced', cfg_scale=scale))}"
         metrics[f"samples_{name}"] = demo.judge_samples(judge, npz)
     metrics["seconds_this_start"] = round(time.perf_counter() - start, 1)
     (demo.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
