@@ -13,7 +13,7 @@ class DemoOptions:
     out: str = "runs/demo"
     """Folder for everything that is made; the same command goes on from what is there."""
     data: Literal["digits", "photos"] = "digits"
-    """digits: 1,797 scanned handwritten digits; photos: crops of photographs (slower to become presentable)."""
+    """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""
     quick: bool = False
     """A quarter of the training steps: everything runs, the pictures are worse."""
     compare: bool = False

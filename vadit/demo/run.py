@@ -67,12 +67,11 @@ class Sizes:
 
 FULL = Sizes(foundation=200, judge=300, tokenizer=600, generator=1000, samples=500)
 QUICK = Sizes(foundation=60, judge=100, tokenizer=120, generator=200, samples=100)
-PHOTOS = Sizes(foundation=200, judge=300, tokenizer=700, generator=1100, samples=500)
 
 
 def sizes(options: DemoOptions) -> Sizes:
     """Lengths for what was asked."""
-    return QUICK if options.quick else PHOTOS if options.data == "photos" else FULL
+    return QUICK if options.quick else FULL
 
 
 def tokenizer_config(
