@@ -9,6 +9,7 @@ random state. Resuming takes the newest checkpoint whose manifest holds, and say
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -170,6 +171,13 @@ def _flush(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: Path, *_state: int) -> str:
+    """Once per state of the file: a start asks for the newest whole checkpoint several times, of many gigabytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
