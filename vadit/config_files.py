@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.errors import RunError, UsageError, write_fault
+from vadit.files import whole_file
 
 T = TypeVar("T")
 
@@ -23,13 +24,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(
             f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
         ) from None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vadit.config import AutoencoderSpec, DiTSpec
 from vadit.errors import RunError, UsageError, write_fault
+from vadit.files import whole_file
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_weights
@@ -96,13 +97,10 @@ def save_reference(model: Model, path: str | Path) -> None:
     """Write a model as a file that the authors' code loads, whole or not at all."""
     path = Path(path)
     content = to_reference_dit(model) if isinstance(model, LightningDiT) else to_reference_autoencoder(model)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
         raise RunError(
             f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
         ) from None

@@ -7,7 +7,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +18,7 @@ from PIL import Image
 
 from vadit.charts import Curve, line_chart, short_number
 from vadit.errors import UsageError
+from vadit.files import whole_file
 
 MAX_PICTURE_BYTES = 2_400_000
 """All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""
@@ -62,10 +62,8 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
         f"<header><h1>{_text(title)}</h1>{_paragraphs(lead, 'lead')}<nav>{contents}</nav></header>{body}"
         f"<footer>Written by vadit on {datetime.now():%Y-%m-%d %H:%M}.</footer></main></body></html>\n"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    with whole_file(out) as partial:
+        partial.write_text(page, encoding="utf-8")
     return out
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vadit import distributed, rng
 from vadit.config import FlowSpec, SampleSpec
 from vadit.errors import RunError, UsageError
+from vadit.files import whole_file
 from vadit.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
 __all__ = [
@@ -399,17 +400,11 @@ def _write_grid(path: Path, images: Iterable[Path]) -> None:
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as stream:
+        with whole_file(path) as partial, partial.open("wb") as stream:
             write(stream)
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(
             f"{path} could not be written ({error.strerror or error}); free space there or choose another folder, "
             "then run the same command again"
         ) from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vadit.errors import RunError, UsageError
+from vadit.files import whole_file
 
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
@@ -236,16 +237,13 @@ def _write_tensors(path: Path, tensors: dict[str, list[Tensor]], metadata: dict[
 
 
 def _write_parts(path: Path, parts: Sequence[bytes | Tensor]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             for part in parts:
                 file.write(part.numpy().tobytes() if isinstance(part, Tensor) else part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(
             f"cannot write {path} ({error.strerror or error}); free space or choose another folder"
         ) from error

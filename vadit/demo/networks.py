@@ -6,18 +6,17 @@ network), so its verdict on samples is not the tokenizer's own opinion handed ba
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vadit.config import FoundationSpec
 from vadit.demo.data import SIZE
+from vadit.models.pretrained import read_safetensors, write_safetensors
 
 BATCH = 64
 LR = 2e-3
@@ -96,11 +95,8 @@ def train_once(path: Path, build: Callable[[], nn.Module], train: Callable[[nn.M
     """The network whose weights lie at `path`; trained and saved (whole or not at all) where there are none."""
     network = build()
     if path.is_file():
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(read_safetensors(path))
         return network.eval()
     train(network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(network.state_dict(), partial)
-    os.replace(partial, path)
+    write_safetensors(network.state_dict(), path)
     return network

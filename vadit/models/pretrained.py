@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vadit.config_files import load_config, save_config
 from vadit.errors import RunError, UsageError, write_fault
+from vadit.files import whole_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -41,15 +42,13 @@ def save_model(model: nn.Module, spec: Any, folder: str | Path) -> None:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to one file; a stopped run leaves NAME.partial and never half a file under the final name."""
-    partial = path.with_name(path.name + ".partial")
+    """Write tensors to one file; never half a file, also where it fails."""
     # safetensors refuses strided and shared storage, and keeps tensors on the host
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        save_tensors(tensors, partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_tensors(tensors, partial)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
         raise RunError(
             f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
         ) from None
