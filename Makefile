@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The checkout's folder must not shadow installed packages (kernels/ is the name of another one).
 export PYTHONSAFEPATH := 1
+# DeepSpeed's setup.py imports a module beside it, which that variable would hide.
+PIP := env -u PYTHONSAFEPATH python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test lint bench clean
 
@@ -55,6 +57,6 @@ $(VENV)/bin/python:
 
 $(STAMP): constraints.txt pyproject.toml setup.py $(shell find csrc -type f) | $(VENV)/bin/python
 	@echo "installing vadit and what it needs into $(VENV): about 6 GB, some minutes"
-	@python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel torch
-	@python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) setuptools wheel torch
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
