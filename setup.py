@@ -1,8 +1,14 @@
 """Builds csrc into vadit/_C.abi3.so and maps kernels/ops to vadit.kernels; everything else is in pyproject.toml.
 
 The extension uses libtorch's stable ABI and no Python API, so one binary serves many versions of both. torch is
-needed for its headers alone and is never imported. Where the extension cannot be built the install goes on without
-it and says why in one line. VADIT_BUILD=0 skips the build, VADIT_BUILD=require makes a failure an error.
+needed for its headers alone and is never imported. The CUDA kernels are built where there is an nvcc, also on a machine
+without a GPU; the CUDA runtime is linked in, so the binary loads where there is no driver.
+
+What cannot be built is left out with one line that says why. Environment variables:
+VADIT_BUILD       0 builds nothing; require makes a failure an error.
+VADIT_CUDA        0 leaves out the CUDA kernels; require makes their failure an error.
+VADIT_CUDA_ARCHS  what they are built for, such as "80 90+PTX"; without it the list below.
+CXX, CUDA_HOME    the C++ compiler; the folder of the CUDA toolkit (else nvcc from PATH, else /usr/local/cuda).
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +28,17 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 BUILD = os.environ.get("VADIT_BUILD", "1")
-SOURCES = ["csrc/registration.cpp", "csrc/cpu/rms_norm.cpp", "csrc/cpu/rope.cpp", "csrc/cpu/swiglu.cpp"]
-HEADERS = ["csrc/cpu/vec.h"]
+CUDA = os.environ.get("VADIT_CUDA", "1")
+
+
+def files(*patterns: str) -> list[str]:
+    """Files below csrc, relative to the project as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+SOURCES = files("*.cpp", "cpu/*.cpp")
+CUDA_SOURCES = files("cuda/*.cu", "cuda/*.cpp")
+HEADERS = files("*.h", "*/*.h", "*/*.cuh")
 CXX_FLAGS = [
     "-O3",
     "-std=c++20",
@@ -35,18 +51,28 @@ CXX_FLAGS = [
     "-Wall",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch that may load the binary: 2.10
 ]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "80 90+PTX 100"
+"""A100 and all of 8.x; H100 and H200; B200. The PTX is for other GPUs, whose driver compiles it."""
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so")
+
+
+def note(message: str) -> None:
+    print(f"vadit: {message}", file=sys.stderr, flush=True)
 
 
 def torch_headers() -> Path:
     """Folder of the installed torch's headers, found without importing torch (which takes seconds)."""
     spec = find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise CompileError("torch is not installed here (its headers are needed; use pip's --no-build-isolation)")
-    include = Path(spec.submodule_search_locations[0]) / "include"
-    if not (include / "torch" / "csrc" / "stable" / "library.h").is_file():
+    found = list(spec.submodule_search_locations or []) if spec else []
+    # pip hides the environment from an isolated build, but runs the build with that environment's interpreter.
+    found += [f"{sysconfig.get_path(name)}/torch" for name in ("purelib", "platlib")]
+    for include in (Path(folder) / "include" for folder in found):
+        if (include / "torch" / "csrc" / "stable" / "library.h").is_file():
+            return include
+    if any(Path(folder).is_dir() for folder in found):
         raise CompileError("this torch has no stable-ABI headers; install torch 2.10 or newer")
-    return include
+    raise CompileError("torch is not installed here (its headers are needed): install it first")
 
 
 def compiler() -> list[str]:
@@ -57,7 +83,7 @@ def compiler() -> list[str]:
     return command
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
     """Run a build step; its output is part of the error."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -66,6 +92,34 @@ def run(command: list[str]) -> None:
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
         raise CompileError(f"{Path(command[0]).name} failed; its messages are above")
+    return done.stdout
+
+
+def cuda_compiler() -> str:
+    """nvcc. It may be a wrapper script, so nothing is derived from where it lies."""
+    home = os.environ.get("CUDA_HOME")
+    for place in ([f"{home}/bin/nvcc"] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if found := shutil.which(place):
+            return found
+    raise CompileError("nvcc is not installed (set CUDA_HOME where it is not on PATH)")
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """nvcc's flags for the wanted architectures, less those that this nvcc does not know yet, or no longer."""
+    known = run([nvcc, "--list-gpu-arch"]).split()
+    flags, dropped = [], []
+    for name in os.environ.get("VADIT_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(",", " ").replace(";", " ").split():
+        number = name.removesuffix("+PTX").replace(".", "")
+        if f"compute_{number.rstrip('af')}" not in known:  # variants such as 90a are not listed
+            dropped.append(name)
+            continue
+        code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    if dropped:
+        note(f"this nvcc cannot build for {', '.join(dropped)}: left out")
+    if not flags:
+        raise CompileError("no architecture is left to build the CUDA kernels for")
+    return flags
 
 
 def link_stubs(cxx: list[str], folder: Path) -> list[str]:
@@ -80,7 +134,7 @@ def link_stubs(cxx: list[str], folder: Path) -> list[str]:
 
 
 class BuildExtension(build_ext):
-    """Calls the C++ compiler itself: the object is a plain shared library, not a Python module."""
+    """Calls the compilers itself: the object is a plain shared library, not a Python module."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -88,32 +142,65 @@ class BuildExtension(build_ext):
         except (CompileError, OSError) as error:
             if BUILD == "require":
                 raise SystemExit(f"vadit: the compiled ops were not built: {error}") from None
-            print(f"vadit: installing without the compiled ops: {error}", file=sys.stderr, flush=True)
+            note(f"installing without the compiled ops: {error}")
             raise CompileError(str(error)) from None
 
     def _build(self, ext: Extension) -> None:
         cxx, include = compiler(), torch_headers()
         temporary = Path(self.build_temp).resolve() / "csrc"
         temporary.mkdir(parents=True, exist_ok=True)
-        objects = [temporary / (Path(source).stem + ".o") for source in ext.sources]
-        steps = [
-            [*cxx, *CXX_FLAGS, f"-I{include}", "-c", source, "-o", str(target)]
-            for source, target in zip(ext.sources, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, steps))
+        stubs = link_stubs(cxx, temporary)
+
+        def compiled(command: list[str], source: str) -> str:
+            target = str(temporary / (source.replace("/", "-") + ".o"))
+            run([*command, "-c", source, "-o", target])
+            return target
+
+        def cxx_object(source: str) -> str:
+            return compiled([*cxx, *CXX_FLAGS, f"-I{include}"], source)
+
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        # --no-as-needed keeps the two names although the stubs resolve nothing; -s drops local symbols.
-        libraries = ["-Wl,--no-as-needed", *link_stubs(cxx, temporary), "-Wl,--as-needed", "-s"]
-        run([*cxx, "-shared", *map(str, objects), *libraries, "-o", str(partial)])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                nvcc = None if CUDA == "0" else cuda_compiler()
+                command = [nvcc, *NVCC_FLAGS, *cuda_targets(nvcc)] if nvcc else []
+            except CompileError as error:
+                nvcc = None
+                self._without_cuda(error)
+            # The CUDA sources take longest, so they come first.
+            cuda_steps = [
+                pool.submit(compiled, command, source) if source.endswith(".cu") else pool.submit(cxx_object, source)
+                for source in (CUDA_SOURCES if nvcc else [])
+            ]
+            objects = list(pool.map(cxx_object, SOURCES))
+            # --no-as-needed keeps the two names although the stubs resolve nothing; -s drops local symbols.
+            libraries = ["--no-as-needed", *stubs, "--as-needed", "--exclude-libs,ALL", "-s"]
+            if nvcc:
+                try:
+                    cuda_objects = [step.result() for step in cuda_steps]
+                    # One list: nvcc would change the order of libraries and other options for the linker.
+                    link = [nvcc, "-shared", "-cudart=static", f"-Xlinker={','.join(libraries)}"]
+                    run([*link, *objects, *cuda_objects, "-o", str(partial)])
+                except CompileError as error:
+                    nvcc = None
+                    self._without_cuda(error)
+            if not nvcc:
+                run([*cxx, "-shared", *objects, f"-Wl,{','.join(libraries)}", "-o", str(partial)])
         os.replace(partial, target)
+
+    @staticmethod
+    def _without_cuda(error: CompileError) -> None:
+        if CUDA == "require":
+            raise SystemExit(f"vadit: the CUDA kernels were not built: {error}")
+        note(f"building without the CUDA kernels: {error}")
 
 
 def packages() -> list[str]:
     """vadit and its subpackages, with vadit.kernels from kernels/ops."""
-    return [*find_packages(include=["vadit", "vadit.*"]), "vadit.kernels"]
+    below = [f"vadit.kernels.{name}" for name in find_packages("kernels/ops")]
+    return [*find_packages(include=["vadit", "vadit.*"]), "vadit.kernels", *below]
 
 
 setup(
@@ -121,7 +208,7 @@ setup(
     package_dir={"vadit": "vadit", "vadit.kernels": "kernels/ops"},
     ext_modules=[]
     if BUILD == "0"
-    else [Extension("vadit._C", SOURCES, depends=HEADERS, py_limited_api=True, optional=True)],
+    else [Extension("vadit._C", SOURCES + CUDA_SOURCES, depends=HEADERS, py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,4 +1,5 @@
-// The op schemas of vadit, and nothing else: csrc/cpu holds the kernels, kernels/ops the shapes, gradients and checks.
+// The op schemas of vadit, and nothing else: csrc/cpu and csrc/cuda hold the kernels, kernels/ops the shapes, gradients
+// and checks.
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,6 +10,16 @@ STABLE_TORCH_LIBRARY(vadit, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)");
   m.def("swiglu(Tensor x12) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor x12) -> Tensor");
-  // transposed: the backward pass, which is the same rotation with the transposed matrix.
-  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps) "
+      "-> (Tensor, Tensor)");
+  // q and k, the inputs of rope, are needed only where their weight is given; dqkv is (B, N, 3, H, K) and holds dv too.
+  m.def(
+      "rope_backward(Tensor dq, Tensor dk, Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? q_weight, "
+      "Tensor? k_weight, float eps) -> (Tensor dq_in, Tensor dk_in, Tensor dq_weight, Tensor dk_weight)");
+  m.def(
+      "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor cos, Tensor sin, "
+      "Tensor? q_weight, Tensor? k_weight, float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def("vf_gram(Tensor features) -> (Tensor cosines, Tensor inverse_norm)");
+  m.def("vf_distmat(Tensor u, Tensor v, Tensor cosines, float margin) -> (Tensor loss, Tensor sign)");
 }

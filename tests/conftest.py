@@ -1,6 +1,45 @@
 """Tests are modules of their own (--import-mode=importlib); the helpers that several share lie beside them."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.append(str(Path(__file__).parent))
+if not torch.cuda.is_available():
+    # Read when Triton kernels are imported: they then run on the CPU, in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+
+def resolve(backend: str) -> str:
+    """The setting that runs a backend's kernels: on a GPU, else its stand-in on the CPU; skips where neither can be."""
+    from vadit import kernels
+    from vadit.kernels import dispatch
+
+    if backend == "reference":
+        return backend
+    if backend == "cuda" and not torch.cuda.is_available():
+        from simt.library import build_emulated
+
+        if "cuda_emulated" not in dispatch.BACKENDS:
+            torch.ops.load_library(build_emulated())
+            dispatch.BACKENDS["cuda_emulated"] = dispatch.Backend("vadit_emulated", "cpu", None)
+            kernels.register("vadit_emulated")
+        return "cuda_emulated"
+    if missing := dispatch.BACKENDS[backend].missing:
+        pytest.skip(missing)
+    return backend
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend of the ops in turn."""
+    from vadit.kernels import dispatch
+
+    with dispatch.setting(resolve(request.param)):
+        yield request.param

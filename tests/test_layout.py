@@ -14,8 +14,6 @@ MAX_LINES = 450
 FOLDERS = {"benchmarks", "csrc", "kernels", "launch", "tests", "vadit"}
 DOCUMENTS = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 FILES = {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
-TORCH_ONLY = {"vf_loss"}
-"""Ops without a compiled kernel: the low-rank VF loss is a few matrix products, which are torch's."""
 SOURCES = sorted(
     path
     for folder in ("vadit", "kernels", "csrc", "tests", "benchmarks", "launch")
@@ -46,19 +44,23 @@ def imports(path: Path) -> set[str]:
 
 def test_every_op_has_its_stem_everywhere() -> None:
     from vadit import kernels
+    from vadit.kernels.dispatch import OPS
 
-    ops = set(kernels.backends())
-    assert ops == {"rms_norm", "rope", "swiglu", "vf_loss"}
-    for op in ops:
-        assert (ROOT / "kernels" / "ops" / f"{op}.py").is_file(), op
-        assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file() or op in TORCH_ONLY, op
-        assert (ROOT / "tests" / f"test_op_{op}.py").is_file(), op
-        assert callable(getattr(kernels, op))
-    stems = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} | {
-        path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")
-    }
-    assert stems <= ops
-    assert {path.stem.removeprefix("test_op_") for path in (ROOT / "tests").glob("test_op_*.py")} == ops
+    assert set(OPS) == {"rms_norm", "rope", "swiglu", "vf_loss"}
+    for folder, pattern in {
+        "kernels/ops": "{}.py",
+        "kernels/ops/triton_kernels": "{}.py",
+        "csrc/cpu": "{}.cpp",
+        "csrc/cuda": "{}.cu",
+        "tests": "test_op_{}.py",
+        "benchmarks": "bench_{}.py",
+    }.items():
+        for op in OPS:
+            assert (ROOT / folder / pattern.format(op)).is_file(), (folder, op)
+        found = {path.name for path in (ROOT / folder).glob(pattern.format("*"))}
+        if folder.startswith("csrc") or folder == "tests":
+            assert found - {"bindings.cpp"} == {pattern.format(op) for op in OPS}, folder
+    assert all(callable(getattr(kernels, op)) for op in OPS)
 
 
 def test_top_level_holds_nothing_else() -> None:

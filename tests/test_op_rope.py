@@ -1,4 +1,4 @@
-"""RoPE with QK-norm against its formula in float64: results, all gradients, both backends."""
+"""RoPE with QK-norm against its formula in float64: results, all gradients, every backend."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadit.kernels import dispatch, rope
-from vadit.kernels.testing import assert_as_exact_as_torch, results_and_gradients
+from vadit.kernels import dispatch, rope, rope_qkv
+from vadit.kernels.testing import assert_as_exact_as_torch, device, results_and_gradients
 
-BACKENDS = [
-    "reference",
-    pytest.param("cpp", marks=pytest.mark.skipif(not dispatch.CPP_LOADED, reason="vadit/_C.abi3.so is not built")),
-]
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest):
-    with dispatch.setting(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device())
 
 
 def angles(tokens: int, width: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +36,8 @@ def with_tables(cos: Tensor, sin: Tensor):
     """The op and its formula as functions of (q, k, q_weight, k_weight)."""
 
     def op(q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None):
-        return rope(q, k, cos.to(q), sin.to(q), q_weight, k_weight)
+        wide = torch.promote_types(q.dtype, torch.float32)  # the tables of a model are never in bf16
+        return rope(q, k, cos.to(wide), sin.to(wide), q_weight, k_weight)
 
     def formula(q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None):
         return rotate(q, cos, sin, q_weight), rotate(k, cos, sin, k_weight)
@@ -53,13 +45,14 @@ def with_tables(cos: Tensor, sin: Tensor):
     return op, formula
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 255, 72), (2, 2, 256, 64), (1, 5, 7, 12), (3, 1, 1, 2), (70, 2, 4, 6)])
-@pytest.mark.parametrize("normed", ["neither", "both", "queries"])
-def test_results_and_gradients(shape: tuple[int, ...], normed: str) -> None:
-    weights = [1 + 0.2 * normal(shape[-1], seed=s) for s in (3, 4)]
-    q_weight = None if normed == "neither" else weights[0]
-    k_weight = weights[1] if normed == "both" else None
-    q, k = normal(*shape, seed=1), normal(*shape, seed=2)
+@pytest.mark.parametrize("shape", [(2, 3, 31, 72), (2, 2, 32, 64), (1, 5, 7, 12), (3, 1, 1, 2), (11, 2, 4, 6)])
+@pytest.mark.parametrize("normed", ["neither", "both", "queries", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_and_gradients(shape: tuple[int, ...], normed: str, dtype: torch.dtype) -> None:
+    weights = [(1 + 0.2 * normal(shape[-1], seed=s)).to(dtype) for s in (3, 4)]
+    q_weight = weights[0] if normed in ("both", "queries") else None
+    k_weight = weights[1] if normed in ("both", "keys") else None
+    q, k = normal(*shape, seed=1).to(dtype), normal(*shape, seed=2).to(dtype)
     assert_as_exact_as_torch(*with_tables(*angles(*shape[2:])), [q, k, q_weight, k_weight])
 
 
@@ -88,29 +81,72 @@ def test_magnitudes(magnitude: float) -> None:
     assert_as_exact_as_torch(*with_tables(*angles(16, 24)), [q, k])
 
 
-def test_bfloat16_keeps_its_dtype() -> None:
-    q, k = (normal(2, 3, 16, 72, seed=s).bfloat16() for s in (1, 2))
-    weight = (1 + 0.2 * normal(72)).bfloat16()
-    assert_as_exact_as_torch(*with_tables(*angles(16, 72)), [q, k, weight, weight.clone()])
+def split(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, K), as attention makes them."""
+    return qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@pytest.mark.parametrize("layout", ["packed_qkv", "width_first"])
-def test_strided_inputs(layout: str) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_strided_inputs_and_gradients(normed: bool) -> None:
     op, formula = with_tables(*angles(16, 24))
+    weights = [1 + 0.2 * normal(24, seed=s) for s in (3, 4)] if normed else [None, None]
 
-    def views(t: Tensor) -> tuple[Tensor, Tensor]:
-        if layout == "packed_qkv":  # (B, N, 3, H, K), as attention makes it
-            return t.permute(2, 0, 3, 1, 4).unbind(0)[:2]
-        return t.permute(2, 4, 3, 1, 0).unbind(0)[:2]
+    def through_views(function):
+        def call(qkv: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+            # the width comes first in the results, so that it is not the innermost axis of the gradients
+            return tuple(t.permute(3, 0, 2, 1) for t in function(*split(qkv)[:2], *weights))
 
-    packed = normal(2, 16, 3, 5, 24) if layout == "packed_qkv" else normal(24, 16, 3, 5, 2)
-    assert_as_exact_as_torch(lambda t: op(*views(t)), lambda t: formula(*views(t)), [packed])
+        return call
+
+    assert_as_exact_as_torch(through_views(op), through_views(formula), [normal(2, 16, 3, 5, 24), *weights])
+
+
+@pytest.mark.parametrize("shape", [(2, 31, 3, 3, 72), (1, 16, 3, 4, 64), (3, 5, 3, 1, 6)])
+@pytest.mark.parametrize("normed", ["neither", "both", "queries", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed(shape: tuple[int, ...], normed: str, dtype: torch.dtype) -> None:
+    cos, sin = angles(shape[1], shape[-1])
+    weights = [(1 + 0.2 * normal(shape[-1], seed=s)).to(dtype) for s in (3, 4)]
+    weights = [w if normed in ("both", name) else None for w, name in zip(weights, ("queries", "keys"), strict=True)]
+
+    def op(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        q, k, v = rope_qkv(qkv, cos.to(wide), sin.to(wide), q_weight, k_weight)
+        return q, k, v * 1  # a view of the input is no result that could be compared before and after
+
+    def formula(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, ...]:
+        q, k, v = split(qkv)
+        return rotate(q, cos, sin, q_weight), rotate(k, cos, sin, k_weight), v * 1
+
+    assert_as_exact_as_torch(op, formula, [normal(*shape).to(dtype), *weights])
+
+
+def test_packed_feeds_attention_without_a_copy() -> None:
+    qkv = normal(2, 16, 3, 5, 24)
+    q, k, v = rope_qkv(qkv, *angles(16, 24))
+    assert v.data_ptr() == qkv[:, :, 2].data_ptr() and v.stride() == split(qkv)[2].stride()
+    if dispatch.kernels_for("rope", qkv):
+        assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
+
+
+def test_packed_gradient_where_values_are_not_used() -> None:
+    qkv = normal(2, 16, 3, 5, 24).requires_grad_()
+    q, k, _ = rope_qkv(qkv, *angles(16, 24))
+    (found,) = torch.autograd.grad(q.square().sum() + k.sum(), qkv)
+    plain = qkv.detach().double().requires_grad_()
+    cos, sin = angles(16, 24)
+    q, k, _ = split(plain)
+    total = rotate(q, cos, sin, None).square().sum() + rotate(k, cos, sin, None).sum()
+    torch.testing.assert_close(found.double(), torch.autograd.grad(total, plain)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 16, 24), (2, 3, 0, 24)])
 def test_empty(shape: tuple[int, ...]) -> None:
     op, _ = with_tables(*angles(*shape[2:]))
-    assert all(t.shape == shape for t in results_and_gradients(op, [torch.zeros(shape), torch.zeros(shape)]))
+    assert all(t.shape == shape for t in results_and_gradients(op, [normal(*shape), normal(*shape)]))
+    B, H, N, K = shape
+    found = results_and_gradients(lambda qkv: rope_qkv(qkv, *angles(N, K))[:2], [normal(B, N, 3, H, K)])
+    assert [t.shape for t in found] == [shape, shape, (B, N, 3, H, K)]
 
 
 def test_compiles_as_one_graph() -> None:
@@ -121,13 +157,45 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(found, eager)
 
 
-def test_opcheck(backend: str) -> None:
-    if backend != "cpp":
+@pytest.mark.parametrize("normed", [False, True])
+def test_packed_compiles_as_one_graph(normed: bool) -> None:
+    cos, sin = angles(16, 24)
+    weights = [1 + 0.2 * normal(24, seed=s) for s in (3, 4)] if normed else []
+
+    def op(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = rope_qkv(qkv, cos, sin, *weights)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    inputs = [normal(2, 16, 3, 5, 24), *weights]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for found, eager in zip(results_and_gradients(compiled, inputs), results_and_gradients(op, inputs), strict=True):
+        torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_opcheck(normed: bool) -> None:
+    ops = dispatch.kernels_for("rope", normal(1))
+    if ops is None:
         pytest.skip("plain torch")
+    weights = tuple(1 + 0.2 * normal(12, seed=s).requires_grad_() for s in (3, 4)) if normed else (None, None)
     q = normal(2, 3, 5, 12).requires_grad_()
     k = normal(2, 5, 3, 12).transpose(1, 2).requires_grad_()
-    for transposed in (False, True):
-        torch.library.opcheck(torch.ops.vadit.rope.default, (q, k, *angles(5, 12), transposed))
+    tables = angles(5, 12)
+    torch.library.opcheck(ops.rope.default, (q, k, *tables, *weights, 1e-6))
+    inputs = (q, k) if normed else (None, None)
+    plain = [None if t is None else t.detach() for t in (q, k, *inputs, *tables, *weights)]
+    torch.library.opcheck(ops.rope_backward.default, (*plain, 1e-6))
+    torch.library.opcheck(ops.rope_qkv_backward.default, (*plain[:2], plain[0], *plain[2:], 1e-6))
+
+
+def test_second_derivative_is_refused_by_kernels() -> None:
+    q, k = (normal(2, 3, 5, 12, seed=s).requires_grad_() for s in (1, 2))
+    (gradient,) = torch.autograd.grad(rope(q, k, *angles(5, 12))[0].pow(3).sum(), q, create_graph=True)
+    if dispatch.kernels_for("rope", q) is None:
+        assert torch.autograd.grad(gradient.square().sum(), q)[0].any()
+    else:
+        with pytest.raises(RuntimeError, match="VADIT_KERNELS=reference"):
+            torch.autograd.grad(gradient.square().sum(), q)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +207,20 @@ def test_opcheck(backend: str) -> None:
         ({"cos": torch.ones(6, 12)}, ["(6, 12)", "(5, 12)"]),
         ({"sin": torch.ones(5, 6)}, ["(5, 6)", "(5, 12)"]),
         ({"k_weight": torch.ones(5)}, ["(5,)", "(12,)"]),
+        ({"q": torch.ones(2, 3, 12, 5).transpose(2, 3)}, ["(2, 3, 5, 12)", "(180, 60, 1, 5)", "contiguous"]),
+        ({"k": torch.ones(2, 3, 5, 12, dtype=torch.bfloat16)}, ["bfloat16", "float32", "one dtype"]),
         ({"k": torch.ones(2, 3, 5, 12, dtype=torch.int64)}, ["int64", "floating"]),
         ({"sin": torch.ones(5, 12, device="meta")}, ["meta", "cpu"]),
     ],
 )
 def test_wrong_calls_are_named(change: dict[str, Tensor], words: list[str]) -> None:
-    cos, sin = angles(5, 12)
+    cos, sin = (t.cpu() for t in angles(5, 12))
     right = {"q": torch.ones(2, 3, 5, 12), "k": torch.ones(2, 3, 5, 12), "cos": cos, "sin": sin}
     with pytest.raises(ValueError, match=r"^rope: found") as error:
         rope(**right | change)
     assert all(word in str(error.value) for word in words)
+
+
+def test_wrong_packed_call_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^rope: found qkv \(2, 5, 2, 3, 12\); needed qkv \(B, N, 3, H, K\)"):
+        rope_qkv(torch.ones(2, 5, 2, 3, 12), *(t.cpu() for t in angles(5, 12)))

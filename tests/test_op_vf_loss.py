@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit.kernels import vf_loss
-from vadit.kernels.testing import assert_as_exact_as_torch
+from vadit.kernels import dispatch, features_gram, vf_loss
+from vadit.kernels.testing import assert_as_exact_as_torch, device, results_and_gradients
 
+pytestmark = pytest.mark.usefixtures("backend")
 MARGINS = [(0.0, 0.0), (0.5, 0.25)]
 
 
@@ -32,11 +33,21 @@ def with_margins(cos_margin: float, distmat_margin: float):
     return op, definition
 
 
+def frozen(features: Tensor, cos_margin: float, distmat_margin: float):
+    """Both as functions of (z, weight) alone: the kernels have no gradient for the features."""
+    op, definition = with_margins(cos_margin, distmat_margin)
+
+    def exact(z: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return definition(z, weight, features.to(torch.promote_types(z.dtype, features.dtype)))
+
+    return lambda z, weight=None: op(z, weight, features), exact
+
+
 def make(images: int, d: int, wide: int, positions: int, magnitude: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device())
 
     # A shared part makes cosines of both signs and both sides of the margins.
     weight = normal(wide, d) / d**0.5
@@ -46,20 +57,62 @@ def make(images: int, d: int, wide: int, positions: int, magnitude: float = 1.0)
 
 
 @pytest.mark.parametrize("margins", MARGINS)
-@pytest.mark.parametrize("shape", [(2, 32, 760, 255), (1, 16, 64, 256), (3, 5, 11, 7), (2, 24, 8, 16), (1, 2, 3, 1)])
-def test_losses_and_gradients(shape: tuple[int, ...], margins: tuple[float, float]) -> None:
-    assert_as_exact_as_torch(*with_margins(*margins), make(*shape))
+@pytest.mark.parametrize("shape", [(2, 32, 760, 255), (1, 16, 64, 256), (3, 5, 11, 7), (2, 24, 8, 16), (1, 2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients(shape: tuple[int, ...], margins: tuple[float, float], dtype: torch.dtype) -> None:
+    z, weight, features = make(*shape)
+    # bf16 features of a float32 latent: what a foundation model in bf16 gives
+    assert_as_exact_as_torch(*frozen(features.to(dtype), *margins), [z, weight])
 
 
 @pytest.mark.parametrize("margins", MARGINS)
 def test_without_weight(margins: tuple[float, float]) -> None:
     z, _, features = make(2, 24, 24, 33)
-    assert_as_exact_as_torch(*with_margins(*margins), [z, None, features])
+    assert_as_exact_as_torch(*frozen(features, *margins), [z])
+
+
+@pytest.mark.parametrize("margins", MARGINS)
+def test_gradient_of_features(margins: tuple[float, float]) -> None:
+    assert_as_exact_as_torch(*with_margins(*margins), make(2, 8, 24, 33))
 
 
 @pytest.mark.parametrize("magnitude", [1e4, 1e-4])
 def test_magnitudes(magnitude: float) -> None:
-    assert_as_exact_as_torch(*with_margins(0.5, 0.25), make(2, 16, 64, 31, magnitude=magnitude))
+    z, weight, features = make(2, 16, 64, 31, magnitude=magnitude)
+    assert_as_exact_as_torch(*frozen(features, 0.5, 0.25), [z, weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precomputed_gram(dtype: torch.dtype) -> None:
+    z, weight, features = make(2, 16, 64, 31)
+    features = features.to(dtype)
+    gram = features_gram(features)
+    unit = F.normalize(features.double(), dim=1)
+    torch.testing.assert_close(gram.double(), unit.transpose(1, 2) @ unit, rtol=0, atol=1e-6)
+    assert gram.dtype == torch.float32 and torch.equal(gram, gram.transpose(1, 2))
+    margins = {"cos_margin": 0.5, "distmat_margin": 0.25}
+    found = results_and_gradients(lambda z, w: vf_loss(z, w, features, **margins, features_gram=gram), [z, weight])
+    whole = results_and_gradients(lambda z, w: vf_loss(z, w, features, **margins), [z, weight])
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    # the matrix that is given is the one that is used
+    other = vf_loss(z, weight, features, **margins, features_gram=torch.zeros_like(gram))
+    assert not torch.equal(other[1], found[1]) and torch.equal(other[0], found[0])
+
+
+def test_single_position_has_no_distances() -> None:
+    # cos(z', z') - cos(f, f) = 1 - 1: all that can be left is rounding, with or without a margin
+    z, weight, features = make(3, 2, 5, 1)
+    for margin in (0.0, 0.25):
+        _, distmat_loss, *gradients = results_and_gradients(
+            lambda z, w, m=margin: vf_loss(z, w, features, cos_margin=0.5, distmat_margin=m), [z, weight]
+        )
+        assert distmat_loss.abs() < 1e-6 and all(g.isfinite().all() for g in gradients)
+
+
+def test_empty() -> None:
+    losses = vf_loss(*make(0, 4, 8, 5), cos_margin=0.5, distmat_margin=0.25)
+    assert all(loss.isnan() for loss in losses)
 
 
 def test_vectors_of_zeros_have_cosine_zero_and_no_gradient() -> None:
@@ -107,31 +160,67 @@ def test_projection_is_never_formed() -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and "mm" in str(function):
+            # products only: the features themselves are of that size
+            if isinstance(out, Tensor) and ("mm" in str(function) or "vadit" in str(function)):
                 sizes.append(out.numel())
             return out
 
     with Watch():
         with_margins(0.5, 0.25)[0](z, weight, features)
-    assert sizes and max(sizes) < 2 * 512 * 8
+    assert max(sizes, default=0) < 2 * 512 * 8
 
 
 def test_strided_inputs() -> None:
     op, definition = with_margins(0.5, 0.25)
     z, weight, features = make(2, 8, 24, 9)
-    inputs = [z.transpose(1, 2).contiguous(), weight.T.contiguous(), features.permute(2, 1, 0).contiguous()]
+    inputs = [F.pad(z.transpose(0, 1), (1, 3)), weight.T.contiguous()]
 
     def through_views(function):
-        return lambda z, weight, f: function(z.transpose(1, 2), weight.T, f.permute(2, 1, 0))
+        return lambda z, weight: function(z.transpose(0, 1)[..., 1:-3], weight.T, F.pad(features, (2, 1))[..., 2:-1])
 
-    assert_as_exact_as_torch(through_views(op), through_views(definition), inputs)
+    assert_as_exact_as_torch(
+        through_views(op),
+        through_views(lambda z, weight, f: definition(z, weight, f.to(z))),
+        inputs,
+    )
 
 
 def test_compiles_as_one_graph() -> None:
-    op, _ = with_margins(0.5, 0.25)
-    inputs = make(2, 8, 24, 9)
-    for found, eager in zip(torch.compile(op, fullgraph=True, backend="aot_eager")(*inputs), op(*inputs), strict=True):
+    z, weight, features = make(2, 8, 24, 9)
+    op, _ = frozen(features, 0.5, 0.25)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for found, eager in zip(
+        results_and_gradients(compiled, [z, weight]), results_and_gradients(op, [z, weight]), strict=True
+    ):
         torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    z, _, features = make(2, 8, 24, 9)
+    ops = dispatch.kernels_for("vf_loss", z)
+    if ops is None:
+        pytest.skip("plain torch")
+    torch.library.opcheck(ops.vf_gram.default, (features.to(dtype),))
+    u = F.normalize(z, dim=1).requires_grad_()
+    cosines = features_gram(features)
+    torch.library.opcheck(ops.vf_distmat.default, (u, u.detach().clone().requires_grad_(), cosines, 0.25))
+
+
+def test_gram_is_symmetric_and_sign_marks_the_gap() -> None:
+    z, _, features = make(2, 8, 24, 70)
+    ops = dispatch.kernels_for("vf_loss", z)
+    if ops is None:
+        pytest.skip("plain torch")
+    cosines, inverse_norm = ops.vf_gram(features)
+    torch.testing.assert_close(inverse_norm, 1 / features.norm(dim=1))
+    u = F.normalize(z, dim=1).contiguous()
+    loss, sign = ops.vf_distmat(u, u, cosines, 0.25)
+    gap = u.double().transpose(1, 2) @ u.double() - cosines.double()
+    certain = (gap.abs() - 0.25).abs() > 1e-5
+    expected = torch.where(gap.abs() > 0.25, gap.sign(), 0.0).to(torch.int8)
+    assert torch.equal(sign[certain], expected[certain]) and torch.equal(sign, sign.transpose(1, 2))
+    torch.testing.assert_close(loss.double(), F.relu(gap.abs() - 0.25).mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +231,15 @@ def test_compiles_as_one_graph() -> None:
         ({"features": torch.ones(3, 24, 9)}, ["(3, 24, 9)", "images"]),
         ({"weight": torch.ones(8, 24)}, ["(8, 24)", "(24, 8)"]),
         ({"weight": None}, ["(2, 8, 9)", "(2, 24, 9)", "channels"]),
+        ({"features_gram": torch.ones(2, 9, 8)}, ["(2, 9, 8)", "(2, 9, 9)"]),
+        ({"z": torch.ones(2, 9, 8).transpose(1, 2)}, ["(2, 8, 9)", "(72, 1, 8)", "contiguous"]),
+        ({"features": torch.ones(2, 9, 24).transpose(1, 2)}, ["(2, 24, 9)", "contiguous"]),
         ({"z": torch.ones(2, 8, 9, dtype=torch.int64)}, ["int64", "floating"]),
         ({"features": torch.ones(2, 24, 9, device="meta")}, ["meta", "cpu"]),
     ],
 )
 def test_wrong_calls_are_named(change: dict[str, Tensor], words: list[str]) -> None:
-    z, weight, features = make(2, 8, 24, 9)
+    z, weight, features = (t.cpu() for t in make(2, 8, 24, 9))
     with pytest.raises(ValueError, match=r"^vf_loss: found") as error:
         vf_loss(**{"z": z, "weight": weight, "features": features} | change, cos_margin=0.5, distmat_margin=0.25)
     assert all(word in str(error.value) for word in words)

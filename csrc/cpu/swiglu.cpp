@@ -1,41 +1,127 @@
-// SwiGLU, float32:  y = silu(x1) x2,  [x1 | x2] one row.  With s = 1 / (1 + exp(-x1)):
+// SwiGLU, float32 or bfloat16:  y = silu(x1) x2,  [x1 | x2] one row.  With s = 1 / (1 + exp(-x1)):
 // dx1 = dy x2 s (1 + x1 (1 - s)),  dx2 = dy x1 s.
+// Bytes moved per row of x12 (2H): forward read 2H, write H elements; backward read 3H, write 2H.
+
+#ifdef VADIT_ISA
+
+namespace vadit::VADIT_ISA {
+namespace {
+
+constexpr float kLimit = 88.0f;
+
+// Into [-limit, limit]; a NaN stays.
+VADIT_INLINE Vec clamp(Vec a, float limit) {
+  const Vec high = Vec{} + limit, low = Vec{} - limit;
+  a = a > high ? high : a;
+  return a < low ? low : a;
+}
+
+// exp(-x), kept below 2e38: so 1 - s = exp(-x) s never multiplies an infinity by zero.
+// 2 ulp where kExact; else a relative error of 1e-5, far below the rounding to bfloat16.
+template <bool kExact>
+VADIT_INLINE Vec exp_minus(Vec x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec a = clamp(-x, kLimit);
+  const Vec shifted = a * 1.442695041f + magic;
+  const Vec n = shifted - magic;
+  Vec p;
+  if (kExact) {
+    // Cody-Waite: n * log(2) in two parts, exact enough that r keeps all its bits.
+    const Vec r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
+    p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+  } else {
+    const Vec r = a * 1.442695041f - n;  // 2^r, |r| <= 1/2
+    p = r * 9.58285e-3f + 5.590643e-2f;
+    p = p * r + 2.4024099e-1f;
+    p = p * r + 6.9312419e-1f;
+    p = p * r + 1.0f;
+  }
+  return (Vec)((Bits)p + ((Bits)shifted << 23));  // times 2^n
+}
+
+// 1 / a for 1 <= a <= 2e38, to about 1 ulp where kExact, else to 1e-6.
+template <bool kExact>
+VADIT_INLINE Vec inverse(Vec a) {
+#if VADIT_LANES == 8
+  if (!kExact) {
+    const Vec guess = _mm256_rcp_ps(a);
+    return guess * (2.0f - a * guess);
+  }
+#elif VADIT_LANES == 16
+  if (!kExact) {
+    const Vec guess = _mm512_maskz_rcp14_ps(0xffff, a);
+    return guess * (2.0f - a * guess);
+  }
+#endif
+  return 1.0f / a;
+}
+
+struct Sigmoid {
+  Vec s, one_minus_s;  // 1 - s where s is near 1 would lose its digits
+};
+
+template <class T>
+VADIT_INLINE Sigmoid sigmoid(Vec x) {
+  constexpr bool kExact = sizeof(T) == sizeof(float);
+  const Vec e = exp_minus<kExact>(x);
+  Vec s = inverse<kExact>(e + 1.0f);
+  s = x < -kLimit ? Vec{} : s;  // x s must vanish for any finite x
+  return {s, e * s};
+}
+
+template <class T>
+void forward(T* y, const T* x12, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, x12 += 2 * width, y += width) {
+    each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
+      const Vec x1 = load(x12 + i, n), x2 = load(x12 + width + i, n);
+      store(y + i, x1 * sigmoid<T>(x1).s * x2, n);
+    });
+  }
+}
+
+template <class T>
+void backward(T* dx12, const T* dy, const T* x12, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, x12 += 2 * width, dx12 += 2 * width, dy += width) {
+    each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
+      const Vec x1 = load(x12 + i, n), x2 = load(x12 + width + i, n);
+      const Sigmoid gate = sigmoid<T>(x1);
+      const Vec scaled = load(dy + i, n) * gate.s;
+      store(dx12 + i, scaled * x2 * (x1 * gate.one_minus_s + 1.0f), n);
+      store(dx12 + width + i, scaled * x1, n);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace vadit::VADIT_ISA
+
+#else
 
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 
+#define VADIT_KERNELS "swiglu.cpp"
 #include "vec.h"
 
 namespace vadit {
 namespace {
 
-VADIT_INLINE void forward_row(float* y, const float* x1, const float* x2, int64_t width) {
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const float e = exp_minus_abs(x1[i]);
-    const float s = (x1[i] >= 0.0f ? 1.0f : e) / (1.0f + e);
-    y[i] = x1[i] * s * x2[i];
-  }
-}
-
-VADIT_INLINE void backward_row(
-    float* dx1, float* dx2, const float* dy, const float* x1, const float* x2, int64_t width) {
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const float e = exp_minus_abs(x1[i]);
-    const float small = e / (1.0f + e), large = 1.0f / (1.0f + e);
-    const float s = x1[i] >= 0.0f ? large : small;
-    const float one_minus_s = x1[i] >= 0.0f ? small : large;  // 1 - s would lose its digits where s is near 1
-    dx1[i] = dy[i] * x2[i] * (s * (1.0f + x1[i] * one_minus_s));
-    dx2[i] = dy[i] * (x1[i] * s);
-  }
-}
-
 int64_t check_x12(const Tensor& x12) {
-  check_float(x12, "x12");
+  check_element(x12, "x12");
   STD_TORCH_CHECK(x12.dim() > 0 && x12.size(x12.dim() - 1) % 2 == 0, "x12 must have an even last axis");
   return x12.size(x12.dim() - 1) / 2;
+}
+
+std::vector<int64_t> output_sizes(const Tensor& x12, int64_t width) {
+  std::vector<int64_t> sizes(x12.sizes().begin(), x12.sizes().end());
+  sizes.back() = width;
+  return sizes;
 }
 
 }  // namespace
@@ -43,36 +129,38 @@ int64_t check_x12(const Tensor& x12) {
 Tensor swiglu(const Tensor& x12_in) {
   const int64_t width = check_x12(x12_in);
   const Tensor x12 = torch::stable::contiguous(x12_in);
-  std::vector<int64_t> sizes(x12.sizes().begin(), x12.sizes().end());
-  sizes.back() = width;
-  Tensor y = torch::stable::new_empty(x12, sizes);
-  const float* x12_data = data(x12);
-  float* y_data = mutable_data(y);
-  const int64_t rows = width > 0 ? x12.numel() / (2 * width) : 0;
-  torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* x1 = x12_data + row * 2 * width;
-      run<forward_row>(y_data + row * width, x1, x1 + width, width);
-    }
+  Tensor y = new_large(x12, output_sizes(x12, width));
+  with_element(x12, [&](auto element) {
+    using T = decltype(element);
+    const T* from = data<T>(x12);
+    T* to = mutable_data<T>(y);
+    const int64_t rows = width > 0 ? x12.numel() / (2 * width) : 0;
+    torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
+      VADIT_CALL(forward<T>, to + begin * width, from + begin * 2 * width, end - begin, width);
+    });
   });
   return y;
 }
 
 Tensor swiglu_backward(const Tensor& dy_in, const Tensor& x12_in) {
   const int64_t width = check_x12(x12_in);
-  check_float(dy_in, "dy");
-  STD_TORCH_CHECK(dy_in.numel() * 2 == x12_in.numel(), "dy must have half the elements of x12");
+  const std::vector<int64_t> sizes = output_sizes(x12_in, width);
+  STD_TORCH_CHECK(
+      dy_in.is_cpu() && dy_in.scalar_type() == x12_in.scalar_type() &&
+          std::vector<int64_t>(dy_in.sizes().begin(), dy_in.sizes().end()) == sizes,
+      "dy must have the dtype of x12 and half its last axis");
   const Tensor dy = torch::stable::contiguous(dy_in), x12 = torch::stable::contiguous(x12_in);
-  Tensor dx12 = torch::stable::new_empty(x12, x12.sizes());
-  const float *dy_data = data(dy), *x12_data = data(x12);
-  float* dx12_data = mutable_data(dx12);
-  const int64_t rows = width > 0 ? x12.numel() / (2 * width) : 0;
-  torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* x1 = x12_data + row * 2 * width;
-      float* dx1 = dx12_data + row * 2 * width;
-      run<backward_row>(dx1, dx1 + width, dy_data + row * width, x1, x1 + width, width);
-    }
+  Tensor dx12 = new_large(x12, x12.sizes());
+  with_element(x12, [&](auto element) {
+    using T = decltype(element);
+    const T *dy_data = data<T>(dy), *x12_data = data<T>(x12);
+    T* dx12_data = mutable_data<T>(dx12);
+    const int64_t rows = width > 0 ? x12.numel() / (2 * width) : 0;
+    torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
+      VADIT_CALL(
+          backward<T>, dx12_data + begin * 2 * width, dy_data + begin * width, x12_data + begin * 2 * width,
+          end - begin, width);
+    });
   });
   return dx12;
 }
@@ -83,3 +171,5 @@ STABLE_TORCH_LIBRARY_IMPL(vadit, CPU, m) {
 }
 
 }  // namespace vadit
+
+#endif

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from .dispatch import backends, exact, reasons
-from .rms_norm import rms_norm
-from .rope import rope
-from .swiglu import swiglu
-from .vf_loss import vf_loss
+import importlib
 
-__all__ = ["backends", "exact", "reasons", "rms_norm", "rope", "swiglu", "vf_loss"]
+from . import dispatch
+from .dispatch import backends, exact, is_exact, reasons
+from .rms_norm import rms_norm
+from .rope import rope, rope_qkv
+from .swiglu import swiglu
+from .vf_loss import features_gram, vf_loss
+
+__all__ = [
+    "backends",
+    "exact",
+    "features_gram",
+    "is_exact",
+    "reasons",
+    "register",
+    "rms_norm",
+    "rope",
+    "rope_qkv",
+    "swiglu",
+    "vf_loss",
+]
+
+
+def register(namespace: str) -> None:
+    """Register shapes and gradients of every op in a namespace that has their implementations."""
+    for op in dispatch.OPS:
+        module = importlib.import_module(f".{op}", __name__)
+        if namespace == "vadit_triton":
+            dispatch.define_triton_ops(op, module.SCHEMAS)
+        module.register(namespace)
+
+
+for _namespace in dispatch.namespaces():
+    register(_namespace)

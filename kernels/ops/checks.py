@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import dispatch
+
 
 def fail(op: str, found: str, needed: str) -> None:
     """Raise the one form of error that the ops have."""
@@ -36,3 +38,13 @@ def check_shape(op: str, name: str, tensor: Tensor | None, needed: tuple[int, ..
     """`tensor`, where given, has exactly the shape `needed`; `because` says what that shape was derived from."""
     if tensor is not None and shape(tensor) != needed:
         fail(op, f"{name} {shape(tensor)}", f"{name} {needed} for {because}")
+
+
+def check_inner(op: str, **tensors: Tensor) -> None:
+    """The last axis of each is contiguous in memory. A copy would hide a layout that costs a pass over memory."""
+    if dispatch.is_exact():
+        return
+    for name, tensor in tensors.items():
+        if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel():
+            found = f"{name} {shape(tensor)} with strides {tuple(tensor.stride())}"
+            fail(op, found, f"{name} with a contiguous last axis (stride 1): call .contiguous()")

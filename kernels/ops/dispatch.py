@@ -1,17 +1,24 @@
 """Which backend runs an op. VADIT_KERNELS is read once, when this module is imported:
 
-    auto        the fastest backend that takes the tensors (the default)
+    auto        per op and device the fastest one in benchmarks/results/kernels-*.csv (the default); see AUTO
     reference   plain torch
-    cpp         csrc/cpu wherever it has a kernel, even where `auto` finds plain torch faster; error if it is not built
+    cpp         csrc/cpu: tensors on the CPU
+    cuda        csrc/cuda: tensors on a CUDA device
+    triton      kernels/ops/triton_kernels: tensors on a CUDA device, or on the CPU under TRITON_INTERPRET=1
 
-An op that a backend does not have, or tensors that it does not take, go to plain torch, which does everything.
+VADIT_LIBRARY names another build of csrc than the installed one (a sanitizer's, say).
+A backend that was asked for by name and cannot be had is an error. Tensors that it does not take (another device, a
+dtype other than float32 and bfloat16) go to plain torch, which takes everything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +26,149 @@ import torch
 from torch import Tensor
 
 OPS = ("rms_norm", "rope", "swiglu", "vf_loss")
-CPP_OPS = ("rms_norm", "rope", "swiglu")
-"""What csrc/cpu has kernels for: float32 on the CPU."""
-AUTO_CPP_OPS = CPP_OPS
-"""Of those, the ones that measured faster than plain torch (kernels/README.md)."""
-SETTINGS = ("auto", "reference", "cpp")
+SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
+NEWEST_OP = "vadit::vf_distmat"
+DTYPES = (torch.float32, torch.bfloat16)
+AUTO = {
+    "cpu": dict.fromkeys(OPS, "cpp"),
+    # No GPU row is committed yet: the backend that needs no nvcc at install time, after its self-check (self_check.py).
+    "cuda": dict.fromkeys(OPS, "triton"),
+}
+"""What `auto` takes where it is there; a test holds it to the committed rows. Other devices take plain torch."""
 
 
-def _load() -> str | None:
-    """Load vadit/_C.abi3.so; None on success, else why not."""
+@dataclass(frozen=True)
+class Backend:
+    """Compiled ops: where they are registered, whose tensors they take, and why they cannot run (None: they can)."""
+
+    namespace: str
+    device: str
+    missing: str | None
+
+
+def _load_library() -> str | None:
+    """Load the compiled ops; None on success, else why not."""
     import vadit
 
-    library = Path(vadit.__file__).with_name("_C.abi3.so")
+    library = Path(os.environ.get("VADIT_LIBRARY") or Path(vadit.__file__).with_name("_C.abi3.so"))
     if not library.is_file():
         return f"{library.name} is not built (pip install with a C++ compiler builds it)"
     try:
         torch.ops.load_library(library)
     except OSError as error:
         return f"{library.name} does not load: {error}"
+    if not torch._C._dispatch_has_kernel(NEWEST_OP):
+        return f"{library.name} is older than this source; install again (pip install --no-build-isolation -e .)"
     return None
 
 
+def _find_backends() -> dict[str, Backend]:
+    library = _load_library()
+    cuda = library
+    if cuda is None and not torch._C._dispatch_has_kernel_for_dispatch_key("vadit::swiglu", "CUDA"):
+        cuda = "_C.abi3.so was built without CUDA kernels (no nvcc at install time)"
+    # The interpreter of Triton runs the same kernels on the CPU, slowly: for tests.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    triton = None if find_spec("triton") else "triton is not installed (pip install triton)"
+    return {
+        "cpp": Backend("vadit", "cpu", library),
+        "cuda": Backend("vadit", "cuda", cuda),
+        "triton": Backend("vadit_triton", "cpu" if interpreted else "cuda", triton),
+    }
+
+
+BACKENDS = _find_backends()
 _setting = os.environ.get("VADIT_KERNELS", "auto")
-_missing = _load()
-CPP_LOADED = _missing is None
+_exact = False
+_distrusted: dict[tuple[str, str], str] = {}
+"""(op, backend) that failed the self-check, and how."""
 
 
-def check_setting() -> None:
-    """Refuse a setting that does not exist or cannot be had; at use, so that importing never fails."""
-    if _setting not in SETTINGS:
+def namespaces() -> list[str]:
+    """The namespaces whose ops exist here and need their shapes and gradients registered."""
+    return sorted({backend.namespace for backend in BACKENDS.values() if backend.missing is None})
+
+
+def _backend_of(op: str, device: str) -> tuple[str, str]:
+    """The backend that `op` takes for float32 tensors on a device type, and the reason, one sentence."""
+    if _setting not in SETTINGS and _setting not in BACKENDS:
         raise ValueError(f"VADIT_KERNELS is {_setting!r}; set it to one of {', '.join(SETTINGS)}")
-    if _setting == "cpp" and not CPP_LOADED:
-        raise ValueError(f"VADIT_KERNELS is 'cpp', but {_missing}; build it or set VADIT_KERNELS=auto")
+    if _setting == "reference":
+        return "reference", "VADIT_KERNELS=reference"
+    name = AUTO.get(device, {}).get(op, "reference") if _setting == "auto" else _setting
+    if name == "reference":
+        return name, f"no kernels for {device} tensors"
+    backend = BACKENDS[name]
+    if backend.missing is not None:
+        if _setting != "auto":
+            raise ValueError(f"VADIT_KERNELS is {_setting!r}, but {backend.missing}; set VADIT_KERNELS=auto")
+        return "reference", backend.missing
+    if backend.device != device:
+        return "reference", f"the {name} kernels take {backend.device} tensors only"
+    if (op, name) in _distrusted:
+        return "reference", f"{name} failed its self-check: {_distrusted[op, name]}"
+    return name, f"VADIT_KERNELS={name}" if _setting == name else f"auto's choice for {device} in float32 and bfloat16"
 
 
-def takes_cpp(op: str, *tensors: Tensor | None) -> bool:
-    """Whether the compiled kernel of `op` runs for these tensors."""
-    check_setting()
-    if not CPP_LOADED or _setting == "reference" or op not in (CPP_OPS if _setting == "cpp" else AUTO_CPP_OPS):
-        return False
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+def kernels_for(op: str, *tensors: Tensor | None) -> Any | None:
+    """The ops (`torch.ops.NAMESPACE`) that `op` runs on for these tensors; None: plain torch."""
+    first = tensors[0]
+    assert first is not None, "the first tensor of an op is never optional"
+    name, _ = _backend_of(op, first.device.type)
+    if name == "reference" or any(t is not None and t.dtype not in DTYPES for t in tensors):
+        return None
+    return getattr(torch.ops, BACKENDS[name].namespace)
 
 
-def refuse_second_derivative(op: str) -> None:
-    """Make differentiating the backward op `op` an error; torch would warn and return zeros."""
+def backends(device: str = "cpu") -> dict[str, str]:
+    """The backend that each op takes for float32 and bfloat16 tensors on a device type."""
+    return {op: _backend_of(op, device)[0] for op in OPS}
+
+
+def reasons(device: str = "cpu") -> dict[str, str]:
+    """Why `backends()` says what it says, one sentence per op."""
+    return {op: _backend_of(op, device)[1] for op in OPS}
+
+
+def distrust(op: str, backend: str, why: str) -> None:
+    """Take plain torch instead of this backend's `op` from now on."""
+    _distrusted[op, backend] = why
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+def define_triton_ops(op: str, schemas: dict[str, str]) -> None:
+    """Define `op`'s schemas in the namespace of Triton; its module is imported when an op first runs."""
+    library = torch.library.Library("vadit_triton", "FRAGMENT")
+    _libraries.append(library)
+
+    def implementation(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"vadit.kernels.triton_kernels.{op}"), name)(*args)
+
+        return run
+
+    for name, schema in schemas.items():
+        library.define(name + schema)
+        for key in ("CPU", "CUDA"):
+            library.impl(name, implementation(name), key)
+
+
+_libraries: list[torch.library.Library] = []
+"""Registrations last as long as the object that made them."""
+
+
+def refuse_second_derivative(qualified_op: str) -> None:
+    """Make differentiating a backward op an error; torch would warn and return zeros."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"vadit::{op} has no derivative; set VADIT_KERNELS=reference for second derivatives")
+        raise RuntimeError(f"{qualified_op} has no derivative; set VADIT_KERNELS=reference for second derivatives")
 
-    torch.library.register_autograd(f"vadit::{op}", backward)
-
-
-def backends() -> dict[str, str]:
-    """The backend that each op takes for float32 tensors on the CPU; everything else takes the reference."""
-    return {op: "cpp" if takes_cpp(op) else "reference" for op in OPS}
+    torch.library.register_autograd(qualified_op, backward)
 
 
-def reasons() -> dict[str, str]:
-    """Why `backends()` says what it says, one sentence per op."""
-
-    def reason(op: str) -> str:
-        if takes_cpp(op):
-            return "compiled for float32 on the CPU; other dtypes and devices take plain torch"
-        if _setting == "reference":
-            return "VADIT_KERNELS=reference"
-        if op not in CPP_OPS:
-            return "no compiled kernel; the low-rank form in plain torch"
-        return _missing or "plain torch measured faster (kernels/README.md); VADIT_KERNELS=cpp takes the compiled one"
-
-    return {op: reason(op) for op in OPS}
+# ------------------------------------------------------------------------------------------------ switching
 
 
 @contextlib.contextmanager
@@ -103,6 +184,19 @@ def setting(value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Plain torch in place of `auto` for the duration of a block: for callers that amplify rounding."""
-    with setting("reference" if _setting == "auto" else _setting):
-        yield
+    """For the duration of a block, plain torch in place of `auto`, and any memory layout: sums in torch depend on it.
+
+    For callers that amplify rounding and want the bits of the authors' code.
+    """
+    global _exact
+    before, _exact = _exact, True
+    try:
+        with setting("reference" if _setting == "auto" else _setting):
+            yield
+    finally:
+        _exact = before
+
+
+def is_exact() -> bool:
+    """Whether a block of `exact()` runs."""
+    return _exact

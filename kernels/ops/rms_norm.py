@@ -2,7 +2,8 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight * (1 + scale) + shift        (Zhang & Sennrich 2019; Peebles & Xie 2023)
 
-Bytes moved, forward, one pass: read x, write y (scale, shift and weight stay in cache).
+Bytes moved, forward: read x, write y (scale, shift and weight stay in cache). Backward: read dy and x, write dx; the
+gradients of weight, scale and shift are column sums of the same pass.
 Shape suffixes: B batch, N tokens, D channels; `...` any number of token axes.
 """
 
@@ -16,6 +17,11 @@ from torch import Tensor
 from . import checks, dispatch
 
 OP = "rms_norm"
+SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps) -> Tensor",
+    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool modulated, float eps)"
+    " -> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
+}
 
 
 def rms_norm_reference(
@@ -34,37 +40,38 @@ def rms_norm_reference(
     return y.to(x.dtype)
 
 
-# ------------------------------------------------------------------------ C++: csrc/cpu/rms_norm.cpp, float32
+# ----------------------------------- csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu, triton_kernels/rms_norm.py
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_D, scale_BD, shift_BD, eps = inputs
-    ctx.save_for_backward(x, weight_D, scale_BD)
-    ctx.has_shift, ctx.eps = shift_BD is not None, eps
+def register(namespace: str) -> None:
+    """Shapes and gradients of the ops in a namespace that has them."""
+    ops = getattr(torch.ops, namespace)
 
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight_D, scale_BD = ctx.saved_tensors
-    modulated = scale_BD is not None or ctx.has_shift
-    dx, dweight, dscale, dshift = torch.ops.vadit.rms_norm_backward(dy, x, weight_D, scale_BD, modulated, ctx.eps)
-    return dx, dweight, dscale if scale_BD is not None else None, dshift if ctx.has_shift else None, None
-
-
-if dispatch.CPP_LOADED:
-
-    @torch.library.register_fake("vadit::rms_norm")
+    @torch.library.register_fake(f"{namespace}::rms_norm")
     def _(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float) -> Tensor:
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake("vadit::rms_norm_backward")
+    @torch.library.register_fake(f"{namespace}::rms_norm_backward")
     def _(
         dy: Tensor, x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, modulated: bool, eps: float
     ) -> tuple[Tensor, ...]:
         modulation = (x.shape[0] if modulated else 0, x.shape[-1])
-        return x.new_empty(x.shape), x.new_empty(x.shape[-1:]), x.new_empty(modulation), x.new_empty(modulation)
+        sums = (weight_D.new_empty(weight_D.shape), weight_D.new_empty(modulation), weight_D.new_empty(modulation))
+        return x.new_empty(x.shape), *sums
 
-    torch.library.register_autograd("vadit::rms_norm", _backward, setup_context=_setup_context)
-    dispatch.refuse_second_derivative("rms_norm_backward")
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight_D, scale_BD, shift_BD, eps = inputs
+        ctx.save_for_backward(x, weight_D, scale_BD)
+        ctx.has_shift, ctx.eps = shift_BD is not None, eps
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, scale_BD = ctx.saved_tensors
+        modulated = scale_BD is not None or ctx.has_shift
+        dx, dweight, dscale, dshift = ops.rms_norm_backward(dy, x, weight_D, scale_BD, modulated, ctx.eps)
+        return dx, dweight, dscale if scale_BD is not None else None, dshift if ctx.has_shift else None, None
+
+    torch.library.register_autograd(f"{namespace}::rms_norm", backward, setup_context=setup_context)
+    dispatch.refuse_second_derivative(f"{namespace}::rms_norm_backward")
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -79,6 +86,7 @@ def _check(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tenso
     checks.check_shape(OP, "weight", weight_D, (x.shape[-1],), because)
     checks.check_shape(OP, "scale", scale_BD, (x.shape[0], x.shape[-1]), because)
     checks.check_shape(OP, "shift", shift_BD, (x.shape[0], x.shape[-1]), because)
+    checks.check_inner(OP, x=x)
 
 
 def rms_norm(
@@ -86,11 +94,14 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last axis, then `* (1 + scale) + shift` per image.
 
-    Args: x (B, N, D) or (..., D); weight (D,); scale, shift (B, D) or None; any floating dtypes.
+    Args: x (B, N, D) or (..., D), its last axis contiguous; weight (D,); scale, shift (B, D) or None; any floating
+        dtypes.
     Returns: the shape and dtype of x, computed in float32.
     Raises: ValueError naming the shapes found and needed.
     """
     _check(x, weight, scale, shift)
-    if dispatch.takes_cpp(OP, x, weight, scale, shift):
-        return torch.ops.vadit.rms_norm(x, weight, scale, shift, eps)
-    return rms_norm_reference(x, weight, scale, shift, eps)
+    ops = dispatch.kernels_for(OP, x)
+    if ops is None:
+        return rms_norm_reference(x, weight, scale, shift, eps)
+    scale = None if scale is None else scale.float()
+    return ops.rms_norm(x, weight.float(), scale, None if shift is None else shift.float(), eps)

@@ -4,7 +4,8 @@
     y[2i]   = t[2i]   cos[2i]   - t[2i+1] sin[2i]    (Su et al. 2021; interleaved pairs, as EVA-02's 2-D form)
     y[2i+1] = t[2i+1] cos[2i+1] + t[2i]   sin[2i+1]
 
-Bytes moved, forward, one pass: read q and k, write q and k (the tables stay in cache).
+Bytes moved, forward: read q and k, write q and k (the tables stay in cache). `rope_qkv` takes what the one linear layer
+of attention makes, and its backward pass writes the gradient of that in one piece: read dq, dk, dv, write dqkv.
 Shape suffixes: B batch, H heads, N tokens, K head width.
 """
 
@@ -16,9 +17,16 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
-from .rms_norm import rms_norm
 
 OP = "rope"
+_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps"
+SCHEMAS = {
+    "rope": f"(Tensor q, Tensor k, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    "rope_backward": f"(Tensor dq, Tensor dk, Tensor? q, Tensor? k, {_ARGUMENTS})"
+    " -> (Tensor dq_in, Tensor dk_in, Tensor dq_weight, Tensor dk_weight)",
+    "rope_qkv_backward": f"(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, {_ARGUMENTS})"
+    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)",
+}
 
 
 def _rotate_reference(t_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor, weight_K: Tensor | None, eps: float) -> Tensor:
@@ -47,27 +55,125 @@ def rope_reference(
     )
 
 
-# ---------------------------------------------------------------------------- C++: csrc/cpu/rope.cpp, float32
+def _split(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, H, N, K), views."""
+    q, k, v = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos_NK, sin_NK, ctx.transposed = inputs
-    ctx.save_for_backward(cos_NK, sin_NK)
+# ---------------------------------------------- csrc/cpu/rope.cpp, csrc/cuda/rope.cu, triton_kernels/rope.py
 
 
-def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    # The gradient of a rotation is the transposed rotation, so this is differentiable any number of times.
-    dq, dk = torch.ops.vadit.rope(dq, dk, *ctx.saved_tensors, not ctx.transposed)
-    return dq, dk, None, None, None
+def _token_major(t_BHNK: Tensor) -> Tensor:
+    """Empty, with the shape of t and the memory layout (B, N, H, K), in which attention's input and output come."""
+    B, H, N, K = t_BHNK.shape
+    return t_BHNK.new_empty(B, N, H, K).transpose(1, 2)
 
 
-if dispatch.CPP_LOADED:
+def register(namespace: str) -> None:
+    """Shapes and gradients of the ops in a namespace that has them."""
+    ops = getattr(torch.ops, namespace)
 
-    @torch.library.register_fake("vadit::rope")
-    def _(q_BHNK: Tensor, k_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-        return q_BHNK.new_empty(q_BHNK.shape), k_BHNK.new_empty(k_BHNK.shape)
+    def empty_weights(cos: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        q_gradient, k_gradient = (cos.new_empty(0 if w is None else w.shape[0]) for w in (q_weight, k_weight))
+        return q_gradient, k_gradient
 
-    torch.library.register_autograd("vadit::rope", _backward, setup_context=_setup_context)
+    @torch.library.register_fake(f"{namespace}::rope")
+    def _(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return _token_major(q), _token_major(k)
+
+    @torch.library.register_fake(f"{namespace}::rope_backward")
+    def _(
+        dq: Tensor,
+        dk: Tensor,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        return _token_major(dq), _token_major(dk), *empty_weights(cos, q_weight, k_weight)
+
+    @torch.library.register_fake(f"{namespace}::rope_qkv_backward")
+    def _(
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        B, H, N, K = dq.shape
+        return dq.new_empty(B, N, 3, H, K), *empty_weights(cos, q_weight, k_weight)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, cos, sin, q_weight, k_weight, ctx.eps = inputs
+        # The gradient of a rotation needs no input; that of the norm does.
+        q, k = (None if weight is None else t for t, weight in ((q, q_weight), (k, k_weight)))
+        ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
+
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # to be asked for once: activation checkpointing fills it by computing again
+        q_weight, k_weight = saved[-2:]
+        dq, dk, dq_weight, dk_weight = ops.rope_backward(dq, dk, *saved, ctx.eps)
+        dq_weight, dk_weight = (
+            None if weight is None else gradient for weight, gradient in ((q_weight, dq_weight), (k_weight, dk_weight))
+        )
+        return dq, dk, None, None, dq_weight, dk_weight, None
+
+    torch.library.register_autograd(f"{namespace}::rope", backward, setup_context=setup_context)
+    dispatch.refuse_second_derivative(f"{namespace}::rope_backward")
+    dispatch.refuse_second_derivative(f"{namespace}::rope_qkv_backward")
+
+
+class _RopeQKV(torch.autograd.Function):
+    """q and k rotated, v a view of qkv, and one gradient for all three."""
+
+    @staticmethod
+    def forward(
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        namespace: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _split(qkv)
+        q, k = getattr(torch.ops, namespace).rope(q, k, cos, sin, q_weight, k_weight, eps)
+        return q, k, v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        qkv, cos, sin, q_weight, k_weight, ctx.eps, ctx.namespace = inputs
+        normed = q_weight is not None or k_weight is not None
+        ctx.save_for_backward(qkv if normed else None, cos, sin, q_weight, k_weight)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        q, k, _ = (None, None, None) if qkv is None else _split(qkv)
+        q, k = (None if weight is None else t for t, weight in ((q, q_weight), (k, k_weight)))
+        dqkv, dq_weight, dk_weight = getattr(torch.ops, ctx.namespace).rope_qkv_backward(
+            dq, dk, dv, q, k, cos, sin, q_weight, k_weight, ctx.eps
+        )
+        return (
+            dqkv,
+            None,
+            None,
+            None if q_weight is None else dq_weight,
+            None if k_weight is None else dk_weight,
+            None,
+            None,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -79,10 +185,22 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | No
         checks.fail(OP, f"q {checks.shape(q)}", "q (B, H, N, K) with an even head width K")
     because = f"q {checks.shape(q)}"
     checks.check_shape(OP, "k", k, checks.shape(q), because)
+    if k.dtype != q.dtype:
+        checks.fail(OP, f"k {checks.shape(k)} of dtype {k.dtype}, q of {q.dtype}", "one dtype for both")
     checks.check_shape(OP, "cos", cos, checks.shape(q)[2:], because)
     checks.check_shape(OP, "sin", sin, checks.shape(q)[2:], because)
     checks.check_shape(OP, "q_weight", q_weight, (q.shape[-1],), because)
     checks.check_shape(OP, "k_weight", k_weight, (q.shape[-1],), because)
+    checks.check_inner(OP, q=q, k=k)
+
+
+def _kernels_for(t: Tensor, cos: Tensor, sin: Tensor) -> Any | None:
+    # No kernel has a gradient for the tables: they are fixed buffers in every model here.
+    return None if cos.requires_grad or sin.requires_grad else dispatch.kernels_for(OP, t)
+
+
+def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.float() for t in tensors)
 
 
 def rope(
@@ -96,14 +214,38 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, after RMS-normalising each where its weight is given.
 
-    Args: q, k (B, H, N, K), any strides; cos, sin (N, K); q_weight, k_weight (K,) or None; any floating dtypes.
-    Returns: (q, k) in their own dtypes, computed in float32.
+    Args: q, k (B, H, N, K) of one dtype, any strides but a contiguous last axis; cos, sin (N, K); q_weight, k_weight
+        (K,) or None; any floating dtypes.
+    Returns: (q, k) in their own dtype, computed in float32.
     Raises: ValueError naming the shapes found and needed.
     """
     _check(q, k, cos, sin, q_weight, k_weight)
-    # The compiled op has no gradient for the tables: fixed buffers in every model here.
-    if dispatch.takes_cpp(OP, q, k, cos, sin, q_weight, k_weight) and not (cos.requires_grad or sin.requires_grad):
-        q = q if q_weight is None else rms_norm(q, q_weight, eps=eps)
-        k = k if k_weight is None else rms_norm(k, k_weight, eps=eps)
-        return torch.ops.vadit.rope(q, k, cos, sin, False)
-    return rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
+    ops = _kernels_for(q, cos, sin)
+    if ops is None:
+        return rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
+    return ops.rope(q, k, *_wide(cos.contiguous(), sin.contiguous(), q_weight, k_weight), eps)
+
+
+def rope_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope` on the packed projection of attention, without a layout copy in either direction.
+
+    Args: qkv (B, N, 3, H, K), its last axis contiguous; the rest as `rope`.
+    Returns: (q, k, v), each (B, H, N, K) with memory of layout (B, N, H, K) or a view of qkv; v is not changed.
+    Raises: ValueError naming the shapes found and needed.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        checks.fail(OP, f"qkv {checks.shape(qkv)}", "qkv (B, N, 3, H, K)")
+    q, k, v = _split(qkv)
+    _check(q, k, cos, sin, q_weight, k_weight)
+    ops = _kernels_for(qkv, cos, sin)
+    if ops is None:
+        return *rope_reference(q, k, cos, sin, q_weight, k_weight, eps), v
+    tables_and_weights = _wide(cos.contiguous(), sin.contiguous(), q_weight, k_weight)
+    return _RopeQKV.apply(qkv, *tables_and_weights, eps, ops.name)

@@ -2,7 +2,8 @@
 
     y = silu(x1) * x2,   x12 = [x1 | x2],   silu(a) = a / (1 + exp(-a))        (Shazeer 2020)
 
-Bytes moved, forward, one pass: read 2H, write H elements per token.
+Bytes moved, forward: read 2H, write H elements per token. Backward: read 3H, write 2H; the product is computed again,
+so that x12 is all that is kept between the passes.
 Shape suffixes: H hidden width of the MLP; `...` any leading axes.
 """
 
@@ -17,6 +18,10 @@ from torch import Tensor
 from . import checks, dispatch
 
 OP = "swiglu"
+SCHEMAS = {
+    "swiglu": "(Tensor x12) -> Tensor",
+    "swiglu_backward": "(Tensor dy, Tensor x12) -> Tensor",
+}
 
 
 def swiglu_reference(x12: Tensor) -> Tensor:
@@ -25,30 +30,30 @@ def swiglu_reference(x12: Tensor) -> Tensor:
     return (F.silu(x1) * x2).to(x12.dtype)
 
 
-# -------------------------------------------------------------------------- C++: csrc/cpu/swiglu.cpp, float32
+# ---------------------------------------- csrc/cpu/swiglu.cpp, csrc/cuda/swiglu.cu, triton_kernels/swiglu.py
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def register(namespace: str) -> None:
+    """Shapes and gradients of the ops in a namespace that has them."""
+    ops = getattr(torch.ops, namespace)
 
-
-def _backward(ctx: Any, dy: Tensor) -> Tensor:
-    (x12,) = ctx.saved_tensors
-    return torch.ops.vadit.swiglu_backward(dy, x12)
-
-
-if dispatch.CPP_LOADED:
-
-    @torch.library.register_fake("vadit::swiglu")
+    @torch.library.register_fake(f"{namespace}::swiglu")
     def _(x12: Tensor) -> Tensor:
         return x12.new_empty((*x12.shape[:-1], x12.shape[-1] // 2))
 
-    @torch.library.register_fake("vadit::swiglu_backward")
+    @torch.library.register_fake(f"{namespace}::swiglu_backward")
     def _(dy: Tensor, x12: Tensor) -> Tensor:
         return x12.new_empty(x12.shape)
 
-    torch.library.register_autograd("vadit::swiglu", _backward, setup_context=_setup_context)
-    dispatch.refuse_second_derivative("swiglu_backward")
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x12,) = ctx.saved_tensors
+        return ops.swiglu_backward(dy, x12)
+
+    torch.library.register_autograd(f"{namespace}::swiglu", backward, setup_context=setup_context)
+    dispatch.refuse_second_derivative(f"{namespace}::swiglu_backward")
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -58,16 +63,16 @@ def _check(x12: Tensor) -> None:
     checks.check_kind(OP, x12=x12)
     if x12.ndim < 1 or x12.shape[-1] % 2:
         checks.fail(OP, f"x12 {checks.shape(x12)}", "x12 (..., 2H), an even last axis")
+    checks.check_inner(OP, x12=x12)
 
 
 def swiglu(x12: Tensor) -> Tensor:
     """silu(first half) * second half along the last axis.
 
-    Args: x12 (..., 2H), any floating dtype.
+    Args: x12 (..., 2H), its last axis contiguous, any floating dtype.
     Returns: (..., H) in x12's dtype, computed in float32.
     Raises: ValueError naming the shape found and needed.
     """
     _check(x12)
-    if dispatch.takes_cpp(OP, x12):
-        return torch.ops.vadit.swiglu(x12)
-    return swiglu_reference(x12)
+    ops = dispatch.kernels_for(OP, x12)
+    return swiglu_reference(x12) if ops is None else ops.swiglu(x12)

@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import dispatch
+
 FLOOR = 4 * torch.finfo(torch.float32).eps
 """Where plain torch happens to be exact (a scalar can be), a few float32 roundings are still no fault."""
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def device() -> str:
+    """Where the tensors of the backend that VADIT_KERNELS (or `dispatch.setting`) names have to be."""
+    backend = dispatch.BACKENDS.get(dispatch._setting)
+    return "cpu" if backend is None else backend.device
 
 
 def results_and_gradients(op: Op, inputs: Sequence[Tensor | None]) -> list[Tensor]:

@@ -113,7 +113,9 @@ class _Alignment(nn.Module):
     def forward(
         self, z_Bdhw: Tensor, features_BDhw: Tensor, projection: str, cos_margin: float, distmat_margin: float
     ) -> tuple[Tensor, Tensor]:
-        z_BdN, features_BDN, weight = z_Bdhw.flatten(2), features_BDhw.flatten(2), self.weight.flatten(1)
+        # foundation models compute channels innermost, the convolutions perhaps, too
+        z_BdN, features_BDN = z_Bdhw.flatten(2).contiguous(), features_BDhw.flatten(2).contiguous()
+        weight = self.weight.flatten(1)
         if projection == "features_down":
             down_BdN = torch.einsum("dD,bDn->bdn", weight.to(features_BDN.dtype), features_BDN)
             return vf_loss(z_BdN, None, down_BdN, cos_margin=cos_margin, distmat_margin=distmat_margin)

@@ -1,0 +1,372 @@
+// The ops under the key CUDA: checks what would otherwise be read out of bounds, allocates, and calls the launchers on
+// the tensors' device and torch's current stream. kernels/ops holds the shapes, gradients and friendlier checks.
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "launch.h"
+
+// The handle of a stream comes from one of two places: libtorch_cpu since torch 2.13, libtorch_cuda before. Weak, so
+// that the library loads with either, and with a torch without CUDA.
+extern "C" {
+__attribute__((weak, visibility("default"))) AOTITorchError torch_stream_native_handle(StreamHandle, void**);
+__attribute__((weak, visibility("default"))) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+}
+
+namespace vadit::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#ifdef VADIT_EMULATED
+struct Target {
+  explicit Target(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+// Where the kernels of one call run. The device is the current one as long as this lives.
+class Target {
+ public:
+  explicit Target(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {}
+
+  void* stream() const {
+    void* handle = nullptr;
+    if (torch_stream_native_handle != nullptr) {
+      StreamHandle opaque = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device_, &opaque));
+      const torch::stable::accelerator::Stream stream(opaque);  // deletes it at the end
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_stream_native_handle(opaque, &handle));
+    } else {
+      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch names no current CUDA stream");
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
+    }
+    return handle;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceIndex device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
+Type type_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be a float32 or bfloat16 tensor");
+  return type == ScalarType::Float ? Type::kFloat32 : Type::kBFloat16;
+}
+
+void check_device(const Tensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+      " must lie on the same device as the first tensor");
+}
+
+// t, contiguous; it must be float32 with `elements` elements.
+Tensor float_like(const Tensor& t, const Tensor& like, int64_t elements, const char* name) {
+  check_device(t, like, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be a float32 tensor");
+  STD_TORCH_CHECK(t.numel() == elements, name, " must have ", elements, " elements, not ", t.numel());
+  return torch::stable::contiguous(t);
+}
+
+OptionalTensor float_like(const OptionalTensor& t, const Tensor& like, int64_t elements, const char* name) {
+  return t ? OptionalTensor(float_like(*t, like, elements, name)) : std::nullopt;
+}
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+const float* floats(const OptionalTensor& t) { return t ? floats(*t) : nullptr; }
+float* mutable_floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+Tensor zero_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+}
+
+void check_same(const Tensor& t, const Tensor& like, const char* name) {
+  check_device(t, like, name);
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.dim() == like.dim(), name, " must match dtype and axes");
+  for (int64_t axis = 0; axis < t.dim(); ++axis)
+    STD_TORCH_CHECK(t.size(axis) == like.size(axis), name, " must have the shape of its counterpart");
+}
+
+// --- rms_norm
+
+NormShape norm_shape(const Tensor& x, bool modulated) {
+  STD_TORCH_CHECK(x.dim() > (modulated ? 1 : 0), "x must have an axis of columns, and one of images where modulated");
+  const int64_t width = x.size(x.dim() - 1), images = modulated ? x.size(0) : 1;
+  return {images, x.numel() > 0 ? x.numel() / width / images : 0, width};
+}
+
+Tensor rms_norm_op(
+    const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
+    double eps) {
+  const Type type = type_of(x_in, "x");
+  const NormShape shape = norm_shape(x_in, scale_in || shift_in);
+  const Tensor x = torch::stable::contiguous(x_in), weight = float_like(weight_in, x, shape.width, "weight");
+  const OptionalTensor scale = float_like(scale_in, x, shape.images * shape.width, "scale");
+  const OptionalTensor shift = float_like(shift_in, x, shape.images * shape.width, "shift");
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  if (x.numel() == 0) return y;
+  const Target target(x);
+  const NormInput input{x.const_data_ptr(), floats(weight), floats(scale), floats(shift), static_cast<float>(eps)};
+  rms_norm(type, shape, input, y.mutable_data_ptr(), target.stream());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_backward_op(
+    const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& scale_in, bool modulated,
+    double eps) {
+  const Type type = type_of(x_in, "x");
+  check_same(dy_in, x_in, "dy");
+  STD_TORCH_CHECK(modulated || !scale_in, "scale is given, so modulated must be true");
+  const NormShape shape = norm_shape(x_in, modulated);
+  const Tensor x = torch::stable::contiguous(x_in), dy = torch::stable::contiguous(dy_in);
+  const Tensor weight = float_like(weight_in, x, shape.width, "weight");
+  const OptionalTensor scale = float_like(scale_in, x, shape.images * shape.width, "scale");
+  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  const std::vector<int64_t> per_image = {modulated ? shape.images : 0, shape.width};
+  if (x.numel() == 0)
+    return {dx, zero_floats(x, {shape.width}), zero_floats(x, per_image), zero_floats(x, per_image)};
+  const Target target(x);
+  Tensor dweight = new_floats(x, {shape.width});
+  Tensor dscale = new_floats(x, per_image), dshift = new_floats(x, per_image);
+  Tensor partial = new_floats(x, {2, shape.images * shape.backward_chunks(), shape.width});
+  const NormInput input{x.const_data_ptr(), floats(weight), floats(scale), nullptr, static_cast<float>(eps)};
+  const NormGradients gradients{dx.mutable_data_ptr(), mutable_floats(dweight),
+                                modulated ? mutable_floats(dscale) : nullptr,
+                                modulated ? mutable_floats(dshift) : nullptr, mutable_floats(partial)};
+  rms_norm_backward(type, shape, input, dy.const_data_ptr(), gradients, target.stream());
+  return {dx, dweight, dscale, dshift};
+}
+
+// --- swiglu
+
+int64_t half_width(const Tensor& x12) {
+  STD_TORCH_CHECK(x12.dim() > 0 && x12.size(x12.dim() - 1) % 2 == 0, "x12 must have an even last axis");
+  return x12.size(x12.dim() - 1) / 2;
+}
+
+Tensor swiglu_op(const Tensor& x12_in) {
+  const Type type = type_of(x12_in, "x12");
+  const int64_t width = half_width(x12_in);
+  const Tensor x12 = torch::stable::contiguous(x12_in);
+  std::vector<int64_t> sizes(x12.sizes().begin(), x12.sizes().end());
+  sizes.back() = width;
+  Tensor y = torch::stable::new_empty(x12, sizes);
+  if (y.numel() == 0) return y;
+  const Target target(x12);
+  swiglu(type, y.numel() / width, width, x12.const_data_ptr(), y.mutable_data_ptr(), target.stream());
+  return y;
+}
+
+Tensor swiglu_backward_op(const Tensor& dy_in, const Tensor& x12_in) {
+  const Type type = type_of(x12_in, "x12");
+  const int64_t width = half_width(x12_in);
+  check_device(dy_in, x12_in, "dy");
+  STD_TORCH_CHECK(
+      dy_in.scalar_type() == x12_in.scalar_type() && dy_in.numel() * 2 == x12_in.numel(),
+      "dy must have the dtype and half the elements of x12");
+  const Tensor dy = torch::stable::contiguous(dy_in), x12 = torch::stable::contiguous(x12_in);
+  Tensor dx12 = torch::stable::new_empty(x12, x12.sizes());
+  if (dy.numel() == 0) return dx12;
+  const Target target(x12);
+  swiglu_backward(
+      type, dy.numel() / width, width, dy.const_data_ptr(), x12.const_data_ptr(), dx12.mutable_data_ptr(),
+      target.stream());
+  return dx12;
+}
+
+// --- rope
+
+// The stride of an axis with one member is any number: 0 says that it does not matter.
+int64_t stride_of(const Tensor& t, int64_t axis) { return t.size(axis) > 1 ? t.stride(axis) : 0; }
+
+Tensor with_dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Heads heads_of(const Tensor& t) {
+  return {t.const_data_ptr(), {stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}};
+}
+MutableHeads mutable_heads_of(Tensor& t) {
+  return {t.mutable_data_ptr(), {stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}};
+}
+
+// A (B, H, N, K) tensor that lies in memory as (B, N, H, K), which is what the matrix product after it wants.
+Tensor new_heads(const Tensor& like, HeadShape s) {
+  return torch::stable::transpose(
+      torch::stable::new_empty(like, std::vector<int64_t>{s.batch, s.tokens, s.heads, s.width}), 1, 2);
+}
+
+// What the passes of rope share: shapes and small tensors, checked and contiguous.
+struct RopeCall {
+  Type type;
+  HeadShape shape;
+  Tensor cos, sin;
+  OptionalTensor weight[2];
+  float eps;
+
+  RopeCall(
+      const Tensor& q, const Tensor& k, const Tensor& cos_in, const Tensor& sin_in, const OptionalTensor& q_weight,
+      const OptionalTensor& k_weight, double eps_in)
+      : type(type_of(q, "q")), shape(checked(q, k)), cos(float_like(cos_in, q, shape.tokens * shape.width, "cos")),
+        sin(float_like(sin_in, q, shape.tokens * shape.width, "sin")),
+        weight{float_like(q_weight, q, shape.width, "q_weight"), float_like(k_weight, q, shape.width, "k_weight")},
+        eps(static_cast<float>(eps_in)) {}
+
+  static HeadShape checked(const Tensor& q, const Tensor& k) {
+    STD_TORCH_CHECK(q.dim() == 4 && q.size(3) % 2 == 0, "q must be (B, H, N, K) with K even");
+    check_same(k, q, "k");
+    return {q.size(0), q.size(1), q.size(2), q.size(3)};
+  }
+
+  bool empty() const { return shape.rows() * shape.heads * shape.width == 0; }
+  RopeTables tables() const { return {floats(cos), floats(sin), eps}; }
+};
+
+std::tuple<Tensor, Tensor> rope_op(
+    const Tensor& q_in, const Tensor& k_in, const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight,
+    const OptionalTensor& k_weight, double eps) {
+  const RopeCall call(q_in, k_in, cos, sin, q_weight, k_weight, eps);
+  const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in);
+  Tensor q_out = new_heads(q, call.shape), k_out = new_heads(q, call.shape);
+  if (call.empty()) return {q_out, k_out};
+  const Target target(q);
+  const Heads in[2] = {heads_of(q), heads_of(k)};
+  const MutableHeads out[2] = {mutable_heads_of(q_out), mutable_heads_of(k_out)};
+  const float* const weight[2] = {floats(call.weight[0]), floats(call.weight[1])};
+  rope(call.type, call.shape, in, weight, call.tables(), out, target.stream());
+  return {q_out, k_out};
+}
+
+// Fills the gradients of q and k, and of v where it is given; returns those of the weights.
+std::tuple<Tensor, Tensor> rope_backward_into(
+    MutableHeads q_out, MutableHeads k_out, MutableHeads v_out, const Tensor& dq_in, const Tensor& dk_in,
+    const Tensor* dv_in, const OptionalTensor& q_in, const OptionalTensor& k_in, const RopeCall& call) {
+  const OptionalTensor* inputs[2] = {&q_in, &k_in};
+  const Tensor gradients[2] = {with_dense_rows(dq_in), with_dense_rows(dk_in)};
+  OptionalTensor kept[2];
+  Heads in[2] = {};
+  Tensor dweight[2];
+  const float* weight[2];
+  for (int part = 0; part < 2; ++part) {
+    weight[part] = floats(call.weight[part]);
+    const std::vector<int64_t> sizes = {weight[part] ? call.shape.width : 0};
+    dweight[part] = call.empty() ? zero_floats(dq_in, sizes) : new_floats(dq_in, sizes);
+    if (weight[part] == nullptr) continue;
+    STD_TORCH_CHECK(inputs[part]->has_value(), "q and k are needed where their weight is given");
+    check_same(**inputs[part], dq_in, "q or k");
+    kept[part] = with_dense_rows(**inputs[part]);
+    in[part] = heads_of(*kept[part]);
+  }
+  if (call.empty()) return {dweight[0], dweight[1]};
+  const Target target(dq_in);
+  Tensor partial;
+  if (weight[0] || weight[1]) partial = new_floats(dq_in, {rope_partial_rows(call.shape), 2, call.shape.width});
+  OptionalTensor dv;
+  if (dv_in) dv = with_dense_rows(*dv_in);
+  const Heads dy[2] = {heads_of(gradients[0]), heads_of(gradients[1])};
+  const RopeGradients results{{q_out, k_out},
+                              {weight[0] ? mutable_floats(dweight[0]) : nullptr,
+                               weight[1] ? mutable_floats(dweight[1]) : nullptr},
+                              weight[0] || weight[1] ? mutable_floats(partial) : nullptr,
+                              dv ? heads_of(*dv) : Heads{},
+                              v_out};
+  rope_backward(call.type, call.shape, dy, in, weight, call.tables(), results, target.stream());
+  return {dweight[0], dweight[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward_op(
+    const Tensor& dq, const Tensor& dk, const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos,
+    const Tensor& sin, const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
+  const RopeCall call(dq, dk, cos, sin, q_weight, k_weight, eps);
+  Tensor dq_out = new_heads(dq, call.shape), dk_out = new_heads(dq, call.shape);
+  auto [dq_weight, dk_weight] = rope_backward_into(
+      mutable_heads_of(dq_out), mutable_heads_of(dk_out), {}, dq, dk, nullptr, q, k, call);
+  return {dq_out, dk_out, dq_weight, dk_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rope_qkv_backward_op(
+    const Tensor& dq, const Tensor& dk, const Tensor& dv, const OptionalTensor& q, const OptionalTensor& k,
+    const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
+  const RopeCall call(dq, dk, cos, sin, q_weight, k_weight, eps);
+  check_same(dv, dq, "dv");
+  const HeadShape s = call.shape;
+  Tensor dqkv = torch::stable::new_empty(dq, std::vector<int64_t>{s.batch, s.tokens, 3, s.heads, s.width});
+  char* data = static_cast<char*>(dqkv.mutable_data_ptr());
+  const auto part = [&](int64_t index) {
+    const int64_t row = s.heads * s.width;
+    return MutableHeads{
+        data + index * row * static_cast<int64_t>(dqkv.element_size()), {s.tokens * 3 * row, s.width, 3 * row}};
+  };
+  auto [dq_weight, dk_weight] = rope_backward_into(part(0), part(1), part(2), dq, dk, &dv, q, k, call);
+  return {dqkv, dq_weight, dk_weight};
+}
+
+// --- vf_loss
+
+FeatureShape feature_shape(const Tensor& t) {
+  return {t.size(0), t.size(1), t.size(2), stride_of(t, 0), stride_of(t, 1)};
+}
+
+std::tuple<Tensor, Tensor> vf_gram_op(const Tensor& features_in) {
+  const Type type = type_of(features_in, "features");
+  STD_TORCH_CHECK(features_in.dim() == 3, "features must be (B, D, N)");
+  const Tensor features = with_dense_rows(features_in);
+  const FeatureShape shape = feature_shape(features);
+  Tensor cosines = new_floats(features, {shape.batch, shape.positions, shape.positions});
+  Tensor inverse_norm = new_floats(features, {shape.batch, shape.positions});
+  if (cosines.numel() == 0) return {cosines, inverse_norm};
+  const Target target(features);
+  vf_gram(
+      type, shape, features.const_data_ptr(), mutable_floats(cosines), mutable_floats(inverse_norm), target.stream());
+  return {cosines, inverse_norm};
+}
+
+std::tuple<Tensor, Tensor> vf_distmat_op(
+    const Tensor& u_in, const Tensor& v_in, const Tensor& cosines_in, double margin) {
+  STD_TORCH_CHECK(u_in.dim() == 3 && u_in.scalar_type() == ScalarType::Float, "u must be a float32 (B, d, N) tensor");
+  check_same(v_in, u_in, "v");
+  const Tensor u = with_dense_rows(u_in), v = with_dense_rows(v_in);
+  const FeatureShape shape = feature_shape(u);
+  const Tensor cosines = float_like(cosines_in, u, shape.batch * shape.positions * shape.positions, "cosines");
+  Tensor loss = new_floats(u, {});
+  Tensor sign = torch::stable::new_empty(
+      u, std::vector<int64_t>{shape.batch, shape.positions, shape.positions}, ScalarType::Char);
+  const Target target(u);
+  Tensor partial = new_floats(u, {gram_tiles(shape.batch, shape.positions)});
+  vf_distmat(
+      shape, floats(u), feature_shape(v), floats(v), floats(cosines), static_cast<float>(margin),
+      mutable_floats(partial), mutable_floats(loss), static_cast<int8_t*>(sign.mutable_data_ptr()), target.stream());
+  return {loss, sign};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vadit, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_op));
+  m.impl("swiglu", TORCH_BOX(&swiglu_op));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_op));
+  m.impl("rope", TORCH_BOX(&rope_op));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward_op));
+  m.impl("rope_qkv_backward", TORCH_BOX(&rope_qkv_backward_op));
+  m.impl("vf_gram", TORCH_BOX(&vf_gram_op));
+  m.impl("vf_distmat", TORCH_BOX(&vf_distmat_op));
+}
+
+}  // namespace vadit::cuda

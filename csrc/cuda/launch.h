@@ -1,0 +1,109 @@
+// The launchers of the CUDA kernels: raw pointers, sizes and strides, so that the .cu files need no torch header (nvcc
+// parses every header once per architecture). Each throws std::runtime_error with the kernel's name if a launch fails.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace vadit::cuda {
+
+enum class Type { kFloat32, kBFloat16 };
+
+// Rows of `total` that one block walks where it leaves one row of partial sums behind: enough blocks to fill a large
+// GPU several times, but no more than `most` rows. Depends on the shape alone, so that sums come out the same anywhere.
+inline int64_t rows_per_block(int64_t total, int64_t most) {
+  constexpr int64_t kBlocks = 2048;
+  return std::clamp<int64_t>((total + kBlocks - 1) / kBlocks, 1, most);
+}
+
+// x (images, rows, width), contiguous; scale and shift (images, width) or null.
+struct NormShape {
+  int64_t images, rows, width;
+  int64_t backward_chunk() const { return rows_per_block(images * rows, 32); }
+  // Blocks per image, each of which writes one row of partial sums.
+  int64_t backward_chunks() const { return (rows + backward_chunk() - 1) / backward_chunk(); }
+};
+
+struct NormInput {
+  const void* x;
+  const float *weight, *scale, *shift;
+  float eps;
+};
+
+void rms_norm(Type type, NormShape shape, NormInput input, void* y, void* stream);
+
+// partial: 2 * images * backward_chunks() * width floats. dscale and dshift are null where there is no modulation.
+struct NormGradients {
+  void* dx;
+  float *dweight, *dscale, *dshift, *partial;
+};
+void rms_norm_backward(
+    Type type, NormShape shape, NormInput input, const void* dy, NormGradients gradients, void* stream);
+
+// x12 (rows, 2 width), y (rows, width), contiguous.
+void swiglu(Type type, int64_t rows, int64_t width, const void* x12, void* y, void* stream);
+void swiglu_backward(
+    Type type, int64_t rows, int64_t width, const void* dy, const void* x12, void* dx12, void* stream);
+
+// Heads of one of q, k, v: (B, H, N, K) with stride 1 along K.
+struct HeadShape {
+  int64_t batch, heads, tokens, width;
+  int64_t rows() const { return batch * tokens; }
+};
+struct HeadStrides {
+  int64_t image, head, token;
+};
+struct Heads {
+  const void* data;
+  HeadStrides strides;
+};
+struct MutableHeads {
+  void* data;
+  HeadStrides strides;
+};
+
+struct RopeTables {
+  const float *cos, *sin;  // (N, K), contiguous
+  float eps;
+};
+
+void rope(
+    Type type, HeadShape shape, const Heads in[2], const float* const weight[2], RopeTables tables,
+    const MutableHeads out[2], void* stream);
+
+// Tokens per block of the backward pass (four warps take turns), and the rows of (q, k) weight gradients it leaves.
+inline int64_t rope_chunk(HeadShape shape) { return 4 * rows_per_block((shape.rows() + 3) / 4, 8); }
+inline int64_t rope_partial_rows(HeadShape shape) {
+  return (shape.rows() + rope_chunk(shape) - 1) / rope_chunk(shape);
+}
+// dv: where its data is not null it is copied to dv_out. partial: 2 * rope_partial_rows() * width floats, used where a
+// weight is given; in[i].data may be null where weight[i] is.
+struct RopeGradients {
+  MutableHeads out[2];
+  float* dweight[2];
+  float* partial;
+  Heads dv;
+  MutableHeads dv_out;
+};
+void rope_backward(
+    Type type, HeadShape shape, const Heads dy[2], const Heads in[2], const float* const weight[2], RopeTables tables,
+    const RopeGradients& gradients, void* stream);
+
+// features (B, D, N) with strides (image, channel, 1).
+struct FeatureShape {
+  int64_t batch, channels, positions;
+  int64_t stride_image, stride_channel;
+};
+void vf_gram(Type type, FeatureShape shape, const void* features, float* cosines, float* inverse_norm, void* stream);
+
+// Blocks of vf_distmat, each of which writes one partial sum.
+constexpr int64_t kGramTile = 64;
+inline int64_t gram_tiles(int64_t batch, int64_t positions) {
+  const int64_t side = (positions + kGramTile - 1) / kGramTile;
+  return batch * (side * (side + 1) / 2);
+}
+void vf_distmat(
+    FeatureShape u_shape, const float* u, FeatureShape v_shape, const float* v, const float* cosines, float margin,
+    float* partial, float* loss, int8_t* sign, void* stream);
+
+}  // namespace vadit::cuda

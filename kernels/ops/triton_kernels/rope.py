@@ -1,0 +1,300 @@
+"""Rotary embedding with optional QK-norm in Triton, and its gradients. Formulas: kernels/ops/rope.py.
+
+A tile is some (token, head) rows of one image, K columns padded to a power of two (72 to 128: the padding is neither
+read nor written). Rows are read whole with 128-bit loads and split into pairs in registers, since loads with a stride
+of 2 are not vectorised. One launch does q and k (and copies dv), so that cos and sin are read once for both.
+Bytes moved: forward reads and writes q and k; backward reads dq, dk (and dv), where there is a norm q and k too, and
+writes as much as it reads of gradients.
+Shape suffixes: B batch, H heads, N tokens, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+
+
+@triton.jit
+def _rows(tile, heads, ROWS: tl.constexpr):
+    """Token and head of each row of a tile: heads of one token follow each other, as in memory."""
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    return (row // heads).to(tl.int64), row % heads
+
+
+@triton.jit
+def _pairs(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.split(tl.reshape(t, (ROWS, COLUMNS // 2, 2)))
+
+
+@triton.jit
+def _rotate(t, cos, sin, cos_partner, sin_partner, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(even cos - odd sin, odd cos_partner + even sin_partner), where the tables are halves of pairs too."""
+    even, odd = _pairs(t, ROWS, COLUMNS)
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos_partner + even * sin_partner), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _inverse_rms(t, eps, K: tl.constexpr):
+    return tl.rsqrt(tl.sum(t * t, axis=1) / K + eps)[:, None]
+
+
+@triton.jit
+def _load_weight(weight, column, mask):
+    """For every row of the tile: rows share cache lines, and a broadcast would go through shared memory."""
+    return tl.load(tl.broadcast_to(weight + column, mask.shape), mask=mask, other=0.0)
+
+
+@triton.jit
+def _norm_backward(dt, t, weight, eps, K: tl.constexpr):
+    """The gradient for t of t r weight, and what its gradient for the weight sums."""
+    r = _inverse_rms(t, eps, K)
+    g = dt * weight
+    return r * (g - t * (r * r * (tl.sum(g * t, axis=1) / K)[:, None])), dt * t * r
+
+
+@triton.jit
+def _forward(
+    q_out,
+    k_out,
+    q,
+    k,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    tokens,
+    heads,
+    tiles,
+    eps,
+    q_stride_b,
+    k_stride_b,
+    Q_STRIDE_N: tl.constexpr,
+    Q_STRIDE_H: tl.constexpr,
+    K_STRIDE_N: tl.constexpr,
+    K_STRIDE_H: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    n, h = _rows(tl.program_id(0) % tiles, heads, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (n < tokens) & (column < K)
+    cos_even, cos_odd = _pairs(tl.load(cos + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+    sin_even, sin_odd = _pairs(tl.load(sin + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+    q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
+    k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
+    out = ((image * tokens + n) * heads + h) * K + column
+    t = tl.load(q_tile, mask=mask, other=0.0).to(tl.float32)
+    if q_weight is not None:
+        t *= _inverse_rms(t, eps, K) * _load_weight(q_weight, column, mask)
+    tl.store(q_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
+    t = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
+    if k_weight is not None:
+        t *= _inverse_rms(t, eps, K) * _load_weight(k_weight, column, mask)
+    tl.store(k_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
+
+
+@triton.jit
+def _backward(
+    dq_out,
+    dk_out,
+    dv_out,
+    sums,
+    dq,
+    dk,
+    dv,
+    q,
+    k,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    tokens,
+    heads,
+    tiles,
+    tiles_per_program,
+    programs_per_image,
+    eps,
+    dq_stride_b,
+    dk_stride_b,
+    dv_stride_b,
+    q_stride_b,
+    k_stride_b,
+    DQ_STRIDE_N: tl.constexpr,
+    DQ_STRIDE_H: tl.constexpr,
+    DK_STRIDE_N: tl.constexpr,
+    DK_STRIDE_H: tl.constexpr,
+    DV_STRIDE_N: tl.constexpr,
+    DV_STRIDE_H: tl.constexpr,
+    Q_STRIDE_N: tl.constexpr,
+    Q_STRIDE_H: tl.constexpr,
+    K_STRIDE_N: tl.constexpr,
+    K_STRIDE_H: tl.constexpr,
+    OUT_STRIDE_N: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The transposed rotation, then the norm's gradient; `sums` (programs, 2, K) gets the sums for the weights."""
+    program = tl.program_id(0)
+    image = (program // programs_per_image).to(tl.int64)
+    first = (program % programs_per_image) * tiles_per_program
+    column = tl.arange(0, COLUMNS)[None, :]
+    q_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    k_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+        n, h = _rows(tile, heads, ROWS)
+        mask = (n < tokens) & (column < K)
+        out = (image * tokens + n) * OUT_STRIDE_N + h * K + column
+        cos_even, cos_odd = _pairs(tl.load(cos + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+        sin_even, sin_odd = _pairs(tl.load(sin + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+        dq_tile = dq + image * dq_stride_b + n * DQ_STRIDE_N + h * DQ_STRIDE_H + column
+        dt = tl.load(dq_tile, mask=mask, other=0.0).to(tl.float32)
+        dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
+        if q_weight is not None:
+            q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
+            t = tl.load(q_tile, mask=mask, other=0.0).to(tl.float32)
+            dt, dweight = _norm_backward(dt, t, _load_weight(q_weight, column, mask), eps, K)
+            q_sums += dweight
+        tl.store(dq_out + out, dt, mask=mask)
+        dk_tile = dk + image * dk_stride_b + n * DK_STRIDE_N + h * DK_STRIDE_H + column
+        dt = tl.load(dk_tile, mask=mask, other=0.0).to(tl.float32)
+        dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
+        if k_weight is not None:
+            k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
+            t = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
+            dt, dweight = _norm_backward(dt, t, _load_weight(k_weight, column, mask), eps, K)
+            k_sums += dweight
+        tl.store(dk_out + out, dt, mask=mask)
+        if dv is not None:
+            dv_tile = dv + image * dv_stride_b + n * DV_STRIDE_N + h * DV_STRIDE_H + column
+            tl.store(dv_out + out, tl.load(dv_tile, mask=mask, other=0.0), mask=mask)
+    column = tl.arange(0, COLUMNS)
+    sums += program.to(tl.int64) * (2 * K) + column
+    if q_weight is not None:
+        tl.store(sums, tl.sum(q_sums, axis=0), mask=column < K)
+    if k_weight is not None:
+        tl.store(sums + K, tl.sum(k_sums, axis=0), mask=column < K)
+
+
+def _tile(K: int) -> dict[str, int]:
+    """2048 elements for 4 warps: two 128-bit loads of bfloat16 per thread and tensor."""
+    columns = max(triton.next_power_of_2(K), 2)
+    return {"COLUMNS": columns, "ROWS": max(2048 // columns, 1), "num_warps": 4}
+
+
+def _follow(t: Tensor | None) -> Tensor | None:
+    """t with a contiguous last axis; whatever its other strides are, they are followed."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(**tensors: Tensor | None) -> tuple[list[int], dict[str, int]]:
+    """Strides of (B, H, N, K) tensors: of images at run time, of tokens and heads (K is one) as constants."""
+    strides = {name: (0, 0, 0) if t is None else t.stride()[:3] for name, t in tensors.items()}
+    constants = {f"{name}_STRIDE_N": n for name, (_, _, n) in strides.items()}
+    constants |= {f"{name}_STRIDE_H": h for name, (_, h, _) in strides.items()}
+    return [b for b, _, _ in strides.values()], constants
+
+
+def _token_major(t: Tensor) -> Tensor:
+    B, H, N, K = t.shape
+    return torch.empty((B, N, H, K), dtype=t.dtype, device=t.device).transpose(1, 2)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos_NK: Tensor,
+    sin_NK: Tensor,
+    q_weight_K: Tensor | None,
+    k_weight_K: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """q and k (B, H, N, K) rotated, after RMS-normalising each where its weight is given."""
+    B, H, N, K = q.shape
+    q_out, k_out = _token_major(q), _token_major(k)
+    if q.numel():
+        tile = _tile(K)
+        tiles = triton.cdiv(N * H, tile["ROWS"])
+        strides_b, strides = _strides(Q=q, K=k)
+        tensors = (q_out, k_out, q, k, cos_NK, sin_NK, q_weight_K, k_weight_K)
+        common.launch(_forward, B * tiles, *tensors, N, H, tiles, eps, *strides_b, **strides, K=K, **tile)
+    return q_out, k_out
+
+
+def _launch_backward(
+    out: tuple[Tensor, Tensor, Tensor | None],
+    out_stride_n: int,
+    gradients: tuple[Tensor, Tensor, Tensor | None],
+    q: Tensor | None,
+    k: Tensor | None,
+    cos_NK: Tensor,
+    sin_NK: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fills `out`; returns the gradients of the weights, of size 0 where there is none."""
+    (B, H, N, K), device = gradients[0].shape, cos_NK.device
+    counts = [0 if weight is None else K for weight in weights]
+    if not gradients[0].numel():
+        dq_weight, dk_weight = (torch.zeros(count, dtype=torch.float32, device=device) for count in counts)
+        return dq_weight, dk_weight
+    tile = _tile(K)
+    tiles = triton.cdiv(N * H, tile["ROWS"])
+    # Sums for weights: up to 16 tiles per program.
+    tiles_per_program = min(max(B * tiles // common.PROGRAMS, 1), 16) if any(counts) else 1
+    programs_per_image = triton.cdiv(tiles, tiles_per_program)
+    sums = torch.empty((B * programs_per_image, 2, K) if any(counts) else 0, dtype=torch.float32, device=device)
+    dq, dk, dv = (_follow(t) for t in gradients)
+    strides_b, strides = _strides(DQ=dq, DK=dk, DV=dv, Q=q, K=k)
+    common.launch(
+        _backward,
+        B * programs_per_image,
+        *(*out, sums, dq, dk, dv, q, k, cos_NK, sin_NK, *weights),
+        *(N, H, tiles, tiles_per_program, programs_per_image, eps, *strides_b),
+        **(strides | {"OUT_STRIDE_N": out_stride_n, "K": K} | tile),
+    )
+    dq_weight, dk_weight = (sums[:, i].sum(0) if count else sums.new_empty(0) for i, count in enumerate(counts))
+    return dq_weight, dk_weight
+
+
+def rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos_NK: Tensor,
+    sin_NK: Tensor,
+    q_weight_K: Tensor | None,
+    k_weight_K: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients for q, k and the weights, from those of the rotated q and k; q and k are needed with a weight."""
+    _, H, _, K = dq.shape
+    dq_in, dk_in, weights = _token_major(dq), _token_major(dk), (q_weight_K, k_weight_K)
+    sums = _launch_backward((dq_in, dk_in, None), H * K, (dq, dk, None), q, k, cos_NK, sin_NK, weights, eps)
+    return dq_in, dk_in, *sums
+
+
+def rope_qkv_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos_NK: Tensor,
+    sin_NK: Tensor,
+    q_weight_K: Tensor | None,
+    k_weight_K: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient for the packed qkv (B, N, 3, H, K), dv copied into it, and those for the weights."""
+    B, H, N, K = dq.shape
+    dqkv = torch.empty((B, N, 3, H, K), dtype=dq.dtype, device=dq.device)
+    out, weights = dqkv.unbind(2), (q_weight_K, k_weight_K)
+    return dqkv, *_launch_backward(out, 3 * H * K, (dq, dk, dv), q, k, cos_NK, sin_NK, weights, eps)
