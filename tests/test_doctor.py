@@ -68,3 +68,10 @@ def test_optional_package_is_found_by_its_distribution(site: Path) -> None:
     install(site, "nvidia_dali_cuda999", "9.9", ())
     finding = doctor._optional(dali)
     assert (finding.state, finding.version) == ("ok", "9.9")
+
+
+def test_the_two_versions_of_flash_attn_are_told_apart(site: Path) -> None:
+    install(site, "flash_attn_3", "3.0.0", ())
+    found = {package.name: doctor._optional(package) for package in doctor.OPTIONAL_PACKAGES}
+    assert (found["flash-attn 3"].state, found["flash-attn 3"].version) == ("ok", "3.0.0")
+    assert found["flash-attn"].state == "missing" and "flash_attn_2" in found["flash-attn"].detail

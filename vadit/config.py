@@ -195,6 +195,8 @@ class FlowSpec:
 class OptimizerSpec:
     """Adam with decoupled weight decay, and the learning rate over the run."""
 
+    kind: Literal["adamw", "deepspeed_fused", "apex_fused", "adamw_8bit"] = "adamw"
+    """Whose AdamW, for a whole run: torch's, DeepSpeed's or apex's FusedAdam (GPUs), or torchao's in 8 bits."""
     lr: float = 2e-4
     """Learning rate at its peak."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -231,6 +233,10 @@ class EngineSpec:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile each block."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3"] = "auto"
+    """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
+    float8: Literal["rowwise", "tensorwise"] | None = None
+    """Scaling of float8 products in the generator's blocks (torchao; GPUs from sm_89; with --engine.compile)."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decay of each exponential moving average of the weights; empty for none."""
 
@@ -371,6 +377,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
+        _check_peers(self.optimizer, self.engine)
+        if self.engine.float8 is not None or self.engine.attention != "auto":
+            raise UsageError("engine.float8 and engine.attention are a generator's; leave them out for a tokenizer")
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
                 "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
@@ -393,6 +402,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
+        _check_peers(self.optimizer, self.engine)
         if self.flow.objective == "ddpm" and not self.model.learn_sigma:
             raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
 
@@ -412,3 +422,25 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
         raise UsageError("engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3")
     if engine.offload_weights and engine.zero_stage != 3:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
+
+
+def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
+    """Refuse combinations that other people's kernels cannot do, or that would undo what they are for."""
+    if optimizer.kind != "adamw" and engine.offload_optimizer:
+        raise UsageError(
+            f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
+            "set --optimizer.kind adamw or --no-engine.offload-optimizer"
+        )
+    if optimizer.kind == "adamw_8bit" and engine.zero_stage == 0:
+        raise UsageError(
+            "optimizer.kind adamw_8bit cannot be resumed at engine.zero_stage 0; set --engine.zero-stage 1, 2 or 3"
+        )
+    if engine.float8 is None:
+        return
+    if engine.precision == "fp32":
+        raise UsageError("engine.float8 takes the place of bf16 products; set --engine.precision autocast or bf16")
+    if engine.zero_stage == 3:
+        raise UsageError(
+            "engine.float8 keeps every gathered weight until the backward pass, which engine.zero_stage 3 is to avoid; "
+            "set --engine.zero-stage 2"
+        )

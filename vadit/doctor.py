@@ -49,10 +49,22 @@ OPTIONAL_PACKAGES = (
     OptionalPackage(
         "flash-attn",
         r"flash[-_]attn",
-        "attention kernels; without it attention is torch's own, which has flash kernels, too",
+        "attention: engine.attention flash_attn_2, or auto; without it torch's own, which has flash kernels, too",
         "pip install flash-attn --no-build-isolation  (builds for hours; needs nvcc)",
     ),
-    OptionalPackage("torchao", r"torchao", "float8 training and low-bit optimizers", "pip install torchao"),
+    OptionalPackage(
+        "flash-attn 3",
+        r"flash[-_]attn[-_]3",
+        "attention on Hopper: engine.attention flash_attn_3, or auto",
+        "git clone https://github.com/Dao-AILab/flash-attention && pip install --no-build-isolation "
+        "./flash-attention/hopper  (builds for hours; needs nvcc)",
+    ),
+    OptionalPackage(
+        "torchao",
+        r"torchao",
+        "float8 in the generator's blocks: engine.float8; 8-bit moments: optimizer.kind adamw_8bit",
+        "pip install -c constraints.txt torchao",
+    ),
     OptionalPackage(
         "DALI",
         r"nvidia[-_]dali[-_]cuda\d+",
@@ -66,6 +78,9 @@ OPTIONAL_PACKAGES = (
         "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv",
     ),
 )
+
+OP_USES = {"fused_adam": "; for optimizer.kind deepspeed_fused"}
+"""Which setting asks for a DeepSpeed op."""
 
 OP_LIBRARIES = {"async_io": "apt-get install libaio-dev"}
 """What brings a DeepSpeed op that lacks a system library."""
@@ -173,8 +188,10 @@ def _extension() -> Finding:
 def _backends() -> Iterator[Finding]:
     from vadit import kernels
 
-    for name, backend in kernels.backends().items():
-        yield Finding(f"kernel {name}", "ok", "", f"runs on: {backend}")
+    for device in ("cpu", "cuda"):
+        reasons = kernels.reasons(device)
+        for name, backend in kernels.backends(device).items():
+            yield Finding(f"kernel {name}", "ok", "", f"on {device}: {backend} ({reasons[name]})")
 
 
 # ------------------------------------------------------------------------------------------------ optional packages
@@ -189,7 +206,7 @@ def _optional(package: OptionalPackage) -> Finding:
 
 def _apex() -> Finding:
     """NVIDIA's apex has apex.normalization and apex.optimizers; the `apex` of PyPI is a web toolkit without them."""
-    use = "fused optimizers and norms; vadit's own kernels and torch's fused AdamW stand in for them"
+    use = "optimizer.kind apex_fused (its norms are not used); without it torch's fused AdamW"
     found = distribution("apex")
     spec = importlib.util.find_spec("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -224,12 +241,13 @@ def _deepspeed() -> list[Finding]:
         }
     findings = [Finding("DeepSpeed", "ok", found[1], f"{len(states)} ops for this accelerator")]
     for name, (installed, compatible, variable) in states.items():
+        use = OP_USES.get(name, "")
         if installed:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "built in"))
+            findings.append(Finding(f"DeepSpeed {name}", "ok", "", f"built in{use}"))
         elif compatible:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "builds at first use (ninja, some seconds)"))
+            findings.append(Finding(f"DeepSpeed {name}", "ok", "", f"builds at first use (ninja, some seconds){use}"))
         else:
-            why = "its compiler or libraries are not here; only needed by runs that ask for it"
+            why = f"its compiler or libraries are not here; only needed by runs that ask for it{use}"
             build = f"{variable}=1 pip install --no-build-isolation deepspeed  (says what it misses)"
             remedy = OP_LIBRARIES.get(name, build)
             findings.append(Finding(f"DeepSpeed {name}", "missing", "", why, remedy))

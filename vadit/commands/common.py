@@ -37,10 +37,12 @@ def image_size(autoencoder: Autoencoder, size: int | None) -> int:
 
 @contextlib.contextmanager
 def processes(choice: str) -> Iterator[Any]:
-    """The device of this process; under a launcher, inside a process group."""
-    from vadit import distributed
+    """The device of this process, its kernels tried out; under a launcher, inside a process group."""
+    from vadit import choices, distributed
 
     device = distributed.device(choice)
+    for kernel in choices.kernels(device):
+        choices.tell(kernel)
     if distributed.world_size() == 1:
         yield device
         return

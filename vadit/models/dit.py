@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vadit.config import DiTSpec
 from vadit.errors import UsageError
-from vadit.kernels import rms_norm, rope, swiglu
+from vadit.kernels import is_exact, rms_norm, rope, rope_qkv, swiglu
+from vadit.models.attention import Attend, torch_attention
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
 
 TIME_FREQUENCIES = 256
@@ -153,6 +154,7 @@ class Attention(nn.Module):
         self.head_dim = spec.hidden_size // spec.num_heads
         self.qkv = nn.Linear(spec.hidden_size, 3 * spec.hidden_size)
         self.proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.attend: Attend = torch_attention
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if spec.qk_norm:
@@ -162,17 +164,19 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, cos_sin: CosSin | None) -> Tensor:
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q_BHNK, k_BHNK, v_BHNK = qkv.unbind(0)
-        if cos_sin is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin, self.q_norm.weight, self.k_norm.weight)
+        qkv_BN3HK = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim)
+        if cos_sin is not None and self.q_norm is None:
+            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *cos_sin)
+        elif cos_sin is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *cos_sin, self.q_norm.weight, self.k_norm.weight)
         else:
+            q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
             if self.q_norm is not None and self.k_norm is not None:
                 q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
             if cos_sin is not None:
                 q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin)
         # norms may hand back float32 under autocast; attention needs one dtype
-        out_BHNK = F.scaled_dot_product_attention(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
+        out_BHNK = self.attend(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
         return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
 
 
@@ -310,6 +314,9 @@ class LightningDiT(nn.Module):
         probability `spec.class_dropout` unless `drop_B` (bool) says which.
         """
         x_BND = self.x_embedder(x_BChw.to(self.dtype)) + self.pos_embed
+        if not is_exact():
+            # a convolution leaves tokens innermost in memory, and sums with it keep that through all blocks
+            x_BND = x_BND.contiguous()
         c_BD = self.t_embedder(t_B, self.dtype) + self.y_embedder(y_B, drop_B)
         cos_sin = None if self.feat_rope is None else self.feat_rope()
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()

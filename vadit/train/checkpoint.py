@@ -76,6 +76,7 @@ def save(
                 **dataclasses.asdict(position),
                 "world_size": distributed.world_size(),
                 "zero_stage": main_engine.spec.zero_stage,
+                "optimizer": main_engine.optimizer.name,
                 "loader": loader_state,
                 "torch": torch.__version__,
             }
@@ -121,6 +122,13 @@ def restore(folder: Path, *, engines: dict[str, Engine], ema: ShardedEMA) -> tup
         raise UsageError(
             f"{path} was written by {found[0]} processes with engine.zero_stage {found[1]}, this run has {needed[0]} "
             f"and {needed[1]}; use the former, or start anew with --run.init-from and another --run.out"
+        )
+    kind, choice = values.get("optimizer", "adamw"), main_engine.optimizer  # early checkpoints are all torch's
+    if kind != choice.name:
+        why = choice.refused or f"optimizer.kind is {choice.name}"
+        raise UsageError(
+            f"{path} holds the state of optimizer.kind {kind}, which {choice.name} cannot go on from: {why}; "
+            f"make {kind} available, or start anew with --run.init-from and another --run.out"
         )
     try:
         for name, engine in engines.items():

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadit import distributed, rng
+from vadit import choices, distributed, rng
+from vadit.choices import Choice
 from vadit.config import DiTConfig
 from vadit.data.latents import LatentLoader, open_latents
-from vadit.models.dit import LightningDiT
+from vadit.models import attention
+from vadit.models.dit import Attention, LightningDiT
 from vadit.objectives import ddpm, flow
-from vadit.train import loop, runs
+from vadit.train import float8, loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
@@ -37,6 +39,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     model = LightningDiT(config.model, gradient_checkpointing=config.engine.gradient_checkpointing)
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
+    chosen = _equip(model, config, batch_size, device)
     if config.engine.compile:
         for block in model.blocks:
             block.compile()
@@ -44,6 +47,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         model.train(), optimizer=config.optimizer, spec=config.engine, global_batch=config.run.batch_size, device=device
     )
     runs.save_deepspeed_config(folder, {"model": engine.config})
+    runs.save_choices(folder, [*chosen, engine.optimizer, *choices.kernels(device)])
     loader = LatentLoader(
         dataset, batch_size, seed=config.run.seed, rank=distributed.rank(), world_size=distributed.world_size()
     )
@@ -56,6 +60,21 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     task = loop.Task(title=title, engines={"model": engine}, ema=ema, loader=loader, step=step)
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
+
+
+def _equip(model: LightningDiT, config: DiTConfig, batch_size: int, device: torch.device) -> list[Choice]:
+    """Give the blocks the attention and the linear layers of the run's settings; what they are."""
+    spec = config.model
+    dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    kernel = attention.choose(
+        config.engine.attention, head_dim=spec.hidden_size // spec.num_heads, dtype=dtype, device=device
+    )
+    attend = attention.named(kernel.name)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+    rows = batch_size * (spec.input_size // spec.patch_size) ** 2
+    return [kernel, float8.convert(model.blocks, config.engine.float8, rows=rows, device=device)]
 
 
 def train_step(

@@ -21,6 +21,7 @@ from torch import nn
 from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
+from vadit.train import optimizers
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
@@ -104,6 +105,15 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _fused_adam(device: torch.device) -> optimizers.Builder:
+    """DeepSpeed's FusedAdam, whose kernel is compiled (nvcc, ninja) at its first use on a machine."""
+    if device.type != "cuda":  # there is one for CPUs, slower than torch's, that would be compiled for minutes first
+        raise RuntimeError("it pays on a GPU only")
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam
+
+
 class Engine:
     """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`."""
 
@@ -117,17 +127,15 @@ class Engine:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_weights = sum(parameter.numel() for parameter in trained)
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
-        adam = torch.optim.AdamW(
-            trained,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=device.type == "cuda" and not spec.offload_optimizer,
+        fused = device.type == "cuda" and not spec.offload_optimizer
+        adam, self.optimizer = optimizers.build(
+            trained, optimizer, device=device, fused=fused, deepspeed_fused=lambda: _fused_adam(device)
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=module.to(device), model_parameters=trained, optimizer=adam, config=self.config
-        )
+        # Of an optimizer that is not on its list DeepSpeed warns at every start.
+        with contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module.to(device), model_parameters=trained, optimizer=adam, config=self.config
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -149,7 +157,10 @@ class Engine:
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], torch.Tensor):  # torchao's, which compiles its step and wants the same tensor
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping; None where DeepSpeed keeps none (ZeRO 0, fp32)."""

@@ -2,6 +2,7 @@
 
 RUN/config.json       the resolved config; a run only goes on with the same one
 RUN/deepspeed.json    what DeepSpeed was told
+RUN/backends.json     what computes attention, linear layers and optimizer steps, and why
 RUN/log.jsonl, tensorboard/
 RUN/checkpoints/step-N/
 RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit import distributed, rng
+from vadit import choices, distributed, rng
+from vadit.choices import Choice
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig
 from vadit.config_files import load_run_config, save_config, to_dict
 from vadit.errors import UsageError
@@ -80,6 +82,13 @@ def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> N
     """Keep what DeepSpeed was told, per network."""
     if distributed.is_main():
         (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n")
+
+
+def save_choices(folder: Path, chosen: list[Choice]) -> None:
+    """Tell of wishes that could not be met, and keep what was chosen."""
+    for choice in chosen:
+        choices.tell(choice)
+    choices.save(folder, chosen)
 
 
 def has_checkpoint(folder: Path) -> bool:

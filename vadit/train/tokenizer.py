@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vadit import distributed, rng
+from vadit import choices, distributed, rng
 from vadit.config import TokenizerConfig, TokenizerLossSpec
 from vadit.data.images_torch import ImageLoader, open_images
 from vadit.data.transforms import to_signed
@@ -69,6 +69,7 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
     if networks.discriminator is not None:
         engines["discriminator"] = networks.discriminator
     runs.save_deepspeed_config(folder, {name: engine.config for name, engine in engines.items()})
+    runs.save_choices(folder, [networks.model.optimizer, *choices.kernels(device)])  # the discriminator's is the same
     loader = ImageLoader(
         dataset,
         batch_size,

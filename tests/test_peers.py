@@ -1,0 +1,338 @@
+"""Other people's optimizers and float8: each runs where it is asked for, or one line says why it does not.
+
+apex is played by a module that computes AdamW in torch ops; torchao is the real one, its kernels emulated or eager.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
+
+from vadit.config import DiTConfig, EngineSpec, OptimizerSpec
+from vadit.errors import UsageError
+from vadit.models.dit import LightningDiT
+from vadit.train import checkpoint, dit, engine, export, float8, optimizers, tokenizer
+
+CPU = torch.device("cpu")
+
+
+class FakeFusedAdam(torch.optim.Optimizer):
+    """NVIDIA's as DeepSpeed and we see it: its signature, and a step count in the group instead of the state."""
+
+    made: list[FakeFusedAdam] = []  # noqa: RUF012
+    scale = 1.0
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: Any = (0.9, 0.999), eps: float = 1e-8,
+        adam_w_mode: bool = True, weight_decay: float = 0.0, amsgrad: bool = False, set_grad_none: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.made.append(self)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), step = group["betas"], group["step"]
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                state = self.state[weight]
+                if not state:
+                    state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.addcdiv_(state["exp_avg"], root, value=-self.scale * group["lr"] / (1 - beta1**step))
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> type[FakeFusedAdam]:
+    """An apex that is installed."""
+    package, module = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    package.__path__ = []  # type: ignore[attr-defined]
+    module.FusedAdam = FakeFusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", package)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    monkeypatch.setattr(FakeFusedAdam, "made", [])
+    return FakeFusedAdam
+
+
+@pytest.fixture
+def torchao() -> Iterator[Any]:
+    """torchao, with its compiled step run eagerly: compiling takes half a minute."""
+    module = pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.compiler.set_stance("force_eager")
+    yield module
+    torch.compiler.set_stance("default")
+
+
+def with_kind(config: Any, kind: str) -> Any:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind=kind))
+
+
+def chosen(folder: Path, setting: str) -> dict[str, str]:
+    """What a run's folder says of a setting."""
+    values: dict[str, str] = json.loads((folder / "backends.json").read_text())[setting]
+    return values
+
+
+def last_weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    return load_file(path / name)
+
+
+class Killed(Exception):
+    """The end of a process, played."""
+
+
+def interrupted(config: DiTConfig, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Train, and end before step `after` + 1."""
+    original, calls = dit.train_step, 0
+
+    def step(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dit, "train_step", step)
+        with pytest.raises(Killed):
+            dit.train(config)
+
+
+TWO_STEPS = {"save_every_images": 2 * BATCH}
+
+# ------------------------------------------------------------------------------------------------ optimizers
+
+
+@pytest.mark.parametrize("kind", ["apex_fused", "deepspeed_fused", "adamw_8bit"])
+def test_what_is_missing_falls_back_with_one_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dit.train(tiny_dit(tmp_path / "plain"))
+    for module in ("apex", "apex.optimizers", "deepspeed.ops.adam", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    capsys.readouterr()
+    dit.train(with_kind(tiny_dit(tmp_path / "run"), kind))
+    told = [line for line in capsys.readouterr().err.splitlines() if "optimizer.kind" in line]
+    assert len(told) == 1 and f"{kind} cannot be had here (" in told[0] and told[0].endswith("using adamw instead")
+    assert chosen(tmp_path / "run", "optimizer.kind")["name"] == "adamw"
+    assert logged(tmp_path / "run") == logged(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_apex_is_really_called(
+    zero_stage: int, tmp_path: Path, apex: type[FakeFusedAdam], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dit.train(tiny_dit(tmp_path / "plain", zero_stage=zero_stage))
+    assert not apex.made
+    capsys.readouterr()
+    dit.train(with_kind(tiny_dit(tmp_path / "apex", zero_stage=zero_stage), "apex_fused"))
+    assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 4]  # the trial, and the run
+    assert apex.made[1].param_groups[0]["weight_decay"] == 0.1
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("train ", "  run folder "))]
+    assert [line for line in told if line] == []
+    assert chosen(tmp_path / "apex", "optimizer.kind") == {
+        "name": "apex_fused", "reason": "asked for", "refused": "", "left_out": ""
+    }  # fmt: skip
+    assert logged(tmp_path / "apex") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
+
+
+def test_fused_adam_of_deepspeed(tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one compiles for minutes: asked for here are its place in DeepSpeed and the way that it comes in."""
+    dit.train(with_kind(tiny_dit(tmp_path / "cpu", steps=2), "deepspeed_fused"))
+    assert "pays on a GPU only" in chosen(tmp_path / "cpu", "optimizer.kind")["refused"]
+    assert engine._fused_adam(torch.device("cuda")).__module__ == "deepspeed.ops.adam.fused_adam"
+    monkeypatch.setattr(engine, "_fused_adam", lambda device: apex)
+    dit.train(with_kind(tiny_dit(tmp_path / "run", steps=2), "deepspeed_fused"))
+    assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 2]
+    assert chosen(tmp_path / "run", "optimizer.kind")["name"] == "deepspeed_fused"
+
+
+def test_both_engines_of_a_tokenizer_have_it(tmp_path: Path, apex: type[FakeFusedAdam]) -> None:
+    tokenizer.train(with_kind(tiny_tokenizer(tmp_path), "apex_fused"))
+    assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 3, 1, 2]  # tried twice; the discriminator late
+    assert chosen(tmp_path, "optimizer.kind")["name"] == "apex_fused"
+
+
+def test_an_optimizer_that_steps_wrongly_is_refused(apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apex, "scale", 0.5)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    adam, choice = optimizers.build(
+        [weight], OptimizerSpec(kind="apex_fused"), device=CPU, fused=False, deepspeed_fused=pytest.fail
+    )
+    assert isinstance(adam, torch.optim.AdamW) and choice.name == "adamw"
+    assert "its first step is 0.05 instead of 0.1" in choice.refused
+
+
+def test_resume_goes_on_with_apex_and_refuses_without(
+    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, resumed = (
+        with_kind(tiny_dit(tmp_path / name, zero_stage=1, run=TWO_STEPS), "apex_fused")
+        for name in ("straight", "resumed")
+    )
+    dit.train(straight)
+    interrupted(resumed, monkeypatch, after=3)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "apex.optimizers", None)
+        with pytest.raises(UsageError, match=r"kind apex_fused, which adamw cannot go on from: .*cannot be had"):
+            dit.train(resumed)
+    with pytest.raises(UsageError, match=r"optimizer\.kind 'apex_fused', this command says 'adamw'"):
+        dit.train(with_kind(resumed, "adamw"))
+    dit.train(resumed)
+    assert apex.made[-1].param_groups[0]["step"] == 4  # it was restored, or the bias correction would start anew
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_eight_bit_moments_train_and_resume(
+    zero_stage: int, precision: str, tmp_path: Path, torchao: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "precision": precision, "run": TWO_STEPS}
+    dit.train(tiny_dit(tmp_path / "plain", **settings))
+    straight = with_kind(tiny_dit(tmp_path / "straight", **settings), "adamw_8bit")
+    resumed = with_kind(tiny_dit(tmp_path / "resumed", **settings), "adamw_8bit")
+    dit.train(straight)
+    assert chosen(tmp_path / "straight", "optimizer.kind")["name"] == "adamw_8bit"
+    assert logged(tmp_path / "straight") == pytest.approx(logged(tmp_path / "plain"), rel=1e-3)
+    assert logged(tmp_path / "straight") != logged(tmp_path / "plain")
+    interrupted(resumed, monkeypatch, after=3)
+    dit.train(resumed)
+    expected, found = last_weights(tmp_path / "straight"), last_weights(tmp_path / "resumed")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("shape", [(40, 257), (4095,), (16, 256)])
+def test_eight_bits_reach_all_whole_blocks(shape: tuple[int, ...], torchao: Any) -> None:
+    """torchao itself would keep fp32 for the first: 10,280 numbers are 40 blocks and 40 numbers."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape))
+    exact = torch.nn.Parameter(weight.detach().clone())
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    adam, plain = optimizers.eight_bit_adamw()([weight], **settings), torch.optim.AdamW([exact], **settings)
+    for _ in range(5):
+        weight.grad = torch.randn(shape)
+        exact.grad = weight.grad.clone()
+        adam.step()
+        plain.step()
+    state = adam.state[weight]
+    numbers = weight.numel()
+    quantised = state["exp_avg_blocks"].codes.numel() if "exp_avg_blocks" in state else 0
+    assert quantised == (numbers // 256 * 256 if numbers >= 4096 else 0)
+    assert quantised + (state["exp_avg_rest"].numel() if "exp_avg_rest" in state else 0) == numbers
+    difference = (weight - exact).detach().flatten()
+    assert difference.abs().median() < 1e-3  # a tenth of a step
+    assert difference[quantised:].abs().max() < 1e-6 if quantised < numbers else True
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "spec", "told"),
+    [
+        ({"kind": "apex_fused"}, {"offload_optimizer": True}, "engine.offload_optimizer"),
+        ({"kind": "adamw_8bit"}, {"zero_stage": 0}, "engine.zero_stage 0"),
+        ({}, {"float8": "rowwise", "precision": "fp32"}, "engine.precision"),
+        ({}, {"float8": "rowwise", "precision": "bf16", "zero_stage": 3}, "engine.zero_stage 3"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(optimizer: Any, spec: Any, told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        DiTConfig(optimizer=OptimizerSpec(**optimizer), engine=EngineSpec(**spec))
+    assert told in str(error.value) and "set --" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ float8
+
+
+def float8_dit(out: Path, recipe: str | None, *, mlp_ratio: float = 3.0, precision: str = "bf16") -> DiTConfig:
+    """Hidden width 64, MLP 128: all multiples of 16 (with mlp_ratio 4 the MLP has 170)."""
+    config = tiny_dit(out, precision=precision, float8=recipe)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_ratio=mlp_ratio))
+
+
+def converted(model: LightningDiT) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_float8_changes_blocks_and_no_name(recipe: str, torchao: Any) -> None:
+    model = LightningDiT(float8_dit(Path("unused"), None).model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = {name: id(value) for name, value in model.named_parameters()}
+    choice = float8.convert(model.blocks, recipe, rows=64, device=CPU, emulate=True)
+    assert (choice.name, choice.refused, choice.left_out) == (recipe, "", "")
+    layers = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+    assert converted(model) == {f"blocks.{index}.{layer}" for index in (0, 1) for layer in layers}
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: id(value) for name, value in model.named_parameters()} == parameters
+
+
+def test_float8_names_what_it_leaves_out(torchao: Any) -> None:
+    model = LightningDiT(float8_dit(Path("unused"), None, mlp_ratio=4.0).model)
+    choice = float8.convert(model.blocks, "rowwise", rows=64, device=CPU, emulate=True)
+    assert converted(model) == {f"blocks.{index}.attn.{layer}" for index in (0, 1) for layer in ("qkv", "proj")}
+    assert choice.left_out == "no multiples of 16, so in bf16: mlp.w12 (64 to 340), mlp.w3 (170 to 64)"
+
+
+@pytest.mark.parametrize(("recipe", "precision"), [("rowwise", "autocast"), ("tensorwise", "bf16")])
+def test_float8_trains_near_bf16_and_exports_alike(
+    recipe: str, precision: str, tmp_path: Path, torchao: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = float8_dit(tmp_path / "plain", None, precision=precision)
+    dit.train(plain)
+    monkeypatch.setattr(float8, "convert", functools.partial(float8.convert, emulate=True))
+    dit.train(float8_dit(tmp_path / "float8", recipe, precision=precision))
+    assert chosen(tmp_path / "float8", "engine.float8")["name"] == recipe
+    assert logged(tmp_path / "float8") == pytest.approx(logged(tmp_path / "plain"), rel=0.01)
+    assert logged(tmp_path / "float8") != logged(tmp_path / "plain")
+    for name in ("model.safetensors", "ema-0.9.safetensors"):
+        expected, found = last_weights(tmp_path / "plain", name), last_weights(tmp_path / "float8", name)
+        assert {key: (value.shape, value.dtype) for key, value in found.items()} == {
+            key: (value.shape, value.dtype) for key, value in expected.items()
+        }
+    assert not converted(export.load_generator(tmp_path / "float8"))
+    export.export_run(tmp_path / "float8", tmp_path / "exported")
+    LightningDiT.from_pretrained(tmp_path / "exported")
+
+
+def test_float8_without_a_gpu_is_bf16_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dit.train(float8_dit(tmp_path / "plain", None))
+    capsys.readouterr()
+    dit.train(float8_dit(tmp_path / "run", "rowwise"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "engine.float8" in line]
+    assert told == ["engine.float8: rowwise cannot be had here (it needs a GPU); using bf16 instead"]
+    assert logged(tmp_path / "run") == logged(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "told"), [((8, 0), 64, "needs a GPU of sm_89, this is sm_80"), ((9, 0), 72, "has 72 tokens")]
+)
+def test_float8_says_what_is_in_the_way(
+    capability: tuple[int, int], rows: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = LightningDiT(float8_dit(Path("unused"), None).model)
+    choice = float8.convert(model.blocks, "rowwise", rows=rows, device=torch.device("cuda", 0))
+    assert choice.name == "bf16" and told in choice.refused and not converted(model)
+
+
+def test_float8_with_wrong_numbers_is_refused(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8, "TOLERANCE", 0.01)
+    model = LightningDiT(float8_dit(Path("unused"), None).model)
+    choice = float8.convert(model.blocks, "rowwise", rows=64, device=CPU, emulate=True)
+    assert choice.name == "bf16" and "of a small layer is off by" in choice.refused and not converted(model)
