@@ -1,0 +1,44 @@
+"""RoPE on the packed qkv of attention, to q, k, v and back: python benchmarks/bench_rope.py (options: harness.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import harness
+import torch
+from torch import Tensor
+
+from vadit.kernels.rope import rope_qkv, rope_reference
+
+SHAPES = {"cpu": {"B": (8, 256, 12, 64)}, "cuda": {"XL": (128, 256, 16, 72), "B": (256, 256, 12, 64)}}
+Q_NORM = "+norm"
+"""Appended to a shape's name: with QK-norm."""
+
+
+def eager(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return *rope_reference(q, k, cos, sin, q_weight, k_weight, 1e-6), v
+
+
+def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
+    for name, (B, N, H, K) in SHAPES[device].items():
+        for normed in (False, True):
+            label = name + Q_NORM * normed
+            if names and label not in names:
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                qkv = torch.randn(B, N, 3, H, K, device=device, dtype=dtype, requires_grad=True)
+                cos, sin = (torch.randn(N, K, device=device) for _ in range(2))
+                weights = [torch.randn(K, device=device, requires_grad=True) for _ in range(2 * normed)]
+                size = qkv.numel() * qkv.element_size() // 3
+                found = harness.contenders(rope_qkv, eager, device)
+                # back: dq, dk, dv in, dqkv out, and q and k once more for the norm
+                backward = (6 + 2 * normed) * size
+                yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, 4 * size, backward)
+
+
+if __name__ == "__main__":
+    options = harness.arguments(__doc__)
+    harness.run(cases(options.device, options.shapes), options)

@@ -1,0 +1,53 @@
+"""The gate of SwiGLU: python benchmarks/bench_swiglu.py (see harness.py for the options)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import harness
+import torch
+from torch import Tensor
+
+from vadit.kernels.swiglu import swiglu, swiglu_reference
+
+SHAPES = {"cpu": {"B": (8, 256, 2048)}, "cuda": {"XL": (128, 256, 3072), "B": (256, 256, 2048)}}
+
+
+def peers(device: str) -> dict[str, harness.Op]:
+    """Gates of other packages; they take the halves apart."""
+    found: dict[str, harness.Op] = {}
+    if device != "cuda":
+        return found
+    try:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        def liger(x12: Tensor) -> Tensor:
+            x1, x2 = x12.chunk(2, dim=-1)
+            return LigerSiLUMulFunction.apply(x1, x2)
+
+        found["liger"] = liger
+    except ImportError:
+        pass
+    try:
+        from flash_attn.ops.activations import swiglu as flash_swiglu
+
+        found["flash-attn"] = lambda x12: flash_swiglu(*x12.chunk(2, dim=-1))
+    except ImportError:
+        pass
+    return found
+
+
+def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
+    for name, (B, N, H) in SHAPES[device].items():
+        if names and name not in names:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            x12 = torch.randn(B, N, 2 * H, device=device, dtype=dtype, requires_grad=True)
+            found = harness.contenders(swiglu, swiglu_reference, device) | peers(device)
+            size = x12.numel() * x12.element_size() // 2
+            yield harness.Case("swiglu", name, dtype, (x12,), found, 3 * size, 5 * size)
+
+
+if __name__ == "__main__":
+    options = harness.arguments(__doc__)
+    harness.run(cases(options.device, options.shapes), options)

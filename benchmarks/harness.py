@@ -1,0 +1,304 @@
+"""What the benchmarks of the ops share: contenders timed in turns, a copy ceiling from the same run, rows in a CSV.
+
+    python benchmarks/bench_rms_norm.py [--device cpu|cuda] [--threads 1] [--rounds 15] [--shapes B ...] [--no-save]
+
+Contenders take turns round by round, so that other work on the machine and the clock's drift meet all alike; medians
+and quartiles are of those rounds. On CUDA a round is timed with events after a flush of the L2 cache. "copy" moves as
+many bytes as the op has to, read and written half each: its speed is the ceiling that shares refer to. Rows go to
+benchmarks/results/kernels-HARDWARE.csv. Runs from a bare checkout: PYTHONPATH=. is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import logging
+import re
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from vadit.kernels import dispatch
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("liger-kernel", "apex", "flash-attn", "quack-kernels")
+PART_BUDGET_S = 8.0
+MIN_ROUNDS = 5
+"""Rounds are cut down to MIN_ROUNDS where all of them would take longer than the budget."""
+MIN_ROUND_MS = 5.0
+"""A round repeats the call until it lasts this long: clocks and launches are coarse beside one call."""
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype. `contenders` are functions of `inputs`; those that need a gradient say so."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    inputs: tuple[Tensor, ...]
+    contenders: dict[str, Op]
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV: times in milliseconds, per call."""
+
+    date: str
+    commit: str
+    hardware: str
+    threads: int
+    versions: str
+    op: str
+    shape: str
+    dtype: str
+    part: str
+    contender: str
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    gb_per_s: float
+    share_of_copy: float
+    rounds: int
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line that all op benchmarks have."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="*", help="names of shapes; all of the device's if left out")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    # the backward pass is timed alone, on one graph that is kept
+    functorch_config.donated_buffer = False
+    return options
+
+
+def ours(op: Op, device: str, backend: str) -> Op | None:
+    """The public op on one backend, whatever VADIT_KERNELS says; None where that backend is not here."""
+    found = dispatch.BACKENDS[backend]
+    if found.missing is not None or found.device != device:
+        return None
+
+    def call(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with dispatch.setting(backend):
+            return op(*inputs)
+
+    return call
+
+
+def contenders(op: Op, eager: Op, device: str) -> dict[str, Op]:
+    """Plain torch, its compiled form, and each backend of ours that runs here."""
+    found: dict[str, Op] = {"eager": eager, "compile": torch.compile(eager, fullgraph=True, dynamic=False)}
+    for backend in dispatch.BACKENDS:
+        if call := ours(op, device, backend):
+            found[backend] = call
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+class Clock:
+    """Milliseconds of one call: events after a flushed cache on CUDA, the process's clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.repeats = 1
+        if self.cuda:
+            # larger than the L2 cache of any card (H100: 50 MB, B200: 126 MB)
+            self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], object], repeats: int) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats * 1e3
+        times = []
+        for _ in range(repeats):
+            self.flush.zero_()
+            start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start_event.record()
+            call()
+            end_event.record()
+            torch.cuda.synchronize()
+            times.append(start_event.elapsed_time(end_event))
+        return statistics.median(times)
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
+    """Times in milliseconds of each call, one per round, the calls taking turns."""
+    repeats, round_ms = {}, 0.0
+    for name, call in calls.items():
+        clock(call, 1)  # compiles, allocates, fills caches
+        once = clock(call, 1)
+        repeats[name] = max(1, round(MIN_ROUND_MS / max(once, 1e-3)))
+        round_ms += once * repeats[name]
+    affordable = int(PART_BUDGET_S * 1e3 / round_ms)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(min(rounds, max(affordable, MIN_ROUNDS))):
+        for name, call in calls.items():
+            times[name].append(clock(call, repeats[name]))
+    return times
+
+
+def _parts(case: Case, contender: Op) -> dict[str, Callable[[], object]]:
+    """The calls to time: the forward pass without a graph, the backward pass of one graph, both."""
+    differentiated = [t for t in case.inputs if t.requires_grad]
+
+    def results() -> tuple[Tensor, ...]:
+        found = contender(*case.inputs)
+        return tuple(t for t in ((found,) if isinstance(found, Tensor) else found) if t.requires_grad)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return contender(*case.inputs)
+
+    kept = results()
+    cotangents = [torch.randn_like(t) for t in kept]
+
+    def backward() -> object:
+        return torch.autograd.grad(kept, differentiated, cotangents, retain_graph=True)
+
+    def both() -> object:
+        return torch.autograd.grad(results(), differentiated, cotangents)
+
+    return {"forward": forward, "backward": backward, "forward+backward": both}
+
+
+def copy_of(num_bytes: int, device: str) -> Callable[[], object]:
+    """A copy that moves `num_bytes` in all, read and written."""
+    source, target = (torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device) for _ in range(2))
+    source.fill_(1)
+    return lambda: target.copy_(source)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def hardware(device: str) -> str:
+    """Name of the processor or card, as a part of a file's name."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        model = re.search(r"model name\s*:\s*(.*)", text)
+        name = f"{model[1] if model else 'cpu'} {torch.backends.cpu.get_cpu_capability()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    """The commit measured; "+" marks sources that differ from it."""
+    changed = _git("status", "--porcelain", "--", "../csrc", "../kernels", "../benchmarks/*.py")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def _versions(device: str) -> str:
+    parts = [f"torch {torch.__version__}"]
+    for name in ("triton", *PEERS):
+        try:
+            parts.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    if device == "cuda":
+        driver = Path("/sys/module/nvidia/version")
+        parts.append(f"driver {driver.read_text().strip()}" if driver.exists() else f"CUDA {torch.version.cuda}")
+    return ", ".join(parts)
+
+
+def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
+    """Measure, print and save; returns the rows."""
+    rows: list[Row] = []
+    clock = Clock(options.device)
+    stamp = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "hardware": hardware(options.device),
+        "threads": options.threads,
+        "versions": _versions(options.device),
+    }
+    for case in cases:
+        parts = {name: _parts(case, contender) for name, contender in case.contenders.items()}
+        moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
+        moved["forward+backward"] = case.forward_bytes + case.backward_bytes
+        for part, num_bytes in moved.items():
+            calls = {name: part_calls[part] for name, part_calls in parts.items()}
+            calls["copy"] = copy_of(num_bytes, options.device)
+            times = alternate(calls, options.rounds, clock)
+            ceiling = statistics.median(times["copy"])
+            for name, values in times.items():
+                q1, median, q3 = statistics.quantiles(values, n=4)
+                row = Row(
+                    **stamp,
+                    op=case.op,
+                    shape=case.shape,
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    part=part,
+                    contender=name,
+                    median_ms=round(median, 4),
+                    q1_ms=round(q1, 4),
+                    q3_ms=round(q3, 4),
+                    gb_per_s=round(num_bytes / median / 1e6, 2),
+                    share_of_copy=round(ceiling / median, 3),
+                    rounds=len(values),
+                )
+                rows.append(row)
+        show([row for row in rows if (row.shape, row.dtype) == (case.shape, str(case.dtype).removeprefix("torch."))])
+    if not options.no_save:
+        save(rows)
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    """A line per part: the median of each contender, and the best of our backends against torch."""
+    for part in dict.fromkeys(row.part for row in rows):
+        line = {row.contender: row for row in rows if row.part == part}
+        cells = "  ".join(f"{name} {row.median_ms:.3f}" for name, row in line.items())
+        first = next(iter(line.values()))
+        own = [row for name, row in line.items() if name in dispatch.BACKENDS]
+        verdict = ""
+        if own:
+            best = min(own, key=lambda row: row.median_ms)
+            ratios = [f"{line[name].median_ms / best.median_ms:.2f}x {name}" for name in ("eager", "compile")]
+            verdict = f" | {best.contender}: {', '.join(ratios)}, {best.share_of_copy:.0%} of copy"
+        print(f"{first.op:8} {first.shape:7} {first.dtype:8} {part:16} ms: {cells}{verdict}", flush=True)
+
+
+def save(rows: list[Row]) -> None:
+    """Append to the file of this hardware."""
+    if not rows:
+        return
+    path = RESULTS / f"kernels-{rows[0].hardware}.csv"
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
