@@ -35,7 +35,7 @@ PEERS = ("liger-kernel", "apex", "flash-attn", "quack-kernels")
 PART_BUDGET_S = 8.0
 MIN_ROUNDS = 5
 """Rounds are cut down to MIN_ROUNDS where all of them would take longer than the budget."""
-MIN_ROUND_MS = 5.0
+MIN_ROUND_MS = 20.0
 """A round repeats the call until it lasts this long: clocks and launches are coarse beside one call."""
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -144,8 +144,7 @@ def test_apex_is_really_called(
     dit.train(with_kind(tiny_dit(tmp_path / "apex", zero_stage=zero_stage), "apex_fused"))
     assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 4]  # the trial, and the run
     assert apex.made[1].param_groups[0]["weight_decay"] == 0.1
-    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("train ", "  run folder "))]
-    assert [line for line in told if line] == []
+    assert "optimizer.kind" not in capsys.readouterr().err
     assert chosen(tmp_path / "apex", "optimizer.kind") == {
         "name": "apex_fused", "reason": "asked for", "refused": "", "left_out": ""
     }  # fmt: skip

@@ -15,14 +15,16 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 
 
 def runtime() -> str:
-    """Path of the address sanitizer's library: Python is not linked with it, so it has to be loaded first."""
+    """What has to be loaded before Python: the address sanitizer, and the C++ library whose exceptions it watches."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    done = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = Path(done.stdout.strip())
-    if not path.is_absolute():
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        done = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        paths.append(Path(done.stdout.strip()))
+    if not all(path.is_absolute() for path in paths):
         pytest.skip("this g++ has no address sanitizer")
-    return str(path.resolve())
+    return " ".join(str(path.resolve()) for path in paths)
 
 
 def build(folder: Path) -> Path:
