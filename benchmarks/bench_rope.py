@@ -22,6 +22,24 @@ def eager(
     return *rope_reference(q, k, cos, sin, q_weight, k_weight, 1e-6), v
 
 
+def peers(device: str, normed: bool) -> dict[str, harness.Op]:
+    """Rotations of other packages; none has the norm."""
+    if device != "cuda" or normed:
+        return {}
+    try:
+        from flash_attn.layers.rotary import apply_rotary_emb
+    except ImportError:
+        return {}
+
+    def flash(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        # one angle per pair
+        cos_half, sin_half = (table[:, ::2].to(qkv.dtype).contiguous() for table in (cos, sin))
+        q, k = (apply_rotary_emb(qkv[:, :, part], cos_half, sin_half, interleaved=True) for part in (0, 1))
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+
+    return {"flash-attn": flash}
+
+
 def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
     for name, (B, N, H, K) in SHAPES[device].items():
         for normed in (False, True):
@@ -33,7 +51,7 @@ def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
                 cos, sin = (torch.randn(N, K, device=device) for _ in range(2))
                 weights = [torch.randn(K, device=device, requires_grad=True) for _ in range(2 * normed)]
                 size = qkv.numel() * qkv.element_size() // 3
-                found = harness.contenders(rope_qkv, eager, device)
+                found = harness.contenders(rope_qkv, eager, device) | peers(device, normed)
                 # back: dq, dk, dv in, dqkv out, and q and k once more for the norm
                 backward = (6 + 2 * normed) * size
                 yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, 4 * size, backward)

@@ -244,7 +244,14 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
         "versions": _versions(options.device),
     }
     for case in cases:
-        parts = {name: _parts(case, contender) for name, contender in case.contenders.items()}
+        parts = {}
+        for name, contender in case.contenders.items():
+            try:
+                parts[name] = _parts(case, contender)
+            except Exception as error:
+                if name in ("eager", *dispatch.BACKENDS):
+                    raise
+                print(f"{case.op} {case.shape}: without {name} ({type(error).__name__}: {error})", flush=True)
         moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         moved["forward+backward"] = case.forward_bytes + case.backward_bytes
         for part, num_bytes in moved.items():
@@ -285,7 +292,8 @@ def show(rows: list[Row]) -> None:
         verdict = ""
         if own:
             best = min(own, key=lambda row: row.median_ms)
-            ratios = [f"{line[name].median_ms / best.median_ms:.2f}x {name}" for name in ("eager", "compile")]
+            others = [name for name in line if name not in (*dispatch.BACKENDS, "copy")]
+            ratios = [f"{line[name].median_ms / best.median_ms:.2f}x {name}" for name in others]
             verdict = f" | {best.contender}: {', '.join(ratios)}, {best.share_of_copy:.0%} of copy"
         print(f"{first.op:8} {first.shape:7} {first.dtype:8} {part:16} ms: {cells}{verdict}", flush=True)
 

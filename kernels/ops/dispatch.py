@@ -35,6 +35,7 @@ AUTO = {
     "cuda": dict.fromkeys(OPS, "triton"),
 }
 """What `auto` takes where it is there; a test holds it to the committed rows. Other devices take plain torch."""
+EVIDENCE = {"cpu": "the fastest in the committed benchmarks", "cuda": "auto's choice, not yet measured on a GPU"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _backend_of(op: str, device: str) -> tuple[str, str]:
         return "reference", f"the {name} kernels take {backend.device} tensors only"
     if (op, name) in _distrusted:
         return "reference", f"{name} failed its self-check: {_distrusted[op, name]}"
-    return name, f"VADIT_KERNELS={name}" if _setting == name else f"auto's choice for {device} in float32 and bfloat16"
+    return name, f"VADIT_KERNELS={name}" if _setting == name else EVIDENCE[device]
 
 
 def kernels_for(op: str, *tensors: Tensor | None) -> Any | None:
