@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
+from vadit import memory
 from vadit.config import DiTConfig, EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
 from vadit.models.dit import LightningDiT
+from vadit.recipes import get_recipe
 from vadit.train import checkpoint, dit, engine, export, float8, optimizers, tokenizer
 
 CPU = torch.device("cpu")
@@ -335,3 +337,11 @@ def test_float8_with_wrong_numbers_is_refused(torchao: Any, monkeypatch: pytest.
     model = LightningDiT(float8_dit(Path("unused"), None).model)
     choice = float8.convert(model.blocks, "rowwise", rows=64, device=CPU, emulate=True)
     assert choice.name == "bf16" and "of a small layer is off by" in choice.refused and not converted(model)
+
+
+def test_eight_bit_moments_are_counted_as_such() -> None:
+    config = get_recipe("lightningdit-b-debug")
+    plain, eight_bit = (memory.estimate(c, 1).stages[1] for c in (config, with_kind(config, "adamw_8bit")))
+    trained = memory.estimate(config, 1).networks[0].num_trained
+    # fp32 masters stay; moments of 8 bytes become 2 and a scale per 256
+    assert eight_bit.optimizer < plain.optimizer - 5.9 * trained and eight_bit.averages == plain.averages

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 FP32, BF16 = 4, 2
 """Bytes per number."""
-ADAM_MOMENTS = 2
+MOMENTS = {"adamw_8bit": 2 * (1 + FP32 / 256)}
+"""Bytes of Adam's two moments per weight; 8-bit ones have a scale per block of 256, all others are fp32."""
 VGG16_LAYERS = 30
 """Layers of torchvision's vgg16().features up to relu5_3, the last that LPIPS reads."""
 
@@ -94,13 +95,14 @@ def estimate(config: Config, world_size: int) -> Estimate:
         with FakeTensorMode():
             networks, activations = _generator(config)
     kept = activations.fixed + activations.per_image * micro_batch
-    stages = tuple(_stage_memory(networks, config.engine, stage, world_size, kept) for stage in range(4))
+    stages = tuple(_stage_memory(networks, config, stage, world_size, kept) for stage in range(4))
     return Estimate(networks, micro_batch, activations, stages)
 
 
 def _stage_memory(
-    networks: tuple[Network, ...], spec: EngineSpec, stage: int, world_size: int, activations: float
+    networks: tuple[Network, ...], config: Config, stage: int, world_size: int, activations: float
 ) -> StageMemory:
+    spec = config.engine
     trained = sum(network.num_trained for network in networks)
     frozen = sum(network.num_frozen for network in networks)
     averaged = sum(network.num_trained for network in networks if network.averaged)
@@ -115,7 +117,7 @@ def _stage_memory(
         weights=(0 if stage == 3 and spec.offload_weights else number * trained / (world_size if stage == 3 else 1))
         + FP32 * frozen,
         gradients=number * trained / (world_size if stage >= 2 else 1),
-        optimizer=0 if on_host else (masters + ADAM_MOMENTS * FP32 * trained) / shards,
+        optimizer=0 if on_host else (masters + MOMENTS.get(config.optimizer.kind, 2 * FP32) * trained) / shards,
         averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / shards,
         buffers=number * buckets * (2 if spec.overlap_comm else 1) if stage >= 1 else 0,
         activations=activations,
