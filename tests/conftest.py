@@ -43,3 +43,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with dispatch.setting(resolve(request.param)):
         yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, what runs on it can be asked for: pytest -m gpu."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if torch.cuda.is_available() and parameters and parameters.params.get("backend") in ("triton", "cuda"):
+            item.add_marker(pytest.mark.gpu)

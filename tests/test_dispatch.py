@@ -16,6 +16,7 @@ from torch import Tensor
 from vadit import kernels
 from vadit.kernels import dispatch
 from vadit.kernels.self_check import self_check
+from vadit.kernels.testing import device
 
 ROOT = Path(__file__).parents[1]
 needs_extension = pytest.mark.skipif(
@@ -51,12 +52,12 @@ def test_unknown_setting_names_the_variable() -> None:
 
 @pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
 def test_missing_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    device = dispatch.BACKENDS[name].device
-    monkeypatch.setitem(dispatch.BACKENDS, name, dispatch.Backend("vadit", device, "it is not there"))
-    monkeypatch.setitem(dispatch.AUTO, device, dict.fromkeys(dispatch.OPS, name))
+    place = dispatch.BACKENDS[name].device
+    monkeypatch.setitem(dispatch.BACKENDS, name, dispatch.Backend("vadit", place, "it is not there"))
+    monkeypatch.setitem(dispatch.AUTO, place, dict.fromkeys(dispatch.OPS, name))
     with dispatch.setting("auto"):
-        assert set(kernels.backends(device).values()) == {"reference"}
-        assert set(kernels.reasons(device).values()) == {"it is not there"}
+        assert set(kernels.backends(place).values()) == {"reference"}
+        assert set(kernels.reasons(place).values()) == {"it is not there"}
         assert kernels.swiglu(torch.ones(4)).shape == (2,)
     for call in calls().values():
         with dispatch.setting(name), pytest.raises(ValueError, match=f"VADIT_KERNELS is '{name}', but it is not there"):
@@ -154,7 +155,7 @@ def test_self_check_leaves_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch, op
 
 
 def test_self_check_passes(backend: str) -> None:
-    assert self_check(torch.device("cpu")) == {}
+    assert self_check(torch.device(device())) == {}
 
 
 # ------------------------------------------------------------------------------------------------ committed rows
@@ -175,13 +176,13 @@ def test_auto_takes_what_the_committed_rows_show_to_be_fastest() -> None:
     assert files, "kernels/README.md shows the rows of a file"
     for path in files:
         medians = newest_medians(path)
-        device = "cuda" if "nvidia" in path.name else "cpu"
+        place = "cuda" if "nvidia" in path.name else "cpu"
         for op in dispatch.OPS:
             cases = [times for (row_op, *_), times in medians.items() if row_op == op]
             assert cases, (path.name, op)
             # "eager" is the reference but for the VF loss, whose naive form is listed under that name
             cases = [{"reference": times["eager"]} | times for times in cases]
-            candidates = ("reference", *(name for name in ours[device] if all(name in times for times in cases)))
+            candidates = ("reference", *(name for name in ours[place] if all(name in times for times in cases)))
             # the geometric mean over shapes and dtypes, so that each counts alike
             score = {name: statistics.geometric_mean(times[name] for times in cases) for name in candidates}
-            assert dispatch.AUTO[device][op] == min(score, key=score.__getitem__), (path.name, score)
+            assert dispatch.AUTO[place][op] == min(score, key=score.__getitem__), (path.name, score)
