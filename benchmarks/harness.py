@@ -124,7 +124,6 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
-        self.repeats = 1
         if self.cuda:
             # larger than the L2 cache of any card (H100: 50 MB, B200: 126 MB)
             self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")

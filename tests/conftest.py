@@ -24,10 +24,12 @@ def resolve(backend: str) -> str:
     if backend == "reference":
         return backend
     if backend == "cuda" and not torch.cuda.is_available():
-        from simt.library import build_emulated
+        from simt import library
 
+        if why := library.missing():
+            pytest.skip(why)
         if "cuda_emulated" not in dispatch.BACKENDS:
-            torch.ops.load_library(build_emulated())
+            library.load_emulated()
             dispatch.BACKENDS["cuda_emulated"] = dispatch.Backend("vadit_emulated", "cpu", None)
             kernels.register("vadit_emulated")
         return "cuda_emulated"

@@ -5,8 +5,11 @@ Choices are made by trying, on small tensors of the run's device: a package that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,18 @@ def kernels(device: torch.device) -> list[Choice]:
         Choice(f"VADIT_KERNELS {op}", name, reasons(device.type)[op], refused=failures.get(op, ""))
         for op, name in backends(device.type).items()
     ]
+
+
+@contextlib.contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Its import registers something in a way that torch has since deprecated, and torch says so."""
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def first_line(error: Exception) -> str:

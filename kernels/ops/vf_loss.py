@@ -36,6 +36,11 @@ def _inverse_norm(squared_norm: Tensor) -> Tensor:
     return torch.where(has_direction, torch.where(has_direction, squared_norm, 1.0).rsqrt(), 0.0)
 
 
+def _directions(features_BDN: Tensor) -> Tensor:
+    """The features of each position at length 1."""
+    return features_BDN * _inverse_norm(features_BDN.square().sum(1, keepdim=True))
+
+
 def _project(z_BdN: Tensor, weight_Dd: Tensor | None, features_BDN: Tensor) -> tuple[Tensor, Tensor]:
     """A z and W^T f, both (B, d, N): all that the losses need of W."""
     if weight_Dd is None:
@@ -55,8 +60,7 @@ def vf_loss_reference(
     wide = torch.promote_types(torch.promote_types(z_BdN.dtype, features_BDN.dtype), torch.float32)
     # bf16 matrix products would lose the small differences of cosines that the margins are about.
     with torch.autocast(device_type=z_BdN.device.type, enabled=False):
-        z, f = z_BdN.to(wide), features_BDN.to(wide)
-        f = f * _inverse_norm(f.square().sum(1, keepdim=True))
+        z, f = z_BdN.to(wide), _directions(features_BDN.to(wide))
         Az_BdN, Wf_BdN = _project(z, None if weight_Dd is None else weight_Dd.to(wide), f)
         inverse_norm_BN = _inverse_norm((z * Az_BdN).sum(1))
         cos_BN = (z * Wf_BdN).sum(1) * inverse_norm_BN
@@ -150,8 +154,7 @@ def features_gram(features: Tensor) -> Tensor:
     if ops is not None:
         return ops.vf_gram(features.detach())[0]
     with torch.autocast(device_type=features.device.type, enabled=False):
-        f = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-        f = f * _inverse_norm(f.square().sum(1, keepdim=True))
+        f = _directions(features.detach().to(torch.promote_types(features.dtype, torch.float32)))
         return f.transpose(1, 2) @ f
 
 

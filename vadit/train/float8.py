@@ -8,13 +8,12 @@ Scales: `rowwise`, one per row and column, e4m3 throughout; `tensorwise`, one pe
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from vadit.choices import Choice, first_line
+from vadit.choices import Choice, first_line, quiet_torchao
 
 SETTING = "engine.float8"
 LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")
@@ -75,15 +74,11 @@ def _fault(recipe: str, rows: int, device: torch.device, emulate: bool) -> str |
             return f"it needs a GPU of sm_{CAPABILITY[0]}{CAPABILITY[1]}, this is sm_{capability[0]}{capability[1]}"
     if rows % MULTIPLE:
         return f"a micro-batch has {rows} tokens, no multiple of {MULTIPLE}"
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # torchao registers something in a way that torch has since deprecated
     try:
-        return _try_out(recipe, device, emulate)
+        with quiet_torchao():
+            return _try_out(recipe, device, emulate)
     except Exception as error:  # whatever a missing package or kernel raises
         return first_line(error)
-    finally:
-        logger.setLevel(level)
 
 
 def _try_out(recipe: str, device: torch.device, emulate: bool) -> str | None:

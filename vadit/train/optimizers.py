@@ -8,7 +8,6 @@ wrote it, and a resumed run that would end up with another one is refused (`vadi
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from vadit import distributed
-from vadit.choices import Choice, first_line
+from vadit.choices import Choice, first_line, quiet_torchao
 from vadit.config import OptimizerSpec
 
 SETTING = "optimizer.kind"
@@ -89,16 +88,11 @@ def eight_bit_adamw() -> Builder:
     has the shard's shape into the weights' parts, which a quantised one does not allow. So the whole blocks of a
     tensor are stepped as a matrix (blocks, 256) with 8-bit moments, and the rest, less than a block, in fp32.
     """
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # torchao registers something in a way that torch has since deprecated
     warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
-    try:
+    with quiet_torchao():
         from torchao.optim import AdamW8bit
         from torchao.optim.adam import single_param_adam
         from torchao.optim.subclass_8bit import OptimState8bit
-    finally:
-        logger.setLevel(level)
 
     class BlockwiseAdamW(AdamW8bit):  # type: ignore[misc]
         @torch.no_grad()
