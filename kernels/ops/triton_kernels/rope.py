@@ -49,10 +49,20 @@ def _load_weight(weight, column, mask):
 
 
 @triton.jit
-def _norm_backward(dt, t, weight, eps, K: tl.constexpr):
-    """The gradient for t of t r weight, and what its gradient for the weight sums."""
+def _normed(tile, weight, column, mask, eps, K: tl.constexpr):
+    """A tile in float32, RMS-normalised where there is a weight."""
+    t = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+    if weight is not None:
+        t *= _inverse_rms(t, eps, K) * _load_weight(weight, column, mask)
+    return t
+
+
+@triton.jit
+def _norm_backward(dt, tile, weight, column, mask, eps, K: tl.constexpr):
+    """The gradient for the tile t of t r weight, and what its gradient for the weight sums."""
+    t = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
     r = _inverse_rms(t, eps, K)
-    g = dt * weight
+    g = dt * _load_weight(weight, column, mask)
     return r * (g - t * (r * r * (tl.sum(g * t, axis=1) / K)[:, None])), dt * t * r
 
 
@@ -89,13 +99,9 @@ def _forward(
     q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
     k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
     out = ((image * tokens + n) * heads + h) * K + column
-    t = tl.load(q_tile, mask=mask, other=0.0).to(tl.float32)
-    if q_weight is not None:
-        t *= _inverse_rms(t, eps, K) * _load_weight(q_weight, column, mask)
+    t = _normed(q_tile, q_weight, column, mask, eps, K)
     tl.store(q_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
-    t = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
-    if k_weight is not None:
-        t *= _inverse_rms(t, eps, K) * _load_weight(k_weight, column, mask)
+    t = _normed(k_tile, k_weight, column, mask, eps, K)
     tl.store(k_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
 
 
@@ -158,8 +164,7 @@ def _backward(
         dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
         if q_weight is not None:
             q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
-            t = tl.load(q_tile, mask=mask, other=0.0).to(tl.float32)
-            dt, dweight = _norm_backward(dt, t, _load_weight(q_weight, column, mask), eps, K)
+            dt, dweight = _norm_backward(dt, q_tile, q_weight, column, mask, eps, K)
             q_sums += dweight
         tl.store(dq_out + out, dt, mask=mask)
         dk_tile = dk + image * dk_stride_b + n * DK_STRIDE_N + h * DK_STRIDE_H + column
@@ -167,8 +172,7 @@ def _backward(
         dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
         if k_weight is not None:
             k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
-            t = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
-            dt, dweight = _norm_backward(dt, t, _load_weight(k_weight, column, mask), eps, K)
+            dt, dweight = _norm_backward(dt, k_tile, k_weight, column, mask, eps, K)
             k_sums += dweight
         tl.store(dk_out + out, dt, mask=mask)
         if dv is not None:
