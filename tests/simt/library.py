@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -73,8 +73,7 @@ def _cached(name: str, sources: dict[str, str]) -> Path:
     folder = Path(tempfile.gettempdir()) / f"vadit-simt-{os.getuid()}" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         if not target.exists():
             for file, text in sources.items():
                 (folder / file).write_text(text)
