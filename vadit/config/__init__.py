@@ -1,0 +1,149 @@
+"""The settings of a run: frozen dataclasses, and the one place where a default is written.
+
+A recipe (`vadit.recipes`) is a function that returns a `TokenizerConfig` or a `DiTConfig`; the command line
+overrides single fields of it (`--optimizer.lr 1e-4`); `config.json` in the run folder holds the result.
+Progress is counted in images, so a recipe survives a change of batch size. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vadit.config.data import ImageDataSpec, LatentDataSpec
+from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
+from vadit.config.objectives import FlowSpec, SampleSpec, TokenizerLossSpec
+from vadit.config.training import EngineSpec, OptimizerSpec, RunSpec
+from vadit.errors import UsageError
+
+__all__ = [
+    "AutoencoderSpec",
+    "Config",
+    "DiTConfig",
+    "DiTSpec",
+    "EngineSpec",
+    "FlowSpec",
+    "FoundationSpec",
+    "ImageDataSpec",
+    "LatentDataSpec",
+    "OptimizerSpec",
+    "Paper",
+    "RunSpec",
+    "SampleSpec",
+    "StageSpec",
+    "TokenizerConfig",
+    "TokenizerLossSpec",
+]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a recipe reproduces."""
+
+    source: str = ""
+    """Table and row."""
+    metric: str = ""
+    """The paper's number with its protocol name."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a tokenizer's training: fields left at None keep the recipe's value."""
+
+    total_images: int
+    """Images of this stage."""
+    vf_weight: float | None = None
+    """TokenizerLossSpec.vf_weight in this stage."""
+    cos_margin: float | None = None
+    """TokenizerLossSpec.cos_margin in this stage."""
+    distmat_margin: float | None = None
+    """TokenizerLossSpec.distmat_margin in this stage."""
+    disc_start_step: int | None = None
+    """TokenizerLossSpec.disc_start_step in this stage, counted from its start."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A whole tokenizer run."""
+
+    autoencoder: AutoencoderSpec = field(default_factory=AutoencoderSpec)
+    foundation: FoundationSpec = field(default_factory=FoundationSpec)
+    loss: TokenizerLossSpec = field(default_factory=TokenizerLossSpec)
+    optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(lr=1e-4, betas=(0.5, 0.9)))
+    engine: EngineSpec = field(default_factory=lambda: EngineSpec(ema_decays=(), max_grad_norm=0.0))
+    run: RunSpec = field(default_factory=lambda: RunSpec(batch_size=256, total_images=50 * 1_281_167))
+    data: ImageDataSpec = field(default_factory=ImageDataSpec)
+    stages: tuple[StageSpec, ...] = ()
+    """Stages that follow each other, each from the last one's weights with a fresh optimizer; empty: one stage."""
+    paper: Paper = field(default_factory=Paper)
+    kind: Literal["tokenizer"] = "tokenizer"
+
+    def __post_init__(self) -> None:
+        _check_run(self.run, self.engine)
+        _check_peers(self.optimizer, self.engine)
+        if self.engine.float8 is not None or self.engine.attention != "auto":
+            raise UsageError("engine.float8 and engine.attention are a generator's; leave them out for a tokenizer")
+        if self.loss.vf_weight > 0 and self.foundation.name == "none":
+            raise UsageError(
+                "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
+            )
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A whole generator run."""
+
+    model: DiTSpec = field(default_factory=DiTSpec)
+    flow: FlowSpec = field(default_factory=FlowSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    engine: EngineSpec = field(default_factory=lambda: EngineSpec(precision="autocast"))
+    run: RunSpec = field(default_factory=RunSpec)
+    data: LatentDataSpec = field(default_factory=LatentDataSpec)
+    sample: SampleSpec = field(default_factory=SampleSpec)
+    paper: Paper = field(default_factory=Paper)
+    kind: Literal["dit"] = "dit"
+
+    def __post_init__(self) -> None:
+        _check_run(self.run, self.engine)
+        _check_peers(self.optimizer, self.engine)
+        if self.flow.objective == "ddpm" and not self.model.learn_sigma:
+            raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
+
+
+Config = TokenizerConfig | DiTConfig
+
+
+def _check_run(run: RunSpec, engine: EngineSpec) -> None:
+    for name in ("total_images", "batch_size", "log_every_images", "save_every_images", "keep_checkpoints"):
+        if getattr(run, name) < 1:
+            raise UsageError(f"run.{name} is {getattr(run, name)}; it must be at least 1")
+    if engine.gradient_accumulation < 1:
+        raise UsageError(f"engine.gradient_accumulation is {engine.gradient_accumulation}; it must be at least 1")
+    if any(not 0 <= decay < 1 for decay in engine.ema_decays):
+        raise UsageError(f"engine.ema_decays {engine.ema_decays}: every decay must be in [0, 1)")
+    if engine.precision == "bf16" and engine.zero_stage == 0:
+        raise UsageError("engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3")
+    if engine.offload_weights and engine.zero_stage != 3:
+        raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
+
+
+def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
+    """Refuse combinations that other people's kernels cannot do, or that would undo what they are for."""
+    if optimizer.kind != "adamw" and engine.offload_optimizer:
+        raise UsageError(
+            f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
+            "set --optimizer.kind adamw or --no-engine.offload-optimizer"
+        )
+    if optimizer.kind == "adamw_8bit" and engine.zero_stage == 0:
+        raise UsageError(
+            "optimizer.kind adamw_8bit cannot be resumed at engine.zero_stage 0; set --engine.zero-stage 1, 2 or 3"
+        )
+    if engine.float8 is None:
+        return
+    if engine.precision == "fp32":
+        raise UsageError("engine.float8 takes the place of bf16 products; set --engine.precision autocast or bf16")
+    if engine.zero_stage == 3:
+        raise UsageError(
+            "engine.float8 keeps every gathered weight until the backward pass, which engine.zero_stage 3 is to avoid; "
+            "set --engine.zero-stage 2"
+        )

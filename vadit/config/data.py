@@ -1,0 +1,48 @@
+"""The settings of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ImageDataSpec:
+    """Images for the tokenizer."""
+
+    path: str = ""
+    """Folder of images (a subfolder per class, or flat), of .tar shards, a pattern of shards, or a .beton; debug:N."""
+    labels_file: str | None = None
+    """File with a line "NAME LABEL" per image of a flat folder; names are relative to it."""
+    crop: Literal["center", "random", "random_resized"] = "center"
+    """center: ADM's centre crop; random: a random square of the short side; random_resized: of area 0.8-1."""
+    flip: bool = False
+    """Mirror images at random."""
+    loader: Literal["auto", "torch", "dali", "ffcv"] = "auto"
+    """Who decodes: Pillow in threads, DALI, FFCV (.beton files); auto: by what is installed and by the path."""
+    order: Literal["random", "quasi_random"] = "random"
+    """Order of an epoch; quasi_random reads a .beton in large pieces (FFCV; for data larger than memory)."""
+    num_workers: int = 8
+    """Decoding threads per process."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with an image that does not decode: stop and name it, or leave it out and count it."""
+    max_bad_share: float = 0.01
+    """With on_error skip: the share of bad images above which the run stops all the same."""
+
+
+@dataclass(frozen=True)
+class LatentDataSpec:
+    """Latents for the generator."""
+
+    path: str = ""
+    """Folder of latent shards (`vadit encode`, or the authors'), or a .beton of them; debug:N makes N of noise."""
+    normalize: bool = True
+    """Subtract the channel mean and divide by the channel standard deviation."""
+    multiplier: float = 1.0
+    """Factor after normalisation (SD-VAE: normalize off, 0.18215)."""
+    flip: bool = True
+    """Take the mirrored latent with probability 1/2."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a shard that is damaged or a latent that is not finite: stop and name it, or leave it out."""
+    max_bad_share: float = 0.01
+    """With on_error skip: the share of bad latents above which the run stops all the same."""

@@ -1,0 +1,124 @@
+"""The settings of the networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vadit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """The LDM / VQGAN-KL autoencoder (Rombach et al. 2022; reference settings: f16d32 at 256 pixels)."""
+
+    image_size: int = 256
+    """Side of the training images in pixels; attention resolutions are counted at this size."""
+    in_channels: int = 3
+    """Channels of the image."""
+    latent_channels: int = 32
+    """Channels d of the latent."""
+    base_channels: int = 128
+    """Width of the first level, in channels."""
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Width of each level as a multiple of base_channels; each level after the first halves the side."""
+    num_res_blocks: int = 2
+    """Residual blocks per level of the encoder (the decoder has one more)."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Feature-map sides, in pixels at image_size, that get self-attention (the middle always has it)."""
+    dropout: float = 0.0
+    """Dropout probability in the residual blocks."""
+    norm_groups: int = 32
+    """Groups of GroupNorm; must divide every level's width."""
+
+    @property
+    def downsample_ratio(self) -> int:
+        """Image side over latent side (f16: 16)."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent of a training image."""
+        return self.image_size // self.downsample_ratio
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.downsample_ratio:
+            raise UsageError(
+                f"autoencoder.image_size {self.image_size} is not divisible by the downsample ratio "
+                f"{self.downsample_ratio}; choose a multiple of {self.downsample_ratio}"
+            )
+        for multiplier in self.channel_multipliers:
+            if self.base_channels * multiplier % self.norm_groups:
+                raise UsageError(
+                    f"autoencoder.norm_groups {self.norm_groups} does not divide the level width "
+                    f"{self.base_channels * multiplier}; change autoencoder.base_channels or norm_groups"
+                )
+
+
+@dataclass(frozen=True)
+class DiTSpec:
+    """LightningDiT, or with the four switches off the plain DiT (Peebles & Xie 2023)."""
+
+    input_size: int = 16
+    """Side of the latent."""
+    patch_size: int = 1
+    """Side of a patch, in latent positions."""
+    in_channels: int = 32
+    """Channels of the latent."""
+    hidden_size: int = 1152
+    """Width of the transformer."""
+    depth: int = 28
+    """Number of blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over hidden_size (SwiGLU uses 2/3 of it)."""
+    num_classes: int = 1000
+    """Number of classes; the null class of guidance has this index."""
+    class_dropout: float = 0.1
+    """Probability that a training label becomes the null class."""
+    learn_sigma: bool = False
+    """Predict the variance, too (DDPM baseline): doubles the output channels."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (a cure of NaN in long runs)."""
+    swiglu: bool = True
+    """SwiGLU instead of the GELU MLP."""
+    rope: bool = True
+    """2-D rotary position embedding on queries and keys, besides the fixed sin-cos embedding."""
+    rmsnorm: bool = True
+    """RMSNorm with a weight instead of LayerNorm without one."""
+    shift_free: bool = False
+    """adaLN without shifts (4 chunks instead of 6)."""
+    label_init_std: float = 0.02
+    """Standard deviation of the label embedding at the start."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UsageError(
+                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}"
+            )
+        if self.rope and self.hidden_size // self.num_heads % 4:
+            raise UsageError(
+                f"model.rope needs a head width divisible by 4, found {self.hidden_size}/{self.num_heads}; "
+                "change model.num_heads or set --no-model.rope"
+            )
+        if self.input_size % self.patch_size:
+            raise UsageError(
+                f"model.input_size {self.input_size} is not divisible by model.patch_size {self.patch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class FoundationSpec:
+    """The frozen vision foundation model that the latent is aligned to, through timm."""
+
+    name: str = "dinov2"
+    """dinov2, mae, sam, clip, any timm model name, or none (no alignment)."""
+    weights: str = "hub"
+    """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, or random (tests only)."""
+    input_size: int | None = None
+    """Side that images are resized to, in pixels; default: patch size x latent side (DINOv2: 224)."""
+    input_range: Literal["normalized", "minus_one_one"] = "normalized"
+    """normalized: the model's own mean and std; minus_one_one: images in [-1, 1] as the authors fed them."""
+    model_args: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Extra keyword arguments of timm.create_model."""

@@ -1,0 +1,90 @@
+"""The settings of what is learnt and of how samples are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TokenizerLossSpec:
+    """The generator and discriminator losses of VA-VAE (reference.md section 2)."""
+
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS (VGG); 0 leaves it out and needs no VGG file."""
+    vgg_weights: str | None = None
+    """Path of torchvision's vgg16 file (vgg16-397923af.pth); needed where perceptual_weight > 0."""
+    kl_weight: float = 1e-6
+    """Weight of the KL term."""
+    disc_weight: float = 0.5
+    """Weight of the adversarial term before the adaptive factor; 0 trains without a discriminator."""
+    disc_start_step: int = 5001
+    """First optimizer step at which the discriminator counts (1 for a fine-tuning stage)."""
+    disc_channels: int = 64
+    """Width of the PatchGAN discriminator's first layer."""
+    disc_layers: int = 3
+    """Strided layers of the PatchGAN discriminator."""
+    vf_weight: float = 0.1
+    """Weight of the VF loss (w_hyper) before the adaptive factor; 0 trains without alignment."""
+    vf_adaptive: bool = True
+    """Scale the VF loss by the ratio of gradient norms at the encoder's last layer."""
+    cos_margin: float = 0.5
+    """Margin m1 of the marginal cosine similarity loss."""
+    distmat_margin: float = 0.25
+    """Margin m2 of the marginal distance matrix similarity loss."""
+    cos_weight: float = 1.0
+    """Weight of the marginal cosine similarity loss inside the VF loss."""
+    distmat_weight: float = 1.0
+    """Weight of the marginal distance matrix similarity loss inside the VF loss."""
+    vf_projection: Literal["latent_up", "features_down"] = "latent_up"
+    """latent_up: z' = W z at the features' width (the paper); features_down: features projected to d."""
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """What the generator learns: a flow (Lipman et al. 2023; SiT) or the DDPM of the plain DiT."""
+
+    objective: Literal["flow", "ddpm"] = "flow"
+    """flow: t in [0, 1], 1 is data; ddpm: 1000 linear-beta steps with learned variance (Table 1, first row)."""
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    """Interpolation path between noise and data."""
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    """What the network's output stands for."""
+    time_law: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of t in training."""
+    uniform_after_images: int | None = None
+    """Switch time_law to uniform after this many images (the authors: 600k of 1M steps of the 800-epoch run)."""
+    direction_loss: bool = True
+    """Add 1 - cos(prediction, velocity) along channels."""
+    loss_weighting: Literal["none", "velocity", "likelihood"] = "none"
+    """Weighting of noise and score prediction (SiT)."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How images are drawn from a generator."""
+
+    method: Literal["euler", "heun", "dopri5", "euler_maruyama", "ddpm"] = "euler"
+    """ODE solver, or Euler-Maruyama for the SDE; ddpm for a generator trained with the ddpm objective."""
+    num_steps: int = 250
+    """Points of linspace(0, 1): one less is the number of steps (250 points: 249 steps, as the authors count)."""
+    timestep_shift: float = 0.0
+    """s in t' = s t / (1 + (s - 1) t); 0 for none (the authors: 0.3)."""
+    cfg_scale: float = 1.0
+    """Guidance scale; 1 is no guidance."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts where low <= t <= high."""
+    cfg_channels: int | None = None
+    """Guide only the first so many channels (the authors: 3); default all."""
+    atol: float = 1e-6
+    """Absolute tolerance of dopri5."""
+    rtol: float = 1e-3
+    """Relative tolerance of dopri5."""
+    labels: Literal["random", "balanced"] = "random"
+    """Uniform random labels, or the same number of each class."""
+    seed: int = 0
+    """Seed; sample i is a function of (seed, i) alone."""
+    sde_diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma"
+    """Diffusion coefficient of euler_maruyama (SiT, table 3)."""
+    sde_last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    """How euler_maruyama takes its last step (SiT: mean, of size 0.04)."""

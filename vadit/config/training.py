@@ -1,0 +1,82 @@
+"""The settings of a run: optimizer, DeepSpeed, length and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Adam with decoupled weight decay, and the learning rate over the run."""
+
+    kind: Literal["adamw", "deepspeed_fused", "apex_fused", "adamw_8bit"] = "adamw"
+    """Whose AdamW, for a whole run: torch's, DeepSpeed's or apex's FusedAdam (GPUs), or torchao's in 8 bits."""
+    lr: float = 2e-4
+    """Learning rate at its peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "one_cycle", "linear"] = "constant"
+    """constant after the warm-up; one_cycle: cosine up over 30% of the run and down to 0; linear decay to 0."""
+    warmup_images: int = 0
+    """Images over which the rate rises linearly from 0 (constant and linear)."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """DeepSpeed's part: sharding, precision and the numbers of one step."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    precision: Literal["fp32", "bf16", "autocast"] = "fp32"
+    """fp32; bf16: bf16 weights with fp32 masters; autocast: fp32 weights, bf16 arithmetic (the authors')."""
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    max_grad_norm: float = 1.0
+    """Gradient norm that larger ones are clipped to; 0 switches clipping off."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (ZeRO 1-3)."""
+    offload_weights: bool = False
+    """Keep weights in host memory (ZeRO 3)."""
+    overlap_comm: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each block."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3"] = "auto"
+    """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
+    float8: Literal["rowwise", "tensorwise"] | None = None
+    """Scaling of float8 products in the generator's blocks (torchao; GPUs from sm_89; with --engine.compile)."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Decay of each exponential moving average of the weights; empty for none."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Length, logging and checkpoints, in images."""
+
+    out: str = "runs/default"
+    """Run folder; the same command continues what is there."""
+    total_images: int = 80_000 * 1024
+    """Images to train on (64 epochs of ImageNet: 81,920,000)."""
+    batch_size: int = 1024
+    """Images per optimizer step over all processes."""
+    seed: int = 0
+    """Seed of initialisation, order of the data, noise and dropout."""
+    log_every_images: int = 102_400
+    """Images between two log points."""
+    save_every_images: int = 5_120_000
+    """Images between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    init_from: str | None = None
+    """Weights to start from: a run, an exported folder or a checkpoint of the authors (optimizer starts anew)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the run."""
+    deterministic: bool = False
+    """Deterministic algorithms only: bit-equal runs, slower on GPUs."""
