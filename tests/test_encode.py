@@ -12,9 +12,12 @@ from PIL import Image
 
 from vadit.config import AutoencoderSpec, ImageDataSpec
 from vadit.data import latent_shards
-from vadit.data.images_torch import ImageFolder, open_images
+from vadit.data.folders import FolderSource
+from vadit.data.images import ImageSet, Request
+from vadit.data.images_torch import decode
 from vadit.data.latent_shards import open_folder
 from vadit.data.latents import LatentDataset, LatentLoader
+from vadit.data.loaders import open_images
 from vadit.data.transforms import to_signed
 from vadit.encode import EncodeSummary, encode, weights_hash
 from vadit.errors import RunError, UsageError
@@ -39,16 +42,16 @@ def autoencoder() -> Autoencoder:
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ImageFolder:
+def images(tmp_path: Path) -> ImageSet:
     for number in range(NUM_IMAGES):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-    return ImageFolder(tmp_path / "images", SIZE)
+    return ImageSet(FolderSource(tmp_path / "images"), SIZE)
 
 
-def run(autoencoder: Autoencoder, images: ImageFolder, out: Path, **options: object) -> EncodeSummary:
+def run(autoencoder: Autoencoder, images: ImageSet, out: Path, **options: object) -> EncodeSummary:
     values: dict = {"batch_size": 3, "shard_size": 4, "dtype": "fp32", "num_workers": 2}
     return encode(autoencoder, images, out, **(values | options))
 
@@ -62,7 +65,7 @@ def contents(out: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
     autoencoder.train()
     done: list[int] = []
     summary = run(autoencoder, images, tmp_path / "out", progress=done.append)
@@ -70,7 +73,8 @@ def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: Imag
     assert autoencoder.training
     assert done == sorted(done) and done[-1] == NUM_IMAGES
     autoencoder.eval()
-    pixels = to_signed(torch.stack([torch.from_numpy(images.load_plain(index)) for index in range(NUM_IMAGES)]))
+    pixels = np.stack([decode(images, Request(index)) for index in range(NUM_IMAGES)])
+    pixels = to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     found = contents(tmp_path / "out")
     assert torch.equal(found["labels"], images.labels)
     for key, inputs in (("plain", pixels), ("flipped", pixels.flip(-1))):
@@ -86,7 +90,7 @@ def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: Imag
 
 @pytest.mark.parametrize("store", ["moments", "sample"])
 def test_result_depends_on_neither_batch_nor_world_size(
-    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, store: str
+    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, store: str
 ) -> None:
     run(autoencoder, images, tmp_path / "one", store=store, seed=3)
     num_images = 0
@@ -106,7 +110,7 @@ def test_result_depends_on_neither_batch_nor_world_size(
         assert not torch.allclose(contents(tmp_path / "other")["plain"], one["plain"], atol=1e-2)
 
 
-def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
     run(autoencoder, images, tmp_path / "fp32", store="sample")
     run(autoencoder, images, tmp_path / "bf16", store="sample", dtype="bf16", flip=False)
     shards = open_folder(tmp_path / "bf16")
@@ -116,7 +120,7 @@ def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageFolde
 
 
 def test_resume_after_a_full_disk(
-    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(autoencoder, images, tmp_path / "whole")
     out = tmp_path / "out"
@@ -146,7 +150,7 @@ def test_resume_after_a_full_disk(
     assert (out / "index.json").stat().st_mtime_ns == index
 
 
-def test_a_shard_cut_short_is_made_again(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+def test_a_shard_cut_short_is_made_again(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
     run(autoencoder, images, tmp_path / "out")
     path = tmp_path / "out" / "shard-00001.safetensors"
     whole = path.read_bytes()
@@ -165,7 +169,7 @@ def test_a_shard_cut_short_is_made_again(autoencoder: Autoencoder, images: Image
     ],
 )
 def test_other_settings_are_refused(
-    autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path, change: dict, message: str
+    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, change: dict, message: str
 ) -> None:
     run(autoencoder, images, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -174,7 +178,7 @@ def test_other_settings_are_refused(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_another_tokenizer_is_refused(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
     run(autoencoder, images, tmp_path / "out")
     with torch.no_grad():
         autoencoder.quant_conv.weight[0] += 1e-3
@@ -182,12 +186,13 @@ def test_another_tokenizer_is_refused(autoencoder: Autoencoder, images: ImageFol
         run(autoencoder, images, tmp_path / "out")
 
 
-def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageFolder, tmp_path: Path) -> None:
-    Path(images.paths[5]).write_text("no image")
-    with pytest.raises(RunError, match=f"{images.paths[5]} does not decode"):
+def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
+    path = images.source.describe(5)
+    Path(path).write_text("no image")
+    with pytest.raises(RunError, match=f"{path} does not decode"):
         run(autoencoder, images, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.partial")) and not (tmp_path / "out" / "index.json").exists()
-    skipping = ImageFolder(tmp_path / "images", SIZE, on_error="skip")
+    skipping = ImageSet(FolderSource(tmp_path / "images"), SIZE, on_error="skip", max_bad_share=0.2)
     run(autoencoder, skipping, tmp_path / "out")
     good = [index for index in range(NUM_IMAGES) if index != 5]
     assert torch.equal(contents(tmp_path / "out")["labels"], images.labels[good])

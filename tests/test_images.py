@@ -1,12 +1,13 @@
-"""Image folders and their loader: order, ranks, resume, augmentation, bad files, bad folders."""
+"""Image folders, the Pillow decoder and the loader: order, ranks, resume, augmentation, bad files, bad folders."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ import torch
 from PIL import Image
 
 from vadit.config import ImageDataSpec
-from vadit.data.images_torch import ImageBatch, ImageFolder, ImageLoader, load_in_order, open_images
+from vadit.data import loaders
+from vadit.data.folders import FolderSource
+from vadit.data.images import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
+from vadit.data.images_torch import decode, pillow_decoder
+from vadit.data.loaders import open_images, open_loader
 from vadit.data.transforms import center_crop
 from vadit.errors import RunError, UsageError
 
@@ -37,31 +42,46 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def image_set(folder: Path, **settings: Any) -> ImageSet:
+    return ImageSet(FolderSource(folder), SIZE, **settings)
+
+
+def image_loader(
+    images: ImageSet, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, num_workers: int = 2
+) -> ImageLoader:
+    return ImageLoader(images, batch_size, seed, rank, world_size, decoder=pillow_decoder(images, num_workers))
+
+
+def load(images: ImageSet, index: int, *, seed: int, epoch: int) -> np.ndarray:
+    return decode(images, images.requests([index], seed=seed, epoch=epoch)[0])
+
+
 def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
     return [index for batch in batches for index in batch.ids.tolist()]
 
 
 def test_classes_are_sorted_folder_names_and_pixels_follow_the_crop_rule(folder: Path) -> None:
-    dataset = ImageFolder(folder, SIZE)
+    dataset = image_set(folder)
     assert len(dataset) == 13 and dataset.classes == ["a", "b", "c"]
-    for index, path in enumerate(dataset.paths):
+    for index in range(13):
+        path = dataset.source.describe(index)
         assert dataset.classes[int(dataset.labels[index])] == Path(path).parent.name
         with Image.open(path) as image:
-            expected = np.asarray(center_crop(image.convert("RGB"), SIZE)).transpose(2, 0, 1)
-        assert np.array_equal(dataset.load(index, seed=0, epoch=0), expected)
+            expected = np.asarray(center_crop(image.convert("RGB"), SIZE))
+        assert np.array_equal(load(dataset, index, seed=0, epoch=0), expected)
 
 
 def test_flat_folder_has_one_class(tmp_path: Path) -> None:
     for number in range(3):
         save_picture(tmp_path / f"{number}.JPG", number)
-    dataset = ImageFolder(tmp_path, SIZE)
+    dataset = image_set(tmp_path)
     assert len(dataset) == 3 and dataset.labels.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_image_once_per_epoch(folder: Path, world_size: int) -> None:
-    dataset = ImageFolder(folder, SIZE)
-    loaders = [ImageLoader(dataset, 2, 5, rank, world_size, num_workers=2) for rank in range(world_size)]
+    dataset = image_set(folder)
+    loaders = [image_loader(dataset, 2, 5, rank, world_size) for rank in range(world_size)]
     orders = []
     for epoch in range(3):
         assert all(loader.epoch == epoch for loader in loaders)
@@ -73,21 +93,23 @@ def test_every_image_once_per_epoch(folder: Path, world_size: int) -> None:
 
 
 def test_stream_gives_full_batches_across_epoch_ends(folder: Path) -> None:
-    loader = ImageLoader(ImageFolder(folder, SIZE), 5, seed=1, num_workers=2)
+    loader = image_loader(image_set(folder), 5, seed=1)
     batches = list(islice(loader.stream(), 8))
-    assert all(batch.images.shape == (5, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8 for batch in batches)
+    for batch in batches:
+        assert batch.images.shape == (5, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
     ids = ids_of(batches)
     assert [sorted(ids[start : start + 13]) for start in (0, 13, 26)] == [list(range(13))] * 3
     assert loader.images_seen == 40
-    assert all(torch.equal(batch.labels, loader.dataset.labels[batch.ids]) for batch in batches)
+    assert all(torch.equal(batch.labels, loader.images.labels[batch.ids]) for batch in batches)
 
 
 @pytest.mark.parametrize("new_world_size", [1, 2, 3])
 def test_resume_in_mid_epoch_continues_exactly_also_with_other_ranks(folder: Path, new_world_size: int) -> None:
-    dataset = ImageFolder(folder, SIZE, crop="random", flip=True)
-    whole = ImageLoader(dataset, 6, seed=2, num_workers=2)
+    dataset = image_set(folder, crop="random", flip=True)
+    whole = image_loader(dataset, 6, seed=2)
     expected = list(islice(whole.stream(), 5))
-    first = ImageLoader(dataset, 3, 2, 0, 2, num_workers=2)
+    first = image_loader(dataset, 3, 2, 0, 2)
     stream = first.stream()
     for _ in range(2):
         next(stream)
@@ -96,7 +118,7 @@ def test_resume_in_mid_epoch_continues_exactly_also_with_other_ranks(folder: Pat
     assert state["images_seen"] == 12
     streams = []
     for rank in range(new_world_size):
-        loader = ImageLoader(dataset, 6 // new_world_size, 99, rank, new_world_size, num_workers=2)
+        loader = image_loader(dataset, 6 // new_world_size, 99, rank, new_world_size)
         loader.load_state_dict(state)
         streams.append(loader.stream())
     for batch in expected[2:]:
@@ -107,7 +129,7 @@ def test_resume_in_mid_epoch_continues_exactly_also_with_other_ranks(folder: Pat
 
 
 def test_a_running_stream_follows_load_state_dict(folder: Path) -> None:
-    loader = ImageLoader(ImageFolder(folder, SIZE), 4, num_workers=2)
+    loader = image_loader(image_set(folder), 4)
     stream = loader.stream()
     first = next(stream)
     state = loader.state_dict()
@@ -118,25 +140,25 @@ def test_a_running_stream_follows_load_state_dict(folder: Path) -> None:
 
 
 def test_a_position_of_another_data_set_is_refused(folder: Path) -> None:
-    loader = ImageLoader(ImageFolder(folder, SIZE), 4)
+    loader = image_loader(image_set(folder), 4)
     with pytest.raises(UsageError, match=r"14 samples .* 13; set data.path"):
         loader.load_state_dict({**loader.state_dict(), "num_samples": 14})
 
 
 def test_augmentation_depends_on_seed_image_and_epoch_alone(folder: Path) -> None:
-    dataset = ImageFolder(folder, SIZE, crop="random_resized", flip=True)
-    variants = {dataset.load(4, seed=0, epoch=epoch).tobytes() for epoch in range(6)}
+    dataset = image_set(folder, crop="random_resized", flip=True)
+    variants = {load(dataset, 4, seed=0, epoch=epoch).tobytes() for epoch in range(6)}
     assert len(variants) >= 4  # a 12 x 15 image has few crops: two epochs may agree
-    assert np.array_equal(dataset.load(4, seed=0, epoch=2), dataset.load(4, seed=0, epoch=2))
-    flipped = ImageFolder(folder, SIZE, flip=True)
-    plain = flipped.load_plain(4)
-    seen = [flipped.load(4, seed=0, epoch=epoch) for epoch in range(40)]
-    mirrored = sum(np.array_equal(pixels, plain[:, :, ::-1]) for pixels in seen)
+    assert np.array_equal(load(dataset, 4, seed=0, epoch=2), load(dataset, 4, seed=0, epoch=2))
+    flipped = image_set(folder, flip=True)
+    plain = decode(flipped, Request(4))
+    seen = [load(flipped, 4, seed=0, epoch=epoch) for epoch in range(40)]
+    mirrored = sum(np.array_equal(pixels, plain[:, ::-1]) for pixels in seen)
     assert mirrored + sum(np.array_equal(pixels, plain) for pixels in seen) == 40 and 8 < mirrored < 32
 
 
 def test_no_threads_are_left_behind(folder: Path) -> None:
-    loader = ImageLoader(ImageFolder(folder, SIZE), 2, num_workers=3)
+    loader = image_loader(image_set(folder), 2, num_workers=3)
     for batch in loader.stream():
         assert len(batch.ids) == 2
         break
@@ -167,22 +189,22 @@ KINDS = ["truncated", "empty", "text", "broken link", "thin"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_image_is_named(folder: Path, kind: str) -> None:
     path = damage(folder, kind)
-    with pytest.raises(RunError, match=rf"{path} does not decode .*--data.on-error skip"):
-        list(ImageLoader(ImageFolder(folder, SIZE), 4, num_workers=2))
+    with pytest.raises(RunError, match=rf"{path} (does not decode|cannot be read) .*--data.on-error skip"):
+        list(image_loader(image_set(folder), 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_image_is_skipped_and_counted(folder: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     path = damage(folder, kind)
-    dataset = ImageFolder(folder, SIZE, on_error="skip")
-    bad = dataset.paths.index(str(path))
+    dataset = image_set(folder, on_error="skip", max_bad_share=0.1)
+    bad = dataset.source.paths.index(str(path))
     with caplog.at_level(logging.WARNING):
-        ids = ids_of(ImageLoader(dataset, 4, num_workers=2))
+        ids = ids_of(image_loader(dataset, 4))
     assert len(ids) == 13 and set(ids) == set(range(13)) - {bad}
     assert list(dataset.bad_files) == [str(path)]
     assert "1 images do not decode" in caplog.text and str(path) in caplog.text
     # The replacement is a function of the position, not of the batch or the ranks.
-    again = [ids_of(ImageLoader(dataset, 1, 0, rank, 2, num_workers=1)) for rank in range(2)]
+    again = [ids_of(image_loader(dataset, 1, 0, rank, 2, num_workers=1)) for rank in range(2)]
     assert [again[position % 2][position // 2] for position in range(13)] == ids
 
 
@@ -190,41 +212,161 @@ def test_all_images_bad_ends_with_an_error(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_text("x")
     with pytest.raises(RunError, match=r"none of the 3 images"):
-        list(ImageLoader(ImageFolder(tmp_path, SIZE, on_error="skip"), 2, num_workers=2))
+        list(image_loader(image_set(tmp_path, on_error="skip", max_bad_share=1.0), 2))
 
 
 def test_in_order_loading_leaves_bad_images_out(folder: Path) -> None:
     path = damage(folder, "text")
-    dataset = ImageFolder(folder, SIZE, crop="random", flip=True, on_error="skip")
-    bad = dataset.paths.index(str(path))
-    batches = list(load_in_order(dataset, range(2, 13), 3, num_workers=2))
+    dataset = image_set(folder, crop="random", flip=True, on_error="skip", max_bad_share=0.1)
+    bad = dataset.source.paths.index(str(path))
+    with pillow_decoder(dataset, 2)() as decoder:
+        batches = list(load_in_order(dataset, range(2, 13), 3, decoder))
     assert ids_of(batches) == [index for index in range(2, 13) if index != bad]
-    assert np.array_equal(batches[-1].images[-1].numpy(), dataset.load_plain(12))
+    assert np.array_equal(batches[-1].images[-1].permute(1, 2, 0).numpy(), decode(dataset, Request(12)))
 
 
 def test_unusable_folders_are_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"data.path is empty"):
-        ImageFolder("", SIZE)
+        FolderSource("")
     with pytest.raises(UsageError, match=r"data.path .*nowhere does not exist"):
-        ImageFolder(tmp_path / "nowhere", SIZE)
+        FolderSource(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"notes.txt is a file"):
-        ImageFolder(folder / "a" / "notes.txt", SIZE)
+        FolderSource(folder / "a" / "notes.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty holds no images"):
-        ImageFolder(tmp_path / "empty", SIZE)
+        FolderSource(tmp_path / "empty")
     (folder / "d").mkdir()
     with pytest.raises(UsageError, match=r"class folder d holds no images"):
-        ImageFolder(folder, SIZE)
+        FolderSource(folder)
     save_picture(folder / "stray.png", 0)
     with pytest.raises(UsageError, match=r"beside its class folders \(such as stray.png\)"):
-        ImageFolder(folder, SIZE)
+        FolderSource(folder)
 
 
 def test_debug_images_need_no_files() -> None:
     dataset = open_images(ImageDataSpec(path="debug:6"), 16)
-    batches = list(ImageLoader(dataset, 4, num_workers=1))
+    batches = list(open_loader(ImageDataSpec(path="debug:6"), dataset, 4)[0])
     assert [batch.images.shape for batch in batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
     assert sorted(ids_of(batches)) == list(range(6))
     assert batches[0].images.float().std() > 10
     with pytest.raises(UsageError, match=r"debug:x"):
         open_images(ImageDataSpec(path="debug:x"), 16)
+
+
+def test_too_many_bad_images_end_the_run_all_the_same(folder: Path) -> None:
+    for number in (2, 5, 8):
+        (folder / "bca"[number % 3] / f"{number:02d}.png").write_text("no image")
+    within = image_set(folder, on_error="skip", max_bad_share=0.25)
+    assert len(ids_of(image_loader(within, 4))) == 13 and len(within.bad_files) == 3
+    with pytest.raises(RunError, match=r"3 of 13 images .* more than data.max_bad_share 0.2 .*02.png"):
+        list(image_loader(image_set(folder, on_error="skip", max_bad_share=0.2), 4))
+
+
+def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = damage(folder, "text")
+    dataset = image_set(folder, on_error="skip", max_bad_share=0.1)
+    bad = dataset.source.paths.index(str(path))
+    loader = image_loader(dataset, 4)
+    list(loader)
+    tried: list[int] = []
+    read = dataset.source.read
+    monkeypatch.setattr(dataset.source, "read", lambda index: tried.append(index) or read(index))
+    assert len(ids_of(loader)) == len(tried) == 13 and bad not in tried
+
+
+@pytest.mark.parametrize("separator", [" ", ","])
+def test_a_labels_file_gives_order_and_classes(folder: Path, tmp_path: Path, separator: str) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_text(f"b/00.png{separator}cat\n\na/02.png{separator}ant\nc/01.png{separator}cat\n")
+    source = FolderSource(folder, file)
+    assert source.classes == ["ant", "cat"] and source.labels.tolist() == [1, 0, 1]
+    assert [Path(path).name for path in source.paths] == ["00.png", "02.png", "01.png"]
+    file.write_text(f"b/00.png{separator}2\na/02.png{separator}0\n")
+    source = FolderSource(folder, file)
+    assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "names no images"), ("a.png", "line 1: 'a.png' is not NAME LABEL"), ("a 1\nb 2\na 1", "names a twice")],
+)
+def test_a_wrong_labels_file_is_named(folder: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        FolderSource(folder, tmp_path / "labels.txt")
+    with pytest.raises(UsageError, match=r"data.labels_file .*gone.txt cannot be read"):
+        FolderSource(folder, tmp_path / "gone.txt")
+
+
+# ---------------------------------------------------------------------------------------- which loader
+
+
+class Broken:
+    """A stand-in for DALI on a machine where it imports and does not work."""
+
+    def __init__(self, images: ImageSet, fault: str) -> None:
+        self.images, self.fault = images, fault
+
+    def __enter__(self) -> Broken:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
+        if self.fault == "raises":
+            raise OSError("libcuda.so.1 is missing")
+        pixels = torch.stack([torch.from_numpy(decode(self.images, request).copy()) for request in requests])
+        pixels = pixels.roll(1, dims=2) if self.fault == "shifts" else pixels
+        return lambda: Decoded(pixels, {})
+
+
+def with_dali(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+    """DALI as it is where it is not installed (None), where it works ("none"), or has a fault."""
+    monkeypatch.setattr(loaders, "_installed", lambda package: package == "nvidia.dali" and fault is not None)
+    real = loaders._decoder
+
+    def decoder(name: str, images: ImageSet, num_workers: int, device: Any) -> Any:
+        return (lambda: Broken(images, str(fault))) if name == "dali" else real(name, images, num_workers, device)
+
+    monkeypatch.setattr(loaders, "_decoder", decoder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "reason"),
+    [
+        (None, "torch", "not installed"),
+        ("none", "dali", "installed, and it reads"),
+        ("raises", "torch", "it does not run here (libcuda.so.1 is missing)"),
+        ("shifts", "torch", "its pixels are not Pillow's here"),
+    ],
+)
+def test_auto_takes_what_works(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None, name: str, reason: str
+) -> None:
+    with_dali(monkeypatch, fault)
+    spec = ImageDataSpec(path=str(folder))
+    _, choice = open_loader(spec, open_images(spec, SIZE), 2)
+    assert choice.name == name and reason in choice.reason and not choice.refused
+    wanted = ImageDataSpec(path=str(folder), loader="dali")
+    if name == "dali":
+        assert open_loader(wanted, open_images(wanted, SIZE), 2)[1].name == "dali"
+    else:
+        with pytest.raises(UsageError, match=r"data.loader is dali, but .*; set --data.loader torch or auto"):
+            open_loader(wanted, open_images(wanted, SIZE), 2)
+
+
+def test_a_run_stays_with_the_loader_that_it_began_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_dali(monkeypatch, "none")
+    spec = ImageDataSpec(path=str(folder))
+    images = open_images(spec, SIZE)
+    assert open_loader(spec, images, 2, begun_with="torch")[1].name == "torch"
+    with_dali(monkeypatch, None)
+    choice = open_loader(spec, images, 2, begun_with="dali")[1]
+    assert choice.name == "torch" and "the run began with dali, but nvidia.dali is not installed" in choice.refused
+
+
+def test_quasi_random_order_is_ffcvs(folder: Path) -> None:
+    spec = ImageDataSpec(path=str(folder), order="quasi_random", loader="torch")
+    with pytest.raises(UsageError, match=r"data.order quasi_random is FFCV's.*set --data.order random"):
+        open_loader(spec, open_images(spec, SIZE), 2)

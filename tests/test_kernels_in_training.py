@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_plain import BATCH, PlainTokenizer, tiny_tokenizer
 
-from vadit.data.images_torch import ImageLoader, open_images
+from vadit.data.loaders import open_images, open_loader
 from vadit.data.transforms import to_signed
 from vadit.kernels import dispatch
 from vadit.models.dit import LightningDiT
@@ -78,9 +78,8 @@ def tokenizer_losses(out: Path) -> list[list[float]]:
     plain = PlainTokenizer(config)
     assert plain.foundation is not None, "the debug twin aligns"
     adam = torch.optim.AdamW(plain.model.parameters(), lr=2e-4, betas=(0.5, 0.9), weight_decay=0.0)
-    stream = ImageLoader(
-        open_images(config.data, config.autoencoder.image_size), BATCH, seed=config.run.seed, num_workers=1
-    ).stream()
+    source = open_images(config.data, config.autoencoder.image_size)
+    stream = open_loader(config.data, source, BATCH, seed=config.run.seed)[0].stream()
     losses = []
     for _ in range(STEPS):
         images = to_signed(next(stream).images)

@@ -1,4 +1,4 @@
-"""Latent folders: both layouts, statistics, flip and posterior draws, order and resume, damaged files."""
+"""Latent folders and betons: both layouts, statistics, flip and posterior draws, order and resume."""
 
 from __future__ import annotations
 
@@ -8,72 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
+from vadit import rng
+from vadit.commands import encode
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data import latent_shards
-from vadit.data.latent_shards import LatentSettings, LatentShardWriter, open_shard, save_index
-from vadit.data.latents import DebugLatents, LatentDataset, LatentLoader, compute_statistics, open_latents
-from vadit.errors import RunError, UsageError
-
-CHANNELS, SIDE, CLASSES = 4, 3, 5
-COUNTS = (7, 5, 1)
-
-
-def reference_folder(folder: Path, *, dtype: torch.dtype = torch.float32, stats: bool = True) -> tuple[Tensor, ...]:
-    """A folder as the authors' extraction script leaves it; all its latents, mirrored latents and labels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for number, count in enumerate(COUNTS):
-        shape = (count, CHANNELS, SIDE, SIDE)
-        latents = (torch.randn(shape, generator=generator) * 3 + 1000).to(dtype)
-        flipped = (torch.randn(shape, generator=generator) - 2).to(dtype)
-        labels = torch.randint(0, CLASSES, (count,), generator=generator)
-        labels[0] = CLASSES - 1
-        save_file(
-            {"latents": latents, "latents_flip": flipped, "labels": labels},
-            folder / f"latents_rank{number % 2:02d}_shard{number // 2:03d}.safetensors",
-            metadata={"total_size": str(count), "dtype": str(dtype), "device": "cpu"},
-        )
-        parts.append((latents, flipped, labels))
-    order = [0, 2, 1]  # file names sort rank first
-    whole = tuple(torch.cat([parts[number][part] for number in order]) for part in range(3))
-    if stats:
-        mean, std = torch.rand(1, CHANNELS, 1, 1), torch.rand(1, CHANNELS, 1, 1) + 0.5
-        torch.save({"mean": mean, "std": std}, folder / "latents_stats.pt")
-        return (*whole, mean, std)
-    return whole
-
-
-def settings(**changes: object) -> LatentSettings:
-    values: dict = {
-        "tokenizer": "abc",
-        "config": "{}",
-        "source": "images",
-        "num_images": 6,
-        "num_classes": CLASSES,
-        "size": 8,
-    }
-    values |= {"store": "moments", "dtype": "fp32", "flip": True, "seed": 0, "shard_size": 4}
-    return LatentSettings(**(values | changes))
-
-
-def moments_folder(folder: Path, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(1)
-    plain, flipped = (torch.rand((6, 2 * CHANNELS, SIDE, SIDE), generator=generator) + number for number in (0, 10))
-    for number, rows in enumerate((slice(0, 4), slice(4, 6))):
-        writer = LatentShardWriter(folder / f"shard-{number:05d}.safetensors", settings(dtype=dtype))
-        ids = torch.arange(6)[rows]
-        writer.add(plain[rows][:1], flipped[rows][:1], ids[:1] % 3, ids[:1])
-        writer.add(plain[rows][1:], flipped[rows][1:], ids[1:] % 3, ids[1:])
-        writer.close()
-    compute_statistics(folder)
-    save_index(folder, settings(dtype=dtype), [str(label) for label in range(CLASSES)])
-    return plain, flipped
+from vadit.data.beton_latents import write_latents
+from vadit.data.latent_shards import open_shard
+from vadit.data.latents import (
+    DebugLatents,
+    LatentDataset,
+    LatentLoader,
+    compute_statistics,
+    load_statistics,
+    open_latents,
+)
+from vadit.errors import UsageError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -141,7 +93,7 @@ def test_our_shards_are_plain_safetensors_with_metadata(tmp_path: Path) -> None:
 
 def test_statistics_are_those_of_all_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents, flipped, _ = reference_folder(tmp_path, stats=False)
-    monkeypatch.setattr("vadit.data.latents.STATISTICS_CHUNK", 3)
+    monkeypatch.setattr("vadit.data.latent_statistics.STATISTICS_CHUNK", 3)
     statistics = compute_statistics(tmp_path)
     everything = torch.cat([latents, flipped]).double()
     mean = everything.mean(dim=(0, 2, 3), keepdim=True)
@@ -162,12 +114,55 @@ def test_statistics_of_moments_count_the_posterior_variance(tmp_path: Path) -> N
     torch.testing.assert_close(LatentDataset(tmp_path / "m").std.double().flatten(), expected, rtol=1e-6, atol=0)
 
 
-def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    latents = torch.zeros(3, CHANNELS, SIDE, SIDE)
-    latents[1, 2, 0, 0] = float("nan")
-    save_file({"latents": latents, "labels": torch.zeros(3, dtype=torch.int64)}, tmp_path / "a.safetensors")
-    with pytest.raises(RunError, match=r"a.safetensors holds values that are not finite"):
-        compute_statistics(tmp_path)
+@pytest.mark.parametrize("samples", [1, 5, 12])
+def test_statistics_of_random_samples_are_those_of_so_many_latents(tmp_path: Path, samples: int) -> None:
+    latents, flipped, _ = reference_folder(tmp_path, stats=False)
+    found = [compute_statistics(tmp_path, samples=samples, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(found[0].mean, found[1].mean) and torch.equal(found[0].std, found[1].std)
+    assert not torch.equal(found[0].mean, found[2].mean)
+    ids = rng.permute(torch.arange(samples), 13, rng.fold(3, "statistics"))
+    mirrored = rng.uniform(rng.fold(3, "statistics flip"), ids) < 0.5
+    rows = torch.where(mirrored[:, None, None, None], flipped[ids], latents[ids]).double()
+    torch.testing.assert_close(found[0].mean.double()[0, :, 0, 0], rows.mean(dim=(0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0].std.double()[0, :, 0, 0], rows.std(dim=(0, 2, 3)), rtol=1e-6, atol=1e-6)
+
+
+def test_more_statistics_samples_than_latents_are_all(tmp_path: Path) -> None:
+    reference_folder(tmp_path, stats=False)
+    assert torch.equal(compute_statistics(tmp_path, samples=13).std, compute_statistics(tmp_path).std)
+    assert torch.equal(compute_statistics(tmp_path, samples=0).std, compute_statistics(tmp_path).std)
+    with pytest.raises(UsageError, match=r"--stats-samples is -1"):
+        compute_statistics(tmp_path, samples=-1)
+
+
+@pytest.mark.parametrize("has_moments", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_beton_is_read_as_a_folder_is(tmp_path: Path, dtype: str, has_moments: bool) -> None:
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.rand((13, CHANNELS * (1 + has_moments), SIDE, SIDE), generator=generator) + add for add in (0, 5)]
+    labels = torch.arange(13) % 4
+    key = "moments" if has_moments else "latents"
+    plain, flipped = (part.to(kind) for part in rows)
+    (tmp_path / "folder").mkdir()
+    save_file({key: plain, f"{key}_flip": flipped, "labels": labels}, tmp_path / "folder" / "a.safetensors")
+    write_latents(
+        tmp_path / "a.beton",
+        [(plain[:5], flipped[:5], labels[:5], torch.arange(5)), (plain[5:], flipped[5:], labels[5:], torch.arange(8))],
+        count=13,
+        shape=(plain.shape[1], SIDE, SIDE),
+        dtype=dtype,
+        has_moments=has_moments,
+        flip=True,
+        notes={"classes": list("abcdef")},
+    )
+    statistics = [compute_statistics(path) for path in (tmp_path / "folder", tmp_path / "a.beton")]
+    assert torch.equal(statistics[0].mean, statistics[1].mean) and torch.equal(statistics[0].std, statistics[1].std)
+    assert (tmp_path / "latents_stats.pt").exists()
+    folder, beton = LatentDataset(tmp_path / "folder"), LatentDataset(tmp_path / "a.beton")
+    assert (beton.channels, beton.size, beton.num_classes, len(beton)) == (CHANNELS, SIDE, 6, 13)
+    for old, new in zip(LatentLoader(folder, 4, seed=3), LatentLoader(beton, 4, seed=3), strict=True):
+        assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -231,100 +226,6 @@ def test_missing_statistics_name_the_remedy(tmp_path: Path) -> None:
     assert len(LatentDataset(tmp_path, normalize=False)) == 13
 
 
-def test_damaged_statistics_are_named(tmp_path: Path) -> None:
-    reference_folder(tmp_path)
-    (tmp_path / "latents_stats.pt").write_bytes(b"nothing")
-    with pytest.raises(RunError, match=r"latents_stats.pt cannot be read"):
-        LatentDataset(tmp_path)
-    torch.save({"mean": torch.zeros(1, 2, 1, 1), "std": torch.ones(1, 2, 1, 1)}, tmp_path / "latents_stats.pt")
-    with pytest.raises(RunError, match=r"has 2 channels but the latents have 4"):
-        LatentDataset(tmp_path)
-
-
-def rewrite_header(path: Path, old: str, new: str) -> None:
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    text = data[8:end].decode().rstrip().replace(old, new)
-    assert text != data[8:end].decode().rstrip()
-    text += " " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[end:])
-
-
-def test_damaged_shards_are_named(tmp_path: Path) -> None:
-    reference_folder(tmp_path)
-    path = sorted(tmp_path.glob("*.safetensors"))[1]
-    whole = path.read_bytes()
-    for length in (0, 5, 40, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(RunError, match=path.name):
-            LatentDataset(tmp_path)
-    path.write_bytes(whole + b"\0" * 8)
-    with pytest.raises(RunError, match=f"{path.name}: its tensors .* do not fill its"):
-        LatentDataset(tmp_path)
-    for lie in ('"shape":[2,4', '"shape":[-1,4', '"shape":["1",4'):
-        path.write_bytes(whole)
-        rewrite_header(path, '"shape":[1,4', lie)
-        with pytest.raises(RunError, match=path.name):
-            LatentDataset(tmp_path)
-    path.write_bytes(whole)
-    with safe_open(path, framework="pt") as file:
-        num_bytes = file.get_tensor("latents").nbytes
-    rewrite_header(path, f"[{8 + num_bytes},{8 + 2 * num_bytes}]", f"[8,{8 + num_bytes}]")
-    with pytest.raises(RunError, match=f"{path.name}: its tensors .* do not fill its"):  # both name the same bytes
-        LatentDataset(tmp_path)
-    path.write_bytes(whole)
-    rewrite_header(path, '"latents"', '"other"')
-    with pytest.raises(RunError, match=r"needed: latents or moments"):
-        LatentDataset(tmp_path)
-    path.write_bytes((2**62).to_bytes(8, "little") + whole[8:])
-    with pytest.raises(RunError, match=r"cut short or no safetensors file"):
-        LatentDataset(tmp_path)
-
-
-def test_a_count_that_the_index_or_metadata_contradicts_is_refused(tmp_path: Path) -> None:
-    moments_folder(tmp_path / "m")
-    index = json.loads((tmp_path / "m" / "index.json").read_text())
-    index["shards"][1]["count"] = 3
-    (tmp_path / "m" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(RunError, match=r"shard-00001.safetensors does not agree with index.json"):
-        LatentDataset(tmp_path / "m")
-    (tmp_path / "m" / "index.json").write_text("{")
-    with pytest.raises(RunError, match=r"index.json is damaged"):
-        LatentDataset(tmp_path / "m")
-    (tmp_path / "m" / "index.json").unlink()
-    with pytest.raises(UsageError, match=r"is not finished: run its `vadit encode` command again"):
-        LatentDataset(tmp_path / "m")
-    rewrite_header(tmp_path / "m" / "shard-00000.safetensors", '"count": "4"', '"count": "5"')
-    with pytest.raises(RunError, match=r"header counts 5 images but 4"):
-        LatentDataset(tmp_path / "m")
-
-
-def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
-    latents = torch.zeros(2, CHANNELS, SIDE, SIDE)
-    save_file({"latents": latents, "labels": torch.tensor([0, -3])}, tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match=r"a.safetensors holds label -3; labels must be in \[0, 1\)"):
-        LatentDataset(tmp_path, normalize=False, flip=False)
-
-
-def test_unusable_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data.path is empty"):
-        LatentDataset("")
-    with pytest.raises(UsageError, match=r"nowhere does not exist"):
-        LatentDataset(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"holds no .safetensors shards"):
-        LatentDataset(tmp_path)
-    save_file(
-        {"latents": torch.zeros(2, 4, 3, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "a.safetensors"
-    )
-    with pytest.raises(UsageError, match=r"no mirrored latents; set --no-data.flip"):
-        LatentDataset(tmp_path)
-    save_file(
-        {"latents": torch.zeros(2, 8, 3, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "b.safetensors"
-    )
-    with pytest.raises(RunError, match=r"b.safetensors holds .*8, 3, 3.* but a.safetensors"):
-        LatentDataset(tmp_path, normalize=False, flip=False)
-
-
 def test_open_latents_checks_the_model(tmp_path: Path) -> None:
     reference_folder(tmp_path)
     spec = LatentDataSpec(path=str(tmp_path))
@@ -344,14 +245,11 @@ def test_debug_latents_fit_the_model() -> None:
     assert latents.shape == (4, 3, 4, 4) and labels.max() < 2 and latents.std() > 0.5
 
 
-def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(latent_shards.os, "fsync", full)
-    writer = LatentShardWriter(tmp_path / "shard-00000.safetensors", settings())
-    rows = torch.zeros(2, 2 * CHANNELS, SIDE, SIDE)
-    writer.add(rows, rows, torch.zeros(2), torch.arange(2))
-    with pytest.raises(RunError, match=r"shard-00000.safetensors .*No space left"):
-        writer.close()
-    assert list(tmp_path.iterdir()) == []
+def test_statistics_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference_folder(tmp_path, stats=False)
+    for options, samples in (([], None), (["--stats-samples", "5", "--seed", "2"], 5)):
+        encode.run(["--stats-only", str(tmp_path), *options])
+        found = load_statistics(tmp_path, CHANNELS)
+        expected = compute_statistics(tmp_path, samples=samples, seed=2)
+        assert torch.equal(found.mean, expected.mean) and torch.equal(found.std, expected.std)
+    assert capsys.readouterr().out.count(f"{tmp_path}/latents_stats.pt: 4 channels") == 2

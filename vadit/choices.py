@@ -74,6 +74,15 @@ def tell(choice: Choice) -> None:
         console.print(f"{choice.setting}: {told}", style="yellow", markup=False, soft_wrap=True)
 
 
+def recorded(folder: Path, setting: str) -> str | None:
+    """What a run wrote down for a setting when it last started; None where it did not."""
+    try:
+        name = json.loads((folder / FILE).read_text())[setting]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
+
+
 def save(folder: Path, choices: list[Choice]) -> None:
     """Write the choices of a run into its folder."""
     if distributed.is_main():

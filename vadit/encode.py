@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vadit import distributed, rng
 from vadit.config import ImageDataSpec
-from vadit.data.images_torch import ImageSource, load_in_order, warn_of_bad_files
+from vadit.data.images import Decoder, ImageDecoder, ImageSet, load_in_order
+from vadit.data.images_torch import pillow_decoder
 from vadit.data.latent_shards import (
     INDEX_FILE,
     STATISTICS_FILE,
@@ -31,7 +32,7 @@ from vadit.data.latent_shards import (
     open_shard,
     save_index,
 )
-from vadit.data.latents import compute_statistics
+from vadit.data.latent_statistics import compute_statistics
 from vadit.data.transforms import to_signed
 from vadit.errors import RunError, UsageError
 from vadit.models.autoencoder import Autoencoder
@@ -56,7 +57,7 @@ class EncodeSummary:
 @torch.no_grad()
 def encode(
     autoencoder: Autoencoder,
-    images: ImageSource,
+    images: ImageSet,
     out: str | Path,
     *,
     batch_size: int,
@@ -66,6 +67,8 @@ def encode(
     seed: int = 0,
     shard_size: int = 10_000,
     num_workers: int = ImageDataSpec.num_workers,
+    decoder: Decoder | None = None,
+    stats_samples: int = 0,
     progress: Callable[[int], object] | None = None,
     rank: int | None = None,
     world_size: int | None = None,
@@ -73,6 +76,8 @@ def encode(
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
 
     A shard is held in memory until it is written (10,000 moments of 64 x 16 x 16, plain and mirrored: 0.7 GB in bf16).
+    `decoder` says who decodes the images (default: Pillow, in num_workers threads, whose pixels are exact).
+    `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics).
     `progress` is called with the images done so far over all processes (an estimate from this one's share). rank and
     world_size default to those of the launcher. Up to rounding the result does not depend on batch_size or
     world_size. UsageError where `out` holds latents made with other settings; RunError where the disk is full.
@@ -87,7 +92,7 @@ def encode(
     settings = LatentSettings(
         tokenizer=weights_hash(autoencoder),
         config=json.dumps(asdict(autoencoder.spec)),
-        source=images.source,
+        source=images.source.name,
         num_images=len(images),
         num_classes=len(images.classes),
         size=images.size,
@@ -108,16 +113,17 @@ def encode(
     was_training = autoencoder.training
     autoencoder.eval()
     try:
-        num_encoded = _encode_share(
-            autoencoder, images, out, settings, mine, finished, batch_size, num_workers, progress
-        )
+        with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
+            num_encoded = _encode_share(
+                autoencoder, images, out, settings, mine, finished, batch_size, active, progress
+            )
     finally:
         autoencoder.train(was_training)
-        warn_of_bad_files(images)
+        images.warn_of_bad_files()
     encoding_s = time.monotonic() - started
     distributed.barrier()
     if rank == 0 and not complete:
-        _complete(out, settings, images.classes, num_shards)
+        _complete(out, settings, images, num_shards, stats_samples, seed)
     distributed.barrier()
     if joined:
         dist.destroy_process_group()
@@ -131,13 +137,13 @@ def encode(
 
 def _encode_share(
     autoencoder: Autoencoder,
-    images: ImageSource,
+    images: ImageSet,
     out: Path,
     settings: LatentSettings,
     mine: range,
     finished: set[int],
     batch_size: int,
-    num_workers: int,
+    decoder: ImageDecoder,
     progress: Callable[[int], object] | None,
 ) -> int:
     """Write this process's shards that are not finished; the number of images encoded."""
@@ -147,7 +153,7 @@ def _encode_share(
         ids = _shard_ids(number, settings)
         if number not in finished:
             writer = LatentShardWriter(shard_path(out, number), settings)
-            for batch in load_in_order(images, ids, batch_size, num_workers):
+            for batch in load_in_order(images, ids, batch_size, decoder):
                 latents, flipped = _encode_batch(autoencoder, batch.images, batch.ids, settings)
                 writer.add(latents, flipped, batch.labels, batch.ids)
                 if progress is not None:
@@ -189,7 +195,7 @@ def _encode_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """What is stored of uint8 images (B, 3, H, W) and of their mirror images, (B, d or 2d, h, w) each."""
     weight = next(autoencoder.parameters())
-    pixels = to_signed(images.to(weight.device)).to(weight.dtype)
+    pixels = to_signed(images.to(weight.device, non_blocking=True)).to(weight.dtype)
     plain = _stored(autoencoder, pixels, ids, settings, rng.fold(settings.seed, "encode"))
     if not settings.flip:
         return plain, None
@@ -209,9 +215,11 @@ def _shard_ids(number: int, settings: LatentSettings) -> range:
     return range(start, min(start + settings.shard_size, settings.num_images))
 
 
-def _close(writer: LatentShardWriter, images: ImageSource, ids: range) -> int:
+def _close(writer: LatentShardWriter, images: ImageSet, ids: range) -> int:
     if writer.count == 0:
-        raise RunError(f"none of the images {ids.start} to {ids.stop - 1} of {images.source} decodes; replace them")
+        raise RunError(
+            f"none of the images {ids.start} to {ids.stop - 1} of {images.source.name} decodes; replace them"
+        )
     return writer.close()
 
 
@@ -250,10 +258,14 @@ def _refuse_other_settings(path: Path, found: LatentSettings | None, settings: L
             )
 
 
-def _complete(out: Path, settings: LatentSettings, classes: list[str], num_shards: int) -> None:
+def _complete(
+    out: Path, settings: LatentSettings, images: ImageSet, num_shards: int, stats_samples: int, seed: int
+) -> None:
     """Write statistics and index, once all shards are there."""
     missing = [number for number in range(num_shards) if not shard_path(out, number).exists()]
     if missing:
         raise RunError(f"{shard_path(out, missing[0])} is missing; run the same command again to encode it")
-    compute_statistics(out)
-    save_index(out, settings, classes)
+    compute_statistics(
+        out, samples=stats_samples, seed=seed, on_error=images.on_error, max_bad_share=images.max_bad_share
+    )
+    save_index(out, settings, images.classes)

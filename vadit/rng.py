@@ -33,7 +33,7 @@ def fold(*parts: int | str) -> int:
 
 def normal(seed: int, ids: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise (len(ids), *shape), float32 on the CPU; row i depends on (seed, ids[i]) alone."""
-    row_seeds = (_hash(seed, _as_uint64(ids)) >> np.uint64(1)).tolist()
+    row_seeds = seeds(seed, ids)
     noise = torch.empty((len(row_seeds), *shape), dtype=torch.float32)
     generator = torch.Generator()
     for row, row_seed in zip(noise, row_seeds, strict=True):
@@ -53,6 +53,11 @@ def integers(seed: int, ids: Sequence[int] | Tensor, high: int) -> Tensor:
     assert 1 <= high <= 1 << 32, f"high {high} is outside [1, 2**32]"
     bits = _hash(seed, _as_uint64(ids)) >> np.uint64(32)
     return torch.from_numpy(((bits * np.uint64(high)) >> np.uint64(32)).astype(np.int64))
+
+
+def seeds(seed: int, ids: Sequence[int] | Tensor) -> list[int]:
+    """`fold(seed, id)` of each id."""
+    return (_hash(seed, _as_uint64(ids)) >> np.uint64(1)).tolist()
 
 
 def permute(positions: Tensor, n: int, seed: int) -> Tensor:

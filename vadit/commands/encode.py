@@ -18,7 +18,9 @@ class EncodeOptions:
     tokenizer: str = ""
     """Tokenizer: a run folder, or one from `vadit export` or `vadit import`."""
     images: str = ""
-    """Folder of images: one subfolder per class, or flat."""
+    """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
+    labels_file: str | None = None
+    """File with a line "NAME LABEL" per image of a flat folder."""
     out: str = ""
     """Folder for the latents."""
     image_size: int | None = None
@@ -35,36 +37,59 @@ class EncodeOptions:
     """Seed of the posterior samples (--store sample)."""
     shard_size: int = 10_000
     """Images per file."""
+    loader: Literal["torch", "dali", "auto"] = "torch"
+    """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 40 dB from them)."""
     num_workers: int = ImageDataSpec.num_workers
     """Decoding threads per process."""
     on_error: Literal["raise", "skip"] = ImageDataSpec.on_error
     """What to do with an image that does not decode: stop and name it, or leave it out and count it."""
+    max_bad_share: float = ImageDataSpec.max_bad_share
+    """With --on-error skip: the share of bad images above which encoding stops all the same."""
     device: Device = "auto"
     """Device of the tokenizer."""
     stats_only: str | None = None
-    """Only compute the statistics of this folder of latents."""
+    """Only compute the statistics of this folder (or .beton) of latents."""
+    stats_samples: int = 0
+    """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 
 
 def run(arguments: list[str]) -> None:
     """Encode, or compute statistics alone."""
     options = parse(EncodeOptions, arguments, command="encode")
     if options.stats_only is not None:
-        from vadit.data.latents import compute_statistics
+        from vadit.data.latent_statistics import compute_statistics, statistics_path
 
-        statistics = compute_statistics(options.stats_only)
-        print(f"{options.stats_only}/latents_stats.pt: {statistics.mean.numel()} channels")
+        statistics = compute_statistics(
+            options.stats_only,
+            samples=options.stats_samples,
+            seed=options.seed,
+            on_error=options.on_error,
+            max_bad_share=options.max_bad_share,
+        )
+        print(f"{statistics_path(options.stats_only)}: {statistics.mean.numel()} channels")
         return
     for name in ("tokenizer", "images", "out"):
         if not getattr(options, name):
             raise UsageError(f"vadit encode needs --{name}; `vadit encode --help` explains")
-    from vadit.data.images_torch import ImageFolder
+    from vadit import choices
+    from vadit.data.images import describe_classes
+    from vadit.data.loaders import open_decoder, open_images
     from vadit.encode import encode
     from vadit.metrics import ProgressBar
 
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         size = image_size(autoencoder, options.image_size)
-        images = ImageFolder(options.images, size, crop="center", flip=False, on_error=options.on_error)
+        spec = ImageDataSpec(
+            path=options.images,
+            labels_file=options.labels_file,
+            on_error=options.on_error,
+            max_bad_share=options.max_bad_share,
+        )
+        images = open_images(spec, size)
+        decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
+        choices.tell(chosen)
+        tell(f"{len(images):,} images by {chosen.name}; {describe_classes(images.classes)}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(
                 autoencoder,
@@ -76,7 +101,8 @@ def run(arguments: list[str]) -> None:
                 store=options.store,
                 seed=options.seed,
                 shard_size=options.shard_size,
-                num_workers=options.num_workers,
+                decoder=decoder,
+                stats_samples=options.stats_samples,
                 progress=bar.update,
             )
     tell(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")

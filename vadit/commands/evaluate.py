@@ -132,28 +132,33 @@ def _sampler_of(options: EvaluateSamplesOptions) -> str:
 def _evaluate_tokenizer(arguments: list[str]) -> None:
     options = parse(EvaluateTokenizerOptions, arguments, command="evaluate tokenizer")
     from vadit import distributed
-    from vadit.data.images_torch import ImageFolder, load_in_order
+    from vadit.config import ImageDataSpec
+    from vadit.data.images import load_in_order
+    from vadit.data.images_torch import pillow_decoder
+    from vadit.data.loaders import open_images
     from vadit.eval.inception import Inception
     from vadit.eval.reconstruction import evaluate_tokenizer
 
     device = distributed.device(options.device)
     autoencoder = load_tokenizer(options.tokenizer, device)
-    images = ImageFolder(options.images, image_size(autoencoder, options.image_size))
+    images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
     perceptual = None
     if options.vgg_weights is not None:
         from vadit.models.lpips import LPIPS
 
         perceptual = LPIPS(options.vgg_weights).to(device)
-    batches = load_in_order(images, range(len(images)), options.batch_size, options.num_workers)
-    metrics = evaluate_tokenizer(
-        autoencoder,
-        (batch.images for batch in batches),
-        device=device,
-        lpips=perceptual,
-        features=None if options.inception_weights is None else Inception(options.inception_weights, device).pool,
-        posterior=options.posterior,
-        seed=options.seed,
-    )
+    # Pillow, whatever else is installed: the numbers are compared with those of others.
+    with pillow_decoder(images, options.num_workers, device)() as decoder:
+        batches = load_in_order(images, range(len(images)), options.batch_size, decoder)
+        metrics = evaluate_tokenizer(
+            autoencoder,
+            (batch.images.contiguous() for batch in batches),
+            device=device,
+            lpips=perceptual,
+            features=None if options.inception_weights is None else Inception(options.inception_weights, device).pool,
+            posterior=options.posterior,
+            seed=options.seed,
+        )
     numbers = dataclasses.asdict(metrics)
     _print_numbers({name: value for name, value in numbers.items() if value is not None}, options.out)
 

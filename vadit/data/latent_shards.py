@@ -1,7 +1,8 @@
 """The files of a latent folder: safetensors shards, `index.json` and `latents_stats.pt`, read and written.
 
 A shard is an 8-byte little-endian header length, a JSON header and raw tensors
-(https://github.com/huggingface/safetensors#format), so it is read through memory maps without the library.
+(https://github.com/huggingface/safetensors#format), so its header says where each row lies, and rows are read without
+the library. A .beton of latents counts as a folder with one shard.
 
 | key | shape | content |
 |---|---|---|
@@ -32,8 +33,6 @@ INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
 FORMAT = "vadit-latents"
 
-# numpy has no bfloat16: its bytes are mapped as int16 and viewed as bfloat16 once they are a tensor.
-_NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16, "I64": np.int64, "I32": np.int32}
 _TORCH_TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,6 +42,7 @@ _TORCH_TYPES = {
 }
 _TYPE_NAMES = {kind: name for name, kind in _TORCH_TYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+REMEDY = "fetch or encode the file anew"
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,22 @@ class LatentSettings:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Where the rows of a tensor lie in their file: one after another from `start` on, or as a table says."""
+
+    start: int
+    row_bytes: int
+    table: np.ndarray | None = None
+    """int64 (N,): the first byte of each row (.beton)."""
+
+    def offsets(self, rows: np.ndarray) -> np.ndarray:
+        """First byte of these rows, int64."""
+        return self.start + rows * self.row_bytes if self.table is None else self.table[rows]
+
+
+@dataclass(frozen=True)
 class LatentShard:
-    """One shard, mapped into memory: reading a row touches that row's pages only."""
+    """One shard: what its header says, and the labels. Rows are read when they are wanted."""
 
     path: Path
     count: int
@@ -83,74 +97,150 @@ class LatentShard:
     """(d, h, w) of one latent; stored rows have 2d channels where `has_moments`."""
     dtype: torch.dtype
     has_moments: bool
-    plain: np.ndarray
-    """(N, c, h, w), int16 bits where dtype is bfloat16."""
-    flipped: np.ndarray | None
+    plain: Rows
+    flipped: Rows | None
     labels: Tensor
     """int64 (N,)."""
+    num_bytes: int
+    """Of the file."""
     settings: LatentSettings | None
     """None for a shard that is not ours."""
+    classes: int | None = None
+    """Classes of the source, where the file says so (.beton)."""
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of a stored row."""
+        channels, height, width = self.shape
+        return (2 * channels if self.has_moments else channels, height, width)
+
+    @property
+    def kind(self) -> tuple[tuple[int, int, int], torch.dtype, bool]:
+        """What shards of one folder have in common."""
+        return (self.shape, self.dtype, self.has_moments)
 
     def rows(self, start: int, stop: int, *, flipped: bool) -> Tensor:
-        """Rows [start, stop) as stored, (stop - start, c, h, w)."""
+        """Rows [start, stop) as stored, (stop - start, c, h, w). RunError where the file is cut by now."""
         source = self.flipped if flipped and self.flipped is not None else self.plain
-        return torch.from_numpy(source[start:stop].copy()).view(self.dtype)
+        stored = torch.empty((stop - start, *self.stored_shape), dtype=self.dtype)
+        target = stored.view(torch.uint8).numpy().reshape(-1).data if stored.numel() else memoryview(b"")
+        offsets, size = source.offsets(np.arange(start, stop)).tolist(), source.row_bytes
+        pieces = [(offset, number * size, (number + 1) * size) for number, offset in enumerate(offsets)]
+        if source.table is None and pieces:  # they lie in a row
+            pieces = [(offsets[0], 0, len(target))]
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for offset, begin, end in pieces:
+                    file.seek(offset)
+                    while begin < end:
+                        count = file.readinto(target[begin:end])
+                        if not count:
+                            raise RunError(f"{self.path} is cut short; fetch or encode the file anew")
+                        begin += count
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+        return stored
 
 
 def open_shard(path: Path) -> LatentShard:
-    """Map a shard; RunError names a file that is cut short or whose header does not fit its content."""
-    tensors, metadata = _open_tensors(path)
+    """Read a shard's header; RunError names a file that is cut short or whose header does not fit its content."""
+    if path.suffix == ".beton":
+        return _open_beton(path)
+    tensors, metadata = _parse_header(path)
     key = next((key for key in ("latents", "moments") if key in tensors), None)
     if key is None or "labels" not in tensors:
         raise RunError(f"{path} holds {sorted(tensors)}; needed: latents or moments, and labels; remove the file")
-    type_name, plain = tensors[key]
-    flip_type, flipped = tensors.get(f"{key}_flip", (type_name, None))
-    labels = torch.from_numpy(tensors["labels"][1].astype(np.int64))
-    has_moments = key == "moments"
-    if plain.ndim != 4 or type_name[0] == "I" or (has_moments and plain.shape[1] % 2):
-        raise RunError(f"{path}: {key} is {type_name} {plain.shape}; needed: floating point (N, channels, h, w)")
-    if flipped is not None and (flipped.shape != plain.shape or flip_type != type_name):
-        raise RunError(f"{path}: {key}_flip {flip_type} {flipped.shape} does not match {key} {type_name} {plain.shape}")
-    if labels.shape != (plain.shape[0],):
-        raise RunError(f"{path}: {tuple(labels.shape)} labels for {plain.shape[0]} {key}; the file is damaged")
+    plain, flipped, has_moments = tensors[key], tensors.get(f"{key}_flip"), key == "moments"
+    labels = _read_labels(path, tensors["labels"])
+    if len(plain.shape) != 4 or not plain.dtype.is_floating_point or (has_moments and plain.shape[1] % 2):
+        raise RunError(
+            f"{path}: {key} is {plain.dtype} {plain.shape}; needed: floating point (N, channels, h, w); {REMEDY}"
+        )
+    if flipped is not None and (flipped.shape != plain.shape or flipped.dtype != plain.dtype):
+        raise RunError(
+            f"{path}: {key}_flip {flipped.dtype} {flipped.shape} does not match {key} {plain.dtype} {plain.shape}"
+        )
     count, channels, height, width = plain.shape
+    if labels.shape != (count,):
+        raise RunError(f"{path}: {tuple(labels.shape)} labels for {count} {key}; the file is damaged; {REMEDY}")
     settings = _parse_settings(path, metadata)
     if settings is not None and metadata.get("count") != str(count):
         raise RunError(
             f"{path}: the header counts {metadata.get('count')} images but {count} are there; encode it anew"
         )
+    row_bytes = math.prod(plain.shape[1:]) * plain.dtype.itemsize
     return LatentShard(
         path=path,
         count=count,
         shape=(channels // 2 if has_moments else channels, height, width),
-        dtype=_TORCH_TYPES[type_name],
+        dtype=plain.dtype,
         has_moments=has_moments,
-        plain=plain,
-        flipped=flipped,
+        plain=Rows(plain.offset, row_bytes),
+        flipped=Rows(flipped.offset, row_bytes) if flipped is not None else None,
         labels=labels,
+        num_bytes=max(entry.offset + math.prod(entry.shape) * entry.dtype.itemsize for entry in tensors.values()),
         settings=settings,
     )
 
 
+def _open_beton(path: Path) -> LatentShard:
+    """A .beton that vadit.data.beton_latents wrote; checksums of its rows would cost more than reading them."""
+    from vadit.data.beton_latents import BetonLatents
+
+    found = BetonLatents(path)
+    channels, height, width = found.shape
+    names = found.notes.get("classes")
+    return LatentShard(
+        path=path,
+        count=len(found),
+        shape=(channels // 2 if found.has_moments else channels, height, width),
+        dtype=found.dtype,
+        has_moments=found.has_moments,
+        plain=Rows(0, found.num_bytes, found.offsets),
+        flipped=Rows(0, found.num_bytes, found.flip_offsets) if found.flip_offsets is not None else None,
+        labels=found.labels,
+        num_bytes=path.stat().st_size,
+        settings=None,
+        classes=len(names) if isinstance(names, list) else None,
+    )
+
+
 def open_folder(folder: Path) -> list[LatentShard]:
-    """All shards of a latent folder in file-name order, checked to agree with each other."""
+    """All shards of a latent folder (or a .beton) in file-name order, checked to agree with each other."""
+    shards = []
+    for path in shard_paths(folder):
+        shards.append(open_shard(path))
+        refuse_other_kind(shards[-1], shards[0])
+    return shards
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The files of a latent folder, sorted by name; a .beton itself."""
+    if folder.suffix == ".beton" and folder.is_file():
+        return [folder]
     if not str(folder) or not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
-    paths = sorted(folder.glob("*.safetensors"))
+        raise UsageError(
+            f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote, or to a .beton of latents"
+        )
+    try:
+        paths = sorted(folder.glob("*.safetensors"))
+    except OSError as error:
+        raise UsageError(f"data.path {folder} cannot be read ({error.strerror}); give read permission") from None
     if not paths:
         raise UsageError(
             f"data.path {folder} holds no .safetensors shards; set it to a folder that `vadit encode` wrote"
         )
-    shards = [open_shard(path) for path in paths]
-    first = shards[0]
-    for shard in shards[1:]:
-        if (shard.shape, shard.dtype, shard.has_moments) != (first.shape, first.dtype, first.has_moments):
-            raise RunError(
-                f"{shard.path} holds {shard.dtype} {shard.plain.shape[1:]} but {first.path.name} {first.dtype} "
-                f"{first.plain.shape[1:]}; keep shards of one kind in a folder"
-            )
-    return shards
+    return paths
+
+
+def refuse_other_kind(shard: LatentShard, first: LatentShard) -> None:
+    """RunError where a shard does not go together with the first one of its folder."""
+    if shard.kind != first.kind:
+        raise RunError(
+            f"{shard.path} holds {shard.dtype} {shard.stored_shape} but {first.path.name} {first.dtype} "
+            f"{first.stored_shape}; keep shards of one kind in a folder"
+        )
 
 
 class LatentShardWriter:
@@ -249,52 +339,68 @@ def _write_parts(path: Path, parts: Sequence[bytes | Tensor]) -> None:
         ) from error
 
 
-def _open_tensors(path: Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, str]]:
-    """Every tensor of a safetensors file as (type name, memory map), and the header's metadata."""
-    remedy = "fetch or encode the file anew"
+@dataclass(frozen=True)
+class _TensorEntry:
+    """A tensor as the header of its file describes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+
+def _parse_header(path: Path) -> tuple[dict[str, _TensorEntry], dict[str, str]]:
+    """Every tensor of a safetensors file and the header's metadata, checked against the file's size."""
     try:
-        num_bytes = path.stat().st_size
         with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             start = 8 + header_bytes
             if num_bytes < 8 or header_bytes > _MAX_HEADER_BYTES or start > num_bytes:
-                raise RunError(f"{path} is cut short or no safetensors file ({num_bytes} bytes); {remedy}")
+                raise RunError(f"{path} is cut short or no safetensors file ({num_bytes} bytes); {REMEDY}")
             header = json.loads(file.read(header_bytes))
         metadata = header.pop("__metadata__", {})
-        tensors: dict[str, tuple[str, np.ndarray]] = {}
+        tensors: dict[str, _TensorEntry] = {}
         spans: list[tuple[int, int]] = []
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             type_name, shape = entry["dtype"], tuple(entry["shape"])
-            if type_name not in _NUMPY_TYPES or any(not isinstance(side, int) or side < 0 for side in shape):
-                raise RunError(f"{path}: {name} is {type_name} {shape}, which is not readable; {remedy}")
-            kind = np.dtype(_NUMPY_TYPES[type_name])
+            if type_name not in _TORCH_TYPES or any(not isinstance(side, int) or side < 0 for side in shape):
+                raise RunError(f"{path}: {name} is {type_name} {shape}, which is not readable; {REMEDY}")
+            kind = _TORCH_TYPES[type_name]
             if not 0 <= begin <= end or end - begin != math.prod(shape) * kind.itemsize:
                 raise RunError(
-                    f"{path}: the header gives {name} {end - begin} bytes but its shape is {shape}; {remedy}"
+                    f"{path}: the header gives {name} {end - begin} bytes but its shape is {shape}; {REMEDY}"
                 )
             if start + end > num_bytes:
-                raise RunError(f"{path} is cut short: {name} ends at byte {start + end} of {num_bytes}; {remedy}")
+                raise RunError(f"{path} is cut short: {name} ends at byte {start + end} of {num_bytes}; {REMEDY}")
             spans.append((begin, end))
-            tensors[name] = (type_name, _map(path, kind, start + begin, shape))
+            tensors[name] = _TensorEntry(kind, shape, start + begin)
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} has a damaged header ({type(error).__name__}: {error}); {remedy}") from None
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} has a damaged header ({type(error).__name__}: {error}); {REMEDY}") from None
     spans.sort()
     starts, ends = [begin for begin, _ in spans], [end for _, end in spans]
     if [*starts, num_bytes - start] != [0, *ends]:
         raise RunError(
-            f"{path}: its tensors {spans} do not fill its {num_bytes - start} bytes one after another; {remedy}"
+            f"{path}: its tensors {spans} do not fill its {num_bytes - start} bytes one after another; {REMEDY}"
         )
     return tensors, metadata
 
 
-def _map(path: Path, kind: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    if math.prod(shape) == 0:  # an empty file region cannot be mapped
-        return np.empty(shape, kind)
-    # As a plain array: indexing the memmap class itself costs microseconds per row.
-    return np.memmap(path, kind, mode="r", offset=offset, shape=shape).view(np.ndarray)
+def _read_labels(path: Path, entry: _TensorEntry) -> Tensor:
+    """int64, of the shape that the file has."""
+    if entry.dtype not in (torch.int64, torch.int32):
+        raise RunError(f"{path}: labels are {entry.dtype}; needed: int64 or int32; {REMEDY}")
+    kind = np.int64 if entry.dtype == torch.int64 else np.int32
+    try:
+        values = np.fromfile(path, kind, math.prod(entry.shape), offset=entry.offset)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+    if len(values) != math.prod(entry.shape):
+        raise RunError(f"{path} is cut short; {REMEDY}")
+    return torch.from_numpy(values.astype(np.int64).reshape(entry.shape))
 
 
 def _parse_settings(path: Path, metadata: dict[str, str]) -> LatentSettings | None:

@@ -1,4 +1,4 @@
-"""Latents for the generator: the data set over memory-mapped shards, its statistics, and the loader.
+"""Latents for the generator: the data set over its shards, and the loader.
 
 Which of plain and mirrored latent is taken and the posterior's noise are functions of (seed, image id, epoch) alone,
 where the image id is the latent's index in the folder.
@@ -6,12 +6,13 @@ where the image id is the latent's index in the folder.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,23 +20,40 @@ from torch import Tensor
 
 from vadit import rng
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data.latent_shards import STATISTICS_FILE, LatentShard, open_folder, read_index, write_atomically
-from vadit.data.stream import PositionedLoader, debug_count, sample_ids
+from vadit.data import latent_rows
+from vadit.data.latent_folder import open_checked
+from vadit.data.latent_noise import row_keys
+from vadit.data.latent_rows import Buffers, RowReader, Scratch
+from vadit.data.latent_shards import REMEDY
+from vadit.data.latent_statistics import ChannelStatistics, compute_statistics, load_statistics
+from vadit.data.order import Order, OrderPart
+from vadit.data.stream import PositionedLoader, debug_count
 from vadit.errors import RunError, UsageError
 
-STATISTICS_CHUNK = 512
-"""Latents read at a time while statistics are computed: 64 MiB of float64 at 32 x 16 x 16 x 512."""
-SMALLEST_STD = 1e-8
+__all__ = [
+    "BadLatents",
+    "ChannelStatistics",
+    "DebugLatents",
+    "LatentDataset",
+    "LatentLoader",
+    "LatentSource",
+    "compute_statistics",
+    "load_statistics",
+    "open_latents",
+]
+
+logger = logging.getLogger(__name__)
+
 LOADER_THREADS = 2
 """Batches made at the same time; the work is copies and arithmetic outside the interpreter's lock."""
 
 
-@dataclass(frozen=True)
-class ChannelStatistics:
-    """Mean and standard deviation per channel, float32 (1, d, 1, 1) each."""
+class BadLatents(RunError):
+    """Some rows of a batch are damaged; `places` tells which, and why."""
 
-    mean: Tensor
-    std: Tensor
+    def __init__(self, places: dict[int, RunError]) -> None:
+        super().__init__(str(next(iter(places.values()))))
+        self.places = places
 
 
 class LatentSource(Protocol):
@@ -46,17 +64,30 @@ class LatentSource(Protocol):
     num_classes: int
     mean: Tensor
     std: Tensor
+    num_left_out: int
 
     def __len__(self) -> int: ...
 
-    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, Tensor]: ...
+    def batch(
+        self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def note_bad(self, bad: dict[int, RunError]) -> None: ...
+
+    def warn_of_bad(self) -> None: ...
 
 
 class LatentDataset:
-    """A folder of latents, from `vadit encode` or in the authors' layout (`latents`, `latents_flip`, `labels`).
+    """A folder of latents, from `vadit encode` or in the authors' layout (`latents`, `latents_flip`, `labels`), or a
+    .beton of latents.
 
     `mean` and `std`, (1, d, 1, 1), are what normalisation uses: 0 and 1 where `normalize` is off. A normalised latent
-    is (z - mean) / std * multiplier, and `denormalize` is its inverse.
+    is (z - mean) / std * multiplier, and `denormalize` is its inverse. In memory are the labels and the shards'
+    headers: 8 bytes per latent (a .beton: 24), whatever its size.
+
+    on_error="skip": a shard that does not open is left out, and with it all its latents, so `len` is smaller; a latent
+    that cannot be read or is not finite is left out by LatentLoader (`bad` names those met so far), while `batch`
+    raises. RunError above `max_bad_share` of the latents.
     """
 
     def __init__(
@@ -65,80 +96,232 @@ class LatentDataset:
         normalize: bool = LatentDataSpec.normalize,
         flip: bool = LatentDataSpec.flip,
         multiplier: float = LatentDataSpec.multiplier,
+        on_error: Literal["raise", "skip"] = LatentDataSpec.on_error,
+        max_bad_share: float = LatentDataSpec.max_bad_share,
     ) -> None:
         if not str(folder):
             raise UsageError("data.path is empty; set --data.path to a folder that `vadit encode` wrote")
         self.folder = Path(folder)
-        self.shards = open_folder(self.folder)
         self.flip = flip
         self.multiplier = multiplier
+        self.on_error = on_error
+        self.max_bad_share = max_bad_share
+        self.bad: dict[int, RunError] = {}
+        """Latents that were found damaged so far, and why (on_error="skip")."""
+        found = open_checked(self.folder, on_error)
+        self.shards, self.num_classes = found.shards, found.num_classes
+        self.num_left_out = found.num_left_out
         self.channels, self.size, width = self.shards[0].shape
         if self.size != width:
             raise UsageError(f"data.path {folder} holds latents of {self.size} x {width}; the generator needs squares")
         if flip and any(shard.flipped is None for shard in self.shards):
             raise UsageError(f"data.path {folder} holds no mirrored latents; set --no-data.flip, or encode with flip")
         self.labels = torch.cat([shard.labels for shard in self.shards])
-        self.num_classes = self._count_classes()
-        self._ends = np.cumsum([shard.count for shard in self.shards])
-        self._starts = self._ends - [shard.count for shard in self.shards]
+        if found.faults:
+            names = "; ".join(list(found.faults.values())[:10])
+            logger.warning(
+                "%d shards (%d latents) of %s are left out: %s", len(found.faults), self.num_left_out, folder, names
+            )
+            self._check_share(self.num_left_out, names)
+        self._normalize = normalize
         if normalize:
             statistics = load_statistics(self.folder, self.channels)
         else:
             statistics = ChannelStatistics(torch.zeros(1, self.channels, 1, 1), torch.ones(1, self.channels, 1, 1))
         self.mean, self.std = statistics.mean, statistics.std
+        self._prepare()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Latents (B, d, h, w) float32, normalised, and labels (B,) int64 of the samples `ids` in this epoch."""
-        flips = rng.uniform(rng.fold(seed, "flip", epoch), ids) < 0.5 if self.flip else torch.zeros(len(ids))
-        stored = self._gather(ids, flips.bool())
-        if self.shards[0].has_moments:
-            mean, std = stored.chunk(2, dim=1)
-            latents = rng.normal(rng.fold(seed, "posterior", epoch), ids, self.shards[0].shape).mul_(std).add_(mean)
-        else:
-            latents = stored
-        latents.sub_(self.mean).div_(self.std)
-        if self.multiplier != 1:
-            latents.mul_(self.multiplier)
-        return latents, self.labels[ids]
+    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        """Latents (B, d, h, w) float32, normalised, and labels (B,) int64 of the samples `ids` in this epoch.
+
+        BadLatents (a RunError) names the shard and the latent that is damaged. On a CUDA device rows go there as they
+        are stored, through pinned memory and without a wait, and are normalised there; the noise is the CPU's.
+        """
+        numbers, offsets, flips = self._places(ids, epoch, seed)
+        keys = row_keys(rng.fold(seed, "posterior", epoch), ids) if self.shards[0].has_moments else None
+        self._reader.expect(numbers, offsets)
+        started = time.perf_counter()
+        make = self._batch_on_cpu if torch.device(device).type == "cpu" else self._batch_on_device
+        latents, faults = make(numbers, offsets, keys, device)
+        self._reader.note_time(len(ids), started)
+        if faults:
+            raise BadLatents({place: self._name(int(ids[place]), flips[place], why) for place, why in faults.items()})
+        return latents, _send(self.labels[ids], device)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, d, h, w) as the autoencoder's decoder takes them."""
         mean, std = self.mean.to(latents), self.std.to(latents)
         return latents / self.multiplier * std + mean
 
-    def _gather(self, ids: Tensor, flips: Tensor) -> Tensor:
-        """Stored rows (B, c, h, w) as a new float32 tensor; touches no other rows of the files."""
-        which = np.searchsorted(self._ends, ids.numpy(), side="right")
-        rows = ids.numpy() - self._starts[which]
-        first = self.shards[0]
-        buffer = np.empty((len(rows), *first.plain.shape[1:]), first.plain.dtype)
-        # Row by row, not grouped by shard: with 100 shards a batch has few rows in each.
-        for place, (number, row, flip) in enumerate(zip(which.tolist(), rows.tolist(), flips.tolist(), strict=True)):
-            shard = self.shards[number]
-            source = shard.flipped if flip and shard.flipped is not None else shard.plain
-            buffer[place] = source[row]
-        stored = torch.from_numpy(buffer)
-        return (stored.view(torch.bfloat16) if first.dtype == torch.bfloat16 else stored).float()
+    def note_bad(self, bad: dict[int, RunError]) -> None:
+        """Count damaged latents (id -> why); raises where that is not wanted, or where there are too many."""
+        if self.on_error == "raise":
+            raise next(iter(bad.values()))
+        self.bad.update(bad)
+        self._check_share(self.num_left_out + len(self.bad), "; ".join(map(str, list(self.bad.values())[:10])))
 
-    def _count_classes(self) -> int:
-        index = read_index(self.folder)
-        counts = {shard.path.name: shard.count for shard in self.shards}
-        if index is None and any(shard.settings is not None for shard in self.shards):
-            raise UsageError(
-                f"data.path {self.folder} is not finished: run its `vadit encode` command again to complete it"
+    def warn_of_bad(self) -> None:
+        """Log how many latents were found damaged, with the first ten."""
+        if self.bad:
+            names = "; ".join(str(error) for _, error in sorted(self.bad.items())[:10])
+            logger.warning("%d latents are damaged and were skipped: %s", len(self.bad), names)
+
+    def _check_share(self, num_bad: int, names: str) -> None:
+        total = len(self) + self.num_left_out
+        if num_bad > self.max_bad_share * total:
+            raise RunError(
+                f"{num_bad} of {total} latents of {self.folder} are damaged, more than data.max_bad_share "
+                f"{self.max_bad_share:g} allows: {names}; or set --data.max-bad-share"
             )
-        if index is not None and index["shards"] != counts:
-            odd = sorted(set(index["shards"].items()) ^ set(counts.items()))[0][0]
-            raise RunError(f"{self.folder / odd} does not agree with index.json; run the `vadit encode` command again")
-        num_classes = index["num_classes"] if index is not None else int(self.labels.max()) + 1
-        for shard in self.shards:
-            outside = shard.labels[(shard.labels < 0) | (shard.labels >= num_classes)]
-            if len(outside):
-                raise UsageError(f"{shard.path} holds label {int(outside[0])}; labels must be in [0, {num_classes})")
-        return num_classes
+
+    def _prepare(self) -> None:
+        """What every batch needs."""
+        first = self.shards[0]
+        counts = [shard.count for shard in self.shards]
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._reader = RowReader(
+            [shard.path for shard in self.shards], [shard.num_bytes for shard in self.shards], first.plain.row_bytes
+        )
+        places = [(shard.plain, shard.flipped or shard.plain) for shard in self.shards]
+        self._bases = np.array([[rows.start for rows in pair] for pair in places], np.int64)
+        self._tables = [rows.table for rows in places[0]]  # a .beton is alone
+        self._buffers = Buffers()
+        self._scratches: list[Scratch] = []
+        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        """Mean and deviation on each device that was asked for: sending them anew would wait for the device."""
+        pixels = (1, self.channels, self.size * self.size)
+        # in full size: numpy is slower where it has to repeat a channel's value
+        self._flat_mean, self._flat_std = (
+            np.ascontiguousarray(np.broadcast_to(value.numpy().reshape(1, -1, 1), pixels))
+            for value in (self.mean, self.std)
+        )
+
+    def _places(self, ids: Tensor, epoch: int, seed: int) -> tuple[list[int], list[int], list[bool]]:
+        """Of each sample: the number of its shard, the first byte of its row, and whether it is the mirrored one."""
+        flips = np.zeros(len(ids), bool)
+        if self.flip:
+            flips = (rng.uniform(rng.fold(seed, "flip", epoch), ids) < 0.5).numpy()
+        indices = ids.numpy()
+        plain, flipped = self._tables
+        if plain is not None and flipped is not None:
+            return [0] * len(ids), np.where(flips, flipped[indices], plain[indices]).tolist(), flips.tolist()
+        which = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - self._starts[which]
+        offsets = self._bases[which, flips.astype(np.intp)] + rows * self.shards[0].plain.row_bytes
+        return which.tolist(), offsets.tolist(), flips.tolist()
+
+    def _batch_on_cpu(
+        self, numbers: list[int], offsets: list[int], keys: np.ndarray | None, device: str | torch.device
+    ) -> tuple[Tensor, dict[int, str]]:
+        """Latents (B, d, h, w) block by block, each read, widened, checked and normalised while the cache holds it."""
+        out = self._buffers.take((len(numbers), self.channels, self.size, self.size))
+        flat = out.reshape(len(numbers), self.channels, self.size * self.size)
+        faults: dict[int, str] = {}
+        with self._scratch() as scratch:
+            for start in range(0, len(numbers), scratch.rows):
+                stop = min(start + scratch.rows, len(numbers))
+                target = flat[start:stop]
+                direct = keys is None and scratch.stored.dtype == target.dtype  # float32: nothing to widen
+                stored = target if direct else scratch.stored[: stop - start]
+                unread = self._reader.read(numbers[start:stop], offsets[start:stop], latent_rows.bytes_of(stored))
+                faults |= _faults_of_block(start, stored, unread)
+                try:
+                    with np.errstate(over="raise", invalid="ignore"):
+                        self._finish(scratch, stored, target, None if keys is None else keys[start:stop])
+                except FloatingPointError:  # numpy looks after each operation, at no cost
+                    wrong = [place for place, row in enumerate(target) if not latent_rows.is_finite(row)]
+                    faults = {start + place: "it is too large for float32 once normalised" for place in wrong} | faults
+        return torch.from_numpy(out), faults
+
+    def _finish(self, scratch: Scratch, stored: np.ndarray, target: np.ndarray, keys: np.ndarray | None) -> None:
+        """Stored rows to normalised ones in `target`, float32 (B, d, h w); FloatingPointError where they overflow."""
+        if keys is not None and scratch.noise is not None:
+            part = scratch.values[: len(target), : self.channels]
+            scratch.noise.fill(keys, target.reshape(len(target), -1))
+            latent_rows.widen(stored[:, self.channels :], part)
+            np.multiply(target, part, out=target)
+            latent_rows.widen(stored[:, : self.channels], part)
+            np.add(target, part, out=target)
+        elif stored.dtype != target.dtype:
+            latent_rows.widen(stored, target)
+        if self._normalize:
+            np.subtract(target, self._flat_mean, out=target)
+            np.divide(target, self._flat_std, out=target)
+        if self.multiplier != 1:
+            np.multiply(target, np.float32(self.multiplier), out=target)
+
+    def _batch_on_device(
+        self, numbers: list[int], offsets: list[int], keys: np.ndarray | None, device: str | torch.device
+    ) -> tuple[Tensor, dict[int, str]]:
+        """The same on a GPU: stored rows and noise go through pinned memory. Each operation is rounded as on the CPU;
+        tests compare the two ways there, with a CPU in the place of the GPU.
+        """
+        first = self.shards[0]
+        pin = torch.device(device).type == "cuda"
+        stored = torch.empty((len(numbers), *first.stored_shape), dtype=first.dtype, pin_memory=pin)
+        noise = torch.empty((len(numbers), *first.shape), pin_memory=pin) if keys is not None else None
+        bits = stored.view(torch.uint8).numpy().reshape(len(numbers), -1)
+        faults: dict[int, str] = {}
+        with self._scratch() as scratch:
+            for start in range(0, len(numbers), scratch.rows):
+                stop = min(start + scratch.rows, len(numbers))
+                unread = self._reader.read(numbers[start:stop], offsets[start:stop], bits[start:stop])
+                rows = bits[start:stop].view(scratch.stored.dtype)
+                faults |= _faults_of_block(start, rows, unread)
+                if noise is not None and keys is not None and scratch.noise is not None:
+                    scratch.noise.fill(keys[start:stop], noise[start:stop].numpy().reshape(stop - start, -1))
+        latents = _send(stored, device).float()
+        if noise is not None:
+            mean, std = latents.chunk(2, dim=1)
+            latents = _send(noise, device).mul_(std).add_(mean)
+        if self._normalize:
+            if str(device) not in self._on_device:
+                self._on_device[str(device)] = (self.mean.to(device), self.std.to(device))
+            mean, std = self._on_device[str(device)]
+            latents = latents.sub_(mean).div_(std)
+        return latents.mul_(self.multiplier) if self.multiplier != 1 else latents, faults
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Scratch]:
+        """Working memory for one thread, kept for the next batch."""
+        first = self.shards[0]
+        try:
+            scratch = self._scratches.pop()
+        except IndexError:
+            scratch = Scratch(first.stored_shape, first.dtype, first.has_moments)
+        try:
+            yield scratch
+        finally:
+            self._scratches.append(scratch)
+
+    def _name(self, index: int, flipped: bool, why: str) -> RunError:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        kind = "the mirrored latent" if flipped else "latent"
+        return RunError(
+            f"{self.shards[number].path}: {kind} {index} (row {index - self._starts[number]}) cannot be used ({why}); "
+            f"{REMEDY}, or leave it out with --data.on-error skip"
+        )
+
+
+def _send(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """To the device; to a GPU out of pinned memory, without waiting for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _faults_of_block(start: int, stored: np.ndarray, unread: dict[int, str]) -> dict[int, str]:
+    """What is wrong with rows start, start + 1, ... of a batch: place in the batch -> why."""
+    faults = {start + place: why for place, why in unread.items()}
+    if not latent_rows.is_finite(stored):
+        for place, row in enumerate(stored):
+            if place not in unread and not latent_rows.is_finite(row):
+                faults[start + place] = "it holds values that are not finite"
+    return faults
 
 
 class DebugLatents:
@@ -150,15 +333,22 @@ class DebugLatents:
         self.num_classes = model.num_classes
         self.mean = torch.zeros(1, self.channels, 1, 1)
         self.std = torch.ones(1, self.channels, 1, 1)
+        self.num_left_out = 0
         self.labels = rng.integers(rng.fold(0, "debug labels"), torch.arange(num_images), model.num_classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Latents (B, d, h, w) float32 and labels (B,) int64; the same in every epoch."""
         shape = (self.channels, self.size, self.size)
-        return rng.normal(rng.fold(0, "debug latents"), ids, shape), self.labels[ids]
+        return rng.normal(rng.fold(0, "debug latents"), ids, shape).to(device), self.labels[ids].to(device)
+
+    def note_bad(self, bad: dict[int, RunError]) -> None:
+        """There are none."""
+
+    def warn_of_bad(self) -> None:
+        """There are none."""
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """The latents themselves: these are not normalised."""
@@ -169,7 +359,7 @@ def open_latents(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugL
     """The latents that the settings name, checked to fit the model."""
     if spec.path.startswith("debug:"):
         return DebugLatents(debug_count(spec.path), model)
-    dataset = LatentDataset(spec.path, spec.normalize, spec.flip, spec.multiplier)
+    dataset = LatentDataset(spec.path, spec.normalize, spec.flip, spec.multiplier, spec.on_error, spec.max_bad_share)
     for found, needed, setting in (
         (dataset.channels, model.in_channels, "in_channels"),
         (dataset.size, model.input_size, "input_size"),
@@ -188,86 +378,63 @@ def open_latents(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugL
 
 
 class LatentLoader(PositionedLoader[tuple[Tensor, Tensor]]):
-    """Shuffled (latents (B, d, h, w) float32 normalised, labels (B,) int64); see PositionedLoader for the order."""
+    """Shuffled (latents (B, d, h, w) float32 normalised, labels (B,) int64); see PositionedLoader for the order.
+
+    Where the data set skips damaged latents, one gives its place to the next of the epoch's order that is sound: a
+    function of the position alone. `device`: where batches are wanted; a GPU normalises them itself.
+    """
 
     def __init__(
-        self, dataset: LatentSource, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        dataset: LatentSource,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(len(dataset), batch_size, seed, rank, world_size, LOADER_THREADS)
+        super().__init__(len(dataset), batch_size, seed, rank, world_size)
         self.dataset = dataset
+        self.device = device
 
-    def _start(self, pool: ThreadPoolExecutor, positions: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        return pool.submit(self._load, positions, self.seed).result
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See PositionedLoader; a data set from which shards are left out has another size, and is refused."""
+        try:
+            super().load_state_dict(state)
+        except UsageError as error:
+            if not self.dataset.num_left_out:
+                raise
+            raise UsageError(f"{error} ({self.dataset.num_left_out} latents lie in shards that are left out)") from None
 
-    def _load(self, positions: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        parts = [self.dataset.batch(ids, epoch, seed) for epoch, ids in sample_ids(positions, self.num_samples, seed)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([latents for latents, _ in parts]), torch.cat([labels for _, labels in parts])
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, Tensor]]]]:
+        pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="vadit-data")
+        order = Order(self.num_samples)
+        try:
+            yield lambda positions: pool.submit(self._load, order.parts(positions, self.seed)).result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self.dataset.warn_of_bad()
 
+    def _load(self, parts: list[OrderPart]) -> tuple[Tensor, Tensor]:
+        loaded = [self._load_part(part) for part in parts]
+        if len(loaded) == 1:
+            return loaded[0]
+        return torch.cat([latents for latents, _ in loaded]), torch.cat([labels for _, labels in loaded])
 
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-def load_statistics(folder: str | Path, channels: int) -> ChannelStatistics:
-    """Read latents_stats.pt: {"mean", "std"}, (1, d, 1, 1) each."""
-    path = Path(folder) / STATISTICS_FILE
-    if not path.exists():
-        raise UsageError(
-            f"data.path {folder} has no {STATISTICS_FILE}; run `vadit encode --stats-only {folder}`, "
-            "or set --no-data.normalize"
-        )
-    remedy = f"remove it and run `vadit encode --stats-only {folder}`"
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (values[key].float().reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    except Exception as error:  # a damaged pickle raises almost any type
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}); {remedy}") from None
-    if mean.shape[1] != channels or std.shape[1] != channels:
-        raise RunError(f"{path} has {mean.shape[1]} channels but the latents have {channels}; {remedy}")
-    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-        raise RunError(f"{path} holds a standard deviation or mean that is not finite and positive; {remedy}")
-    return ChannelStatistics(mean, std)
-
-
-def compute_statistics(folder: str | Path) -> ChannelStatistics:
-    """Mean and unbiased standard deviation per channel over ALL latents, plain and mirrored; writes latents_stats.pt.
-
-    One pass in float64, chunk by chunk, merged as in Chan, Golub & LeVeque (1983). Where moments are stored the
-    statistics are those of a posterior sample: the variance of the means plus the mean of the variances.
-    """
-    shards = open_folder(Path(folder))
-    channels = shards[0].shape[0]
-    count = 0
-    mean = torch.zeros(channels, dtype=torch.float64)
-    squares = torch.zeros(channels, dtype=torch.float64)  # sum of squared distances to the mean
-    for shard in shards:
-        for flipped in (False, True) if shard.flipped is not None else (False,):
-            for start in range(0, shard.count, STATISTICS_CHUNK):
-                part_count, part_mean, part_squares = _chunk_moments(shard, start, flipped)
-                total = count + part_count
-                delta = part_mean - mean
-                mean += delta * (part_count / total)
-                squares += part_squares + delta**2 * (count * part_count / total)
-                count = total
-    if count < 2:
-        raise RunError(f"{folder} holds too few latents for statistics; encode at least two values per channel")
-    std = (squares / (count - 1)).sqrt().clamp(min=SMALLEST_STD)
-    statistics = ChannelStatistics(mean.float().reshape(1, -1, 1, 1), std.float().reshape(1, -1, 1, 1))
-    buffer = io.BytesIO()
-    torch.save({"mean": statistics.mean, "std": statistics.std}, buffer)
-    write_atomically(Path(folder) / STATISTICS_FILE, buffer.getvalue())
-    return statistics
-
-
-def _chunk_moments(shard: LatentShard, start: int, flipped: bool) -> tuple[int, Tensor, Tensor]:
-    """Values per channel, their mean (d,) and the sum of their squared distances to it (d,), in float64."""
-    rows = shard.rows(start, min(start + STATISTICS_CHUNK, shard.count), flipped=flipped).double()
-    values, posterior_std = rows.chunk(2, dim=1) if shard.has_moments else (rows, None)
-    variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
-    if not torch.isfinite(variance).all():
-        raise RunError(f"{shard.path} holds values that are not finite; encode or fetch the file anew")
-    count = values.numel() // values.shape[1]
-    if posterior_std is not None:
-        variance = variance + (posterior_std**2).mean(dim=(0, 2, 3))
-    return count, mean, variance * count
+    def _load_part(self, part: OrderPart) -> tuple[Tensor, Tensor]:
+        ids = part.ids
+        steps = torch.zeros_like(ids)
+        while True:
+            try:
+                return self.dataset.batch(ids, part.epoch, part.seed, self.device)
+            except BadLatents as error:
+                self.dataset.note_bad({int(ids[place]): fault for place, fault in error.places.items()})
+                bad = torch.tensor(list(error.places))
+            # Asked anew each time, not from the memory of what was bad: a resumed run has no such memory.
+            steps[bad] += 1
+            if int(steps.max()) >= self.num_samples:
+                raise RunError("all latents of the data set are damaged; set data.path anew")
+            ids = ids.clone()
+            next_places = (part.places[bad] + steps[bad]) % self.num_samples
+            ids[bad] = rng.permute(next_places, self.num_samples, rng.fold(part.seed, "order", part.epoch))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 import torch
@@ -52,7 +52,7 @@ class PositionedLoader(ABC, Generic[Batch]):
     absent on some ranks); `loader.stream()` yields full batches for ever, across epoch ends.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int, world_size: int, num_threads: int) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         if n < 1:
             raise UsageError("the data set is empty; set data.path to a folder with data")
         if batch_size < 1:
@@ -65,7 +65,6 @@ class PositionedLoader(ABC, Generic[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.images_seen = 0
-        self._num_threads = max(1, num_threads)
 
     @property
     def epoch(self) -> int:
@@ -99,18 +98,18 @@ class PositionedLoader(ABC, Generic[Batch]):
         self.images_seen = state["images_seen"]
 
     @abstractmethod
-    def _start(self, pool: ThreadPoolExecutor, positions: Tensor) -> Callable[[], Batch]:
-        """Begin to load the samples at these positions; the function that is returned waits for the batch."""
+    def _session(self) -> AbstractContextManager[Callable[[Tensor], Callable[[], Batch]]]:
+        """What loads while an iterator lives (threads, a pipeline).
 
-    def _finish(self) -> None:
-        """Called once when an iterator ends, for whatever reason."""
+        It yields start(positions int64, ascending) -> wait() -> batch. Waits are called in the order of the starts; a
+        started batch may be dropped without a wait.
+        """
 
     def _batches(self, *, endless: bool) -> Iterator[Batch]:
-        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="vadit-data")
         pending: deque[tuple[int, int, Callable[[], Batch] | None]] = deque()
         ahead, seed = self.images_seen, self.seed
         end = None if endless else (self.epoch + 1) * self.num_samples
-        try:
+        with self._session() as start:
             while True:
                 expected = pending[0][0] if pending else ahead
                 if (expected, seed) != (self.images_seen, self.seed):  # moved by load_state_dict
@@ -121,7 +120,7 @@ class PositionedLoader(ABC, Generic[Batch]):
                     stop = ahead + self.batch_size * self.world_size
                     stop = stop if end is None else min(stop, end)
                     positions = torch.arange(min(ahead + self.rank, stop), stop, self.world_size)
-                    pending.append((ahead, stop, self._start(pool, positions) if len(positions) else None))
+                    pending.append((ahead, stop, start(positions) if len(positions) else None))
                     ahead = stop
                 if not pending:
                     return
@@ -130,6 +129,3 @@ class PositionedLoader(ABC, Generic[Batch]):
                 self.images_seen = stop  # counts what was handed out, not what was prefetched
                 if batch is not None:
                     yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._finish()

@@ -6,13 +6,18 @@ statistics that FID is measured against were made that way.
 
 from __future__ import annotations
 
+import io
 import math
 import random
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+CropKind = Literal["center", "random", "random_resized"]
 
 RANDOM_CROP_SCALE = (0.8, 1.0)
 """Share of the image's area that a random crop keeps."""
@@ -20,6 +25,18 @@ RANDOM_CROP_RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop."""
 MAX_ASPECT = 256
 """Longer images are refused: scaled to the crop's height they would take gigabytes."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image file's content as a decoded image, in whatever mode; damaged data makes Pillow raise almost any type.
+
+    A PNG's checksums are compared first: Pillow passes over those of the pixels, and shows some damaged files.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "PNG":
+            Image.open(io.BytesIO(data)).verify()
+        image.load()
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -34,62 +51,77 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (Dhariwal & Nichol 2021, image_datasets.py): size x size pixels.
+@dataclass(frozen=True)
+class Crop:
+    """How an image of a known size becomes size x size pixels; every loader follows the same four steps."""
 
-    Halve with a box filter while the short side is at least twice the goal, bring the short side to it with a bicubic
-    filter, cut out the middle (rounded towards the upper left).
+    cut: tuple[int, int, int, int] | None
+    """(left, top, right, bottom) in pixels of the image: what is kept of it, first of all; None: everything."""
+    halvings: int
+    """Then it is halved so many times, to (width // 2, height // 2), with a box filter."""
+    scaled: tuple[int, int]
+    """(width, height) that it then gets with Pillow's bicubic filter."""
+    window: tuple[int, int]
+    """(left, top) of the square that is cut out at last."""
+    size: int
+    """Side of that square."""
+
+
+def plan_crop(kind: CropKind, width: int, height: int, size: int, seed: int = 0) -> Crop:
+    """The crop of an image of width x height pixels: a function of these numbers and the seed alone.
+
+    center: ADM's (Dhariwal & Nichol 2021, image_datasets.py): halve while the short side is at least twice the goal,
+    bring the short side to it, cut out the middle (rounded towards the upper left). random: scaled in the same way, a
+    random square of the short side, as the authors train their tokenizer. random_resized: a random part of the image
+    (Szegedy et al. 2015, as torchvision draws it) with RANDOM_CROP_SCALE and RANDOM_CROP_RATIO; ten draws that do not
+    fit end in the centre crop.
+
+    Raises:
+        ValueError: the image is longer than MAX_ASPECT allows.
     """
-    image = _to_short_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
-    """A random square of the short side, as the authors train their tokenizer; scaled like the centre crop."""
-    image = _to_short_side(image, size)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels is longer than {MAX_ASPECT}:1")
     draw = random.Random(seed)
-    left, top = draw.randint(0, image.width - size), draw.randint(0, image.height - size)
-    return image.crop((left, top, left + size, top + size))
+    if kind == "random_resized":
+        for _ in range(10):
+            area = width * height * draw.uniform(*RANDOM_CROP_SCALE)
+            ratio = math.exp(draw.uniform(math.log(RANDOM_CROP_RATIO[0]), math.log(RANDOM_CROP_RATIO[1])))
+            across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < across <= width and 0 < down <= height:
+                left, top = draw.randint(0, width - across), draw.randint(0, height - down)
+                return Crop((left, top, left + across, top + down), 0, (size, size), (0, 0), size)
+    halvings = 0
+    while min(width, height) >= 2 * size:
+        width, height, halvings = width // 2, height // 2, halvings + 1
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    if kind == "random":
+        window = draw.randint(0, width - size), draw.randint(0, height - size)
+    else:
+        window = (width - size) // 2, (height - size) // 2
+    return Crop(None, halvings, (width, height), window, size)
 
 
-def _to_short_side(image: Image.Image, size: int) -> Image.Image:
-    _check_aspect(image)
-    while min(image.size) >= 2 * size:
+def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """An RGB image through the four steps."""
+    if crop.cut is not None:
+        image = image.crop(crop.cut)
+    for _ in range(crop.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(crop.scaled, Image.Resampling.BICUBIC)
+    left, top = crop.window
+    return image.crop((left, top, left + crop.size, top + crop.size))
 
 
-def random_resized_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
-    """A random part of the image, scaled to size x size (Szegedy et al. 2015, as torchvision draws it).
-
-    Area and aspect ratio come from RANDOM_CROP_SCALE and RANDOM_CROP_RATIO; ten draws that do not fit end in the
-    centre crop. The crop is a function of the image's size and the seed.
-    """
-    _check_aspect(image)
-    draw = random.Random(seed)
-    for _ in range(10):
-        area = image.width * image.height * draw.uniform(*RANDOM_CROP_SCALE)
-        ratio = math.exp(draw.uniform(math.log(RANDOM_CROP_RATIO[0]), math.log(RANDOM_CROP_RATIO[1])))
-        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
-            box = (left, top, left + width, top + height)
-            return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-    return center_crop(image, size)
-
-
-def to_chw(image: Image.Image) -> np.ndarray:
-    """An RGB image as uint8 (3, H, W)."""
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop of an RGB image."""
+    return apply_crop(image, plan_crop("center", *image.size, size))
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) as float32 in [-1, 1], on the device where they are."""
-    return images.to(torch.float32).div_(127.5).sub_(1)
+    """uint8 images (B, 3, H, W) as float32 in [-1, 1], on the device where they are.
 
-
-def _check_aspect(image: Image.Image) -> None:
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels is longer than {MAX_ASPECT}:1")
+    The layout is the one that convolutions are fast with there: channels last on a GPU, else channels first.
+    """
+    layout = torch.channels_last if images.is_cuda else torch.contiguous_format
+    return images.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)

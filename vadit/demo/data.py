@@ -70,7 +70,7 @@ def _photos() -> tuple[np.ndarray, np.ndarray, list[str]]:
     generator = np.random.default_rng(1)
     crops, labels = [], []
     for label, name in enumerate(PHOTOS):
-        photo = Image.fromarray(_photograph(name)).convert("RGB")
+        photo = Image.fromarray(photograph(name)).convert("RGB")
         # A crop of a quarter of the photograph's short side shows something that can be told apart.
         side = min(photo.size) // 4
         for _ in range(CROPS_PER_PHOTO):
@@ -81,7 +81,7 @@ def _photos() -> tuple[np.ndarray, np.ndarray, list[str]]:
     return np.stack(crops), np.asarray(labels, np.int64), list(PHOTOS)
 
 
-def _photograph(name: str) -> np.ndarray:
+def photograph(name: str) -> np.ndarray:
     """uint8 (H, W, 3) from the wheels; none of these is a download."""
     if name in ("china", "flower"):
         from sklearn.datasets import load_sample_image

@@ -33,8 +33,8 @@ from vadit.config import (
     TokenizerConfig,
     TokenizerLossSpec,
 )
-from vadit.data.images_torch import open_images
 from vadit.data.latents import LatentDataset
+from vadit.data.loaders import open_images
 from vadit.demo import networks, report
 from vadit.demo.compare import run_comparison
 from vadit.demo.data import SIZE, DemoData, prepare
@@ -96,7 +96,7 @@ def tokenizer_config(
             out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
             log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
         ),
-        data=ImageDataSpec(path=str(images), num_workers=2),
+        data=ImageDataSpec(path=str(images), loader="torch", num_workers=2),  # the same numbers everywhere
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vadit import choices, distributed, rng
 from vadit.config import TokenizerConfig, TokenizerLossSpec
-from vadit.data.images_torch import ImageLoader, open_images
+from vadit.data.loaders import SETTING, open_images, open_loader
 from vadit.data.transforms import to_signed
+from vadit.metrics import console
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.foundation import FoundationModel
@@ -61,7 +62,7 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
 def _train_stage(config: TokenizerConfig, title: str) -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
-    dataset = open_images(config.data, config.autoencoder.image_size)
+    images = open_images(config.data, config.autoencoder.image_size)
     folder = runs.open_folder(config)
     runs.seed_everything(config.run)
     networks = _build(config, folder, device)
@@ -69,15 +70,20 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
     if networks.discriminator is not None:
         engines["discriminator"] = networks.discriminator
     runs.save_deepspeed_config(folder, {name: engine.config for name, engine in engines.items()})
-    runs.save_choices(folder, [networks.model.optimizer, *choices.kernels(device)])  # the discriminator's is the same
-    loader = ImageLoader(
-        dataset,
+    loader, decoding = open_loader(
+        config.data,
+        images,
         batch_size,
         seed=config.run.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        num_workers=config.data.num_workers,
+        device=device,
+        begun_with=choices.recorded(folder, SETTING) if runs.has_checkpoint(folder) else None,
     )
+    if distributed.is_main():
+        console.print(f"  [dim]images by {decoding.name} ({decoding.reason})[/dim]")
+    # The discriminator's optimizer is the same.
+    runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
 
@@ -149,8 +155,6 @@ def train_step(
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
         images = to_signed(next(batches).images.to(device, non_blocking=True))
-        if device.type == "cuda":  # the activations alone: ZeRO flattens weights, which must stay contiguous
-            images = images.contiguous(memory_format=torch.channels_last)
         # Steps are counted from 1 here: disc_start_step 1 means from the first.
         adversarial = networks.discriminator is not None and position.step + 1 >= config.loss.disc_start_step
         terms, fake = generator_step(networks, config.loss, images, adversarial=adversarial)

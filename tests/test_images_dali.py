@@ -1,0 +1,338 @@
+"""The DALI decoder: Pillow's pixels, what it leaves to Pillow, recovery, order, position, an orderly end."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import encode, jpeg, odd_files, photo, psnr, write_folder
+from PIL import Image
+
+from vadit.config import ImageDataSpec
+from vadit.data.folders import FolderSource, ppm
+from vadit.data.images import Decoded, ImageBatch, ImageLoader, ImageSet, Request
+from vadit.data.images_torch import decode
+from vadit.data.transforms import CropKind, apply_crop, plan_crop, to_rgb
+from vadit.errors import RunError, UsageError
+
+pytest.importorskip("nvidia.dali")
+
+from vadit.data import images_dali
+from vadit.data.images_dali import DaliDecoder, dali_decoder, jpeg_area, read_rgb, resample
+
+SIZE = 64
+MIN_PSNR = 50
+"""What photographs keep in dB: Pillow and torch may differ in which side they filter, and round, first."""
+CROPS: tuple[CropKind, ...] = ("center", "random", "random_resized")
+ODD = odd_files()
+# Sizes without a halving, with one and with two, of even and odd sides.
+SIZES = [(120, 90), (160, 128), (161, 129), (301, 259), (90, 140)]
+PHOTOS = [photo(number, *size) for number, size in enumerate(SIZES)]
+
+
+def damaged(data: bytes) -> bytes:
+    """A JPEG of sound structure that nobody can decode: its first Huffman table claims impossible codes."""
+    place = data.index(b"\xff\xc4") + 5
+    bad = data[:place] + b"\xff" * 16 + data[place + 16 :]
+    assert jpeg_area(bad) > 0
+    with pytest.raises(OSError), Image.open(io.BytesIO(bad)) as image:
+        image.load()
+    return bad
+
+
+def image_set(folder: Path, contents: Sequence[bytes], **settings: object) -> ImageSet:
+    """Files 00.jpg, 01.jpg, ... of a flat folder."""
+    write_folder(folder, {f"{number:02d}.jpg": data for number, data in enumerate(contents)})
+    return ImageSet(FolderSource(folder), SIZE, **settings)  # type: ignore[arg-type]
+
+
+def decode_all(images: ImageSet, requests: Sequence[Request], num_workers: int = 2) -> Decoded:
+    with DaliDecoder(images, num_workers) as decoder:
+        return decoder.submit(requests)()
+
+
+def ids_of(batches: Sequence[ImageBatch]) -> list[int]:
+    return [index for batch in batches for index in batch.ids.tolist()]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """JPEGs of the photographs."""
+    return image_set(tmp_path_factory.mktemp("photos"), [encode(image) for image in PHOTOS])
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("kind", CROPS)
+def test_photographs_are_cropped_as_by_pillow(photos: ImageSet, kind: CropKind, mirror: bool) -> None:
+    requests = [Request(index, kind, seed, mirror) for index in range(len(photos)) for seed in range(4)]
+    decoded = decode_all(photos, requests)
+    assert not decoded.failures
+    assert decoded.pixels.shape == (len(requests), SIZE, SIZE, 3) and decoded.pixels.dtype == torch.uint8
+    for pixels, request in zip(decoded.pixels.numpy(), requests, strict=True):
+        expected = decode(photos, request)
+        assert psnr(pixels, expected) >= MIN_PSNR
+        # The bound can tell a window that is off by one pixel, and an image that is not mirrored.
+        for axis in (0, 1):
+            assert psnr(pixels[1:, 1:], np.roll(expected, 1, axis)[1:, 1:]) < MIN_PSNR - 10
+        assert psnr(pixels[:, ::-1], expected) < MIN_PSNR - 10
+
+
+def test_what_was_drawn_for_the_crop_is_used(photos: ImageSet) -> None:
+    for kind in ("random", "random_resized"):
+        decoded = decode_all(photos, [Request(0, kind, seed) for seed in range(6)])
+        assert len({pixels.numpy().tobytes() for pixels in decoded.pixels}) >= 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}, {"quality": 30}],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_are_decoded_to_the_same_bits(options: dict, mode: str) -> None:
+    files = [encode(image.convert(mode), **options) for image in PHOTOS]
+    assert [jpeg_area(data) for data in files] == [image.width * image.height for image in PHOTOS]
+    pipeline = images_dali._JpegPipeline(len(files), 1, torch.device("cpu"))
+    for data, pixels in zip(files, pipeline.run(files), strict=True):
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+@pytest.mark.parametrize("size", [(97, 64), (131, 129), (130, 303), (301, 259), (515, 640), (50, 70), (64, 64)])
+def test_scaling_follows_pillow(size: tuple[int, int], as_float: bool) -> None:
+    image = photo(4, *size)
+    for kind in CROPS:
+        crop = plan_crop(kind, *size, SIZE, seed=5)
+        found = resample(torch.from_numpy(np.array(image)), crop, as_float=as_float)
+        assert psnr(found.numpy(), np.asarray(apply_crop(image, crop))) >= MIN_PSNR
+
+
+def test_halving_is_pillows_for_every_odd_side() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 700, 3), dtype=np.uint8)
+    for side in range(3, 700):
+        image = Image.fromarray(np.ascontiguousarray(noise[:, :side]))
+        expected = np.asarray(image.resize((side // 2, 1), Image.Resampling.BOX))
+        found = images_dali._halve(torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
+        assert np.array_equal(found.numpy(), expected), side
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_are_those_that_pillow_reads(kind: str, tmp_path: Path) -> None:
+    images = image_set(tmp_path, [ODD[kind].data])
+    crop = plan_crop("center", ODD[kind].pixels.shape[1], ODD[kind].pixels.shape[0], SIZE)
+    with Image.open(io.BytesIO(ODD[kind].data)) as image:
+        expected = np.asarray(to_rgb(image))
+    found = decode_all(images, [Request(0)]).pixels[0]
+    assert torch.equal(found, resample(torch.from_numpy(expected.copy()), crop))
+
+
+def test_raw_pixels_need_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ppm(*PHOTOS[0].size, PHOTOS[0].tobytes())
+    monkeypatch.setattr(Image, "open", None)
+    assert np.array_equal(read_rgb(data), np.asarray(PHOTOS[0]))
+    for wrong in (data[:-1], data + b"\0"):
+        with pytest.raises(TypeError):  # Pillow is asked
+            read_rgb(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ what DALI gets to see
+
+
+def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
+    data = jpeg(0)
+    scan = data.index(b"\xff\xda")
+    assert jpeg_area(data) == 120 * 90
+    assert jpeg_area(data + b"trailing bytes") == 120 * 90
+    assert all(jpeg_area(data[:length]) == 0 for length in range(len(data)))
+    middle = (scan + len(data)) // 2
+    for marker in (0x01, 0xC0, 0xC4, 0xD8, 0xDA, 0xDB, 0xFB):  # among the coded pixels
+        assert jpeg_area(data[:middle] + bytes([0xFF, marker]) + data[middle + 2 :]) == 0, hex(marker)
+    many_scans = encode(PHOTOS[0], progressive=True)
+    last = many_scans.rindex(b"\xff\xda") + 40
+    assert jpeg_area(many_scans) == 120 * 90
+    assert jpeg_area(many_scans[:last] + b"\xff\xda\0\x0b" + many_scans[last + 4 :]) == 0
+    frame = data.index(b"\xff\xc0")
+    for place, value in ((1, 0xC9), (4, 12), (6, 0), (9, 4), (10, ord("R"))):  # coding, bits, height, number, names
+        changed = bytearray(data)
+        changed[frame + place] = value
+        if place == 6:
+            changed[frame + 5] = value
+        assert jpeg_area(bytes(changed)) == 0, place
+    assert jpeg_area(encode(PHOTOS[0].convert("CMYK"))) == 0
+    assert jpeg_area(encode(PHOTOS[0], keep_rgb=True)) == 0
+    assert jpeg_area(encode(PHOTOS[0], "PNG")) == jpeg_area(b"") == 0
+
+
+def test_runs_are_bounded_by_their_area() -> None:
+    most = images_dali.MAX_AREA
+    areas = {0: most, 1: 5, 2: 0, 4: most - 5, 5: 1, 6: 0}
+    assert list(images_dali._groups(areas)) == [([0], True), ([1, 4], True), ([5], True), ([2, 6], False)]
+    assert list(images_dali._groups({})) == []
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
+    contents = [jpeg(number) for number in range(12)]
+    contents[4] = damaged(contents[4])
+    contents[6] = contents[6][:-500]
+    contents[9] = b"no image"
+    images = image_set(tmp_path, contents)
+    (tmp_path / "11.jpg").unlink()
+    with DaliDecoder(images, 2) as decoder:
+        waits = [decoder.submit([Request(index) for index in range(12)]) for _ in range(4)]  # in flight together
+        for wait in waits:
+            decoded = wait()
+            assert sorted(decoded.failures) == [4, 6, 9, 11]
+            for place, error in decoded.failures.items():
+                assert isinstance(error, RunError) and f"{place:02d}.jpg" in str(error)
+            for place in set(range(12)) - decoded.failures.keys():
+                assert psnr(decoded.pixels[place].numpy(), decode(images, Request(place))) >= MIN_PSNR
+        again = decoder.submit([Request(0), Request(1)])()  # the pipelines have recovered
+        assert not again.failures and torch.equal(again.pixels, decoded.pixels[:2])
+
+
+def test_a_pipeline_outlives_its_errors() -> None:
+    good, pipeline = jpeg(0), images_dali._JpegPipeline(4, 1, torch.device("cpu"))
+    expected = pipeline.run([good])[0].clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            pipeline.run([good, damaged(jpeg(1))])
+        for pixels in pipeline.run([good, good]):
+            assert torch.equal(pixels, expected)
+
+
+def test_skipping_and_raising(tmp_path: Path) -> None:
+    contents = [jpeg(number) for number in range(9)]
+    contents[3] = damaged(contents[3])
+    images = image_set(tmp_path, contents, on_error="skip", max_bad_share=0.2)
+    ids = ids_of(list(ImageLoader(images, 4, decoder=dali_decoder(images, 2))))
+    assert len(ids) == 9 and set(ids) == set(range(9)) - {3}
+    assert [Path(name).name for name in images.bad_files] == ["03.jpg"]
+    strict = ImageSet(images.source, SIZE)
+    with pytest.raises(RunError, match=r"03\.jpg does not decode"):
+        list(ImageLoader(strict, 4, decoder=dali_decoder(strict, 2)))
+
+
+def test_pillow_takes_over_where_dali_fails_for_no_reason(
+    photos: ImageSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [Request(index) for index in range(len(photos))]
+    expected = decode_all(photos, requests)
+
+    def fail(pipeline: object, jpegs: object) -> None:
+        raise RuntimeError("out of some resource")
+
+    monkeypatch.setattr(images_dali._JpegPipeline, "run", fail)
+    with caplog.at_level(logging.WARNING):
+        decoded = decode_all(photos, requests * 3)
+    assert not decoded.failures and torch.equal(decoded.pixels, expected.pixels.repeat(3, 1, 1, 1))
+    assert len(caplog.messages) == 1 and "out of some resource" in caplog.text and "00.jpg" in caplog.text
+
+
+def test_without_dali_the_user_is_told_what_to_do(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UsageError, match=r"pip install 'vadit\[dali\]', or set --data.loader torch"):
+        DaliDecoder(photos, 2)
+
+
+# ------------------------------------------------------------------------------------------------ batches and position
+
+
+def test_pixels_depend_on_the_request_alone(photos: ImageSet) -> None:
+    requests = [Request(place % 5, CROPS[place % 3], place, bool(place % 2)) for place in range(37)]
+    whole = decode_all(photos, requests).pixels
+    with DaliDecoder(photos, 3) as decoder:
+        waits = [decoder.submit(requests[start : start + 5]) for start in range(0, 37, 5)]  # the last one is short
+        assert torch.equal(torch.cat([wait().pixels for wait in waits]), whole)
+        assert decoder.submit([])().pixels.shape == (0, SIZE, SIZE, 3)
+    assert torch.equal(decode_all(photos, requests, num_workers=1).pixels, whole)
+
+
+def test_results_stay_what_they_are(photos: ImageSet) -> None:
+    with DaliDecoder(photos, 2) as decoder:
+        first = decoder.submit([Request(0)] * 8)().pixels
+        copy = first.clone()
+        for _ in range(10):
+            decoder.submit([Request(1)] * 8)()
+    assert torch.equal(first, copy)
+
+
+def test_batches_may_be_dropped(photos: ImageSet) -> None:
+    with DaliDecoder(photos, 2) as decoder:
+        for _ in range(20):
+            decoder.submit([Request(1)] * 6)
+        assert torch.equal(decoder.submit([Request(0)])().pixels, decode_all(photos, [Request(0)]).pixels)
+        for _ in range(20):
+            decoder.submit([Request(1)] * 6)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vadit-data")]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_saved_position_goes_on_bit_for_bit(tmp_path: Path, world_size: int) -> None:
+    contents = [jpeg(number) for number in range(20)]
+    contents[7] = damaged(contents[7])
+    settings: dict = {"crop": "random_resized", "flip": True, "on_error": "skip", "max_bad_share": 0.5}
+    images = image_set(tmp_path, contents, **settings)
+
+    def loader(rank: int = 0, ranks: int = 1, seed: int = 3) -> ImageLoader:
+        fresh = ImageSet(images.source, SIZE, **settings)
+        return ImageLoader(fresh, 6 // ranks, seed, rank, ranks, decoder=dali_decoder(fresh, 2))
+
+    expected = list(islice(loader().stream(), 6))  # across an epoch's end
+    first = loader()
+    stream = first.stream()
+    for _ in range(2):
+        next(stream)
+    state = first.state_dict()  # taken with batches in flight
+    stream.close()
+    assert state["images_seen"] == 12
+    parts = [loader(rank, world_size, seed=99) for rank in range(world_size)]
+    for part in parts:
+        part.load_state_dict(state)
+    streams = [part.stream() for part in parts]
+    order = [place for rank in range(world_size) for place in range(rank, 6, world_size)]
+    for batch in expected[2:]:
+        found = [next(part) for part in streams]
+        assert torch.equal(torch.cat([part.ids for part in found]), batch.ids[order])
+        assert torch.equal(torch.cat([part.images for part in found]), batch.images[order])
+        assert torch.equal(torch.cat([part.labels for part in found]), batch.labels[order])
+
+
+def test_every_image_comes_once_per_epoch_with_its_pixels(photos: ImageSet) -> None:
+    images = ImageSet(photos.source, SIZE, ImageDataSpec.crop, flip=False)
+    batches = list(ImageLoader(images, 2, seed=1, decoder=dali_decoder(images, 2)))
+    assert sorted(ids_of(batches)) == list(range(len(images)))
+    for batch in batches:
+        for pixels, index in zip(batch.images, batch.ids.tolist(), strict=True):
+            assert psnr(pixels.permute(1, 2, 0).numpy(), decode(images, Request(index))) >= MIN_PSNR
+
+
+def test_the_interpreter_ends_with_batches_in_flight(photos: ImageSet) -> None:
+    program = f"""
+from vadit.data.folders import FolderSource
+from vadit.data.images import ImageLoader, ImageSet, Request
+from vadit.data.images_dali import DaliDecoder, dali_decoder
+images = ImageSet(FolderSource({photos.source.name!r}), 32)
+stream = ImageLoader(images, 4, decoder=dali_decoder(images, 2)).stream()
+next(stream)
+decoder = DaliDecoder(images, 2)
+waits = [decoder.submit([Request(0)] * 16) for _ in range(8)]
+print("end")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout == "end\n" and not ended.stderr, ended.stderr

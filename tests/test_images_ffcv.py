@@ -1,0 +1,328 @@
+"""FFCV's loader: pixels and order of every other loader, ranks, position, quasi-random order, bad images, threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vadit.data.beton import MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
+from vadit.data.beton_source import BetonSource
+from vadit.data.folders import DebugSource
+from vadit.data.images import ImageBatch, ImageLoader, ImageSet, Request
+from vadit.data.images_ffcv import FfcvImageLoader, why_not
+from vadit.data.images_torch import pillow_decoder
+from vadit.data.page_order import PageOrder
+from vadit.data.stream import sample_ids
+from vadit.errors import RunError, UsageError
+
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="ffcv is not installed")
+SIZE = 40
+COUNT = 23
+
+
+def picture(number: int) -> Image.Image:
+    """Smooth, with noise; the short side is SIZE, of every second one the width."""
+    generator = np.random.default_rng(number)
+    shape = (SIZE, SIZE + number % 9) if number % 2 else (SIZE + number % 7, SIZE)
+    smooth = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(smooth.resize(shape[::-1], Image.Resampling.BICUBIC)) + generator.normal(0, 6, (*shape, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: Any) -> EncodedImage:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return EncodedImage("jpg", image.width, image.height, buffer.getvalue())
+
+
+def encoded(number: int) -> EncodedImage:
+    """Raw pixels, and JPEGs of each kind of subsampling, progressive, grey."""
+    image = picture(number)
+    return [
+        encode_image(image, "raw"),
+        encode_image(image, "jpg"),
+        jpeg(image, quality=90),  # 4:2:0
+        jpeg(image, quality=60, subsampling=1),
+        jpeg(image, quality=80, progressive=True),
+        jpeg(image.convert("L"), quality=85),
+    ][number % 6]
+
+
+def write(path: Path, images: Iterable[EncodedImage]) -> Path:
+    with BetonWriter(path, max_samples=1000, page_size=MIN_PAGE_SIZE, resume=False) as writer:
+        for number, image in enumerate(images):
+            writer.append(image, number % 4)
+        writer.finish({"classes": ["a", "b", "c", "d"]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("ffcv") / "images.beton", map(encoded, range(COUNT)))
+
+
+@pytest.fixture(scope="module")
+def shared(beton: Path) -> FfcvImageLoader:
+    return FfcvImageLoader(ImageSet(BetonSource(beton), SIZE, flip=True), 5, seed=3, num_workers=2)
+
+
+@pytest.fixture
+def loader(shared: FfcvImageLoader) -> FfcvImageLoader:
+    """One for all tests, since each compiles; at its start, and with the settings that the fixture gave it."""
+    shared.images_seen, shared.seed, shared.rank, shared.world_size, shared.batch_size = 0, 3, 0, 1, 5
+    shared.images.crop, shared.images.on_error, shared.images.bad = "center", "raise", {}
+    return shared
+
+
+def pillow(beton: Path, crop: Any = "center") -> ImageLoader:
+    images = ImageSet(BetonSource(beton), SIZE, crop, flip=True)
+    return ImageLoader(images, 5, seed=3, decoder=pillow_decoder(images, 2))
+
+
+def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
+    return [index for batch in batches for index in batch.ids.tolist()]
+
+
+@needs_ffcv
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_batches_are_pillows(loader: FfcvImageLoader, beton: Path, crop: Any) -> None:
+    loader.images.crop = crop
+    mirrored = 0
+    for batch, expected in zip(islice(loader.stream(), 14), pillow(beton, crop).stream(), strict=False):
+        assert batch.images.shape == (5, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.images, expected.images)
+        requests = loader.images.requests(batch.ids, seed=3, epoch=0)
+        mirrored += sum(request.mirror for request in requests)
+    assert 0 < mirrored < 70 and loader.images_seen == 70
+
+
+@needs_ffcv
+def test_ranks_share_an_epoch_and_position_does_not_depend_on_their_number(loader: FfcvImageLoader) -> None:
+    alone = ids_of(loader)
+    assert sorted(alone) == list(range(COUNT)) and loader.epoch == 1
+    loader.world_size, loader.batch_size = 2, 3
+    parts = []
+    for rank in range(2):
+        loader.load_state_dict({"seed": 3, "images_seen": 0})
+        loader.rank = rank
+        parts.append(ids_of(loader))
+    assert parts[0] == alone[0::2] and parts[1] == alone[1::2]
+    loader.load_state_dict({"seed": 3, "images_seen": 0})
+    ids_of(islice(loader, 2))
+    state = loader.state_dict()
+    assert state["images_seen"] == 12
+    loader.rank, loader.world_size, loader.batch_size = 0, 1, 5
+    loader.load_state_dict(state)
+    assert ids_of(loader) == alone[12:]
+
+
+@needs_ffcv
+def test_a_batch_keeps_its_pixels_and_a_running_iterator_follows_load_state_dict(loader: FfcvImageLoader) -> None:
+    batches = loader.stream()
+    first = next(batches)
+    pixels = first.images.clone()
+    later = [next(batches) for _ in range(8)]
+    assert torch.equal(first.images, pixels)  # FFCV's own buffers are written again
+    loader.load_state_dict({"seed": 3, "images_seen": 5})
+    assert torch.equal(next(batches).images, later[0].images)
+    batches.close()
+
+
+@needs_ffcv
+def test_leaving_early_ends_the_threads(loader: FfcvImageLoader) -> None:
+    before = set(threading.enumerate())
+    num_threads = torch.get_num_threads()
+    for _ in range(3):
+        for _ in loader:
+            break
+    assert set(threading.enumerate()) == before and torch.get_num_threads() == num_threads
+    batches = loader.stream()
+    next(batches)
+    assert set(threading.enumerate()) != before
+    batches.close()
+    assert set(threading.enumerate()) == before
+
+
+@needs_ffcv
+def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
+    path = write(tmp_path / "raw.beton", (encode_image(picture(number), "raw") for number in range(8)))
+    code = (
+        "import sys, torch\n"
+        "torch.set_num_threads(2)\n"
+        "from vadit.data.beton_source import BetonSource\n"
+        "from vadit.data.images import ImageSet\n"
+        "from vadit.data.images_ffcv import FfcvImageLoader\n"
+        f"loader = FfcvImageLoader(ImageSet(BetonSource(sys.argv[1]), {SIZE}), 5, num_workers=2)\n"
+        "batches = loader.stream()\n"
+        "print(next(batches).images.shape[0], torch.get_num_threads())\n"
+    )
+    # Interpreted, not compiled: that takes most of the time, and the threads are the same.
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["5", "2"], "")
+
+
+def damaged(path: Path, index: int) -> Path:
+    source = BetonSource(path)
+    with open(path, "r+b") as file:
+        file.seek(int(source.ptrs[index]) + int(source.sizes[index]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+    return path
+
+
+@needs_ffcv
+@pytest.mark.parametrize("order", ["random", "quasi_random"])
+def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(beton: Path, tmp_path: Path, order: Any) -> None:
+    places = torch.arange(COUNT)
+    if order == "random":
+        ((_, ids),) = sample_ids(places, COUNT, 1)
+    else:
+        ids = PageOrder(BetonSource(beton)).ids(places, 0, 1)
+    expected = ids.tolist()
+    bad = expected[4], expected[9]
+    path = Path(shutil.copy(beton, tmp_path / "bad.beton"))
+    for index in bad:
+        damaged(path, index)
+    images = ImageSet(BetonSource(path), SIZE, on_error="raise", max_bad_share=0.2)
+    loader = FfcvImageLoader(images, COUNT, seed=1, num_workers=2, order=order)
+    with pytest.raises(RunError, match=rf"sample {bad[0]} of .*bad\.beton fails its checksum"):
+        next(iter(loader))
+    images.on_error = "skip"
+    (batch,) = loader
+    replaced = list(expected)
+    replaced[4], replaced[9] = expected[5], expected[10]
+    assert batch.ids.tolist() == replaced and sorted(images.bad) == sorted(bad)
+    loader.load_state_dict({"seed": 1, "images_seen": 0})
+    (again,) = loader
+    assert torch.equal(again.images, batch.images) and torch.equal(again.images[5], batch.images[4])
+    with pillow_decoder(images, 1)() as decoder:
+        whole = decoder.submit([Request(index) for index in replaced])().pixels
+    assert torch.equal(batch.images, whole.permute(0, 3, 1, 2))
+    images.max_bad_share = 0.01
+    images.bad = {}
+    loader.load_state_dict({"seed": 1, "images_seen": 0})
+    with pytest.raises(RunError, match="max_bad_share"):
+        next(iter(loader))
+
+
+@needs_ffcv
+def test_pillow_judges_what_turbojpeg_does_not_like(tmp_path: Path) -> None:
+    """Files without checksums (FFCV's own): a truncated JPEG is refused, one with a harmless flaw is not."""
+    whole = encode_image(picture(0), "jpg")
+    data = bytes(whole.data)
+    short = EncodedImage("jpg", whole.width, whole.height, data[: len(data) // 2])
+    flawed = EncodedImage("jpg", whole.width, whole.height, data[:-2] + b"abc" + data[-2:])
+    path = write(tmp_path / "odd.beton", [whole, short, flawed])
+    images = ImageSet(BetonSource(path), SIZE, on_error="skip", max_bad_share=0.5)
+    loader = FfcvImageLoader(images, 3, num_workers=1)
+    (batch,) = loader
+    assert sorted(images.bad) == [1] and "does not decode" in str(images.bad[1]) and 1 not in batch.ids.tolist()
+    plain = ImageSet(BetonSource(path), SIZE, on_error="skip", max_bad_share=0.5)
+    (expected,) = ImageLoader(plain, 3, decoder=pillow_decoder(plain, 1))
+    assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.images, expected.images)
+    os.truncate(path, MIN_PAGE_SIZE + 10)
+    with pytest.raises(RunError, match="cut short while it was in use"):
+        next(iter(loader))
+
+
+def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = BetonSource(beton)
+    for images, reason in (
+        (ImageSet(DebugSource(4, SIZE), SIZE), "debug:4 is none"),
+        (ImageSet(source, SIZE, "random_resized"), "random_resized scales"),
+        (ImageSet(source, SIZE - 1), rf"short side is {SIZE - 1} pixels, and .*images\.beton:0 has"),
+    ):
+        with pytest.raises(UsageError, match=rf"{reason}.*; set --data.loader torch"):
+            FfcvImageLoader(images, 2)
+    monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    assert "pip install 'vadit[ffcv]'" in why_not(ImageSet(source, SIZE))
+
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory: pytest.TempPathFactory) -> BetonSource:
+    """12 pages of three images, and one of a single image."""
+    pixels = bytes(480 * 480 * 3)
+    path = tmp_path_factory.mktemp("paged") / "images.beton"
+    return BetonSource(write(path, (EncodedImage("raw", 480, 480, pixels) for _ in range(37))))
+
+
+def test_quasi_random_order_is_a_permutation_of_few_pages_at_a_time(paged: BetonSource) -> None:
+    order = PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE)
+    assert order.num_pages == 13
+    orders = []
+    for epoch in range(3):
+        ids = order.ids(torch.arange(37), epoch, seed=5)
+        assert sorted(ids.tolist()) == list(range(37))
+        pages = (paged.ptrs[ids.numpy()] // MIN_PAGE_SIZE).tolist()
+        begin, windows = 0, []
+        while begin < 37:  # a window is three pages, each whole
+            window = next(end for end in range(begin + 1, 38) if end == 37 or len(set(pages[begin : end + 1])) > 3)
+            windows.append(set(pages[begin:window]))
+            begin = window
+        assert [len(window) for window in windows] == [3, 3, 3, 3, 1]
+        assert sum(len(window) for window in windows) == len(set().union(*windows))  # no page comes twice
+        orders.append(ids.tolist())
+    assert orders[0] != orders[1] != orders[2] and orders[0] != order.ids(torch.arange(37), 0, seed=6).tolist()
+
+
+def test_quasi_random_order_is_a_function_of_the_place(paged: BetonSource) -> None:
+    order, other = (PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE) for _ in range(2))
+    whole = order.ids(torch.arange(37), 4, seed=5)
+    for rank in range(3):
+        assert torch.equal(other.ids(torch.arange(rank, 37, 3), 4, seed=5), whole[rank::3])
+    assert [int(order.ids(torch.tensor([place]), 4, seed=5)[0]) for place in range(37)] == whole.tolist()
+
+
+def test_reading_ahead_asks_for_each_page_once(paged: BetonSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE)
+    asked: list[int] = []
+    monkeypatch.setattr(paged.file, "will_read", lambda ptr, size: asked.append(ptr // MIN_PAGE_SIZE))
+    with order.reading_ahead() as touch:
+        touch(torch.arange(0, 4), 0, 5)
+        touch(torch.arange(4, 37), 0, 5)
+        touch(torch.arange(30, 37), 0, 5)
+        for _ in range(1000):  # what was not asked for yet when the block ends is given up
+            if len(asked) == order.num_pages:
+                break
+            threading.Event().wait(0.01)
+    ids = order.ids(torch.arange(37), 0, 5).numpy()
+    in_order = list(dict.fromkeys((paged.ptrs[ids] // MIN_PAGE_SIZE).tolist()))
+    assert sorted(asked) == sorted(in_order) and set(asked[:3]) == set(in_order[:3])
+
+
+@needs_ffcv
+def test_quasi_random_batches(beton: Path) -> None:
+    images = ImageSet(BetonSource(beton), SIZE, flip=True)
+    loader = FfcvImageLoader(images, 5, seed=2, num_workers=2, order="quasi_random")
+    before = set(threading.enumerate())
+    batches = list(islice(loader.stream(), 12))
+    assert set(threading.enumerate()) == before
+    ids = ids_of(batches)
+    assert [sorted(ids[start : start + COUNT]) for start in (0, COUNT)] == [list(range(COUNT))] * 2
+    assert ids[:COUNT] != ids[COUNT : 2 * COUNT]
+    loader.load_state_dict({"seed": 2, "images_seen": 10})
+    assert ids_of(loader) == ids[10:COUNT]
+    with pillow_decoder(images, 1)() as decoder:
+        requests = images.requests(ids[:5], seed=2, epoch=0)
+        assert torch.equal(batches[0].images.permute(0, 2, 3, 1), decoder.submit(requests)().pixels)

@@ -1,0 +1,312 @@
+"""WebDataset shards: what is read from them, the index beside them, and the writer."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tar_files import blob, bytes_of, room_for, samples, with_checksum, write_shard, write_tar
+
+from vadit.data import tar_index, tar_shards
+from vadit.data.tar_index import BLOCK, index_path, split_name
+from vadit.data.tar_shards import TarShardWriter, TarSource, expand, find_shards, shard_name
+from vadit.errors import RunError, UsageError
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_of_a_folder_of_shards(kind: int, tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        write_tar(tmp_path / shard_name("train", number), samples(10 * number, 10), kind)
+    source = TarSource(tmp_path)
+    assert len(source) == 30 and source.name == str(tmp_path)
+    assert bytes_of(source) == [blob(number) for number in range(30)]
+    assert source.labels.tolist() == [number % 3 for number in range(30)]
+    assert source.classes == ["0", "1", "2"]
+    assert source.describe(17) == f"{tmp_path}/train-000001.tar:00017.jpg"
+    again = TarSource(tmp_path)
+    assert bytes_of(again) == bytes_of(source) and again.labels.tolist() == source.labels.tolist()
+
+
+def test_long_names_and_large_sizes_of_both_formats(tmp_path: Path) -> None:
+    folder = "a-very-long-folder-name/" * 12
+    for kind, extra in ((tarfile.GNU_FORMAT, "gnu"), (tarfile.PAX_FORMAT, "päx"), (tarfile.USTAR_FORMAT, "")):
+        name = f"{folder}{extra}" if extra else "f" * 90 + "/" + "n" * 60
+        path = write_tar(tmp_path / f"{kind}.tar", [(f"{name}.PNG", blob(1)), (f"{name}.cls", b" 1\n")], kind)
+        source = TarSource(path)
+        assert source.describe(0) == f"{path}:{name}.PNG"
+        assert bytes_of(source) == [blob(1)] and source.labels.tolist() == [1]
+
+
+def test_size_in_base_256_and_from_a_pax_header(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", blob(0, 700)), ("0.cls", b"0")])
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + (700).to_bytes(11, "big")
+    path.write_bytes(with_checksum(data, 0))
+    assert bytes_of(TarSource(path)) == [blob(0, 700)]
+    entry = tarfile.TarInfo("0.jpg")
+    entry.size, entry.pax_headers = 0, {"size": "700"}  # type: ignore[assignment]
+    head = entry.tobuf(tarfile.PAX_FORMAT)
+    path.write_bytes(head + blob(0, 700) + bytes(-700 % BLOCK) + bytes(2 * BLOCK))
+    assert bytes_of(TarSource(path)) == [blob(0, 700)]
+
+
+def test_labels_from_json_and_members_in_any_order(tmp_path: Path) -> None:
+    members = [
+        ("b.jpg", b"B"),
+        ("a.webp", b"A"),
+        ("c.left.png", b"C"),
+        ("a.json", json.dumps({"label": 2, "caption": "x"}).encode()),
+        ("b.json", json.dumps({"cls": 1}).encode()),
+        ("c.cls", b"0"),
+        ("c.json", b"not even read, since there is a .cls"),
+    ]
+    source = TarSource(write_tar(tmp_path / "a.tar", members))
+    assert bytes_of(source) == [b"B", b"A", b"C"] and source.labels.tolist() == [1, 2, 0]
+
+
+def test_harmless_members_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (("./", tarfile.DIRTYPE), ("./x.jpg/", tarfile.DIRTYPE), ("readme", tarfile.SYMTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            entry.linkname = "elsewhere"
+            archive.addfile(entry)
+        for name, data in [
+            ("./0.txt", b"a caption"),
+            ("./0.jpg", b"J"),
+            ("./._0.jpg", b"left by a Mac"),
+            ("./LICENSE", b"no extension"),
+            ("./0.npy", b"features"),
+            ("./1.json", b"{}"),  # an image that could not be fetched
+            ("./0.cls", b"4"),
+        ]:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    source = TarSource(path)
+    assert bytes_of(source) == [b"J"] and source.labels.tolist() == [4] and source.describe(0) == f"{path}:./0.jpg"
+
+
+def test_shards_without_any_label_are_one_class(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("0.json", b'{"url": "x"}')])
+    write_tar(tmp_path / "b.tar", [("1.jpg", b"1")])
+    source = TarSource(tmp_path)
+    assert source.classes == ["all"] and source.labels.tolist() == [0, 0]
+
+
+def test_names_of_classes_lie_beside_the_shards(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0, 4))
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    assert TarSource(path).classes == ["ant", "bee", "cat"]
+    (tmp_path / "classes.json").write_text('["dog", "elk", "fox", "gnu"]')
+    assert TarSource(tmp_path).classes == ["dog", "elk", "fox", "gnu"]
+    (tmp_path / "classes.json").write_text('["dog"]')
+    with pytest.raises(UsageError, match=r"names 1 classes, but .* holds the label 2"):
+        TarSource(tmp_path)
+    for content in ('{"0": "dog"}', "[1, 2]", "[", "[]"):
+        (tmp_path / "classes.json").write_text(content)
+        with pytest.raises(UsageError, match=r"classes.json"):
+            TarSource(tmp_path)
+
+
+def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
+    assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand("{b,a}{2..1}") == ["b2", "b1", "a2", "a1"]
+    assert expand("a{x}") == ["a{x}"]
+    for number in range(3):
+        write_tar(tmp_path / f"t-{number:03d}.tar", samples(number, 1))
+    assert bytes_of(TarSource(f"{tmp_path}/t-{{000..002}}.tar")) == [blob(0), blob(1), blob(2)]
+    assert find_shards(str(tmp_path / "t-001.tar")) == [tmp_path / "t-001.tar"]
+    with pytest.raises(UsageError, match=r"t-003.tar does not exist \(1 of the 4 shards"):
+        TarSource(f"{tmp_path}/t-{{000..003}}.tar")
+    with pytest.raises(UsageError, match="more than 1000000 shards"):
+        expand("{0..999}{0..999}{0..9}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"holds no .tar files"):
+        TarSource(tmp_path / "empty")
+    with pytest.raises(UsageError, match="does not exist"):
+        TarSource(tmp_path / "nothing.tar")
+    with pytest.raises(UsageError, match=r"holds no images .*jpg"):
+        TarSource(write_tar(tmp_path / "odd.tar", [("0.txt", b"text")]))
+
+
+def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        write_tar(tmp_path / shard_name("t", number), samples(40 * number, 40))
+    monkeypatch.setattr(tar_shards, "MAX_OPEN_SHARDS", 2)
+    source = TarSource(tmp_path)
+    order = list(range(240)) * 4
+    random.Random(0).shuffle(order)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [blob(number) for number in order]
+        assert set(pool.map(source.describe, order)) == {source.describe(index) for index in range(240)}
+    here = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert len([name for name in here if name.startswith(str(tmp_path))]) <= 2
+
+
+def test_a_source_travels_to_another_process(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(0, 5))
+    assert bytes_of(pickle.loads(pickle.dumps(TarSource(tmp_path)))) == [blob(number) for number in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------ the index
+
+
+def counted_walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    original = tar_index.walk
+
+    def walk(descriptor: int, num_bytes: int) -> tar_index.ShardIndex:
+        calls.append(num_bytes)
+        return original(descriptor, num_bytes)
+
+    monkeypatch.setattr(tar_index, "walk", walk)
+    return calls
+
+
+def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0, 5))
+    calls = counted_walks(monkeypatch)
+    TarSource(path)
+    TarSource(path)
+    assert len(calls) == 1
+    assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["a.tar", "a.tar.index"]
+
+
+def test_an_index_of_another_shard_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0, 5))
+    TarSource(path)
+    calls = counted_walks(monkeypatch)
+    # same size and names, another order of labels: only the time of change tells
+    write_tar(path, [(name, data if name.endswith("jpg") else b"2") for name, data in samples(0, 5)])
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+    assert TarSource(path).labels.tolist() == [2] * 5
+    write_tar(path, samples(5, 9))
+    assert bytes_of(TarSource(path)) == [blob(number) for number in range(5, 14)]
+    assert len(calls) == 2
+
+
+def test_every_damage_of_an_index_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0, 4))
+    TarSource(path)
+    whole = index_path(path).read_bytes()
+    calls = counted_walks(monkeypatch)
+    draw = random.Random(0)
+    damaged = [whole[:size] for size in (0, 5, 30, len(whole) // 2, len(whole) - 1)] + [whole + b"\0"]
+    for _ in range(40):
+        changed = bytearray(whole)
+        changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        index_path(path).write_bytes(content)
+        source = TarSource(path)
+        assert bytes_of(source) == [blob(number) for number in range(4)] and source.labels.tolist() == [0, 1, 2, 0]
+        assert index_path(path).read_bytes() == whole
+    assert len(calls) == len(damaged)
+
+
+def test_a_folder_that_cannot_be_written_to_goes_without_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0, 4))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert len(TarSource(path)) == 4
+    monkeypatch.undo()
+    with room_for(100):
+        assert len(TarSource(path)) == 4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar"]
+
+
+# ------------------------------------------------------------------------------------------------ the writer
+
+
+def test_what_is_written_is_read_by_tarfile_and_by_us(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / shard_name("t", 0))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["t-000000.tar", "t-000000.tar.index"]
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+        assert names[:3] == ["00000000.jpg", "00000000.cls", "00000001.jpg"] and names[-1] == ".vadit.json"
+        assert split_name(names[-1].encode())[0] == b""  # WebDataset has no key for it, and passes over it
+        entry = archive.getmember("00000002.jpg")
+        assert (entry.mtime, entry.uid, entry.mode) == (0, 0, 0o644)
+        stream = archive.extractfile(entry)
+        assert stream is not None and stream.read() == blob(2)
+    source = TarSource(path)
+    assert bytes_of(source) == [blob(number) for number in range(4)] and source.labels.tolist() == [0, 1, 2, 0]
+    index = tar_index.shard_index(path)
+    assert index.note == {"format": "vadit-tar-shard", "settings": "x", "images": 4}
+    assert index.records["checked"].all()
+    assert index.records["crc32"].tolist() == [zlib.crc32(blob(number)) for number in range(4)]
+
+
+def test_bytes_do_not_depend_on_when_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_shard(tmp_path / "a.tar").read_bytes()
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    assert write_shard(tmp_path / "other" / "b.tar").read_bytes() == first
+    long_key = "k" * 150
+    with TarShardWriter(tmp_path / "c.tar") as writer:
+        writer.add(long_key, "png", b"x", 1)
+    assert TarSource(tmp_path / "c.tar").describe(0).endswith(f"c.tar:{long_key}.png")
+
+
+@pytest.mark.parametrize("keep_index", [True, False])
+def test_a_changed_image_fails_its_checksum(keep_index: bool, tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar")
+    status, data = path.stat(), bytearray(path.read_bytes())
+    place = data.index(blob(2))
+    data[place] ^= 1
+    path.write_bytes(data)
+    if keep_index:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        index_path(path).unlink()
+    source = TarSource(path)
+    assert source.read(1) == blob(1)
+    with pytest.raises(RunError, match=r"a.tar:00000002.jpg fails its checksum"):
+        source.read(2)
+
+
+def test_a_shard_is_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), TarShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("0", "jpg", b"x", 0)
+        raise KeyError("of the caller")
+    for num_bytes in (0, 1000, 5000):
+        with pytest.raises(RunError, match=r"a.tar cannot be written \(.*\); make room"), room_for(num_bytes):
+            write_shard(tmp_path / "a.tar", 40)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        write_shard(tmp_path / "file" / "a.tar")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_samples_that_could_not_be_read_back_are_refused(tmp_path: Path) -> None:
+    with TarShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("0", "jpg", b"x", 0)
+        for key, extension, label in (
+            ("0", "jpg", 0),
+            ("1.2", "jpg", 0),
+            ("", "jpg", 0),
+            ("1", "exe", 0),
+            ("1", "jpg", -1),
+        ):
+            with pytest.raises(ValueError, match=r"key|label"):
+                writer.add(key, extension, b"x", label)
+    assert writer.num_images == 1 and len(TarSource(tmp_path)) == 1
+    with TarShardWriter(tmp_path / "b.tar"):
+        pass
+    assert len(TarSource(tmp_path)) == 1  # a shard without samples is passed over
