@@ -212,9 +212,9 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
-def _commit() -> str:
-    """The commit measured; "+" marks sources that differ from it."""
-    changed = _git("status", "--porcelain", "--", "../csrc", "../kernels", "../benchmarks/*.py")
+def commit(*sources: str) -> str:
+    """The commit measured; "+" marks sources (relative to this folder) that differ from it."""
+    changed = _git("status", "--porcelain", "--", *sources)
     return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -237,7 +237,7 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
     clock = Clock(options.device)
     stamp = {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit("../csrc", "../kernels", "../benchmarks/*.py"),
         "hardware": hardware(options.device),
         "threads": options.threads,
         "versions": _versions(options.device),

@@ -1,0 +1,148 @@
+"""vadit prepare: data in a form that loads faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from vadit.arguments import parse
+from vadit.config import ImageDataSpec
+from vadit.errors import UsageError
+
+NAMED_BAD = 10
+NAMED_CLASSES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareImagesOptions:
+    """Scale images once and write them as a .beton or WebDataset shards; the same command goes on where it stopped."""
+
+    source: Positional[str]
+    """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
+    out: Positional[str]
+    """Result: NAME.beton, or a folder for shards."""
+    format: Literal["beton", "webdataset"] | None = None
+    """beton: one file for FFCV; webdataset: .tar shards; default: by the name of the result."""
+    size: int = 256
+    """Short side in pixels, by the rule of the centre crop; nothing is cut off. 0: images as they are."""
+    encode: Literal["raw", "jpeg", "png"] | None = None
+    """raw: pixels (beton; exact, 0.2 MB at 256 x 256); jpeg: 4:4:4; png (webdataset; exact). Default: raw, jpeg."""
+    quality: int = 95
+    """Of JPEGs."""
+    shard_size: int = 5_000
+    """Images per shard (webdataset)."""
+    num_workers: int | None = None
+    """Processes that decode and encode; default: all cores."""
+    labels_file: str | None = None
+    """File with a line "NAME LABEL" per image of a flat folder."""
+    on_error: Literal["raise", "skip"] = "skip"
+    """What to do with an image that does not decode: stop and name it, or leave it out and list it."""
+    max_bad_share: float = ImageDataSpec.max_bad_share
+    """With --on-error skip: the share of bad images above which the command fails at its end."""
+    verify: Literal["decode", "checksum", "none"] = "decode"
+    """Read everything back at the end: and decode every image, or only compare checksums, or not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareLatentsOptions:
+    """Write a folder of latents as one .beton."""
+
+    source: Positional[str]
+    """Folder of latents."""
+    out: Positional[str]
+    """Result: NAME.beton."""
+
+
+def run(arguments: list[str]) -> None:
+    """Prepare what the first argument names."""
+    kinds: dict[str, tuple[Callable[[list[str]], None], type]] = {
+        "images": (_prepare_images, PrepareImagesOptions),
+        "latents": (_prepare_latents, PrepareLatentsOptions),
+    }
+    what = next(iter(arguments), "")
+    if what in ("-h", "--help"):
+        print("usage: vadit prepare images|latents SOURCE OUT [--setting value ...]\n")
+        for kind, (_, options) in kinds.items():
+            print(f"  {kind:<8} {options.__doc__}")
+        return
+    if what not in kinds:
+        raise UsageError(f"vadit prepare needs images or latents first, found {what!r}")
+    kinds[what][0](arguments[1:])
+
+
+def _prepare_images(arguments: list[str]) -> None:
+    options = parse(PrepareImagesOptions, arguments, command="prepare images")
+    from vadit.metrics import ProgressBar
+    from vadit.prepare import prepare_images
+
+    spec = ImageDataSpec(
+        path=options.source,
+        labels_file=options.labels_file,
+        on_error=options.on_error,
+        max_bad_share=options.max_bad_share,
+    )
+    bars: dict[str, ProgressBar] = {}
+    with ExitStack() as stack:
+
+        def progress(title: str, done: int, total: int) -> None:
+            if title not in bars:
+                bars[title] = stack.enter_context(ProgressBar(title, total, done=done))
+            bars[title].update(done)
+            if done == total:  # one bar at a time
+                stack.pop_all().close()
+
+        summary = prepare_images(
+            spec,
+            options.out,
+            format=options.format,
+            size=options.size,
+            encode=options.encode,
+            quality=options.quality,
+            shard_size=options.shard_size,
+            num_workers=options.num_workers,
+            verify=options.verify,
+            progress=progress,
+        )
+    for place, why in list(summary.bad.items())[:NAMED_BAD]:
+        print(f"left out: {place}: {why}")
+    if summary.bad:
+        print(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
+    names = ", ".join(f"{label} {name}" for label, name in enumerate(summary.classes[:NAMED_CLASSES]))
+    more = ", ..." if len(summary.classes) > NAMED_CLASSES else ""
+    print(f"{len(summary.classes):,} classes, in this order: {names}{more}")
+    print(
+        f"{options.out}: {summary.num_images:,} images, {_size(summary.num_bytes)} "
+        f"({_size(summary.num_bytes / max(summary.num_images, 1))} each); {summary.num_new:,} made now, "
+        f"{summary.images_per_s:,.1f} images/s; "
+        + {"decode": "all decoded again", "checksum": "all checksums compared", "none": "not verified"}[options.verify]
+    )
+
+
+def _prepare_latents(arguments: list[str]) -> None:
+    options = parse(PrepareLatentsOptions, arguments, command="prepare latents")
+    from vadit.metrics import ProgressBar
+    from vadit.prepare_latents import prepare_latents
+
+    with ExitStack() as stack:
+        bars: list[ProgressBar] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(ProgressBar("prepare", total)))
+            bars[0].update(done)
+
+        count = prepare_latents(options.source, options.out, progress=progress)
+    print(f"{options.out}: {count:,} latents; all checksums compared")
+
+
+def _size(num_bytes: float) -> str:
+    """A size for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
