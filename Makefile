@@ -6,33 +6,38 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+LOADERS := $(VENV)/.loaders
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The checkout's folder must not shadow installed packages (kernels/ is the name of another one).
 export PYTHONSAFEPATH := 1
 # DeepSpeed's setup.py imports a module beside it, which that variable would hide.
 PIP := env -u PYTHONSAFEPATH python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-faults lint bench clean
 
 help:
-	@echo "make demo   train, sample and evaluate the whole system on digits, in minutes (runs/demo)"
-	@echo "make test   lint and tests"
-	@echo "make lint   ruff, mypy and the layers of the package"
-	@echo "make bench  the benchmarks of this machine"
-	@echo "make clean  remove the environment and everything built (runs/ stays)"
+	@echo "make demo         train, sample and evaluate the whole system on digits, in minutes (runs/demo)"
+	@echo "make test         lint and tests"
+	@echo "make test-faults  runs that are killed, starved and corrupted, for some minutes"
+	@echo "make lint         ruff, mypy and the layers of the package"
+	@echo "make bench        the benchmarks of this machine"
+	@echo "make clean        remove the environment and everything built (runs/ stays)"
 
 demo: $(STAMP)
 	vadit demo $(ARGS)
 
-test: lint
+test: lint $(LOADERS)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 $(ARGS)
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m faults $(ARGS)
 
 lint: $(STAMP)
 	ruff check .
 	mypy
 	lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) $(LOADERS)
 	for script in benchmarks/bench_*.py; do echo "== $$script"; env -u PYTHONSAFEPATH python "$$script" $(ARGS); done
 
 clean:
@@ -59,4 +64,11 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(shell find csrc -type f) | $
 	@echo "installing vadit and what it needs into $(VENV): about 6 GB, some minutes"
 	@$(PIP) setuptools wheel torch
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# DALI and FFCV, which the tests and benchmarks of the loaders run where they are there.
+$(LOADERS): constraints.txt .ci/install_ffcv | $(STAMP)
+	@echo "installing DALI and FFCV into $(VENV)"
+	@$(PIP) nvidia-dali-cuda130
+	@env -u PYTHONSAFEPATH bash .ci/install_ffcv -c constraints.txt
 	@touch $@
