@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-LOADERS := $(VENV)/.loaders
+TESTED := $(VENV)/.tested
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The checkout's folder must not shadow installed packages (kernels/ is the name of another one).
 export PYTHONSAFEPATH := 1
@@ -26,10 +26,10 @@ help:
 demo: $(STAMP)
 	vadit demo $(ARGS)
 
-test: lint $(LOADERS)
+test: lint $(TESTED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 $(ARGS)
 
-test-faults: $(STAMP)
+test-faults: $(STAMP) $(TESTED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 -m faults $(ARGS)
 
 lint: $(STAMP)
@@ -37,7 +37,7 @@ lint: $(STAMP)
 	mypy
 	lint-imports
 
-bench: $(STAMP) $(LOADERS)
+bench: $(STAMP) $(TESTED)
 	for script in benchmarks/bench_*.py; do echo "== $$script"; env -u PYTHONSAFEPATH python "$$script" $(ARGS); done
 
 clean:
@@ -66,9 +66,13 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(shell find csrc -type f) | $
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# DALI and FFCV, which the tests and benchmarks of the loaders run where they are there.
-$(LOADERS): constraints.txt .ci/install_ffcv | $(STAMP)
+# What tests and benchmarks run where it is there: DALI, FFCV, a linter of shell scripts, network namespaces.
+$(TESTED): constraints.txt .ci/install_ffcv | $(STAMP)
 	@echo "installing DALI and FFCV into $(VENV)"
+	@if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null && ! { command -v shellcheck && command -v ip; } >/dev/null; then \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends shellcheck iproute2 >/dev/null; \
+	fi
 	@$(PIP) nvidia-dali-cuda130
 	@env -u PYTHONSAFEPATH bash .ci/install_ffcv -c constraints.txt
 	@touch $@

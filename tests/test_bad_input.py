@@ -75,7 +75,7 @@ def test_full_disk_leaves_no_weights(
     assert cli.main(arguments) == 0
 
 
-@pytest.mark.parametrize("num_bytes", [2_000, 10_000, 400_000])
+@pytest.mark.parametrize("num_bytes", [3_000, 10_000, 400_000])
 def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(
     num_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +95,7 @@ def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_weights_have_the_permissions_of_any_new_file(house: Path) -> None:
-    for file in ("exported/model.safetensors", "run/checkpoints/step-00000002/model.safetensors"):
+    for file in ("exported/model.safetensors", "run/checkpoints/step-00000002/model-00000-of-00001.safetensors"):
         assert (house / file).stat().st_mode == (house / "exported" / "config.json").stat().st_mode, file
 
 

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import checkpoint_worker as worker
 import pytest
 import torch
-from safetensors.torch import load_file
+from checkpoint_worker import SHARE, assert_same_end, flip, log, names
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit.config import OptimizerSpec
 from vadit.errors import RunError, UsageError
-from vadit.train import checkpoint, dit, loop, tokenizer
+from vadit.train import checkpoint, dit, loop, runs, tokenizer
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 
-EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 3}
 WORKER = Path(__file__).parent / "training_worker.py"
 
 
-def log(folder: Path) -> list[dict[str, float]]:
-    """The log points, without the clock's part."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
-
-
-def assert_same_end(found: Path, expected: Path) -> None:
-    """Two runs logged the same losses and have the same last weights, averages and position: bit by bit."""
-    assert log(found) == log(expected)
-    ends = [checkpoint.newest(folder / "checkpoints") for folder in (found, expected)]
-    assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
-    names = sorted(path.name for path in ends[1].glob("*.safetensors"))
-    assert names == sorted(path.name for path in ends[0].glob("*.safetensors"))
-    for name in names:
-        one, other = load_file(ends[0] / name), load_file(ends[1] / name)
-        assert one.keys() == other.keys()
-        assert [key for key in one if not torch.equal(one[key], other[key])] == [], name
-
-
-def stop_in_step(module: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_in_step(module: ModuleType, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let SIGTERM arrive in the middle of a step."""
     original, calls = module.train_step, 0
 
@@ -59,36 +41,73 @@ def stop_in_step(module: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "train_step", step)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stood on the screen, without blanks: rich folds lines anywhere."""
+    return "".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------------------------ going on
 
+SHORT = [
+    ("dit", 0, "fp32"),
+    ("dit", 1, "bf16"),
+    ("dit", 3, "fp32"),
+    ("tokenizer", 1, "autocast"),
+    ("tokenizer", 2, "bf16"),
+]
+# All of ZeRO 1 to 3 in fp32 and bf16 go through test_distributed_training.py, on two processes.
+LONG = [
+    ("dit", 0, "autocast"),
+    ("dit", 3, "bf16"),
+    ("tokenizer", 0, "fp32"),
+    ("tokenizer", 3, "fp32"),
+    ("tokenizer", 3, "autocast"),
+]
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_generator_goes_on_after_a_stop(zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = dit.train(tiny_dit(tmp_path / "straight", zero_stage=zero_stage))
-    config = tiny_dit(tmp_path / "stopped", zero_stage=zero_stage)
+
+def check_stop(network: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **engine: Any) -> None:
+    """A run that is stopped in its third step and one that is not are the same in the end."""
+    trainers: dict[str, Any] = {"dit": (dit, tiny_dit), "tokenizer": (tokenizer, tiny_tokenizer)}
+    module, make = trainers[network]
+    engine = {"ema_decays": (0.9, 0.5), **engine}
+    straight = module.train(make(folder / "straight", steps=4, **engine))
+    config = make(folder / "stopped", steps=4, **engine)
     with monkeypatch.context() as patch:
-        stop_in_step(dit, 2, patch)
-        with pytest.raises(loop.Stopped, match="stopped after 8 images and saved; the same command goes on"):
-            dit.train(config)
-    assert names(tmp_path / "stopped") == ["step-00000002"]
-    assert_same_end(dit.train(config), straight)
+        stop_in_step(module, 3, patch)  # a discriminator has taken steps, too
+        with pytest.raises(loop.Stopped, match="stopped after 12 images and saved"):
+            module.train(config)
+    assert names(folder / "stopped") == ["step-00000002", "step-00000003"]
+    assert_same_end(module.train(config), straight)
     before = log(straight)
-    dit.train(config)  # a run at its end has nothing to do
-    assert log(tmp_path / "stopped") == before
+    module.train(config)  # a run at its end has nothing to do
+    assert log(folder / "stopped") == before
 
 
-def test_tokenizer_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = tokenizer.train(tiny_tokenizer(tmp_path / "straight", steps=4, ema_decays=(0.9,)))
-    config = tiny_tokenizer(tmp_path / "stopped", steps=4, ema_decays=(0.9,))
-    with monkeypatch.context() as patch:
-        stop_in_step(tokenizer, 3, patch)  # the discriminator has taken steps, too
-        with pytest.raises(loop.Stopped):
-            tokenizer.train(config)
-    assert_same_end(tokenizer.train(config), straight)
+@pytest.mark.parametrize(("network", "stage", "precision"), SHORT)
+def test_a_run_goes_on_after_a_stop(
+    network: str, stage: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision=precision)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("network", "stage", "precision"), LONG)
+def test_more_runs_go_on_after_a_stop(
+    network: str, stage: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision=precision)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("network", "stage", "weights"),
+    [("dit", 1, False), ("dit", 3, True), ("tokenizer", 2, False), ("tokenizer", 3, True)],
+)
+def test_an_offloaded_run_goes_on_after_a_stop(
+    network: str, stage: int, weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"offload_optimizer": True, "offload_weights": weights}
+    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision="bf16", **settings)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
@@ -107,76 +126,104 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ damage
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1, 2 and 3 of the small networks."""
+    return worker.three_checkpoints(tmp_path_factory.mktemp("three") / "checkpoints")
+
+
+@pytest.fixture
+def folder(three: Path, tmp_path: Path) -> Path:
+    shutil.copytree(three, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+DAMAGE: list[tuple[Any, str]] = [
+    (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    (lambda path: (path / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
+    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest.json"),
+    (lambda path: (path / "manifest.json").unlink(), "no readable manifest.json"),
+    (lambda path: (path / "manifest.json").write_text('{"state.json": {"bites": 3}}'), "no readable manifest.json"),
+    (lambda path: os.truncate(path / SHARE, 1000), f"{SHARE} has 1000 bytes instead of"),
+    (lambda path: (path / SHARE).unlink(), f"{SHARE} is missing"),
+    (lambda path: flip(path / SHARE), f"{SHARE} has changed"),
+    (lambda path: flip(path / SHARE.replace("model", "critic")), "critic-00000-of-00001.safetensors has changed"),
+]
+
+
+@pytest.mark.parametrize(("damage", "fault"), DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Any, fault: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_dit(tmp_path / "run", run=EVERY_STEP)
-    dit.train(config)
-    assert names(tmp_path / "run") == ["step-00000002", "step-00000003", "step-00000004"]  # keep_checkpoints 3
-    before = log(tmp_path / "run")
-    file = tmp_path / "run/checkpoints/step-00000004/model.safetensors"
-    weights = {name: value.clone() for name, value in load_file(file).items()}  # load_file maps the file itself
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
+    assert checkpoint.newest(folder) == folder / "step-00000003"
+    damage(folder / "step-00000003")
     capsys.readouterr()
-    dit.train(config)
-    told = "".join(capsys.readouterr().err.split())
-    assert "step-00000004isdamaged" in told and "model.safetensorshaschanged" in told
-    assert log(tmp_path / "run") == before
-    again = load_file(file)
-    assert all(torch.equal(again[name], value) for name, value in weights.items())
-
-
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (lambda path: (path / "state.json").unlink(), "state.json is missing"),
-        (lambda path: (path / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
-        (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest.json"),
-    ],
-)
-def test_every_damage_has_its_words(
-    damage: Any, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dit.train(tiny_dit(tmp_path, steps=2, run=EVERY_STEP))
-    folder = tmp_path / "checkpoints"
     assert checkpoint.newest(folder) == folder / "step-00000002"
-    damage(folder / "step-00000002")
-    capsys.readouterr()
-    assert checkpoint.newest(folder) == folder / "step-00000001"
-    assert fault.replace(" ", "") in "".join(capsys.readouterr().err.split())  # rich folds lines anywhere
+    text = told(capsys)
+    assert fault.replace(" ", "") in text and "step-00000003isdamaged" in text and text.count("isdamaged") == 1
 
 
-def test_a_partial_folder_does_not_count(tmp_path: Path) -> None:
-    config = tiny_dit(tmp_path, steps=2, run=EVERY_STEP)
-    partial = tmp_path / "checkpoints" / "step-00000001.partial"
-    partial.mkdir(parents=True)
-    (partial / "junk").write_text("half a checkpoint")
-    assert checkpoint.newest(tmp_path / "checkpoints") is None
-    dit.train(config)
-    assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    assert not (tmp_path / "checkpoints/step-00000001/junk").exists()
+def test_a_run_goes_on_from_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    straight = worker.plain(4)[0]
+    flip(folder / "step-00000003" / SHARE)
+    run = worker.Run(folder, 1)
+    run.restore()
+    assert run.step == 2 and run.train(4) == pytest.approx(straight[2:], rel=1e-5)
+    # Where it restores once more, nothing of what it did since is left.
+    run.restore()
+    assert run.step == 2 and run.train(4) == pytest.approx(straight[2:], rel=1e-5)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = dit.train(tiny_dit(tmp_path / "straight", run=EVERY_STEP))
-    config = tiny_dit(tmp_path / "full", run=EVERY_STEP)
-    original, calls = Engine.save, 0
+def test_where_all_are_damaged_nothing_starts_anew(folder: Path) -> None:
+    for path in folder.iterdir():
+        flip(path / SHARE)
+    with pytest.raises(RunError, match=r"none of the 3 checkpoints in .* is whole; put a copy .* or delete them"):
+        worker.Run(folder, 1).restore()
 
-    def save(engine: Engine, folder: Path, name: str) -> None:
-        nonlocal calls
-        calls += 1
-        original(engine, folder, name)
-        if calls == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "save", save)
-        with pytest.raises(RunError, match=r"step-00000002 could not be written .*No space left on device.*free some"):
-            dit.train(config)
-    assert names(tmp_path / "full") == ["step-00000001"]
-    assert_same_end(dit.train(config), straight)
+def test_files_are_hashed_once_and_only_to_restore(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def digest(path: Path) -> str:
+        hashed.append(path)
+        return checkpoint._digest_of(path, -1)
+
+    monkeypatch.setattr(checkpoint, "_digest", digest)
+    assert runs.has_checkpoint(folder.parent) and hashed == []
+    run = worker.Run(folder, 1)
+    run.restore()
+    assert sorted(hashed) == sorted(
+        path for path in (folder / "step-00000003").iterdir() if path.name != "manifest.json"
+    )
+    run.train(4)
+    run.save(wait=True)
+    assert len(hashed) == 3
+
+
+def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
+    (folder / "step-00000004.partial").mkdir()
+    (folder / "step-00000004.partial" / "junk").write_text("half a checkpoint")
+    (folder / "step-00000001.old.partial").mkdir()
+    # Killed between the two renames that replace a checkpoint: the old one counts.
+    os.replace(folder / "step-00000003", folder / "step-00000003.replaced.partial")
+    assert checkpoint.newest(folder) == folder / "step-00000002"
+    run = worker.Run(folder, 1)
+    run.restore()
+    assert run.step == 3
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-0000000{number}" for number in (1, 2, 3)]
+    run.train(4)
+    run.save(wait=True)
+    assert not (folder / "step-00000004" / "junk").exists()
+
+
+def test_a_checkpoint_of_an_earlier_vadit_is_refused(folder: Path) -> None:
+    old = folder / "step-00000009"
+    old.mkdir()
+    (old / "state.json").write_text(json.dumps({"step": 9}))
+    entry = {"bytes": (old / "state.json").stat().st_size, "sha256": checkpoint._digest(old / "state.json")}
+    (old / "manifest.json").write_text(json.dumps({"state.json": entry}))
+    with pytest.raises(UsageError, match=r"step-00000009 was written by an earlier vadit.*start anew with"):
+        worker.Run(folder, 1).restore()
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -184,33 +231,49 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     dit.train(tiny_dit(tmp_path, steps=1))
-    with pytest.raises(UsageError, match=r"engine\.zero_stage 1, this command says 3; give --engine\.zero-stage 1"):
-        dit.train(tiny_dit(tmp_path, steps=1, zero_stage=3))
+    with pytest.raises(
+        UsageError, match=r"engine\.precision 'fp32', this command says 'bf16'; give --engine\.precision"
+    ):
+        dit.train(tiny_dit(tmp_path, steps=1, precision="bf16"))
     with pytest.raises(UsageError, match=r"run\.total_images 4, this command says 8"):
         dit.train(tiny_dit(tmp_path, steps=2))
-    # What only says when to tell and keep may change.
+    # What only says when to tell and keep, or how the work is spread, may change.
     dit.train(tiny_dit(tmp_path, steps=1, run={"log_every_images": 100, "keep_checkpoints": 7}))
+    dit.train(tiny_dit(tmp_path, steps=1, zero_stage=3))
 
 
-def test_another_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_network_is_refused(tmp_path: Path) -> None:
     dit.train(tiny_dit(tmp_path, steps=1))
-    folder = tmp_path / "checkpoints"
+    folder, spec = tmp_path / "checkpoints", tiny_dit(tmp_path).engine
 
-    def fresh(zero_stage: int) -> dict[str, Any]:
-        config = tiny_dit(tmp_path, zero_stage=zero_stage)
+    def fresh(decays: tuple[float, ...] = (), name: str = "model") -> checkpoint.Checkpoints:
         network = torch.nn.Linear(2, 2)
-        engine = Engine(
-            network, optimizer=OptimizerSpec(), spec=config.engine, global_batch=BATCH, device=torch.device("cpu")
-        )
-        return {"engines": {"model": engine}, "ema": ShardedEMA(engine, ())}
+        engine = Engine(network, optimizer=OptimizerSpec(), spec=spec, global_batch=BATCH, device=torch.device("cpu"))
+        return checkpoint.Checkpoints(folder, engines={name: engine}, ema=ShardedEMA(engine, decays), keep=1)
 
-    with pytest.raises(UsageError, match=r"written by 1 processes with engine\.zero_stage 1, this run has 1 and 2"):
-        checkpoint.restore(folder, **fresh(2))
-    same = fresh(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.distributed, "world_size", lambda: 2)
-        with pytest.raises(UsageError, match=r"written by 1 processes .* this run has 2 and 1"):
-            checkpoint.restore(folder, **same)
-    with pytest.raises(UsageError, match="does not fit this run's config"):  # another network altogether
-        checkpoint.restore(folder, **same)
-    assert checkpoint.restore(tmp_path / "nothing", **same) is None
+    with pytest.raises(UsageError, match=r"does not fit this run's config \(bias is missing there and \(2,\) here\)"):
+        fresh().restore()
+    with pytest.raises(UsageError, match="holds no network called critic"):
+        fresh(name="critic").restore()
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def test_an_average_that_was_not_kept_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "DECAYS", (0.9, 0.25))
+    with pytest.raises(UsageError, match=r"has no average with decay 0\.25"):
+        worker.Run(folder, 1).restore()
+
+
+def test_a_state_that_cannot_be_cut_serves_the_same_sharding_alone(tmp_path: Path) -> None:
+    run = worker.Run(tmp_path, 1)
+    run.train(2)
+    states = run.engines["model"].optimizer_states()
+    states[0] |= {"blocks": torch.arange(3.0), "count": 7}
+    run.engines["model"].set_optimizer_states(states)
+    run.save(wait=True)
+    same = worker.Run(tmp_path, 2)  # which cuts a process alone as ZeRO 1 does
+    same.restore()
+    (state,) = same.engines["model"].optimizer_states()
+    assert torch.equal(state["blocks"], torch.arange(3.0)) and state["count"] == 7
+    with pytest.raises(UsageError, match=r"\(blocks\) that only 1 processes at the same engine\.zero_stage can go on"):
+        worker.Run(tmp_path, 0).restore()

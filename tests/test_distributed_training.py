@@ -10,19 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from checkpoint_worker import assert_same_end
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
-from vadit.train import checkpoint
+from vadit.train.runs import read_weights
 
 WORKER = Path(__file__).parent / "training_worker.py"
 STAGES = (1, 2, 3)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders dit-K and tokenizer-K of two processes at ZeRO K, from one launch."""
-    out = tmp_path_factory.mktemp("ranks")
+def launch(task: str, out: Path) -> None:
+    """Let two processes do a task of the worker."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,9 +28,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {name: value for name, value in os.environ.items() if name not in alone}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
-    command = [*launcher, "--master_port", str(port), str(WORKER), "ranks", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    command = [*launcher, "--master_port", str(port), str(WORKER), task, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders dit-K and tokenizer-K of two processes at ZeRO K, and two resumed ones, from one launch."""
+    out = tmp_path_factory.mktemp("ranks")
+    launch("ranks", out)
     return out
 
 
@@ -40,9 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generator_on_two_processes_is_one_of_the_same_batch(zero_stage: int, runs: Path) -> None:
     expected, weights = plain_dit(tiny_dit(runs), world_size=2)
     assert logged(runs / f"dit-{zero_stage}") == pytest.approx(expected, rel=1e-5)
-    path = checkpoint.newest(runs / f"dit-{zero_stage}" / "checkpoints")
-    assert path is not None and len(list(path.glob("random-*.pt"))) == 2
-    state = load_file(path / "model.safetensors")
+    state, path = read_weights(runs / f"dit-{zero_stage}")
+    assert len(list(path.glob("model-*-of-00002.safetensors"))) == 2
     assert state.keys() == weights.keys()
     for name, value in weights.items():
         assert (state[name] - value).norm() <= 1e-3 * value.norm() + 1e-3, name
@@ -63,3 +67,20 @@ def test_zero_stages_agree(network: str, runs: Path) -> None:
     curves = [logged(runs / f"{network}-{zero_stage}") for zero_stage in STAGES]
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
     assert curves[2] == pytest.approx(curves[0], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("network", ["dit", "tokenizer"])
+def test_two_processes_go_on_to_the_bit(network: str, runs: Path) -> None:
+    assert_same_end(runs / f"{network}-resumed" / "killed", runs / f"{network}-resumed" / "straight")
+
+
+@pytest.mark.faults
+def test_every_run_of_two_processes_goes_on_to_the_bit(tmp_path: Path) -> None:
+    launch("resumed", tmp_path)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 12
+    for folder in folders:
+        assert_same_end(folder / "killed", folder / "straight")

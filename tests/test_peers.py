@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
 from vadit import memory
@@ -24,7 +23,7 @@ from vadit.config import DiTConfig, EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
-from vadit.train import checkpoint, dit, engine, export, float8, optimizers, tokenizer
+from vadit.train import dit, engine, export, float8, optimizers, runs, tokenizer
 
 CPU = torch.device("cpu")
 
@@ -89,10 +88,8 @@ def chosen(folder: Path, setting: str) -> dict[str, str]:
     return values
 
 
-def last_weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    path = checkpoint.newest(folder / "checkpoints")
-    assert path is not None
-    return load_file(path / name)
+def last_weights(folder: Path, ema: float | None = None) -> dict[str, torch.Tensor]:
+    return runs.read_weights(folder, ema=ema)[0]
 
 
 class Killed(Exception):
@@ -301,8 +298,8 @@ def test_float8_trains_near_bf16_and_exports_alike(
     assert chosen(tmp_path / "float8", "engine.float8")["name"] == recipe
     assert logged(tmp_path / "float8") == pytest.approx(logged(tmp_path / "plain"), rel=0.01)
     assert logged(tmp_path / "float8") != logged(tmp_path / "plain")
-    for name in ("model.safetensors", "ema-0.9.safetensors"):
-        expected, found = last_weights(tmp_path / "plain", name), last_weights(tmp_path / "float8", name)
+    for ema in (None, 0.9):
+        expected, found = last_weights(tmp_path / "plain", ema), last_weights(tmp_path / "float8", ema)
         assert {key: (value.shape, value.dtype) for key, value in found.items()} == {
             key: (value.shape, value.dtype) for key, value in expected.items()
         }

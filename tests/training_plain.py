@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vadit import rng
 from vadit.config import DiTConfig, TokenizerConfig
-from vadit.data.images_torch import ImageLoader, open_images
 from vadit.data.latents import LatentLoader, open_latents
+from vadit.data.loaders import open_images, open_loader
 from vadit.data.transforms import to_signed
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
@@ -28,6 +28,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.objectives import flow
 from vadit.recipes import get_recipe
 from vadit.train import runs
+from vadit.train.engine import Engine
 
 BATCH = 4
 
@@ -63,6 +64,17 @@ def tiny_tokenizer(
 def logged(folder: Path, name: str = "loss") -> list[float]:
     """One value of every log point of a run."""
     return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def whole_weights(engine: Engine, shards: list[Tensor] | None = None) -> dict[str, Tensor]:
+    """The trained weights of a process alone, whole and fp32, out of its flat shards, or out of an average's."""
+    state: dict[str, Tensor] = {}
+    shapes = {name: torch.Size(shape) for name, shape in engine.shapes().items()}
+    for shard, pieces in zip(engine.masters() if shards is None else shards, engine.layout(), strict=True):
+        for name, start, offset, length in pieces:
+            row = state.setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
+            row[start : start + length] = shard.reshape(-1)[offset : offset + length]
+    return {name: row.view(shapes[name]) for name, row in state.items()}
 
 
 class Ranks:
@@ -188,7 +200,7 @@ class PlainTokenizer:
 
 def plain_tokenizer(config: TokenizerConfig, *, world_size: int = 1) -> tuple[list[float], list[float]]:
     """Losses of the autoencoder at every step, and of the discriminator from where it starts."""
-    dataset = open_images(config.data, config.autoencoder.image_size)
+    images = open_images(config.data, config.autoencoder.image_size)
     plain = PlainTokenizer(config)
     adams = [
         torch.optim.AdamW(module.parameters(), lr=config.optimizer.lr, betas=config.optimizer.betas, weight_decay=0.0)
@@ -198,7 +210,7 @@ def plain_tokenizer(config: TokenizerConfig, *, world_size: int = 1) -> tuple[li
     size = config.run.batch_size // parts
     ranks = Ranks(config.run.seed, world_size)
     streams = [
-        ImageLoader(dataset, size, seed=config.run.seed, rank=rank, world_size=world_size, num_workers=1).stream()
+        open_loader(config.data, images, size, seed=config.run.seed, rank=rank, world_size=world_size)[0].stream()
         for rank in range(world_size)
     ]
     losses, disc_losses = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,10 +21,55 @@ def ranks(out: Path) -> None:
     for zero_stage in (1, 2, 3):
         dit.train(tiny_dit(out / f"dit-{zero_stage}", zero_stage=zero_stage))
         tokenizer.train(tiny_tokenizer(out / f"tokenizer-{zero_stage}", steps=2, zero_stage=zero_stage))
+    for network, stage, precision in RESUMED_SHORT:
+        killed_and_resumed(network, out / f"{network}-resumed", zero_stage=stage, precision=precision)
     engine.finish()
 
 
-TWO_STEPS = {"save_every_images": 2 * BATCH}
+class Killed(Exception):
+    """The end of a run, played."""
+
+
+def killed_and_resumed(network: str, folder: Path, **settings: Any) -> None:
+    """A run straight on in FOLDER/straight; in FOLDER/killed one that ends in its fourth step and begins again."""
+    module, make = {"dit": (dit, tiny_dit), "tokenizer": (tokenizer, tiny_tokenizer)}[network]
+    every = {"save_every_images": 2 * BATCH}
+    module.train(make(folder / "straight", steps=4, run=every, **settings))
+    config = make(folder / "killed", steps=4, run=every, **settings)
+    original, calls = module.train_step, 0
+
+    def step(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Killed
+        return original(*args)
+
+    module.train_step = step
+    with contextlib.suppress(Killed):
+        module.train(config)
+    module.train_step = original
+    module.train(config)
+
+
+RESUMED = [
+    (network, stage, precision)
+    for network in ("dit", "tokenizer")
+    for stage in (1, 2, 3)
+    for precision in ("fp32", "bf16")
+]
+RESUMED_SHORT = [("dit", 2, "bf16"), ("tokenizer", 1, "fp32")]
+
+
+def resumed(out: Path) -> None:
+    """Both networks at ZeRO 1, 2, 3, ended and begun again."""
+    for network, stage, precision in RESUMED:
+        folder = out / f"{network}-{stage}-{precision}"
+        killed_and_resumed(network, folder, zero_stage=stage, precision=precision, ema_decays=(0.9, 0.5))
+    engine.finish()
+
+
+TWO_STEPS = {"save_every_images": 2 * BATCH, "background_saves": False}  # a kill at step 4 finds step 2 on disk
 
 
 def crash(out: Path) -> None:
@@ -48,4 +94,4 @@ def resume(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ranks": ranks, "crash": crash, "resume": resume}[sys.argv[1]](Path(sys.argv[2]))
+    {"ranks": ranks, "resumed": resumed, "crash": crash, "resume": resume}[sys.argv[1]](Path(sys.argv[2]))

@@ -15,11 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from vadit.errors import RunError, UsageError
+from vadit.errors import RunError, UsageError, leave_for_torchrun
 
 COMMANDS = {
     "demo": "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes",
     "train": "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]",
+    "prepare": "turn images into a .beton or WebDataset shards that load faster, or latents into a .beton",
     "encode": "turn a folder of images into a folder of latents",
     "sample": "draw images from a generator",
     "evaluate": "measure samples, a tokenizer or latents",
@@ -37,7 +38,10 @@ USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (the work failed), 2 (a setting is wrong) or 130 (interrupted)."""
+    """Run one command; returns the exit code.
+
+    0: done, or stopped by a scheduler and saved; 1: the work failed; 2: a setting is wrong; 130: interrupted (Ctrl-C).
+    """
     # Read when torch loads: threads that wait for others by spinning long make a busy machine ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments, debug = _without_common_flags(sys.argv[1:] if argv is None else list(argv))
@@ -112,7 +116,8 @@ def _report(error: BaseException, debug: bool) -> int:
         return RUN_CODE
     if type(error).__name__ == "Stopped":  # of vadit.train.loop, by name: that module imports torch
         _say(_sentence(error))
-        return STOP_CODE
+        # A scheduler that asked for the stop should see success, and not try the job elsewhere as a failed one.
+        return STOP_CODE if getattr(error, "interrupted", False) else 0
     if type(error).__name__ == "OutOfMemoryError":  # of torch
         _say(
             "error: the GPU's memory is used up; lower --run.batch-size, raise --engine.gradient-accumulation or "
@@ -139,6 +144,8 @@ def _say(text: str) -> None:
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)
+    if text.startswith("error:"):
+        leave_for_torchrun(text)
 
 
 def _help() -> str:

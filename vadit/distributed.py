@@ -6,11 +6,15 @@ One process needs no launcher; under `deepspeed` or `torchrun` the environment s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from vadit.errors import UsageError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -60,6 +64,14 @@ def any_rank(flag: bool, on: torch.device) -> bool:
     value = torch.tensor([1.0 if flag else 0.0], device=on)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, where alone it is called (every process must call this)."""
+    values: list[Any] = [make()] if is_main() else [None]
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return cast(T, values[0])
 
 
 def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:

@@ -1,5 +1,11 @@
 """The two kinds of failure that a user sees as one sentence, without a traceback."""
 
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
 
 class UsageError(ValueError):
     """A setting or argument is wrong: the value found, the value needed, what to change. Exit code 2."""
@@ -16,3 +22,10 @@ def write_fault(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     # torch's zip writer tells a full disk by the position that it did not reach
     return "the disk took only a part of it" if "unexpected pos" in text else text
+
+
+def leave_for_torchrun(sentence: str) -> None:
+    """Put why this process ends where torchrun looks for it: it ends its own long report with the first one's."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # it has been told on stderr
+            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))

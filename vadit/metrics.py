@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from vadit import distributed
+from vadit.errors import write_fault
 from vadit.files import whole_file
 
 console = Console(stderr=True, highlight=False)
@@ -72,22 +76,32 @@ class RunLog:
         with whole_file(path) as partial:
             partial.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
+        self._open_events = functools.partial(SummaryWriter, str(folder / "tensorboard"))
+        self._events: Any = self._open_events(purge_step=images_seen + 1 if images_seen else None)
 
     def write(self, *, images: int, step: int, values: dict[str, float]) -> None:
         """One log point: `values` by name at so many images and optimizer steps."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"images": images, "step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, global_step=images)
+        try:
+            self._file.write(json.dumps({"images": images, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._events is None:
+                self._events = self._open_events()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, global_step=images)
+        except OSError as error:  # a full disk: Python keeps what could not be written, and a later flush goes on there
+            self._events = None  # its thread has ended; another one may have more luck
+            console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
 
     def close(self) -> None:
         """Flush and close both."""
         if self._file is not None:
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # told when the line was written
+                self._file.close()
+            with contextlib.suppress(OSError):
+                if self._events is not None:
+                    self._events.close()
 
 
 def _lines(path: Path) -> list[str]:

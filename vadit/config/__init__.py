@@ -13,7 +13,7 @@ from typing import Literal
 from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, SampleSpec, TokenizerLossSpec
-from vadit.config.training import EngineSpec, OptimizerSpec, RunSpec
+from vadit.config.training import EngineSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.errors import UsageError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "EngineSpec",
     "FlowSpec",
     "FoundationSpec",
+    "GuardSpec",
     "ImageDataSpec",
     "LatentDataSpec",
     "OptimizerSpec",
@@ -71,6 +72,7 @@ class TokenizerConfig:
     loss: TokenizerLossSpec = field(default_factory=TokenizerLossSpec)
     optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(lr=1e-4, betas=(0.5, 0.9)))
     engine: EngineSpec = field(default_factory=lambda: EngineSpec(ema_decays=(), max_grad_norm=0.0))
+    guard: GuardSpec = field(default_factory=GuardSpec)
     run: RunSpec = field(default_factory=lambda: RunSpec(batch_size=256, total_images=50 * 1_281_167))
     data: ImageDataSpec = field(default_factory=ImageDataSpec)
     stages: tuple[StageSpec, ...] = ()
@@ -80,9 +82,15 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
+        _check_guard(self.run, self.guard)
         _check_peers(self.optimizer, self.engine)
         if self.engine.float8 is not None or self.engine.attention != "auto":
             raise UsageError("engine.float8 and engine.attention are a generator's; leave them out for a tokenizer")
+        if self.engine.compile and self.engine.zero_stage == 3:
+            raise UsageError(
+                "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
+                "blocks twice, which compiled blocks cannot share with ZeRO 3; set --engine.zero-stage 2"
+            )
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
                 "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
@@ -97,6 +105,7 @@ class DiTConfig:
     flow: FlowSpec = field(default_factory=FlowSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     engine: EngineSpec = field(default_factory=lambda: EngineSpec(precision="autocast"))
+    guard: GuardSpec = field(default_factory=GuardSpec)
     run: RunSpec = field(default_factory=RunSpec)
     data: LatentDataSpec = field(default_factory=LatentDataSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
@@ -105,6 +114,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
+        _check_guard(self.run, self.guard)
         _check_peers(self.optimizer, self.engine)
         if self.flow.objective == "ddpm" and not self.model.learn_sigma:
             raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
@@ -125,6 +135,21 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
         raise UsageError("engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3")
     if engine.offload_weights and engine.zero_stage != 3:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
+
+
+def _check_guard(run: RunSpec, guard: GuardSpec) -> None:
+    if run.keep_every_images is not None and run.keep_every_images < 1:
+        raise UsageError(f"run.keep_every_images is {run.keep_every_images}; it must be at least 1, or left out")
+    if run.hang_timeout_s < 0:
+        raise UsageError(f"run.hang_timeout_s is {run.hang_timeout_s}; it must be at least 0 (0: never)")
+    for name, off in (("spike_factor", guard.spike_factor), ("jump_factor", guard.jump_factor)):
+        if off != 0 and not off > 1:
+            raise UsageError(f"guard.{name} is {off}; it must be above 1, or 0 to switch it off")
+    for name, low in (("spike_window", 8), ("max_skips_in_row", 1), ("max_rollbacks", 0)):
+        if getattr(guard, name) < low:
+            raise UsageError(f"guard.{name} is {getattr(guard, name)}; it must be at least {low}")
+    if not 0 < guard.rollback_lr_factor <= 1:
+        raise UsageError(f"guard.rollback_lr_factor is {guard.rollback_lr_factor}; it must be in (0, 1]")
 
 
 def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:

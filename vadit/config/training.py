@@ -1,4 +1,4 @@
-"""The settings of a run: optimizer, DeepSpeed, length and checkpoints."""
+"""The settings of a run: optimizer, DeepSpeed, guards, length and checkpoints."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class GuardSpec:
+    """What happens to steps that would harm the weights; all of it may change between two starts of a run."""
+
+    skip_nonfinite: bool = True
+    """Leave out a step whose loss or gradient is NaN or infinite and go on; off: such a step ends the run, unharmed."""
+    spike_factor: float = 10.0
+    """Leave out a step whose gradient norm is above this many times the 90% quantile of the last good; 0: never."""
+    spike_window: int = 128
+    """Good steps that the quantile is taken over; none is a spike before there were nine tenths as many."""
+    max_skips_in_row: int = 20
+    """Steps left out in a row after which the run goes back to its last checkpoint, and on with the next data."""
+    jump_factor: float = 0.0
+    """Go back too once the median loss of 5 log points is above this many times the lowest such median; 0: never."""
+    max_rollbacks: int = 3
+    """Times that a run goes back without reaching its next checkpoint before it stops with an error."""
+    rollback_lr_factor: float = 1.0
+    """Learning rate is multiplied by this at each going back."""
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """Length, logging and checkpoints, in images."""
 
@@ -74,9 +94,16 @@ class RunSpec:
     """Images between two checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_every_images: int | None = None
+    """Checkpoints that reach a multiple of this many images stay on disk for ever; left out: none does."""
+    background_saves: bool = True
+    """Write checkpoints while training goes on; the last one, and one at a stop request, are waited for."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without a finished step after which a process ends the run with a message; 0: never."""
     init_from: str | None = None
     """Weights to start from: a run, an exported folder or a checkpoint of the authors (optimizer starts anew)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the run."""
     deterministic: bool = False
-    """Deterministic algorithms only: bit-equal runs, slower on GPUs."""
+    """Bit-equal runs, slower on GPUs. Without it a GPU may add up in another order each time: the gradients of
+    attention, class embeddings and upsampling, and convolutions, whose kernel cuDNN picks by timing."""

@@ -20,6 +20,7 @@ from vadit.train import float8, loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
+from vadit.train.guard import Guard
 
 
 def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
@@ -27,7 +28,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
 
     Raises:
         UsageError: a setting does not fit the data, the checkpoint or the number of processes.
-        RunError: damaged data, a loss that is not finite, a disk that is full.
+        RunError: damaged data, steps that fail again and again, a disk that is full.
         loop.Stopped: a signal asked to stop; everything is saved.
     """
     device = distributed.device(config.run.device)
@@ -40,24 +41,32 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
     chosen = _equip(model, config, batch_size, device)
-    if config.engine.compile:
-        for block in model.blocks:
-            block.compile()
     engine = Engine(
-        model.train(), optimizer=config.optimizer, spec=config.engine, global_batch=config.run.batch_size, device=device
+        model.train(),
+        optimizer=config.optimizer,
+        spec=config.engine,
+        global_batch=config.run.batch_size,
+        device=device,
+        blocks=list(model.blocks),
     )
     runs.save_deepspeed_config(folder, {"model": engine.config})
     runs.save_choices(folder, [*chosen, engine.optimizer, *choices.kernels(device)])
     loader = LatentLoader(
-        dataset, batch_size, seed=config.run.seed, rank=distributed.rank(), world_size=distributed.world_size()
+        dataset,
+        batch_size,
+        seed=config.run.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=device,
     )
     ema = ShardedEMA(engine, config.engine.ema_decays)
+    guard = Guard(config.guard, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
 
     def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
-        return train_step(engine, ema, config, batches, position, device)
+        return train_step(engine, ema, guard, config, batches, position, device)
 
-    task = loop.Task(title=title, engines={"model": engine}, ema=ema, loader=loader, step=step)
+    task = loop.Task(title=title, engines={"model": engine}, ema=ema, guard=guard, loader=loader, step=step)
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
 
@@ -78,7 +87,13 @@ def _equip(model: LightningDiT, config: DiTConfig, batch_size: int, device: torc
 
 
 def train_step(
-    engine: Engine, ema: ShardedEMA, config: DiTConfig, batches: Iterator[Any], position: Position, device: torch.device
+    engine: Engine,
+    ema: ShardedEMA,
+    guard: Guard,
+    config: DiTConfig,
+    batches: Iterator[Any],
+    position: Position,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
 
@@ -96,9 +111,8 @@ def train_step(
             flow_loss = flow.training_loss(config.flow, network, latents, labels, images_seen=position.images_seen)
             terms = {"loss": flow_loss.total, "mse": flow_loss.mse, "direction": flow_loss.direction}
         engine.backward(terms["loss"])
-        applied = engine.step()
+        if guard.step({"model": engine}):
+            ema.update()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
-    if applied:
-        ema.update()
     return sums

@@ -7,12 +7,13 @@ Every key whose default has moved between DeepSpeed releases is written out (gra
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
 from vadit.train import optimizers
+from vadit.train.shard_layout import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
@@ -56,6 +58,11 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+    if spec.precision == "bf16" and spec.gradient_accumulation > 1:
+        # Micro-batches are summed in fp32. At stage 1 DeepSpeed would take another optimizer for that, of other
+        # habits; its stage 2 does it with the same one, and shards the sum besides.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        zero["stage"] = max(spec.zero_stage, 2)
     if spec.precision == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
@@ -90,10 +97,17 @@ def start(device: torch.device) -> None:
 
 def _hush() -> None:
     """Leave out what DeepSpeed and torch tell at every start; errors still get through."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_not_of_skipped_steps)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # ZeRO-3 calls collectives by names that torch has since deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _not_of_skipped_steps(record: logging.LogRecord) -> bool:
+    """The guard tells of a step that is left out, and why: DeepSpeed takes every one for an overflow."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
 def finish() -> None:
@@ -115,14 +129,32 @@ def _fused_adam(device: torch.device) -> optimizers.Builder:
 
 
 class Engine:
-    """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`."""
+    """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`.
+
+    `blocks` are those of its modules that engine.compile compiles, each by itself.
+    """
 
     def __init__(
-        self, module: nn.Module, *, optimizer: OptimizerSpec, spec: EngineSpec, global_batch: int, device: torch.device
+        self,
+        module: nn.Module,
+        *,
+        optimizer: OptimizerSpec,
+        spec: EngineSpec,
+        global_batch: int,
+        device: torch.device,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         start(device)
         import deepspeed
 
+        if spec.compile and blocks:
+            if spec.zero_stage == 3:  # weights of a block come and go together: no hooks inside it, to cut its graph
+                deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in blocks}))
+            # Blocks of one class share their graphs by shape, and past this number of graphs would run uncompiled.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
         self.spec = spec
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_weights = sum(parameter.numel() for parameter in trained)
@@ -136,6 +168,13 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=module.to(device), model_parameters=trained, optimizer=adam, config=self.config
             )
+        if spec.zero_stage:
+            self._clear_padding()
+        self._norm: torch.Tensor | None = None  # of the last step
+        self._next_norm: torch.Tensor | None = None  # of the step to come, once asked for
+        self._judged: torch.Tensor  # what DeepSpeed gets as the norm of the step under way: infinite if vetoed
+        self._statistics: list[torch.Tensor] = []
+        self._measure = self._take_over_norm(trained)
 
     @property
     def module(self) -> nn.Module:
@@ -145,14 +184,100 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Back-propagate `loss` (a mean over this process's micro-batch) and reduce gradients where ZeRO wants it."""
-        self._engine.backward(loss)
+    def begin_step(self, lr: float) -> None:
+        """Before the first forward pass of a step: set its rate, and keep what forward passes change in the network."""
+        self.set_lr(lr)
+        if running := self._running_statistics():
+            if not self._statistics:
+                self._statistics = [value.clone() for value in running]
+            torch._foreach_copy_(self._statistics, running)
 
-    def step(self) -> bool:
-        """Step the optimizer at an accumulation boundary. Returns whether weights changed."""
+    def backward(self, loss: torch.Tensor, *, told: torch.Tensor | None = None) -> None:
+        """Back-propagate `loss` (a mean over this process's micro-batch) and reduce gradients where ZeRO wants it.
+
+        Where `told`, else `loss` itself, is not finite, the gradients become NaN. Their norm is computed over all
+        processes anyway, so it tells every one of them of a bad loss on any, without a collective of its own.
+        """
+        sound = torch.isfinite(loss.detach() if told is None else told)
+        self._engine.backward(loss * torch.where(sound, 1.0, math.nan))
+
+    def at_boundary(self) -> bool:
+        """Whether this is the last micro-batch of an optimizer step."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Global norm of the gradients before clipping, () fp32; infinite where one is not finite.
+
+        Alike on all processes; does not wait for the device. Collective, after the backward pass at a boundary.
+        """
+        self._next_norm = self._measure()
+        return self._next_norm
+
+    def step(self, veto: torch.Tensor | None = None) -> bool:
+        """Step the optimizer at an accumulation boundary. Returns whether weights changed.
+
+        A step whose gradients are not finite, or with `veto` (() bool, alike on all processes), leaves weights,
+        optimizer state and running statistics as they were.
+        """
+        boundary = self.at_boundary()
+        if boundary:
+            norm = self.gradient_norm() if self._next_norm is None else self._next_norm
+            self._norm, self._next_norm = norm, None
+            self._judged = norm if veto is None else torch.where(veto.to(norm.device), math.inf, norm)
         self._engine.step()
-        return bool(self._engine.was_step_applied())
+        applied = bool(self._engine.was_step_applied())
+        if boundary and not applied and self._statistics:
+            torch._foreach_copy_(self._running_statistics(), self._statistics)
+        return applied
+
+    def _take_over_norm(self, trained: list[nn.Parameter]) -> Callable[[], torch.Tensor]:
+        """Come between DeepSpeed and its gradient norm; returns what measures it.
+
+        ZeRO reads the norm on the host in every step and leaves out a step where it is not finite: a veto is an
+        infinite norm, and costs no wait of its own. ZeRO 0 knows no such thing, so it is made here, in the same way.
+        """
+        optimizer = self._engine.optimizer
+        if self.spec.zero_stage == 0:
+            return self._take_over_plain_step(trained)
+        if self.spec.zero_stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._judged]
+            return lambda: combine_grad_norm_groups(groups())
+        measure: Callable[[], torch.Tensor] = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda norm_type=2: self._judged
+        # In bf16 it would look through all gradients once more, and wait for the device: the norm tells the same.
+        optimizer.check_overflow = lambda partition_gradients=True: None
+        return measure
+
+    def _take_over_plain_step(self, trained: list[nn.Parameter]) -> Callable[[], torch.Tensor]:
+        engine, optimizer = self._engine, self._engine.optimizer
+        step = optimizer.step
+
+        def measure() -> torch.Tensor:
+            gradients = [weight.grad for weight in trained if weight.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = torch.where(norm.isfinite(), norm, math.inf)
+            if distributed.world_size() > 1:  # equal but for a bit, perhaps: a verdict must be alike
+                torch.distributed.all_reduce(norm, op=torch.distributed.ReduceOp.MAX)
+            return norm
+
+        def step_unless_vetoed() -> None:
+            optimizer.overflow = not bool(self._judged.isfinite())  # where DeepSpeed looks whether a step was applied
+            if not optimizer.overflow:
+                step()
+
+        def clip() -> None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.spec.max_grad_norm, self._judged)
+
+        optimizer.step = step_unless_vetoed
+        engine.clip_fp32_gradients = clip
+        return measure
+
+    def _running_statistics(self) -> list[torch.Tensor]:
+        norms = [module for module in self.module.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        return [value for module in norms for value in module.buffers()]
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -163,9 +288,8 @@ class Engine:
                 group["lr"] = lr
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None where DeepSpeed keeps none (ZeRO 0, fp32)."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """Global gradient norm of the last step before clipping; None before the first."""
+        return None if self._norm is None else float(self._norm)
 
     def compute_dtype(self) -> torch.dtype:
         """Dtype that inputs of the network must have."""
@@ -179,67 +303,119 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------- fp32 weights
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the network runs on."""
+        device: torch.device = self._engine.device
+        return device
+
     def masters(self) -> list[torch.Tensor]:
         """This process's share of the fp32 weights, flat; the whole weights where nothing is sharded (ZeRO 0)."""
+        return [master.data for master in self._masters()]
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer steps, themselves."""
         optimizer = self._engine.optimizer
         # ZeRO 1/2, ZeRO 3, and the optimizer of bf16 with fp32 accumulation keep them under different names.
         names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
         for name in names:
             if shards := getattr(optimizer, name, None):
-                return [shard.data for shard in shards]
+                return list(shards)
         if self.spec.precision == "bf16":
             raise UsageError("engine.zero_stage 0 keeps no sharded fp32 weights in bf16; set --engine.zero-stage 1")
-        return [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """All weights and buffers, whole and fp32, on the host of the main process (empty elsewhere). Collective."""
-        import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """Zero what is no weight: ZeRO 3 leaves there what the memory held, NaN perhaps, and takes it for weights."""
+        for master, pieces in zip(self.masters(), self.layout(), strict=True):
+            for begin, end in gaps(pieces, master.numel()):
+                master[begin:end].zero_()
 
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            with contextlib.ExitStack() as stack:
-                value = (
-                    safe_get_full_fp32_param(parameter) if parameter.requires_grad and self.spec.zero_stage else None
-                )
-                if value is None:
-                    if hasattr(parameter, "ds_id"):
-                        stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
-                    value = parameter.detach()
-                if distributed.is_main():
-                    state[name] = (
-                        value.detach().float().reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu().clone()
-                    )
-        if distributed.is_main():
-            own = self.module.state_dict(keep_vars=True)
-            for name, buffer in self.module.named_buffers():
-                if name in own:
-                    state[name] = buffer.detach().cpu().clone()
-        return state
+    def layout(self) -> list[list[Piece]]:
+        """Which weights lie where in each of `masters`. What no piece covers is padding."""
+        optimizer = self._engine.optimizer
+        names: dict[torch.Tensor, str] = {value: name for name, value in self.module.named_parameters()}
+        masters = self._masters()
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3 cuts every weight over the processes
+            return [cut_each(group, names) for group in optimizer.fp16_groups]
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1/2 cut the weights laid end to end
+            groups, starts = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+        elif hasattr(optimizer, "fp32_groups_flat_partition"):
+            groups = optimizer.bf16_groups
+            starts = [[0, *itertools.accumulate(weight.numel() for weight in group)][:-1] for group in groups]
+        else:
+            return [[Piece(names[weight], 0, 0, weight.numel())] for weight in masters]
+        rows = zip(groups, starts, masters, strict=True)
+        return [cut_row(group, begins, names, master.numel()) for group, begins, master in rows]
 
-    def load_masters(self, state: dict[str, torch.Tensor]) -> None:
-        """Write whole fp32 weights into the sharded masters (not into the network's own copies). Collective."""
-        from deepspeed.utils import safe_set_full_fp32_param
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of all parameters, trained and frozen."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
 
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
+    def frozen(self) -> list[tuple[Piece, torch.Tensor]]:
+        """Parameters that are not trained: whole, under ZeRO 3 this process's part."""
+        found = []
+        for name, value in self.module.named_parameters():
+            if value.requires_grad:
                 continue
-            if self.spec.zero_stage:
-                safe_set_full_fp32_param(parameter, state[name].to(self._engine.device))
+            if hasattr(value, "ds_tensor"):
+                (piece,) = cut_each([value], {value: name}) or [Piece(name, 0, 0, 0)]
+                found.append((piece, value.ds_tensor.data[: piece.length]))
             else:
-                parameter.data.copy_(state[name])
+                found.append((Piece(name, 0, 0, value.numel()), value.data))
+        return found
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What the network's state dict holds besides parameters (BatchNorm's statistics), this process's own."""
+        kept = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
     # -------------------------------------------------------------------------------------------- on disk
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write weights and optimizer, each process its part, into `folder/name`. Collective."""
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each of `masters` by name: moments, step; empty before the first step."""
+        state = self._base_optimizer().state
+        return [dict(state[master]) if master in state else {} for master in self._masters()]
 
-    def load(self, folder: Path, name: str) -> None:
-        """Read what `save` wrote, with the same number of processes and ZeRO stage. Collective."""
-        with _quiet():
-            self._engine.load_checkpoint(str(folder), tag=name)
+    def set_optimizer_states(self, states: list[dict[str, Any]]) -> None:
+        """Give the optimizer the states that `optimizer_states` told, or others of the same kind."""
+        optimizer = self._base_optimizer()
+        on_device = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
+        for master, state in zip(self._masters(), states, strict=True):
+            optimizer.state.pop(master, None)
+            if not state:
+                continue
+            step = state.get("step")
+            if isinstance(step, torch.Tensor):  # torch's AdamW keeps it on the host, unless its kernel reads it
+                state = {**state, "step": step.to(master.device if on_device else "cpu")}
+            optimizer.state[master] = state
+
+    def optimizer_steps(self) -> list[Any]:
+        """The step count of each parameter group, with optimizers that count there (DeepSpeed's, apex's)."""
+        return [group.get("step") for group in self._base_optimizer().param_groups]
+
+    def set_optimizer_steps(self, steps: list[Any]) -> None:
+        """Set what `optimizer_steps` tells."""
+        for group, step in zip(self._base_optimizer().param_groups, steps, strict=True):
+            group.pop("step", None)
+            group.update({} if step is None else {"step": step})
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        base: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return base
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the fp32 weights, changed from outside, into what the network computes with. Collective."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            optimizer.checkpoint_event_prologue()  # no weight may stay gathered, with its value of before
+            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            optimizer.checkpoint_event_epilogue()
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
 
 
 @contextlib.contextmanager

@@ -25,9 +25,20 @@ from vadit.config import DiTConfig, RunSpec, TokenizerConfig
 from vadit.config_files import load_run_config, save_config, to_dict
 from vadit.errors import UsageError
 from vadit.train import checkpoint
+from vadit.train.shard_layout import Shares, average_name, has_network
 
 # Settings that may change between two starts of the same run.
-_FREE = ("log_every_images", "save_every_images", "keep_checkpoints", "device")
+_FREE = (
+    "log_every_images",
+    "save_every_images",
+    "keep_checkpoints",
+    "keep_every_images",
+    "background_saves",
+    "hang_timeout_s",
+    "device",
+)
+# How the work is spread over processes: a checkpoint serves all of it.
+_FREE_ENGINE = ("zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
 _PROJECTION = "linear_proj."
 
 
@@ -54,7 +65,9 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
 
 def _fixed(config: Any) -> dict[str, Any]:
     values = to_dict(config)
-    values["run"] = {name: value for name, value in values["run"].items() if name not in _FREE}
+    values.pop("guard")
+    for part, free in (("run", _FREE), ("engine", _FREE_ENGINE)):
+        values[part] = {name: value for name, value in values[part].items() if name not in free}
     return json.loads(json.dumps(values))
 
 
@@ -93,7 +106,7 @@ def save_choices(folder: Path, chosen: list[Choice]) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a start would continue `folder` rather than begin it."""
-    return checkpoint.newest(folder / "checkpoints") is not None
+    return checkpoint.newest(folder / "checkpoints", hashes=False) is not None
 
 
 def final_folder(run: str | Path) -> Path:
@@ -103,19 +116,24 @@ def final_folder(run: str | Path) -> Path:
     return stages[-1] if stages else folder
 
 
-def read_weights(run: str | Path, *, ema: float | None = None) -> tuple[dict[str, torch.Tensor], Path]:
-    """Whole fp32 weights of a run's newest checkpoint (or of one of its averages), and the file they came from."""
-    from vadit.models.pretrained import read_safetensors
+def read_weights(
+    run: str | Path, *, ema: float | None = None, network: str = "model"
+) -> tuple[dict[str, torch.Tensor], Path]:
+    """Whole fp32 weights of a run's newest checkpoint (or of one of its averages), and the checkpoint.
 
+    They are put together from the processes' shares on this machine, in one process: no more memory than they need.
+    """
     folder = final_folder(run) / "checkpoints"
     path = checkpoint.newest(folder)
     if path is None:
         raise UsageError(f"{run} has no whole checkpoint under {folder}; train it first (`vadit train`)")
-    file = path / (checkpoint.MODEL_FILE if ema is None else checkpoint.ema_file(ema))
-    if not file.exists():
-        known = sorted(found.stem.removeprefix("ema-") for found in path.glob("ema-*.safetensors"))
-        raise UsageError(f"{path} has no average with decay {ema}; --ema can be {', '.join(known) or 'left out only'}")
-    return read_safetensors(file), file
+    shares = Shares(path, network)
+    if ema is None:
+        return shares.whole("master"), path
+    if ema not in (known := shares.averages()):
+        told = ", ".join(map(repr, known)) or "left out only"
+        raise UsageError(f"{path} has no average with decay {ema}; --ema can be {told}")
+    return shares.whole(average_name(ema)), path
 
 
 def initialise(module: nn.Module, source: str) -> None:
@@ -140,11 +158,12 @@ def initialise(module: nn.Module, source: str) -> None:
 
 def initialise_discriminator(module: nn.Module, source: str) -> None:
     """Go on with the discriminator of a run, where `source` is one that has it; exported folders do not."""
-    from vadit.models.pretrained import load_state, read_safetensors
+    from vadit.models.pretrained import load_state
 
-    path = checkpoint.newest(final_folder(source) / "checkpoints")
-    if path is not None and (path / "discriminator.safetensors").is_file():
-        load_state(module, read_safetensors(path / "discriminator.safetensors"), str(path))
+    path = checkpoint.newest(final_folder(source) / "checkpoints", hashes=False)
+    if path is not None and has_network(path, "discriminator"):
+        state, path = read_weights(source, network="discriminator")
+        load_state(module, state, str(path))
 
 
 def stage_config(config: TokenizerConfig, index: int) -> TokenizerConfig:

@@ -22,6 +22,7 @@ from vadit.data.loaders import SETTING, open_images, open_loader
 from vadit.data.transforms import to_signed
 from vadit.metrics import console
 from vadit.models.aligned import AlignedAutoencoder
+from vadit.models.autoencoder import AttentionBlock, ResBlock
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
@@ -30,6 +31,7 @@ from vadit.train import loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
+from vadit.train.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
 
     Raises:
         UsageError: a setting does not fit the data, the checkpoint or the number of processes.
-        RunError: damaged data, a loss that is not finite, a disk that is full.
+        RunError: damaged data, steps that fail again and again, a disk that is full.
         loop.Stopped: a signal asked to stop; everything is saved.
     """
     if not config.stages:
@@ -85,12 +87,13 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
     # The discriminator's optimizer is the same.
     runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
+    guard = Guard(config.guard, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
 
     def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
-        return train_step(networks, ema, config, batches, position, device)
+        return train_step(networks, ema, guard, config, batches, position, device)
 
-    task = loop.Task(title=title, engines=engines, ema=ema, loader=loader, step=step)
+    task = loop.Task(title=title, engines=engines, ema=ema, guard=guard, loader=loader, step=step)
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
 
@@ -127,6 +130,7 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
             spec=config.engine,
             global_batch=config.run.batch_size,
             device=device,
+            blocks=[part for part in module.modules() if isinstance(part, (ResBlock, AttentionBlock))],
         )
 
     return Networks(engine(model), None if discriminator is None else engine(discriminator), foundation, perceptual)
@@ -146,6 +150,7 @@ class _Discriminator(nn.Module):
 def train_step(
     networks: Networks,
     ema: ShardedEMA,
+    guard: Guard,
     config: TokenizerConfig,
     batches: Iterator[Any],
     position: Position,
@@ -158,10 +163,13 @@ def train_step(
         # Steps are counted from 1 here: disc_start_step 1 means from the first.
         adversarial = networks.discriminator is not None and position.step + 1 >= config.loss.disc_start_step
         terms, fake = generator_step(networks, config.loss, images, adversarial=adversarial)
-        if networks.model.step():
-            ema.update()
-        if adversarial:
+        engines = {"model": networks.model}
+        if adversarial and networks.discriminator is not None:
             terms |= discriminator_step(networks, images, fake)
+            engines["discriminator"] = networks.discriminator
+        # Both step after both backward passes (neither sees the other's new weights): they skip together or not at all.
+        if guard.step(engines):
+            ema.update()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
     return sums
@@ -204,7 +212,7 @@ def generator_step(
         loss = loss + spec.vf_weight * weight * alignment.detach()
         terms |= {"vf_weight": spec.vf_weight * weight}
     network.inner = None
-    engine.backward(surrogate)
+    engine.backward(surrogate, told=loss)
     return {"loss": loss, **terms}, fake.detach()
 
 
@@ -252,12 +260,11 @@ def _weight_shape(layer: Any) -> torch.Size:
 
 
 def discriminator_step(networks: Networks, images: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Forward, hinge loss, backward and step of the discriminator on real images and detached reconstructions."""
+    """Forward, hinge loss and backward of the discriminator on real images and detached reconstructions."""
     engine = networks.discriminator
     assert engine is not None
     dtype = engine.compute_dtype()
     real_logits, fake_logits = engine(images.to(dtype), fake.to(dtype))
     loss = objective.discriminator_hinge_loss(real_logits.float(), fake_logits.float())
     engine.backward(loss)
-    engine.step()
     return {"disc": loss, "logits_real": real_logits.float().mean(), "logits_fake": fake_logits.float().mean()}

@@ -1,0 +1,103 @@
+"""Runs that are started through a launcher, for the tests: what they are, what they leave, and what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vadit.train import runs
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+WORKER = Path(__file__).parent / "launch_worker.py"
+LIMIT_S = 900
+"""For what should take half a minute, on a machine that does much else."""
+
+GENERATOR = [
+    "lightningdit-b-debug",
+    "--flow.no-direction-loss",
+    "--optimizer.lr",
+    "3e-3",
+    "--optimizer.weight-decay",
+    "0.1",
+    "--engine.max-grad-norm",
+    "0.5",
+    "--engine.ema-decays",
+    "0.9",
+]
+"""The generator of `training_plain.tiny_dit`, which sees four images a step."""
+EMA_DECAYS = (0.9,)
+STEPS = 40
+LONG_GENERATOR = [*GENERATOR, "--run.total-images", str(4 * STEPS), "--run.save-every-images", "40"]
+TOKENIZER = ["vavae-f16d32-dinov2-debug", "--run.save-every-images", "4", "--engine.ema-decays", "0.9"]
+
+
+def environment(**own: str) -> dict[str, str]:
+    """Of a launcher on a CPU, without what this process has of a launcher's; `vadit` and the launchers are found."""
+    foreign = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODES", "NODE_RANK", "PROCESSES")
+    foreign += ("HOSTFILE", "RESTARTS", "LOCAL_ADDR", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path} | own
+
+
+def train_by_two(wanted: dict[Path, list[str]], port: int) -> None:
+    """`vadit train ARGUMENTS` with --run.out OUT for each, by two processes of this machine without a launcher."""
+    commands = [["train", *arguments, "--run.out", str(out)] for out, arguments in wanted.items()]
+    command = [sys.executable, str(WORKER), json.dumps(commands)]
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    started = [
+        subprocess.Popen(command, env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
+    ]
+    try:
+        assert [process.wait(timeout=LIMIT_S) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """Every whole line of the log, of all stages, without what was measured by a clock."""
+    lines = []
+    for path in sorted(out.rglob("log.jsonl")):
+        text = path.read_text()
+        lines += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(("_ms", "_per_s"))} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Weights and averages of all networks in the newest checkpoint of every stage, put together from their shares."""
+    found = {}
+    for folder in sorted(path.parent for path in out.rglob("checkpoints")):
+        for network in ("model", "discriminator"):
+            if not any(folder.glob(f"checkpoints/*/{network}-*")):
+                continue
+            decays: list[float | None] = [None, *(EMA_DECAYS if network == "model" else ())]
+            for decay in decays:
+                state, _ = runs.read_weights(folder, ema=decay, network=network)
+                found |= {f"{folder.relative_to(out)} {network} {decay} {name}": value for name, value in state.items()}
+    return found
+
+
+def same(out: Path, reference: Path) -> bool:
+    """Whether two runs have told and left the same, bit for bit."""
+    assert logged(out) == logged(reference)
+    ours, theirs = weights(out), weights(reference)
+    assert ours and ours.keys() == theirs.keys()
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def wait_until(condition: Callable[[], bool], started: list[subprocess.Popen[Any]], what: str) -> None:
+    """Wait for a state of what `started` does; fails where it ends before."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, f"no {what}"
+        assert all(process.poll() is None for process in started), f"ended before {what}"
+        time.sleep(0.02)

@@ -1,0 +1,426 @@
+"""Steps that would harm a run are left out, to the bit; a lost run goes back; a stop request ends well."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guard_help import events, faulty, newest, same
+from torch import Tensor, nn
+from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
+
+from vadit.config import DiTConfig, EngineSpec, GuardSpec, OptimizerSpec
+from vadit.data.stream import sample_ids
+from vadit.errors import RunError, UsageError
+from vadit.models.discriminator import _BatchNorm as BatchNorm
+from vadit.train import dit, loop, tokenizer
+from vadit.train.ema import ShardedEMA
+from vadit.train.engine import Engine
+from vadit.train.guard import Guard
+
+CPU = torch.device("cpu")
+EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+
+class Norms:
+    """An engine as far as a guard sees it: it takes the norms it is given."""
+
+    def __init__(self) -> None:
+        self.norm = 0.0
+
+    def at_boundary(self) -> bool:
+        return True
+
+    def gradient_norm(self) -> Tensor:
+        return torch.tensor(self.norm)
+
+    def step(self, veto: Tensor) -> bool:
+        return not veto
+
+
+def judged(guard: Guard, *, name: str = "model", **norms: float) -> bool:
+    """Whether a step with these gradient norms is applied."""
+    engines: dict[str, Any] = {}
+    for name, norm in norms.items():
+        engines[name] = Norms()
+        engines[name].norm = norm
+    return guard.step(engines)
+
+
+def healthy(steps: int, *, spread: float = 0.7, seed: int = 0) -> list[float]:
+    """Norms of a sound run: 1e8 at first, where the output starts at zero, then down to 1 with a heavy tail."""
+    generator = torch.Generator().manual_seed(seed)
+    tail = (torch.randn(steps, generator=generator) * spread).exp()
+    trend = [max(1e8 * 10 ** (-step / 2), 1 + 20 * math.exp(-step / 50)) for step in range(steps)]
+    return [norm * factor for norm, factor in zip(trend, tail.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.7, 1.0])
+@pytest.mark.parametrize("window", [16, 128])
+def test_a_sound_run_meets_no_false_alarm(window: int, spread: float, tmp_path: Path) -> None:
+    for seed in range(5):
+        guard = Guard(GuardSpec(spike_window=window), tmp_path)
+        skipped = [
+            step for step, norm in enumerate(healthy(300, spread=spread, seed=seed)) if not judged(guard, model=norm)
+        ]
+        assert skipped == []
+
+
+def test_spikes_are_left_out_and_move_nothing(tmp_path: Path) -> None:
+    guard = Guard(GuardSpec(spike_window=16), tmp_path)
+    assert all(judged(guard, model=1.0 + step / 100) for step in range(16))
+    before = guard.state_dict()["norms"]
+    assert not judged(guard, model=11.5)
+    assert not judged(guard, model=math.inf)
+    assert (guard.applied, guard.skipped, guard.in_row) == (False, 2, 2)
+    assert guard.state_dict()["norms"] == before
+    assert judged(guard, model=11.0)
+    assert (guard.applied, guard.skipped, guard.in_row) == (True, 2, 0)
+
+
+def test_nothing_is_a_spike_before_the_window_has_filled(tmp_path: Path) -> None:
+    guard = Guard(GuardSpec(spike_window=10), tmp_path)
+    assert all(judged(guard, model=1.0) for _ in range(8))
+    assert judged(guard, model=1e30)  # the ninth: eight norms say too little
+    assert judged(guard, model=1.0)
+    assert not judged(guard, model=1e9)  # nine in ten are 1
+    off = Guard(GuardSpec(spike_window=10, spike_factor=0.0), tmp_path)
+    assert all(judged(off, model=1.0) for _ in range(10)) and judged(off, model=1e30)
+    assert not judged(off, model=math.inf)
+
+
+def test_networks_skip_together_each_by_its_own_norms(tmp_path: Path) -> None:
+    guard = Guard(GuardSpec(spike_window=8), tmp_path)
+    assert all(judged(guard, model=1.0) for _ in range(20))
+    # A network that joins later starts its own window.
+    assert all(judged(guard, model=1.0, discriminator=1000.0) for _ in range(8))
+    assert not judged(guard, model=1.0, discriminator=20_000.0)
+    assert "of the discriminator, 2e+04, is a spike" in guard._reason()
+    assert not judged(guard, model=20.0, discriminator=1000.0)
+    assert "of the model, 20, is a spike" in guard._reason()
+    assert judged(guard, model=2.0, discriminator=2000.0)
+
+
+def test_guard_state_is_plain_and_goes_on_the_same(tmp_path: Path) -> None:
+    spec = GuardSpec(spike_window=16)
+    straight, first = Guard(spec, tmp_path), Guard(spec, tmp_path)
+    norms = healthy(60)
+    norms[40] = norms[55] = 1e7
+    expected = [judged(straight, model=norm) for norm in norms]
+    assert [index for index, good in enumerate(expected) if not good] == [40, 55]
+    found = [judged(first, model=norm) for norm in norms[:41]]
+    again = Guard(spec, tmp_path)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found += [judged(again, model=norm) for norm in norms[41:]]
+    assert found == expected
+    assert again.state_dict() == straight.state_dict()
+    shorter = Guard(GuardSpec(spike_window=8), tmp_path)  # the setting may change between two starts
+    shorter.load_state_dict(first.state_dict())
+    assert shorter.state_dict()["norms"]["model"] == first.state_dict()["norms"]["model"][-8:]
+
+
+def losses(guard: Guard, curve: list[float]) -> list[int]:
+    """Log points at which the guard wants to go back."""
+    return [index for index, loss in enumerate(curve) if guard.check_loss({"loss": loss}) is not None]
+
+
+def test_a_loss_jump_that_stays_is_told_from_noise(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = (1 + 0.2 * torch.randn(200, generator=generator)).clamp(min=0.3).tolist()
+    falling = [(0.5 + 2 * math.exp(-index / 20)) * factor for index, factor in enumerate(noise)]
+    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), falling) == []
+    lone = [loss * (30 if index % 10 == 0 else 1) for index, loss in enumerate(falling)]  # one bad stretch in ten
+    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), lone) == []
+    jumped = [loss if index < 100 else 4 * loss for index, loss in enumerate(falling)]
+    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), jumped)[0] in range(102, 105)
+    assert losses(Guard(GuardSpec(), tmp_path), jumped) == []  # off by default
+    assert losses(Guard(GuardSpec(), tmp_path), [1.0, math.nan]) == [1]
+
+
+def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
+    settings: list[tuple[str, Any]] = [
+        ("spike_factor", 0.5),
+        ("spike_window", 2),
+        ("max_skips_in_row", 0),
+        ("max_rollbacks", -1),
+        ("rollback_lr_factor", 0.0),
+        ("jump_factor", 1.0),
+    ]
+    for setting, value in settings:
+        with pytest.raises(UsageError, match=rf"guard\.{setting} is {value}"):
+            dataclasses.replace(tiny_dit(tmp_path), guard=dataclasses.replace(GuardSpec(), **{setting: value}))
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+def optimizer_state(engine: Engine) -> list[Tensor]:
+    """Every tensor of an optimizer's state: moments and step counts."""
+    outer = engine._engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    return [value.clone() for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+def everything(engine: Engine, ema: ShardedEMA) -> list[Tensor]:
+    """All that a step changes, as copies."""
+    weights = [getattr(weight, "ds_tensor", weight).data for weight in engine.module.parameters()]
+    own = [value.clone() for value in (*weights, *engine.module.buffers(), *engine.masters())]
+    return own + optimizer_state(engine) + [shard.clone() for shard in ema.shards[0.5]]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "offload"),
+    [
+        *[(0, precision, False) for precision in ("fp32", "autocast")],
+        *[(stage, precision, False) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "autocast")],
+        (1, "fp32", True),
+        *[pytest.param(stage, "fp32", True, marks=pytest.mark.faults) for stage in (2, 3)],
+    ],
+)
+def test_a_step_left_out_changes_no_bit(zero_stage: Any, precision: Any, offload: bool, tmp_path: Path) -> None:
+    spec = EngineSpec(zero_stage=zero_stage, precision=precision, gradient_accumulation=2, offload_optimizer=offload)
+    generator = torch.Generator()
+
+    def start() -> tuple[Engine, ShardedEMA, Guard]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(5, 7, 1), BatchNorm(7), nn.SiLU(), nn.Conv2d(7, 3, 1))
+        engine = Engine(network.train(), optimizer=OptimizerSpec(lr=0.1), spec=spec, global_batch=8, device=CPU)
+        generator.manual_seed(1)
+        return engine, ShardedEMA(engine, (0.5,)), Guard(GuardSpec(spike_window=8), tmp_path)
+
+    def step(engine: Engine, ema: ShardedEMA, guard: Guard, fault: str | None = None) -> bool:
+        engine.begin_step(0.1)
+        for micro in range(2):
+            x = torch.randn(4, 5, 2, 2, generator=generator).to(engine.compute_dtype())
+            loss = engine(x).float().square().mean()
+            if fault is not None and micro == 0:  # the last micro-batch is sound
+                bad = {"loss": loss.detach() * math.nan, "gradient": (loss - loss).sqrt(), "spike": 1e6 * loss}
+                loss = loss + bad[fault]
+            engine.backward(loss)
+            if guard.step({"model": engine}):
+                ema.update()
+        return guard.applied
+
+    run = start()
+    engine, ema, guard = run
+    assert all(step(*run) for _ in range(8))
+    before = everything(engine, ema)
+    state = generator.get_state()
+    for count, fault in enumerate(("loss", "gradient", "spike")):
+        assert not step(*run, fault)
+        assert guard.skipped == guard.in_row == count + 1
+        after = everything(engine, ema)
+        assert len(before) == len(after)
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), fault
+        norm = engine.grad_norm()
+        assert norm is not None and (1000 < norm < math.inf if fault == "spike" else norm == math.inf)
+    # The next step is that of a run which never saw the bad ones.
+    generator.set_state(state)
+    assert step(*run)
+    expected = everything(engine, ema)
+    assert not torch.equal(expected[0], before[0])
+    run = start()
+    assert all(step(*run) for _ in range(9))
+    assert all(torch.equal(one, other) for one, other in zip(expected, everything(run[0], run[1]), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_bad_batch_is_as_if_it_were_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_dit(tmp_path / "faulty", run=EVERY_STEP)
+    with monkeypatch.context() as patch:
+        faulty(patch, lambda call: call == 3)
+        dit.train(config)
+    (event,) = events(tmp_path / "faulty")
+    ((_, third),) = sample_ids(torch.arange(2 * BATCH, 3 * BATCH), 2 * BATCH, config.run.seed)
+    assert event == {
+        "event": "skipped",
+        "step": 3,
+        "images": 8,
+        "reason": "the loss or a gradient of the model is not finite",
+        "image_ids": third.tolist(),
+    }
+    assert logged(tmp_path / "faulty", "skipped") == [0, 0, 1, 1]
+
+    original, calls = dit.train_step, 0
+
+    def step(engine: Any, ema: Any, guard: Any, config: DiTConfig, batches: Iterator[Any], *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the batch and its noise are drawn, and nothing else happens
+            latents, labels = next(batches)
+            with torch.no_grad():
+                dit.flow.training_loss(config.flow, engine.module, latents, labels, images_seen=0)
+        return original(engine, ema, guard, config, batches, *rest)
+
+    monkeypatch.setattr(dit, "train_step", step)
+    dit.train(tiny_dit(tmp_path / "absent", run=EVERY_STEP))
+    assert logged(tmp_path / "faulty") == logged(tmp_path / "absent")
+    assert same(newest(tmp_path / "faulty"), newest(tmp_path / "absent"))
+
+
+def test_a_run_that_goes_wrong_goes_back_and_past_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = GuardSpec(max_skips_in_row=2, rollback_lr_factor=0.5)
+    config = dataclasses.replace(tiny_dit(tmp_path, steps=6, run={"save_every_images": 2 * BATCH}), guard=guard)
+    seen: list[tuple[int, int, float]] = []
+    original = dit.train_step
+
+    def step(engine: Any, ema: Any, guard: Any, config: Any, batches: Any, position: Any, *rest: Any) -> Any:
+        images, group = found[0].loader.state_dict()["images_seen"], engine._engine.optimizer.param_groups[0]
+        seen.append((position.step, images, group["lr"]))
+        return original(engine, ema, guard, config, batches, position, *rest)
+
+    found: list[loop.Task] = []
+
+    def run(task: loop.Task, **kwargs: Any) -> None:
+        found.append(task)
+        loop_run(task, **kwargs)
+
+    loop_run = loop.run
+    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(dit, "train_step", step)
+    faulty(monkeypatch, lambda call: call in (4, 5))
+    dit.train(config)
+    rate = config.optimizer.lr
+    expected = [(0, 0), (1, 4), (2, 8), (3, 12), (3, 16), (2, 20), (3, 24), (4, 28), (5, 32)]
+    assert seen == [(step, images, rate if index < 5 else rate / 2) for index, (step, images) in enumerate(expected)]
+    assert [event["event"] for event in events(tmp_path)] == ["skipped", "skipped", "rollback"]
+    assert events(tmp_path)[-1]["reason"] == (
+        "2 steps in a row were left out, the last because the loss or a gradient of the model is not finite"
+    )
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]  # the third step is logged as it was taken the second time
+    assert logged(tmp_path, "lr") == [rate] * 2 + [rate / 2] * 4
+    assert logged(tmp_path, "skipped") == [0, 0, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_run_that_stays_wrong_ends_with_advice(
+    steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = GuardSpec(max_skips_in_row=2, max_rollbacks=2)
+    config = dataclasses.replace(tiny_dit(tmp_path, run=EVERY_STEP), guard=guard)
+    faulty(monkeypatch, lambda call: call > steps_before)
+    with pytest.raises(RunError) as error:
+        dit.train(config)
+    told = str(error.value)
+    assert "2 steps in a row were left out" in told and "--guard.rollback-lr-factor 0.5" in told
+    if steps_before:
+        assert "going back 2 time(s) did not help" in told and str(tmp_path / "checkpoints") in told
+        assert [event["event"] for event in events(tmp_path)].count("skipped") == 6
+        assert all(value.isfinite().all() for value in newest(tmp_path).values())
+    else:
+        assert "there is no checkpoint to go back to" in told
+        assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_run_may_end_at_the_first_bad_step_instead(
+    zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_dit(tmp_path, zero_stage=zero_stage, run=EVERY_STEP)
+    faulty(monkeypatch, lambda call: call == 3)
+    with pytest.raises(RunError, match=r"step 3 left out: the loss or a gradient of the model is not finite"):
+        dit.train(dataclasses.replace(config, guard=GuardSpec(skip_nonfinite=False)))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_dit(tmp_path, run=EVERY_STEP)
+    faulty(monkeypatch, lambda call: call == 2)
+    original, calls = dit.train_step, 0
+
+    def step(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dit, "train_step", step)
+        with pytest.raises(loop.Stopped, match="stopped after 12 images and saved; resume with the same command"):
+            dit.train(config)
+    guards: list[Guard] = []
+
+    def guard(*args: Any) -> Guard:
+        guards.append(Guard(*args))
+        return guards[-1]
+
+    monkeypatch.setattr(dit, "Guard", guard)
+    dit.train(dataclasses.replace(config, guard=GuardSpec(spike_window=64)))  # its settings may change
+    assert logged(tmp_path, "skipped") == [0, 1, 1, 1]
+    assert len(guards[0].state_dict()["norms"]["model"]) == 4
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(tiny_dit(tmp_path, run=EVERY_STEP), guard=GuardSpec(max_rollbacks=1))
+    original, calls = dit.train_step, 0
+
+    def step(engine: Engine, *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        terms = original(engine, *rest)
+        if calls >= 3:  # as faulty memory does
+            engine.masters()[0].view(-1)[5] = math.nan
+        return terms
+
+    monkeypatch.setattr(dit, "train_step", step)
+    with pytest.raises(
+        RunError, match=r"a weight of the model is not finite after 12 images .*1 time\(s\) did not help"
+    ):
+        dit.train(config)
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000001", "step-00000002"]
+    assert all(value.isfinite().all() for value in newest(tmp_path).values())
+
+
+@pytest.mark.parametrize("network", ["model", "discriminator"])
+def test_both_networks_of_the_tokenizer_skip_alike(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_tokenizer(tmp_path, zero_stage=1, loss={"disc_start_step": 1})
+    states: list[list[Tensor]] = []
+    original, calls = tokenizer.train_step, 0
+    engines: list[Engine] = []
+
+    def step(networks: tokenizer.Networks, ema: ShardedEMA, *rest: Any) -> Any:
+        assert networks.discriminator is not None
+        engines[:] = [networks.model, networks.discriminator]
+        terms = original(networks, ema, *rest)
+        states.append(
+            [
+                value.clone()
+                for engine in engines
+                for value in (*engine.module.parameters(), *engine.module.buffers(), *optimizer_state(engine))
+            ]
+        )
+        return terms
+
+    def broken(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss: Tensor = hinge(*args)
+        return loss * (math.nan if calls == 2 else 1)
+
+    name = "generator_hinge_loss" if network == "model" else "discriminator_hinge_loss"
+    hinge = getattr(tokenizer.objective, name)
+    monkeypatch.setattr(tokenizer.objective, name, broken)
+    monkeypatch.setattr(tokenizer, "train_step", step)
+    tokenizer.train(config)
+    assert [event["reason"] for event in events(tmp_path)] == [f"the loss or a gradient of the {network} is not finite"]
+    assert len(states) == 4 and logged(tmp_path, "skipped") == [0, 1, 1]
+    assert all(torch.equal(one, other) for one, other in zip(states[0], states[1], strict=True))
+    assert sum(not torch.equal(one, other) for one, other in zip(states[1], states[2], strict=True)) > 50
+    assert all(value.isfinite().all() for state in states for value in state)

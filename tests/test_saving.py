@@ -1,0 +1,423 @@
+"""Saving: in the background, out of copies, whole or not at all, on disks that fail, and what stays on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoint_worker as worker
+import pytest
+import torch
+from checkpoint_worker import SHARE, log, names
+from safetensors.torch import load_file
+from training_plain import BATCH, tiny_dit
+
+from vadit.errors import RunError
+from vadit.metrics import RunLog
+from vadit.train import checkpoint, dit, saving
+from vadit.train.saving import Saving, TensorFile
+
+EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1, 2 and 3 of the small networks."""
+    return worker.three_checkpoints(tmp_path_factory.mktemp("three") / "checkpoints")
+
+
+@pytest.fixture
+def folder(three: Path, tmp_path: Path) -> Path:
+    shutil.copytree(three, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stood on the screen, without blanks: rich folds lines anywhere."""
+    return "".join(capsys.readouterr().err.split())
+
+
+# ------------------------------------------------------------------------------------------------ which ones stay
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"),
+    [
+        (2, None, [6, 7]),
+        (1, None, [7]),
+        (1, 16, [2, 4, 6, 7]),
+        (2, 20, [3, 5, 6, 7]),  # 8 images a step: the first at or past 20 and 40
+        (1, 1000, [7]),
+    ],
+)
+def test_the_newest_and_every_so_many_images_stay(
+    keep: int, every: int | None, kept: list[int], tmp_path: Path
+) -> None:
+    for step in range(1, 8):
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"images_seen": 8 * step}))
+        checkpoint.prune(tmp_path, keep, every)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
+
+
+def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[list[str]] = []
+    original = checkpoint.prune
+
+    def prune(folder: Path, *rest: Any) -> None:
+        before.append(names(tmp_path))
+        original(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "prune", prune)
+    dit.train(
+        tiny_dit(tmp_path, run={"save_every_images": BATCH, "keep_checkpoints": 1, "keep_every_images": 2 * BATCH})
+    )
+    assert before == [[f"step-0000000{number}" for number in steps] for steps in ([1], [1, 2], [2, 3], [2, 3, 4])]
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+# ------------------------------------------------------------------------------------------------ in the background
+
+
+class Gate:
+    """Holds writers up until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.reached = threading.Event(), threading.Event()
+        original = saving.write_tensors
+
+        def write(path: Path, file: TensorFile) -> Any:
+            self.reached.set()
+            assert self.opened.wait(60)
+            return original(path, file)
+
+        monkeypatch.setattr(saving, "write_tensors", write)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_training_goes_on_while_a_checkpoint_is_written(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = worker.Run(tmp_path / "expected", stage)
+    expected.train(2)
+    expected.save(wait=True)
+    gate = Gate(monkeypatch)
+    run = worker.Run(tmp_path / "found", stage)
+    run.train(2)
+    run.save()
+    assert gate.reached.wait(60)
+    run.train(5)  # while the writer has written nothing
+    torch.rand(3)
+    assert not (tmp_path / "found" / "step-00000002").exists()
+    gate.opened.set()
+    run.checkpoints.close()
+    for path in (tmp_path / "expected" / "step-00000002").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "found" / "step-00000002" / path.name).read_bytes(), path.name
+    values = run.checkpoints.log_values()
+    assert values["save_stall_ms"] > 0 and "save_write_ms" not in values
+    # The next one writes into the same memory, and what it holds is of its own step.
+    run.save()
+    run.train(6)
+    run.checkpoints.close()
+    assert set(run.checkpoints.log_values()) == {"save_stall_ms", "save_write_ms"}
+    again = worker.Run(tmp_path / "found", stage)
+    again.restore()
+    assert again.step == 5 and again.train(7) == pytest.approx(worker.plain(7)[0][5:], rel=1e-5)
+
+
+def test_a_next_save_waits_for_the_former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    run = worker.Run(tmp_path, 1)
+    run.train(1)
+    run.save()
+    assert gate.reached.wait(60)
+    threading.Timer(0.3, gate.opened.set).start()
+    run.train(2)
+    run.save()
+    assert gate.opened.is_set() and (tmp_path / "step-00000001").exists()
+    run.checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_can_be_saved_once_more(folder: Path) -> None:
+    run = worker.Run(folder, 1)
+    run.restore()
+    before = (folder / "step-00000003" / SHARE).read_bytes()
+    for master in run.engines["model"].masters():
+        master.mul_(2)
+    run.save(wait=True)
+    assert (folder / "step-00000003" / SHARE).read_bytes() != before
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.newest(folder) == folder / "step-00000003"
+
+
+def test_the_run_log_tells_what_saving_cost(tmp_path: Path) -> None:
+    dit.train(tiny_dit(tmp_path, run={"save_every_images": BATCH, "log_every_images": BATCH}))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.keys() >= {"save_stall_ms"} for line in lines] == [False, True, True, True]
+    assert lines[2].keys() >= {"save_write_ms"}
+
+
+def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
+    dtypes = list(saving._TYPES)
+    tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in dtypes}
+    tensors |= {
+        "none": torch.empty(0, 3),
+        "number": torch.tensor(2.5),
+        "strided": torch.arange(6.0).view(2, 3).T,
+        "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    entry = saving.write_tensors(tmp_path / "file", TensorFile("file", tensors, {"a": "b"}))
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert entry == {"bytes": (tmp_path / "file").stat().st_size, "sha256": checkpoint._digest(tmp_path / "file")}
+
+
+def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    partial = tmp_path / "step-00000001.partial"
+    partial.mkdir()
+    faults: list[Exception] = []
+
+    def save(token: str, timeout_s: float) -> None:
+        (partial / "part-00001.json").write_text(json.dumps({"token": "one", "files": {}}))
+        files = [TensorFile(SHARE, {"x": torch.ones(2)}, {})]
+        calls: dict[str, Any] = {"published": lambda: None, "failed": faults.append}
+        Saving(tmp_path / "step-00000001", files, token=token, state={}, timeout_s=timeout_s, **calls).join()
+
+    save("two", 0.2)
+    assert "part-00001.json has not appeared" in str(faults.pop()) and not (tmp_path / "step-00000001").exists()
+    save("one", 60.0)
+    assert faults == [] and (tmp_path / "step-00000001" / SHARE).exists()
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+
+def test_no_kill_publishes_half(folder: Path) -> None:
+    """At each call that touches the disk in turn the process is killed; what counts is whole in every case."""
+    points = 0
+    while True:
+        points += 1
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _save_and_die(folder, points)
+            finally:
+                os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        path = checkpoint.newest(folder)
+        assert path is not None
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        if path.name == "step-00000004":  # killed behind the rename
+            shutil.rmtree(path)
+        else:
+            assert path.name == "step-00000003" and not (folder / "step-00000004").exists()
+        checkpoint._clear_up(folder)
+    assert path.name == "step-00000004" and points > 12
+    assert torch.equal(load_file(path / SHARE)["x"], torch.arange(50.0))
+
+
+def _save_and_die(folder: Path, point: int) -> None:
+    """In a process of its own: write step 4 and be killed at a call to the system."""
+    calls = 0
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **settings)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+    for name in ("open", "mkdir", "unlink"):
+        setattr(Path, name, counted(getattr(Path, name)))
+    files = [TensorFile(SHARE, {"x": torch.arange(50.0)}, {})]
+    state = {"state.json": json.dumps({"format": checkpoint.FORMAT, "images_seen": 1})}
+    made = Saving(
+        folder / "step-00000004",
+        files,
+        token="",
+        state=state,
+        published=lambda: None,
+        failed=lambda error: os._exit(4),
+        timeout_s=5,
+    )
+    made.join()
+    os._exit(0)
+
+
+# ------------------------------------------------------------------------------------------------ disks that fail
+
+
+class Failing:
+    """Lets the disk fail while it is `on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.on = False
+        original = os.fsync
+
+        def fsync(handle: int) -> None:
+            if self.on:
+                raise OSError(number, os.strerror(number))
+            original(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device", "free some disk space"),
+        (errno.EACCES, "Permission denied", "give this user the right to write there"),
+        (errno.ENOENT, "No such file or directory", "leave its folder in place"),
+    ],
+)
+def test_a_run_outlives_a_disk_that_fails(
+    number: int,
+    words: str,
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk = Failing(monkeypatch, number)
+    run = worker.Run(tmp_path, 1)
+    run.train(1)
+    run.save(wait=True)
+    for step in (2, 3):
+        run.train(step)
+        disk.on = True
+        run.save()
+        run.checkpoints.close()
+        text = told(capsys)
+        for part in (f"step-0000000{step}couldnotbewritten", words, "traininggoeson", advice):
+            assert part.replace(" ", "") in text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
+    run.train(4)
+    assert run.checkpoints.failures == 1  # the second is counted when the next save, or a restore, looks back
+    disk.on = False
+    run.save()
+    run.checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
+    assert run.checkpoints.log_values()["failed_saves"] == 2
+    # Whoever waits for a checkpoint, hears that there is none.
+    disk.on = True
+    with pytest.raises(RunError, match=rf"step-00000004 could not be written \({words}\); earlier .*{advice}"):
+        run.save(wait=True)
+    disk.on = False
+    run.save(wait=True)
+    assert run.checkpoints.log_values().keys() == {"save_stall_ms", "save_write_ms"}
+    again = worker.Run(tmp_path, 1)
+    again.restore()
+    assert again.step == 4
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_trainer_outlives_a_disk_that_fails(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**EVERY, "background_saves": background}
+    straight = dit.train(tiny_dit(tmp_path / "straight", run=EVERY))
+    original, calls = saving.write_tensors, 0
+
+    def write(path: Path, file: TensorFile) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, file)
+
+    monkeypatch.setattr(saving, "write_tensors", write)
+    folder = dit.train(tiny_dit(tmp_path / "full", run=settings))
+    assert "step-00000002couldnotbewritten(Nospaceleftondevice);traininggoeson" in told(capsys)
+    assert names(folder) == ["step-00000001", "step-00000003", "step-00000004"]
+    lines = [{name: value for name, value in line.items() if name != "failed_saves"} for line in log(folder)]
+    assert lines == log(straight)
+
+
+def test_a_run_outlives_its_folder(folder: Path) -> None:
+    run = worker.Run(folder, 1)
+    run.restore()
+    shutil.rmtree(folder)
+    run.train(4)
+    run.save(wait=True)
+    assert checkpoint.newest(folder) == folder / "step-00000004"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs rights that this process lacks")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("room", [0, 16_000])
+def test_a_run_outlives_a_full_disk(room: int, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small_disk / "checkpoints"
+    run = worker.Run(folder, 1)
+    run.train(1)
+    run.save(wait=True)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096 - room))
+    run.train(2)
+    run.save()
+    run.checkpoints.close()
+    assert "traininggoeson" in told(capsys)
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    with pytest.raises(RunError, match=r"step-00000002 could not be written .*free some disk space"):
+        run.save(wait=True)
+    filler.unlink()
+    run.save(wait=True)
+    assert checkpoint.newest(folder) == folder / "step-00000002"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_the_log_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_log = RunLog(small_disk / "run")
+    run_log.write(images=1, step=1, values={"loss": 1.0})
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
+    for step in range(2, 60):  # beyond the block that the file has already
+        run_log.write(images=step, step=step, values={"loss": 1 / step, "a longer name to fill blocks of a disk": 1.0})
+    assert "therun'slogcouldnotbewritten(Nospaceleftondevice)" in told(capsys)
+    filler.unlink()
+    run_log.write(images=60, step=60, values={"loss": 0.0})
+    run_log.close()
+    lines = (small_disk / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
+    assert "couldnotbewritten" not in told(capsys)
+
+
+def test_a_disk_is_not_filled_up_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = worker.Run(tmp_path, 1)
+    run.train(1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(saving, "write_tensors", lambda *args: pytest.fail("wrote"))
+    with pytest.raises(RunError, match=r"[\d,]+ bytes are needed, 100 are free"):
+        run.save(wait=True)

@@ -1,0 +1,116 @@
+"""Processes that die, stop, stick or fail: the others end, and say who it was and how far it had got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from vadit.errors import UsageError
+from vadit.train.watchdog import HANG_CODE, Watchdog, judge
+from vadit.train.watchdog_peers import Standing
+
+WORKER = Path(__file__).parent / "watchdog_worker.py"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path]:
+    """Exit code of every process by CASE-RANK, and the folder of what they said."""
+    out = tmp_path_factory.mktemp("pairs")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, str(WORKER), str(out)], env=environment, timeout=280, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / "codes.json").read_text()), out
+
+
+@pytest.mark.parametrize("case", ["well", "asked", "paused"])
+def test_a_run_in_order_is_left_alone(case: str, pairs: tuple[dict[str, int], Path]) -> None:
+    codes, out = pairs
+    assert (codes[f"{case}-0"], codes[f"{case}-1"]) == (0, 0)
+    assert "error:" not in (out / f"{case}-0.txt").read_text() + (out / f"{case}-1.txt").read_text()
+
+
+TOLD = "the last step it told is 3 (training)"
+ENDED = {
+    # case and rank of one that is well: its exit code and its last line
+    "stopped-0": (HANG_CODE, "rank 1 has not been heard of for", TOLD),
+    "stopped_main-1": (HANG_CODE, "rank 0 has not been heard of for", TOLD),
+    "killed-0": (1, "RunError: rank 1 is gone", TOLD),
+    "killed_main-1": (1, "RunError: rank 0 is gone", TOLD),
+    "killed_quietly-0": (HANG_CODE, "rank 1 is gone", TOLD),
+    "killed_main_quietly-1": (HANG_CODE, "rank 0 is gone", TOLD),
+    "stuck-0": (HANG_CODE, "rank 1 does not get on", TOLD),
+    "stuck-1": (HANG_CODE, "rank 1 does not get on", "in sleep_for_ever (watchdog_worker.py:"),
+    "stuck_main-0": (HANG_CODE, "rank 0 does not get on", "in sleep_for_ever (watchdog_worker.py:"),
+    "stuck_main-1": (HANG_CODE, "rank 0 does not get on", TOLD),
+    "failed-0": (HANG_CODE, "rank 1 failed: the disk is gone", "the same command"),
+    "failed-1": (1, "RunError: the disk is gone", ""),
+    "failed_main-1": (HANG_CODE, "rank 0 failed: KeyError: 'weight'", "the same command"),
+    "kept_gil-0": (HANG_CODE, "rank 1 has not been heard of for", TOLD),
+    "alone-0": (HANG_CODE, "rank 0 does not get on", "in sleep_for_ever (watchdog_worker.py:"),
+}
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_the_others_end_and_name_it(name: str, pairs: tuple[dict[str, int], Path]) -> None:
+    codes, out = pairs
+    code, *parts = ENDED[name]
+    last = [line for line in (out / f"{name}.txt").read_text().splitlines() if "rror: " in line][-1]
+    assert codes[name] == code, last
+    for part in parts:
+        assert part in last
+    if code == HANG_CODE:  # the stack of the main thread
+        assert "watchdog_worker.py" in (out / f"{name}.txt").read_text().split("stand here:")[1]
+
+
+def test_a_main_thread_that_keeps_the_gil_is_ended_with_its_stack(pairs: tuple[dict[str, int], Path]) -> None:
+    codes, out = pairs
+    assert codes["kept_gil-1"] == 1
+    assert "in keep_the_gil" in (out / "kept_gil-1.txt").read_text()
+
+
+def sentence(*standings: Standing) -> str | None:
+    return judge(list(standings), timeout_s=60.0, grace_s=10.0)
+
+
+def test_nobody_is_judged_while_somebody_gets_on() -> None:
+    idle = Standing(0, step=5, idle_s=100.0)
+    assert sentence(idle, Standing(1, step=5, idle_s=1.0)) is None
+    assert sentence(Standing(0, step=5, idle_s=59.0), Standing(1, step=5, idle_s=100.0, silent_s=100.0)) is None
+    assert sentence(Standing(0, idle_s=9.0), Standing(1, gone_s=50.0)) is None
+    assert sentence(Standing(0, idle_s=50.0), Standing(1, gone_s=9.0)) is None
+    assert sentence(Standing(0, idle_s=50.0), Standing(1, done=True, silent_s=500.0)) is None
+
+
+def test_the_one_that_lags_is_named() -> None:
+    waiting = [Standing(rank, step=8, idle_s=61.0, waits=True) for rank in (0, 2)]
+    behind = Standing(1, step=7, doing="saving", idle_s=70.0, where="flush (checkpoint.py:9)")
+    text = sentence(waiting[0], behind, waiting[1])
+    assert text == (
+        "rank 1 lags behind step 8; the last step it told is 7 (saving), 70 s ago, in flush (checkpoint.py:9)"
+    )
+    text = sentence(*waiting)
+    assert text is not None and text.startswith("nobody gets on; rank 0: ") and "rank 2: " in text
+    busy = [Standing(rank, step=8, idle_s=61.0) for rank in range(3, 20)]
+    text = sentence(*waiting, *busy)
+    assert text is not None and "rank 0" not in text and "rank 10 does" in text and text.endswith("; and 9 more")
+
+
+def test_a_failed_collective_shortens_the_wait_for_the_dead() -> None:
+    dead = Standing(1, step=3, gone_s=1.5)
+    assert sentence(Standing(0), dead) is None
+    text = sentence(Standing(0, accuses=True), dead)
+    assert text is not None and text.startswith("rank 1 is gone")
+
+
+def test_the_setting_is_checked_and_0_guards_nothing() -> None:
+    with pytest.raises(UsageError, match=r"run\.hang_timeout_s is -1"):
+        Watchdog(-1)
+    with Watchdog(0) as dog:
+        dog.beat(1)
+        assert not any(thread.name == "watchdog" for thread in threading.enumerate())

@@ -1,0 +1,153 @@
+"""Pairs of processes in which one dies, stops or sticks: `watchdog_worker.py OUT`, for test_watchdog.py.
+
+All cases run at once, forked from here, so that torch is imported once. OUT/CASE-RANK.txt is what a process said,
+OUT/codes.json the exit codes by name (negative: the signal).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vadit.errors import RunError
+from vadit.train import watchdog
+from vadit.train.watchdog import Watchdog
+
+TIMEOUT_S, GRACE_S = 6.0, 2.0
+STEPS, LAST_STEP = 6, 3
+STEP_S = 0.5  # several heartbeats long
+
+
+class Stopped(Exception):
+    """As the loop's."""
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1000)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise RunError("the disk is gone")
+
+
+def fail_unforeseen() -> None:
+    raise KeyError("weight")
+
+
+def ask_to_stop() -> None:
+    raise Stopped
+
+
+def keep_the_gil() -> None:
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def nothing() -> None:
+    pass
+
+
+# name: (number of processes, what rank 0 does after LAST_STEP, what rank 1 does, whether rank 0 then sums with rank 1)
+CASES: dict[str, tuple[int, Callable[[], None], Callable[[], None]]] = {
+    "well": (2, nothing, nothing),
+    "asked": (2, ask_to_stop, ask_to_stop),
+    "stopped": (2, nothing, stop),
+    "stopped_main": (2, stop, nothing),
+    "killed": (2, nothing, die),
+    "killed_main": (2, die, nothing),
+    # NCCL tells nobody that a process has died: a sleep plays its part.
+    "killed_quietly": (2, sleep_for_ever, die),
+    "killed_main_quietly": (2, die, sleep_for_ever),
+    "stuck": (2, nothing, sleep_for_ever),
+    "stuck_main": (2, sleep_for_ever, nothing),
+    "failed": (2, sleep_for_ever, fail),
+    "failed_main": (2, fail_unforeseen, sleep_for_ever),
+    "kept_gil": (2, nothing, keep_the_gil),
+    "alone": (1, sleep_for_ever, nothing),
+    "paused": (2, nothing, nothing),
+}
+
+
+def work(case: str, rank: int, port: int) -> int:
+    world_size, *acts = CASES[case]
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    try:
+        with Watchdog(TIMEOUT_S, grace_s=GRACE_S) as dog:
+            for step in range(1, STEPS + 1):
+                dist.all_reduce(torch.ones(1))
+                dog.beat(step)
+                time.sleep(STEP_S)
+                if step == LAST_STEP:
+                    acts[rank]()
+            dog.beat(STEPS, doing="leaving")
+            time.sleep(rank)
+    except RunError as error:
+        print(f"RunError: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Stopped:
+        return 0
+    return 0
+
+
+def start(case: str, rank: int, port: int, out: Path) -> int:
+    """Fork a process; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    handle = os.open(out / f"{case}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    code = 99
+    watchdog.GIL_S = 60.0 if case == "paused" else 1.0
+    try:
+        code = work(case, rank, port)
+    finally:
+        traceback.print_exc()
+        os._exit(code)
+
+
+def main(out: Path) -> None:
+    running: dict[int, str] = {}
+    for case, (world_size, *_) in CASES.items():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        running |= {start(case, rank, port, out): f"{case}-{rank}" for rank in range(world_size)}
+    paused = [pid for pid, name in running.items() if name.startswith("paused")]
+    time.sleep(2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in paused:
+            os.kill(pid, number)
+        time.sleep(TIMEOUT_S + 3 if number == signal.SIGSTOP else 0)
+    codes = {}
+    stopped = {"stopped-1", "stopped_main-0"}
+    while set(running.values()) - stopped:
+        pid, status = os.wait()
+        codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    (out / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
