@@ -1,8 +1,14 @@
 """What a run needs of each GPU, before it starts: parameters and bytes, by ZeRO stage.
 
-Weights, gradients, optimizer state and averages are counted by formula (Rajbhandari et al. 2020, section 5). What the
-backward pass keeps is counted on the networks themselves: one forward with fake tensors, which have shapes and
-no storage, and a hook on every tensor that autograd saves. Workspace and fragmentation come on top.
+Weights, gradients, optimizer state and averages are counted by formula (Rajbhandari et al. 2020, section 5), and so are
+the buffers of DeepSpeed 0.19 (`_moments`). What the backward pass keeps is counted on the networks themselves: one
+forward with fake tensors, which have shapes and no storage, and a hook on every tensor that autograd saves.
+
+These do not all exist at once, activations go while gradients come: what counts is the fullest moment of a step.
+
+Not counted: the CUDA context (0.3-0.6 GiB) and NCCL's buffers, workspace of cuDNN and cuBLAS, fragmentation, the
+batches that a loader keeps ready, what torch.compile changes, and the temporaries of a single operation. A weight
+below 100,000 elements stays whole under ZeRO 3 and is counted as cut.
 """
 
 from __future__ import annotations
@@ -26,6 +32,10 @@ FP32, BF16 = 4, 2
 """Bytes per number."""
 MOMENTS = {"adamw_8bit": 2 * (1 + FP32 / 256)}
 """Bytes of Adam's two moments per weight; 8-bit ones have a scale per block of 256, all others are fp32."""
+PREFETCH = 50_000_000
+"""Weights that ZeRO 3 gathers ahead of their use (DeepSpeed's default)."""
+MAX_LIVE = 1_000_000_000
+"""Weights that ZeRO 3 leaves gathered from the forward to the backward pass (DeepSpeed's default)."""
 VGG16_LAYERS = 30
 """Layers of torchvision's vgg16().features up to relu5_3, the last that LPIPS reads."""
 
@@ -50,26 +60,61 @@ class Activations:
     per_image: float
     fixed: float
     """Independent of the batch: under autocast, the bf16 copies of the weights."""
+    recomputed_per_image: float = 0.0
+    """Of `per_image`, what one checkpointed block makes again: it is there until the backward pass ends."""
 
 
 @dataclass(frozen=True)
-class StageMemory:
-    """Bytes per GPU under one ZeRO stage."""
+class Moment:
+    """What comes and goes within a step, in bytes, at one point of it."""
 
-    stage: int
-    weights: float
+    name: str
     gradients: float
-    optimizer: float
-    """fp32 master weights and Adam's moments."""
-    averages: float
     buffers: float
-    """DeepSpeed's buckets for reducing gradients."""
+    """DeepSpeed's buckets, weights gathered by ZeRO 3, copies in the optimizer's step."""
     activations: float
 
     @property
     def total(self) -> float:
         """Sum of the parts."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.buffers + self.activations
+        return self.gradients + self.buffers + self.activations
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes per GPU under one ZeRO stage, at the moment of a step when most is held."""
+
+    stage: int
+    weights: float
+    optimizer: float
+    """fp32 master weights and Adam's moments."""
+    averages: float
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        """The moment when most is held."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def gradients(self) -> float:
+        """Gradients at the peak."""
+        return self.peak.gradients
+
+    @property
+    def buffers(self) -> float:
+        """Buffers at the peak."""
+        return self.peak.buffers
+
+    @property
+    def activations(self) -> float:
+        """Activations at the peak."""
+        return self.peak.activations
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.weights + self.optimizer + self.averages + self.peak.total
 
 
 @dataclass(frozen=True)
@@ -87,20 +132,34 @@ def estimate(config: Config, world_size: int) -> Estimate:
     """Parameters and memory per GPU of a run on `world_size` GPUs; refuses a batch that does not divide."""
     settings = deepspeed_config(config.engine, global_batch=config.run.batch_size, num_weights=MAX_BUCKET)
     micro_batch = settings["train_micro_batch_size_per_gpu"]
+    networks, activations = count(config)
+    return Estimate(networks, micro_batch, activations, stages(config, networks, activations, world_size, micro_batch))
+
+
+def count(config: Config) -> tuple[tuple[Network, ...], Activations]:
+    """The networks of a run, and what their backward pass keeps."""
     if isinstance(config, TokenizerConfig):
         foundation = _foundation(config)
         with FakeTensorMode():
-            networks, activations = _tokenizer(config, foundation)
-    else:
-        with FakeTensorMode():
-            networks, activations = _generator(config)
-    kept = activations.fixed + activations.per_image * micro_batch
-    stages = tuple(_stage_memory(networks, config, stage, world_size, kept) for stage in range(4))
-    return Estimate(networks, micro_batch, activations, stages)
+            return _tokenizer(config, foundation)
+    with FakeTensorMode():
+        return _generator(config)
+
+
+def stages(
+    config: Config, networks: tuple[Network, ...], activations: Activations, world_size: int, micro_batch: int
+) -> tuple[StageMemory, ...]:
+    """Memory per GPU under ZeRO 0, 1, 2 and 3."""
+    return tuple(_stage_memory(networks, config, stage, world_size, activations, micro_batch) for stage in range(4))
 
 
 def _stage_memory(
-    networks: tuple[Network, ...], config: Config, stage: int, world_size: int, activations: float
+    networks: tuple[Network, ...],
+    config: Config,
+    stage: int,
+    world_size: int,
+    activations: Activations,
+    micro_batch: int,
 ) -> StageMemory:
     spec = config.engine
     trained = sum(network.num_trained for network in networks)
@@ -110,18 +169,88 @@ def _stage_memory(
     shards = world_size if stage >= 1 else 1
     # ZeRO keeps its own fp32 masters even where the weights are fp32 already; without it the weights are the masters.
     masters = FP32 * trained if stage >= 1 or spec.precision == "bf16" else 0
-    buckets = sum(min(MAX_BUCKET, network.num_trained) for network in networks)
     on_host = stage >= 1 and spec.offload_optimizer
     return StageMemory(
         stage=stage,
         weights=(0 if stage == 3 and spec.offload_weights else number * trained / (world_size if stage == 3 else 1))
         + FP32 * frozen,
-        gradients=number * trained / (world_size if stage >= 2 else 1),
         optimizer=0 if on_host else (masters + MOMENTS.get(config.optimizer.kind, 2 * FP32) * trained) / shards,
         averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / shards,
-        buffers=number * buckets * (2 if spec.overlap_comm else 1) if stage >= 1 else 0,
-        activations=activations,
+        moments=_moments([n.num_trained for n in networks], config, stage, world_size, activations, micro_batch),
     )
+
+
+def _moments(
+    sizes: list[int], config: Config, stage: int, world_size: int, activations: Activations, micro_batch: int
+) -> tuple[Moment, ...]:
+    """What is held at the end of the forward pass, in the backward pass, in the reduction after it, and in the step.
+
+    sizes: trained weights of each network; they run backward and step one after the other, the largest decides.
+    """
+    spec, on_cpu = config.engine, config.run.device == "cpu"
+    number = BF16 if spec.precision == "bf16" else FP32
+    trained, largest = sum(sizes), max(sizes)
+    share = trained / (world_size if stage >= 1 else 1)
+    kept = activations.fixed + activations.per_image * micro_batch
+    recomputed = activations.recomputed_per_image * micro_batch
+    accumulates = spec.gradient_accumulation > 1
+    # Under autocast some gradients are sent in bf16, the rest in fp32: a bucket for each, each as large as if for all.
+    autocast = spec.precision == "autocast"
+    bucket = min(MAX_BUCKET, largest)
+    if stage == 3:
+        # Buckets and the gradients' shard are made at the start and stay.
+        buckets = sum(min(MAX_BUCKET, size) for size in sizes) * (FP32 + BF16 if autocast else number)
+        gathered = min(MAX_LIVE, largest) * number if world_size > 1 else 0
+        ahead = min(PREFETCH, largest) * number if world_size > 1 else 0
+        # Gradients are put in order of the processes, a copy; gloo makes one more.
+        reduction = bucket * number * (2 if on_cpu else 1)
+        forward = Moment("forward", share * number, buckets + gathered + ahead, kept)
+        return (
+            forward,
+            dataclasses.replace(forward, name="backward"),
+            Moment("reduction", share * number, buckets + reduction, 0),
+            Moment("step", share * number, buckets + _step_copies(config, largest / world_size, flat=True), 0),
+        )
+    whole = trained * number
+    if stage == 0:
+        return (
+            Moment("forward", whole if accumulates else 0, 0, kept),
+            # Activations go as gradients come: the sum is largest at one of the ends.
+            *_backward(whole if accumulates else 0, whole, 0, kept, recomputed),
+            # DeepSpeed sends a copy laid end to end, and makes it for a single process, too.
+            Moment("reduction", whole, bucket * number, 0),
+            Moment("step", whole, 0, 0),
+        )
+    buckets = bucket * number * (2 if spec.overlap_comm else 1) * (2 if autocast else 1)
+    # ZeRO 1 leaves gradients whole until the backward pass is over, ZeRO 2 moves each into the bucket.
+    before, after = (whole if accumulates else 0, whole) if stage == 1 else (share * number if accumulates else 0,) * 2
+    # A bucket is sent as a copy (alone there is nothing to send); then this process's share is copied out of it.
+    sent: float = bucket * (number + (BF16 if autocast else 0)) if world_size > 1 else 0
+    if stage == 2 and (accumulates or largest > MAX_BUCKET):  # that of buckets before is there already
+        sent += share * number
+    return (
+        Moment("forward", before, 0, kept),
+        *_backward(before, after, buckets, kept, recomputed),
+        Moment("reduction", max(after, sent, share * number), buckets, 0),
+        Moment("step", share * number, _step_copies(config, largest / world_size, flat=False), 0),
+    )
+
+
+def _backward(before: float, after: float, buckets: float, kept: float, recomputed: float) -> tuple[Moment, Moment]:
+    """Start and end of a backward pass: activations go as gradients come, the sum is largest at one of the two."""
+    return Moment("backward", before, buckets, kept), Moment("backward", after, buckets, recomputed)
+
+
+def _step_copies(config: Config, share: float, *, flat: bool) -> float:
+    """Bytes that the optimizer's step makes beside the gradients of `share` weights; `flat`: those lie in one piece.
+
+    ZeRO lays gradients end to end, and in bf16 makes an fp32 copy of that. Where no fused kernel steps (on a CPU),
+    torch's AdamW makes two temporaries as large, while the gradients that lay apart are gone.
+    """
+    number = BF16 if config.engine.precision == "bf16" else FP32
+    copied = share * (number + (FP32 if number == BF16 else 0))
+    temporaries = 3 * FP32 * share - (0 if flat else number * share)
+    return max(copied, temporaries) if config.run.device == "cpu" else copied
 
 
 # ------------------------------------------------------------------------------------------------ the networks
@@ -142,7 +271,8 @@ def _generator(config: DiTConfig) -> tuple[tuple[Network, ...], Activations]:
     if config.engine.gradient_checkpointing:
         # Each block keeps its input (fp32: the residual stream) and is recomputed alone.
         stream = FP32 * spec.hidden_size * (spec.input_size // spec.patch_size) ** 2
-        kept = Activations(kept.per_image / spec.depth + stream * spec.depth, kept.fixed / spec.depth)
+        block = kept.per_image / spec.depth
+        kept = Activations(block + stream * spec.depth, kept.fixed / spec.depth, recomputed_per_image=block)
     return (_count("LightningDiT" if spec.swiglu else "DiT", model, averaged=True),), kept
 
 
@@ -180,13 +310,20 @@ def _tokenizer(config: TokenizerConfig, foundation: FoundationModel | None) -> t
             networks[0], num_trained=networks[0].num_trained + foundation.feature_dim * spec.latent_channels
         )
 
-    def forward(batch: int) -> None:
-        images = torch.zeros(batch, spec.in_channels, spec.image_size, spec.image_size)
-        reconstruction = autoencoder.decode(autoencoder.encode(images).mean)
-        for critic in critics:
-            critic(reconstruction)
+    shape = (spec.in_channels, spec.image_size, spec.image_size)
+    kept = _measure(
+        lambda batch: autoencoder.decode(autoencoder.encode(torch.zeros(batch, *shape)).mean),
+        [autoencoder],
+        config.engine,
+    )
 
-    return tuple(networks), _measure(forward, [autoencoder, *critics], config.engine)
+    def judge(critic: nn.Module) -> Activations:
+        return _measure(lambda batch: critic(torch.zeros(batch, *shape).requires_grad_()), [critic], config.engine)
+
+    # A critic's graph goes once its gradient at the reconstruction is known: one is there beside the autoencoder's.
+    judged = [judge(critic) for critic in critics]
+    most = max(judged, key=lambda critic: critic.per_image, default=Activations(0, 0))
+    return tuple(networks), Activations(kept.per_image + most.per_image, kept.fixed + most.fixed)
 
 
 def _count(name: str, model: nn.Module, averaged: bool = False) -> Network:
@@ -194,7 +331,7 @@ def _count(name: str, model: nn.Module, averaged: bool = False) -> Network:
     return Network(name, trained, sum(p.numel() for p in model.parameters()) - trained, averaged)
 
 
-def _measure(forward: Callable[[int], None], models: list[nn.Module], spec: EngineSpec) -> Activations:
+def _measure(forward: Callable[[int], object], models: list[nn.Module], spec: EngineSpec) -> Activations:
     """Bytes that autograd saves in `forward(batch)`: the slope and the intercept over two batches."""
     owned = {tensor.untyped_storage()._cdata for model in models for tensor in (*model.parameters(), *model.buffers())}
 

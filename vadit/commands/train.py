@@ -76,14 +76,17 @@ def run(arguments: list[str]) -> None:
         with told_once():  # by one process for all
             distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
         from vadit.train import dit, engine, tokenizer
+        from vadit.train.loop import Stopped
 
         try:
             if isinstance(options, TrainGenerator):
                 dit.train(options.config)
             else:
                 tokenizer.train(options.config)
-        finally:
+        except Stopped:
             engine.finish()
+            raise
+        engine.finish()  # not after a failure: with others in a collective, leaving the group could wait for ever
 
 
 def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -123,17 +126,17 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
         + (f", {accumulation} of them per step" if accumulation > 1 else ""),
         title_justify="left",
     )
-    columns = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "total")
-    for column in ("ZeRO", *columns):
+    columns = ("weights", "optimizer", "averages", "gradients", "buffers", "activations", "total")
+    for column in ("ZeRO", *columns, "fullest in"):
         table.add_column(column, justify="right")
     for row in needed.stages:
         chosen = row.stage == options.config.engine.zero_stage
         values = [f"{getattr(row, column) / gib:,.2f}" for column in columns]
-        table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, style="bold" if chosen else None)
+        table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, row.peak.name, style="bold" if chosen else None)
     print_table(table)
     print(
         f"* engine.zero_stage. Activations: {needed.activations.per_image / gib:.3f} GiB per image. "
-        "Estimated; workspace and fragmentation come on top (10-20%)."
+        "Estimated, at the fullest moment of a step; CUDA's context, workspace and fragmentation come on top."
     )
 
 

@@ -1,0 +1,89 @@
+"""FLOPs of vadit's networks by formula: products only, a multiplication and an addition each."""
+
+from __future__ import annotations
+
+import torch
+
+from vadit import memory
+from vadit.config import AutoencoderSpec, Config, DiTConfig, DiTSpec, TokenizerConfig
+from vadit.models.dit import mlp_width
+
+TRAINING = 3
+"""FLOPs of forward and backward over those of the forward pass: a gradient of inputs and one of weights."""
+
+
+def dit_flops(spec: DiTSpec) -> int:
+    """FLOPs of one image's forward pass: products only, a multiplication and an addition each."""
+    D, tokens = spec.hidden_size, (spec.input_size // spec.patch_size) ** 2
+    patch = spec.patch_size**2 * spec.in_channels
+    out = patch * (2 if spec.learn_sigma else 1)
+    mlp = (3 if spec.swiglu else 2) * D * mlp_width(spec)
+    block = tokens * (4 * D * D + mlp + 2 * tokens * D) + (4 if spec.shift_free else 6) * D * D
+    ends = tokens * D * (patch + out) + 2 * D * D  # patches in and out, the last modulation
+    return 2 * (spec.depth * block + ends + 256 * D + D * D)  # and the time's two layers
+
+
+def autoencoder_flops(spec: AutoencoderSpec) -> int:
+    """FLOPs of one image's way through encoder and decoder."""
+    widths = [spec.base_channels * multiplier for multiplier in spec.channel_multipliers]
+    sides = [spec.image_size // 2**level for level in range(len(widths))]
+
+    def conv(inputs: int, outputs: int, side: int, kernel: int = 3) -> int:
+        return inputs * outputs * kernel**2 * side**2
+
+    def residual(inputs: int, outputs: int, side: int) -> int:
+        skip = conv(inputs, outputs, side, 1) if inputs != outputs else 0
+        return conv(inputs, outputs, side) + conv(outputs, outputs, side) + skip
+
+    def attention(width: int, side: int) -> int:
+        return 4 * conv(width, width, side, 1) + 2 * side**4 * width
+
+    def level(index: int, before: int, blocks: int) -> int:
+        width, side = widths[index], sides[index]
+        total = residual(before, width, side) + (blocks - 1) * residual(width, width, side)
+        return total + (blocks * attention(width, side) if side in spec.attention_resolutions else 0)
+
+    last, low, latent = widths[-1], sides[-1], spec.latent_channels
+    total = 2 * (2 * residual(last, last, low) + attention(last, low))  # the middle of both
+    total += conv(spec.in_channels, widths[0], sides[0]) + conv(last, 2 * latent, low) + conv(latent, last, low)
+    total += conv(widths[0], spec.in_channels, sides[0]) + conv(2 * latent, 2 * latent, low, 1)
+    total += conv(latent, latent, low, 1)
+    for index in range(len(widths)):
+        total += level(index, widths[max(index - 1, 0)], spec.num_res_blocks)
+        total += level(index, widths[min(index + 1, len(widths) - 1)], spec.num_res_blocks + 1)
+        if index > 0:  # one convolution down to this level, one up from it
+            total += conv(widths[index - 1], widths[index - 1], sides[index])
+            total += conv(widths[index], widths[index], sides[index - 1])
+    return 2 * total
+
+
+def training_flops(config: Config) -> float:
+    """FLOPs per image of a training step: the network, and with a tokenizer its critics."""
+    if isinstance(config, DiTConfig):
+        return TRAINING * dit_flops(config.model)
+    return TRAINING * autoencoder_flops(config.autoencoder) + _critics_flops(config)
+
+
+def _critics_flops(config: TokenizerConfig) -> float:
+    """LPIPS on both images and back to one, the discriminator in both networks' steps, the foundation model forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models import vgg16
+
+    from vadit.models.discriminator import PatchDiscriminator
+
+    spec, loss = config.autoencoder, config.loss
+    total = 0.0
+    with torch.device("meta"), torch.no_grad():
+        images = torch.empty(1, spec.in_channels, spec.image_size, spec.image_size)
+        if loss.perceptual_weight > 0:
+            with FlopCounterMode(display=False) as counter:
+                vgg16().features[: memory.VGG16_LAYERS](images)
+            total += 3 * counter.get_total_flops()
+        if loss.disc_weight > 0:
+            with FlopCounterMode(display=False) as counter:
+                PatchDiscriminator(spec.in_channels, loss.disc_channels, loss.disc_layers)(images)
+            total += (2 + 2 * TRAINING) * counter.get_total_flops()
+    if (foundation := memory._foundation(config)) is not None:
+        weights = sum(parameter.numel() for parameter in foundation.parameters())
+        total += 2.0 * weights * spec.latent_size**2  # products with weights; its attention is a few percent more
+    return total

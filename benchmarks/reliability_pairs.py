@@ -1,0 +1,368 @@
+"""Runs of both trainers by two processes over gloo, for reliability.py: forked, watched, and killed when they are told.
+
+Importing torch and DeepSpeed takes longer than such a run. So one process imports all of it once, and every process
+of every run is forked from there. A fork is sound while its parent has a single thread, no process group, and has
+run no operator of torch: it is then what a new process is after its imports. `check_parent` looks; everything that
+computes, the comparison of two runs too, is done in forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import torch
+from checkpoint_worker import assert_same_end, flip, log
+from training_plain import BATCH, tiny_dit, tiny_tokenizer
+
+from vadit import cli
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.recipes import get_recipe
+from vadit.train import checkpoint, dit, engine, saving, tokenizer
+
+__all__ = ["BATCH", "assert_same_end", "flip", "log"]  # of the tests, for those who import this module
+
+T = TypeVar("T")
+
+STEPS, EVERY = 12, 2
+"""Steps of a run, and from one checkpoint to the next."""
+_IMPORTED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.stage3",
+    "networkx",
+    "safetensors.torch",
+    "timm",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+)
+LIMIT_S = 600.0
+"""For what takes some seconds, on a machine that does much else."""
+CHUNK_S, FLUSH_S = 0.03, 0.1
+"""What the slow disk adds to each piece that is written, and to each flush of a folder."""
+
+
+def import_all() -> None:
+    """What the runs would import late; and forget a launcher that has started this process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    for name in _IMPORTED:
+        importlib.import_module(name)
+
+
+def check_parent() -> None:
+    """Whether this process may be forked."""
+    threads = os.listdir("/proc/self/task")
+    if len(threads) > 1 or torch.distributed.is_initialized():
+        raise RuntimeError(f"{len(threads)} threads, or a process group: a fork would not be as a new process")
+
+
+# ---------------------------------------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of run. `stages`: a tokenizer in the three stages of its recipe, each a run folder of its own."""
+
+    network: str
+    zero_stage: int
+    precision: str
+    stages: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people and folders."""
+        return f"{self.network}{'-in-stages' if self.stages else ''}-zero{self.zero_stage}-{self.precision}"
+
+    def config(self, out: Path, **changes: Any) -> DiTConfig | TokenizerConfig:
+        """Its settings; `changes` are of the run."""
+        own: dict[str, Any] = {"zero_stage": self.zero_stage, "precision": self.precision, "ema_decays": (0.9, 0.5)}
+        run = {"save_every_images": EVERY * BATCH, "keep_checkpoints": 3, "hang_timeout_s": 60.0, **changes}
+        if self.network == "generator":
+            return tiny_dit(out, steps=STEPS, run=run, **own)
+        config = tiny_tokenizer(out, steps=STEPS, run=run, **own)
+        if self.stages:
+            stages = get_recipe("vavae-f16d32-dinov2-debug").stages  # type: ignore[union-attr]
+            length = STEPS // len(stages) * BATCH
+            config = dataclasses.replace(
+                config, stages=tuple(dataclasses.replace(stage, total_images=length) for stage in stages)
+            )
+        return config
+
+
+def train(config: DiTConfig | TokenizerConfig) -> None:
+    """Run it, in a process of a pair."""
+    if isinstance(config, DiTConfig):
+        dit.train(config)
+    else:
+        tokenizer.train(config)
+
+
+def run_folders(out: Path) -> list[Path]:
+    """The folders that have checkpoints: of the run, or of its stages."""
+    return sorted(path.parent for path in out.rglob("checkpoints"))
+
+
+def saved_steps(out: Path) -> int:
+    """Steps that the newest checkpoints hold, over all stages."""
+    found = [checkpoint.newest(folder / "checkpoints", hashes=False) for folder in run_folders(out)]
+    return sum(int(path.name.removeprefix("step-")) for path in found if path is not None)
+
+
+# ---------------------------------------------------------------------------------------------- inside a process
+
+Hook = Callable[[int, int, Path], None]
+"""What happens in a process before its step: (number of the step in this life, rank, run folder)."""
+
+
+def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
+    """A byte in `marks` at the start of every step, and the hook."""
+    handle = os.open(marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    modules: tuple[Any, ...] = (dit, tokenizer)
+    for module in modules:
+
+        def step(*args: Any, original: Any = module.train_step) -> Any:
+            os.write(handle, b".")
+            if hook is not None:
+                hook(os.fstat(handle).st_size, rank, out)
+            return original(*args)
+
+        module.train_step = step
+
+
+class _SlowDigest:
+    """SHA-256 that takes its time: it is fed with each piece of a file before that is written."""
+
+    def __init__(self, original: Callable[[], Any]) -> None:
+        self._digest = original()
+        self.hexdigest = self._digest.hexdigest
+
+    def update(self, piece: Any) -> None:
+        time.sleep(CHUNK_S)
+        self._digest.update(piece)
+
+
+def slow_disk() -> None:
+    """Let this process write its checkpoints slowly, piece by piece, and flush slowly."""
+    sha256, flush = saving.hashlib.sha256, saving._flush
+
+    def slow_flush(folder: Path) -> None:
+        time.sleep(FLUSH_S)
+        flush(folder)
+        time.sleep(FLUSH_S)
+
+    saving.CHUNK = 1 << 16
+    saving._flush = slow_flush
+    hashing = SimpleNamespace(**vars(saving.hashlib))
+    hashing.sha256 = lambda content=None: _SlowDigest(sha256) if content is None else sha256(content)
+    saving.hashlib = hashing  # type: ignore[assignment]
+
+
+# ---------------------------------------------------------------------------------------------- a pair
+
+
+class Pair:
+    """Both processes of one start of a run: its life. What they say goes to OUT-LIFE-RANK.txt, or beside `beside`."""
+
+    def __init__(
+        self,
+        config: DiTConfig | TokenizerConfig,
+        *,
+        life: int = 0,
+        slow: bool = False,
+        hook: Hook | None = None,
+        prepare: Callable[[int], None] | None = None,
+        beside: Path | None = None,
+    ) -> None:
+        self.out, self.life = Path(config.run.out), life
+        self._beside = beside or self.out
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
+        self.codes: dict[int, int] = {}
+        port = _free_port()
+        self.pids = [self._fork(config, rank, port, slow, hook, prepare) for rank in (0, 1)]
+
+    def _fork(
+        self,
+        config: DiTConfig | TokenizerConfig,
+        rank: int,
+        port: int,
+        slow: bool,
+        hook: Hook | None,
+        prepare: Callable[[int], None] | None,
+    ) -> int:
+        check_parent()
+        if pid := os.fork():
+            return pid
+        code = 99
+        try:
+            said = os.open(self._file(rank, "txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            _hook_steps(self._file(rank, "steps"), rank, self.out, hook)
+            if slow:
+                slow_disk()
+            if prepare is not None:
+                prepare(rank)
+            try:
+                train(config)
+                code = 0
+            except BaseException as error:  # as the command line does
+                code = cli._report(error, debug=False)
+            finally:
+                engine.finish()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _file(self, rank: int, suffix: str) -> Path:
+        return self._beside.with_name(f"{self._beside.name}-{self.life}-{rank}.{suffix}")
+
+    def said(self) -> str:
+        """All that both have said, without line breaks: rich folds lines anywhere."""
+        texts = [path.read_text() for rank in (0, 1) if (path := self._file(rank, "txt")).exists()]
+        return " ".join(" ".join(texts).split())
+
+    def steps(self) -> int:
+        """Steps that were begun in this life, by either process."""
+        marks = [self._file(rank, "steps") for rank in (0, 1)]
+        return max((path.stat().st_size for path in marks if path.exists()), default=0)
+
+    def ended(self) -> bool:
+        """Whether any process has; takes note of its code."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return bool(self.codes)
+
+    def wait(self, limit_s: float = LIMIT_S) -> list[int]:
+        """The exit codes of both; whoever has not ended in time is killed."""
+        end = time.monotonic() + limit_s
+        while not self.ended() or len(self.codes) < 2:
+            if time.monotonic() > end:
+                for rank in {0, 1} - self.codes.keys():
+                    os.kill(self.pids[rank], signal.SIGKILL)
+                end += LIMIT_S
+            time.sleep(0.005)
+        return [self.codes[0], self.codes[1]]
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Wait until something is so; whether it came before a process ended."""
+        while not condition():
+            if self.ended():
+                return False
+            if time.monotonic() - self.started > LIMIT_S:
+                self.wait(0.0)
+                return False
+            time.sleep(0.002)
+        return True
+
+    def kill(self, rank: int) -> bool:
+        """kill -9 one process; whether it was still alive."""
+        if self.ended():
+            return False
+        os.kill(self.pids[rank], signal.SIGKILL)
+        return True
+
+
+def _free_port() -> int:
+    """Below the ports that the system gives out by itself, so that nobody is faster."""
+    for offset in itertools.count(os.getpid() * 7):
+        port = 20_000 + offset % 10_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
+
+
+def disk_state(out: Path) -> str | None:
+    """Whether a checkpoint is being written, or published, at this moment."""
+    for folder in run_folders(out):
+        for path in (folder / "checkpoints").glob("*.partial"):
+            if not path.name.endswith((".old.partial", ".replaced.partial")) and not (path / "manifest.json").exists():
+                return "writing"
+            return "publishing"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- many at a time
+
+
+def in_forks(tasks: Sequence[Callable[[], T]], lanes: int, scratch: Path) -> Iterator[tuple[int, T | str]]:
+    """Results of the tasks, each in a fork of this process, `lanes` at a time; of one that fails its traceback."""
+    waiting = list(enumerate(tasks))
+    running: dict[int, int] = {}
+    while waiting or running:
+        while waiting and len(running) < lanes:
+            number, task = waiting.pop(0)
+            check_parent()
+            pid = os.fork()
+            if not pid:
+                _run_task(task, scratch / f"{os.getpid()}.result")
+            running[pid] = number
+        pid, _ = os.wait()
+        number, path = running.pop(pid), scratch / f"{pid}.result"
+        yield number, pickle.loads(path.read_bytes()) if path.exists() else "its process has died"
+        path.unlink(missing_ok=True)
+
+
+def _run_task(task: Callable[[], Any], result: Path) -> None:
+    try:
+        found = task()
+    except BaseException:
+        found = traceback.format_exc()
+    try:
+        result.write_bytes(pickle.dumps(found))
+    finally:
+        os._exit(0)
+
+
+def compared(check: Callable[[], None]) -> str:
+    """Why `check` fails, in a fork: it computes, and the caller goes on forking. Empty where it does not."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        text = ""
+        try:
+            check()
+        except BaseException:
+            text = traceback.format_exc()[-2000:]
+        os.write(writer, json.dumps(text).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        text = json.loads(file.read() or b'"its process has died"')
+    os.waitpid(pid, 0)
+    return text
+
+
+def remove(out: Path) -> None:
+    """A run that went well leaves nothing."""
+    shutil.rmtree(out, ignore_errors=True)
+    for path in out.parent.glob(f"{out.name}-[0-9]-[01].*"):
+        path.unlink()
