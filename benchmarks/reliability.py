@@ -194,12 +194,14 @@ def _check_survivor(pair: Pair, found: Killed) -> str:
 
 
 def kill_rows(results: list[Killed]) -> list[Row]:
-    """A line for each phase, and one for all runs."""
+    """A line for the kills in each phase, and one for all runs."""
     rows = []
     for phase, name in PHASES.items():
-        runs = [result for result in results if phase in result.phases]
-        lost = [steps for run in runs for at, steps in zip(run.phases, run.lost, strict=False) if at == phase]
-        rows.append(Row(name, len(runs), sum(not run.fault for run in runs), _steps(lost), "bit-equal"))
+        kills = [result for result in results for at in result.phases if at == phase]
+        lost = [
+            steps for result in results for at, steps in zip(result.phases, result.lost, strict=False) if at == phase
+        ]
+        rows.append(Row(name, len(kills), sum(not run.fault for run in kills), _steps(lost), "bit-equal"))
     good = sum(not result.fault for result in results)
     waits = [left for result in results for left in result.left_s]
     ended = f"bit-equal; the other process ended by itself within {max(waits, default=0):.0f} s"

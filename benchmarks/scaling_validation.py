@@ -164,6 +164,7 @@ def launch(world: int, **settings: Any) -> dict[str, Any]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONSAFEPATH": "",  # this script imports what lies beside it
         }
         command = [sys.executable, __file__, json.dumps(settings)]
         processes.append(

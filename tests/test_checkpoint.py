@@ -163,10 +163,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert fault.replace(" ", "") in text and "step-00000003isdamaged" in text and text.count("isdamaged") == 1
 
 
-def test_a_run_goes_on_from_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_run_goes_on_from_the_one_before(stage: int, folder: Path) -> None:
     straight = worker.plain(4)[0]
     flip(folder / "step-00000003" / SHARE)
-    run = worker.Run(folder, 1)
+    run = worker.Run(folder, stage)
     run.restore()
     assert run.step == 2 and run.train(4) == pytest.approx(straight[2:], rel=1e-5)
     # Where it restores once more, nothing of what it did since is left.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,12 @@ def native_pixels(mode: str, path: Path, found: list[Case]) -> tuple[list[Any], 
         try:
             command = [sys.executable, str(script), mode, str(path)]
             done = subprocess.run(
-                command, stdout=output, stderr=subprocess.PIPE, timeout=SECONDS_PER_BLOCK, check=False
+                command,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                timeout=SECONDS_PER_BLOCK,
+                check=False,
+                env=os.environ | {"PYTHONSAFEPATH": ""},  # the script imports what lies beside it
             )
             ending = f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-1000:]}"
             whole = done.returncode == 0

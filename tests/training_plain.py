@@ -200,7 +200,7 @@ class PlainTokenizer:
 
 def plain_tokenizer(config: TokenizerConfig, *, world_size: int = 1) -> tuple[list[float], list[float]]:
     """Losses of the autoencoder at every step, and of the discriminator from where it starts."""
-    images = open_images(config.data, config.autoencoder.image_size)
+    source = open_images(config.data, config.autoencoder.image_size)
     plain = PlainTokenizer(config)
     adams = [
         torch.optim.AdamW(module.parameters(), lr=config.optimizer.lr, betas=config.optimizer.betas, weight_decay=0.0)
@@ -210,7 +210,7 @@ def plain_tokenizer(config: TokenizerConfig, *, world_size: int = 1) -> tuple[li
     size = config.run.batch_size // parts
     ranks = Ranks(config.run.seed, world_size)
     streams = [
-        open_loader(config.data, images, size, seed=config.run.seed, rank=rank, world_size=world_size)[0].stream()
+        open_loader(config.data, source, size, seed=config.run.seed, rank=rank, world_size=world_size)[0].stream()
         for rank in range(world_size)
     ]
     losses, disc_losses = [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
@@ -74,7 +74,7 @@ class PositionedLoader(ABC, Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         return self._batches(endless=False)
 
-    def stream(self) -> Iterator[Batch]:
+    def stream(self) -> Generator[Batch, None, None]:
         """Full batches for ever, from the current position on."""
         return self._batches(endless=True)
 
@@ -105,7 +105,7 @@ class PositionedLoader(ABC, Generic[Batch]):
         started batch may be dropped without a wait.
         """
 
-    def _batches(self, *, endless: bool) -> Iterator[Batch]:
+    def _batches(self, *, endless: bool) -> Generator[Batch, None, None]:
         pending: deque[tuple[int, int, Callable[[], Batch] | None]] = deque()
         ahead, seed = self.images_seen, self.seed
         end = None if endless else (self.epoch + 1) * self.num_samples

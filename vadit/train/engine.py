@@ -40,6 +40,7 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        "use_multi_rank_bucket_allreduce": True,
     }
     if spec.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from vadit.train.watchdog import Watchdog
 class Loader(Protocol):
     """What the loop needs of a loader."""
 
-    def stream(self) -> Iterator[Any]:
+    def stream(self) -> Generator[Any, None, None]:
         """Full batches for ever."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         return
     log = RunLog(folder, images_seen=position.images_seen)
     meter = Meter(device)
-    stream = task.loader.stream()
     with (
+        contextlib.closing(task.loader.stream()) as stream,
         StopRequest() as stop,
         Watchdog(spec.hang_timeout_s) as watchdog,
         ProgressBar(task.title, spec.total_images, done=position.images_seen) as bar,
