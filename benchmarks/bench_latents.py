@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import importlib.util
 import json
@@ -28,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -379,13 +378,7 @@ def show(rows: list[Row]) -> None:
 
 def save(rows: list[Row]) -> None:
     """Append to the file of this hardware."""
-    path = harness.RESULTS / f"latent-loaders-{harness.hardware('cpu')}.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(line) for line in rows)
+    harness.append(harness.RESULTS / f"latent-loaders-{harness.hardware('cpu')}.csv", rows)
 
 
 def main() -> None:

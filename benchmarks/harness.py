@@ -19,10 +19,11 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -301,7 +302,11 @@ def save(rows: list[Row]) -> None:
     """Append to the file of this hardware."""
     if not rows:
         return
-    path = RESULTS / f"kernels-{rows[0].hardware}.csv"
+    append(RESULTS / f"kernels-{rows[0].hardware}.csv", rows)
+
+
+def append(path: Path, rows: Sequence[Any]) -> None:
+    """Append rows (dataclasses of one kind, one or more) to a CSV, which gets its header line where it is new."""
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:

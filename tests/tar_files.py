@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import random
-import resource
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from vadit.data.tar_index import BLOCK
@@ -41,17 +38,6 @@ def write_tar(path: Path, members: Members, kind: int = tarfile.GNU_FORMAT) -> P
 
 def bytes_of(source: TarSource) -> list[bytes]:
     return [source.read(index) for index in range(len(source))]
-
-
-@contextlib.contextmanager
-def room_for(num_bytes: int) -> Iterator[None]:
-    """No file grows beyond `num_bytes`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def with_checksum(data: bytearray, position: int) -> bytearray:

@@ -5,14 +5,12 @@ A limit on the size of files (RLIMIT_FSIZE) stands for the full disk: the writes
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import room_for
 
 from vadit import cli
 from vadit.models.pretrained import read_safetensors, write_safetensors
@@ -29,17 +27,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = ["--format", "reference", "--out", str(folder / "reference.pt")]
     assert cli.main(["export", str(folder / "exported"), *reference]) == 0
     return folder
-
-
-@contextlib.contextmanager
-def room_for(num_bytes: int) -> Iterator[None]:
-    """No file grows beyond `num_bytes`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def files(folder: Path) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import room_for
 from prepared import content, fill, prepare
 from safetensors.torch import save_file
-from tar_files import room_for, write_tar
+from tar_files import write_tar
 
 from vadit import cli
 from vadit import prepare as prepare_module

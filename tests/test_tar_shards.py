@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tar_files import blob, bytes_of, room_for, samples, with_checksum, write_shard, write_tar
+from full_disk import room_for
+from tar_files import blob, bytes_of, samples, with_checksum, write_shard, write_tar
 
 from vadit.data import tar_index, tar_shards
 from vadit.data.tar_index import BLOCK, index_path, split_name
