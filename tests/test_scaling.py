@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vadit import flops as vadit_flops
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
@@ -23,12 +24,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark's modules, as its script finds them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import flops
     import scaling
     import scaling_validation
 
-    yield flops, scaling, scaling_validation
-    for name in ("flops", "scaling", "scaling_validation"):
+    yield vadit_flops, scaling, scaling_validation
+    for name in ("scaling", "scaling_validation"):
         sys.modules.pop(name)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
-from vadit.config.objectives import FlowSpec, SampleSpec, TokenizerLossSpec
+from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
 from vadit.config.training import EngineSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.errors import UsageError
 
@@ -27,8 +27,10 @@ __all__ = [
     "GuardSpec",
     "ImageDataSpec",
     "LatentDataSpec",
+    "MaskSpec",
     "OptimizerSpec",
     "Paper",
+    "RepaSpec",
     "RunSpec",
     "SampleSpec",
     "StageSpec",
@@ -103,6 +105,8 @@ class DiTConfig:
 
     model: DiTSpec = field(default_factory=DiTSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
+    repa: RepaSpec = field(default_factory=RepaSpec)
+    mask: MaskSpec = field(default_factory=MaskSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     engine: EngineSpec = field(default_factory=lambda: EngineSpec(precision="autocast"))
     guard: GuardSpec = field(default_factory=GuardSpec)

@@ -40,6 +40,8 @@ class LatentDataSpec:
     """Subtract the channel mean and divide by the channel standard deviation."""
     multiplier: float = 1.0
     """Factor after normalisation (SD-VAE: normalize off, 0.18215)."""
+    images: str = ""
+    """Images that the latents were encoded from, in the same order: for repa.features online."""
     flip: bool = True
     """Take the mirrored latent with probability 1/2."""
     on_error: Literal["raise", "skip"] = "raise"

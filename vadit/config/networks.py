@@ -89,6 +89,8 @@ class DiTSpec:
     """RMSNorm with a weight instead of LayerNorm without one."""
     shift_free: bool = False
     """adaLN without shifts (4 chunks instead of 6)."""
+    value_residual: bool = False
+    """Mix each block's attention values with the first block's, by learnt weights (Zhou et al. 2024)."""
     label_init_std: float = 0.02
     """Standard deviation of the label embedding at the start."""
 

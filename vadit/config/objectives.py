@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from vadit.config.networks import FoundationSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,52 @@ class FlowSpec:
     """Add 1 - cos(prediction, velocity) along channels."""
     loss_weighting: Literal["none", "velocity", "likelihood"] = "none"
     """Weighting of noise and score prediction (SiT)."""
+    time_shift: float = 1.0
+    """s in u' = s u / (1 + (s - 1) u), u = 1 - t the share of noise, in training (Esser et al. 2024; sqrt(dim / 4096)
+    of a latent with dim numbers: Zheng et al. 2025, RAE); 1 for none."""
+    contrastive_weight: float = 0.0
+    """Weight of contrastive flow matching: away from another sample's velocity (Stoica et al. 2025: 0.05)."""
+    dispersive_weight: float = 0.0
+    """Weight of the dispersive loss on a block's output (Wang & He 2025: 0.5)."""
+    dispersive_block: int | None = None
+    """Block (counted from 1) whose output is dispersed; left out: the first quarter's last (Wang & He 2025)."""
+    dispersive_temperature: float = 0.5
+    """Temperature of the dispersive loss (Wang & He 2025)."""
+
+
+@dataclass(frozen=True)
+class RepaSpec:
+    """Alignment of a block's tokens to a foundation model's (REPA, Yu et al. 2024)."""
+
+    weight: float = 0.0
+    """Weight of the alignment, 1 - cosine (REPA: 0.5); 0 for none."""
+    block: int = 8
+    """Block, counted from 1, whose output is aligned."""
+    projector_width: int = 2048
+    """Hidden width of the three-layer projector."""
+    features: Literal["cached", "online"] = "cached"
+    """cached: features that `vadit encode --features` wrote beside the latents; online: computed from data.images."""
+    foundation: FoundationSpec = field(default_factory=FoundationSpec)
+    """The foundation model; `cached` features must be of the same."""
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Training on part of the tokens: MaskDiT (Zheng et al. 2023) or MDT (Gao et al. 2023)."""
+
+    kind: Literal["none", "maskdit", "mdt"] = "none"
+    """none; maskdit: encoder on the visible tokens, a small decoder on all; mdt: side-interpolater before the last
+    blocks."""
+    ratio: float = 0.5
+    """Share of the tokens that is masked (MaskDiT: 0.5, MDT: 0.3)."""
+    decoder_depth: int = 8
+    """Blocks of MaskDiT's decoder, or blocks after MDT's side-interpolater (2)."""
+    decoder_width: int = 512
+    """Width of MaskDiT's decoder (MDT's blocks keep the model's)."""
+    reconstruction_weight: float = 0.1
+    """Weight of MaskDiT's reconstruction of masked patches."""
+    unmasked_after_images: int | None = None
+    """From so many images on all tokens are seen: the fine-tuning stage; left out: never."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ K head width, F MLP width, S 256 timestep frequencies.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -313,20 +314,34 @@ class LightningDiT(nn.Module):
         Labels are in [0, num_classes], the last one meaning "no class". In training mode a label is dropped with
         probability `spec.class_dropout` unless `drop_B` (bool) says which.
         """
+        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
+        x_BND = self.through(self.blocks, x_BND, c_BD, None if self.feat_rope is None else self.feat_rope())
+        output = self.head(x_BND, c_BD)
+        return output if with_variance else output[:, : self.in_channels]
+
+    def tokens(self, x_BChw: Tensor) -> Tensor:
+        """Patches with their positions, (B, N, D)."""
         x_BND = self.x_embedder(x_BChw.to(self.dtype)) + self.pos_embed
-        if not is_exact():
-            # a convolution leaves tokens innermost in memory, and sums with it keep that through all blocks
-            x_BND = x_BND.contiguous()
-        c_BD = self.t_embedder(t_B, self.dtype) + self.y_embedder(y_B, drop_B)
-        cos_sin = None if self.feat_rope is None else self.feat_rope()
+        # a convolution leaves tokens innermost in memory, and sums with it keep that through all blocks
+        return x_BND if is_exact() else x_BND.contiguous()
+
+    def condition(self, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """What modulates every block: time plus class, (B, D)."""
+        return self.t_embedder(t_B, self.dtype) + self.y_embedder(y_B, drop_B)
+
+    def through(self, blocks: Iterable[nn.Module], x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None) -> Tensor:
+        """Tokens (B, N, D) through some of the blocks; cos_sin are the rotary tables of the tokens that are there."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in blocks:
             if recompute:
                 x_BND = checkpoint(block, x_BND, c_BD, cos_sin, use_reentrant=False)
             else:
                 x_BND = block(x_BND, c_BD, cos_sin)
-        output = self._unpatchify(self.final_layer(x_BND, c_BD))
-        return output if with_variance else output[:, : self.in_channels]
+        return x_BND
+
+    def head(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        """Tokens (B, N, D) to all output channels (B, C or 2C, h, w)."""
+        return self._unpatchify(self.final_layer(x_BND, c_BD))
 
     def forward_with_variance(self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
         """All output channels: (B, 2C, h, w) with learn_sigma, (B, C, h, w) without."""
