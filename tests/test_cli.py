@@ -50,7 +50,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^  {command} ", text, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "evaluate samples", "evaluate tokenizer", "evaluate latents"])
+@pytest.mark.parametrize(
+    "command", [*cli.COMMANDS, "evaluate samples", "evaluate tokenizer", "evaluate latents", "evaluate make-reference"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"usage: vadit {command.split()[0]}" in capsys.readouterr().out
@@ -70,7 +72,7 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(
 def test_recipes_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     text = capsys.readouterr().out
-    for part in ("lightningdit-xl-64ep", "fid50k_euler250", "2.11", "1,024,000,000", "VA-VAE f16d32"):
+    for part in ("lightningdit-xl-64ep", "fid50k_euler249", "2.11", "1,024,000,000", "VA-VAE f16d32"):
         assert part in text, part
 
 
@@ -113,7 +115,7 @@ REFUSALS = {
     "world size zero": (["train", "lightningdit-b", "--dry-run", "--world-size", "0"], ["--world-size is 0"]),
     "encode without images": (["encode", "--tokenizer", "x"], ["--images"]),
     "required settings": (["sample", "--out", "x"], ["--generator", "--tokenizer"]),
-    "evaluate what": (["evaluate", "everything"], ["samples, tokenizer or latents", "'everything'"]),
+    "evaluate what": (["evaluate", "everything"], ["samples, tokenizer, latents, make-reference", "'everything'"]),
     "doctor takes nothing": (["doctor", "--all"], ["'--all'"]),
 }
 
@@ -134,7 +136,7 @@ MISSING = {
     "latents": ["train", "lightningdit-b-debug", "--data.path", "nowhere"],
     "tokenizer to encode with": ["encode", "--tokenizer", "nowhere", "--images", "nowhere", "--out", "out"],
     "generator": ["sample", "--generator", "nowhere", "--tokenizer", "nowhere", "--out", "out"],
-    "samples": ["evaluate", "samples", "--samples", "nowhere", "--reference", "nowhere.npz"],
+    "samples": ["evaluate", "samples", "nowhere", "--reference", "nowhere.npz"],
     "latents to measure": ["evaluate", "latents", "--latents", "nowhere"],
     "run to export": ["export", "nowhere", "--out", "out"],
     "checkpoint to import": ["import", "nowhere.pt", "--out", "out"],

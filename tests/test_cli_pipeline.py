@@ -97,9 +97,9 @@ def test_evaluate_tokenizer_writes_its_numbers(house: Path, tmp_path: Path) -> N
     out = tmp_path / "numbers.json"
     images = ["--images", str(house / "images"), "--image-size", str(SIDE), "--num-workers", "1"]
     assert cli.main(["evaluate", "tokenizer", "--tokenizer", str(house / "tokenizer"), *images, "--out", str(out)]) == 0
-    numbers = json.loads(out.read_text())
-    assert numbers["num_images"] == NUM_IMAGES and 0 < numbers["psnr"] < 30
-    assert "rfid" not in numbers
+    found = json.loads(out.read_text())
+    assert (found["kind"], found["inputs"]["num_images"]) == ("tokenizer", NUM_IMAGES)
+    assert found["metrics"].keys() == {"psnr", "ssim"} and 0 < found["metrics"]["psnr"] < 30
 
 
 def test_an_image_that_does_not_decode_is_named_and_can_be_left_out(

@@ -12,7 +12,7 @@ from vadit.eval.metrics import (
     FeatureMoments,
     frechet_distance,
     inception_score,
-    kid,
+    kernel_distance,
     mean_and_covariance,
     precision_recall,
     softmax,
@@ -85,9 +85,9 @@ def test_frechet_distance_of_rank_deficient_covariances() -> None:
 
 def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
     eye = np.eye(2)
-    with pytest.raises(UsageError, match="mu2 holds NaN"):
+    with pytest.raises(UsageError, match="mean_b holds NaN"):
         frechet_distance(np.zeros(2), eye, np.array([0, np.nan]), eye)
-    with pytest.raises(UsageError, match="sigma1 holds NaN"):
+    with pytest.raises(UsageError, match="cov_a holds NaN"):
         frechet_distance(np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), eye)
     with pytest.raises(UsageError, match="at least 2 samples, found 1"):
         mean_and_covariance(np.zeros((1, 2)))
@@ -152,24 +152,29 @@ def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypa
         (between <= radius(real)[:, None]).any(axis=0).mean(),
         (between <= radius(fake)[None]).any(axis=1).mean(),
     )
-    monkeypatch.setattr("vadit.eval.metrics._ROWS_PER_CHUNK", 37)
+    monkeypatch.setattr("vadit.eval.metrics._BLOCK_ROWS", 37)
+    monkeypatch.setattr("vadit.eval.metrics._BLOCK_COLUMNS", 41)
+    assert precision_recall(real + 1000, fake + 1000) == pytest.approx(expected, abs=1e-12)
+    half = precision_recall((real + 1000).astype(np.float32), torch.from_numpy(fake + 1000).float())
+    assert half == pytest.approx(expected, abs=1e-3)
+    monkeypatch.setattr("vadit.eval.metrics._BLOCK_COLUMNS", 2)  # fewer columns than neighbours
     assert precision_recall(real + 1000, fake + 1000) == pytest.approx(expected, abs=1e-12)
     assert 0.1 < expected[1] < expected[0] < 1
 
 
 def test_precision_and_recall_refuse_too_few_points() -> None:
-    with pytest.raises(UsageError, match="more than 3 fake images, found 3"):
+    with pytest.raises(UsageError, match="more than 3 sample images, found 3"):
         precision_recall(np.zeros((5, 2)), np.zeros((3, 2)))
 
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
     generator = np.random.default_rng(2)
     features = generator.normal(size=(4000, 8))
-    same = kid(features[:2000], features[2000:], num_subsets=40, subset_size=200)
+    same = kernel_distance(features[:2000], features[2000:], num_subsets=40, subset_size=200)
     assert abs(same.mean) < 4 * same.std / np.sqrt(40)
-    biased = kid(features[:2000], features[2000:] + 0.3, num_subsets=40, subset_size=200)
+    biased = kernel_distance(features[:2000], features[2000:] + 0.3, num_subsets=40, subset_size=200)
     assert biased.mean > 10 * abs(same.mean)
-    assert kid(features[:300], features[300:600], subset_size=100, seed=1) == kid(
+    assert kernel_distance(features[:300], features[300:600], subset_size=100, seed=1) == kernel_distance(
         features[:300], features[300:600], subset_size=100, seed=1
     )
 
@@ -177,6 +182,6 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
 def test_kernel_distance_by_hand() -> None:
     # Whole sets as the one subset: E k(x,x') = (0 + 1)^3, E k(y,y') = (4 + 1)^3, cross = 1 (x = 0).
     zeros, twos = np.zeros((3, 2)), np.full((3, 2), 2.0)
-    assert kid(zeros, twos, num_subsets=2, subset_size=3).mean == pytest.approx(1 + 125 - 2)
+    assert kernel_distance(zeros, twos, num_subsets=2, subset_size=3).mean == pytest.approx(1 + 125 - 2)
     with pytest.raises(UsageError, match="subset_size 4"):
-        kid(zeros, twos, subset_size=4)
+        kernel_distance(zeros, twos, subset_size=4)

@@ -118,10 +118,10 @@ def test_bad_requests_are_refused():
 
 
 def test_sampler_names_tell_settings_apart():
-    assert sampler_name(SampleSpec()) == "euler250_random"
+    assert sampler_name(SampleSpec()) == "euler249_random"
     assert sampler_name(SampleSpec(method="dopri5", labels="balanced")) == "dopri5_balanced"
     headline = SampleSpec(timestep_shift=0.3, cfg_scale=10.0, cfg_interval=(0.11, 1.0), cfg_channels=3)
-    assert sampler_name(headline) == "euler250_shift0.3_cfg10_from0.11_ch3_random"
+    assert sampler_name(headline) == "euler249_shift0.3_cfg10_from0.11_ch3_random"
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -101,11 +101,11 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
 
 def test_names_carry_count_and_sampler() -> None:
     metrics = samples.SampleMetrics(50_000, 2.11, None, 252.3, 0.81, 0.58)
-    assert metrics.named("euler250") == {
-        "fid50k_euler250": 2.11,
-        "is50k_euler250": 252.3,
-        "precision50k_euler250": 0.81,
-        "recall50k_euler250": 0.58,
+    assert metrics.named("euler249") == {
+        "fid50k_euler249": 2.11,
+        "is50k_euler249": 252.3,
+        "precision50k_euler249": 0.81,
+        "recall50k_euler249": 0.58,
     }
     assert [samples.count_name(count) for count in (1797, 10_000, 500)] == ["1797", "10k", "500"]
 

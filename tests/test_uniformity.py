@@ -71,17 +71,17 @@ def test_clustered_latents_are_less_uniform_than_spread_ones() -> None:
     assert even == uniformity.latent_uniformity(spread, num_vectors=200, draws=2)
     assert uneven.density_cv > 1.2 * even.density_cv
     assert uneven.gini > 1.2 * even.gini
-    assert uneven.entropy < even.entropy <= 1
+    assert uneven.normalized_entropy < even.normalized_entropy <= 1
 
 
 def test_unusable_vectors_are_refused() -> None:
     with pytest.raises(UsageError, match="1 values that are NaN"):
         vectors = np.random.default_rng(0).normal(size=(100, 3))
         vectors[5, 1] = np.nan
-        uniformity.distribution_uniformity(vectors)
+        uniformity.evaluate_latents(vectors)
     with pytest.raises(UsageError, match="more than 90 latent vectors, found 90"):
-        uniformity.distribution_uniformity(np.random.default_rng(0).normal(size=(90, 3)))
+        uniformity.evaluate_latents(np.random.default_rng(0).normal(size=(90, 3)))
     with pytest.raises(UsageError, match="collapsed"):
-        uniformity.distribution_uniformity(np.ones((100, 3)))
+        uniformity.evaluate_latents(np.ones((100, 3)))
     with pytest.raises(UsageError, match="N, C, h, w"):
         uniformity.latent_vectors(torch.zeros(5, 3), 5)

@@ -23,7 +23,7 @@ COMMANDS = {
     "prepare": "turn images into a .beton or WebDataset shards that load faster, or latents into a .beton",
     "encode": "turn a folder of images into a folder of latents",
     "sample": "draw images from a generator",
-    "evaluate": "measure samples, a tokenizer or latents",
+    "evaluate": "measure samples, a tokenizer or latents; make a reference for samples",
     "import": "turn a checkpoint of the authors into a folder that vadit reads",
     "export": "write a run's weights as one safetensors file with its config, or in the authors' format",
     "doctor": "say which accelerations this machine has, and how to get the others",

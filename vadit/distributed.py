@@ -66,6 +66,26 @@ def any_rank(flag: bool, on: torch.device) -> bool:
     return bool(value.item())
 
 
+def all_rows(ids: torch.Tensor, rows: torch.Tensor, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (n,) int64 and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
+
+    Every process must call. A process without rows may give any empty tensor.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return ids.cpu(), rows.cpu()
+    shapes: list[Any] = [None] * world_size()
+    dist.all_gather_object(shapes, (len(ids), tuple(rows.shape[1:]), rows.dtype))
+    most, shape, dtype = max(shapes, key=lambda each: each[0])
+    parts = []
+    for own, size, kind in ((ids, (), torch.int64), (rows, shape, dtype)):
+        padded = torch.zeros(most, *size, dtype=kind, device=on)
+        padded[: len(own)] = own.to(on) if len(own) else padded[:0]
+        gathered = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(gathered, padded)
+        parts.append(torch.cat([part[:count].cpu() for part, (count, _, _) in zip(gathered, shapes, strict=True)]))
+    return parts[0], parts[1]
+
+
 def from_main(make: Callable[[], T]) -> T:
     """What `make` returns on the main process, where alone it is called (every process must call this)."""
     values: list[Any] = [make()] if is_main() else [None]

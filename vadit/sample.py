@@ -77,8 +77,12 @@ class SampleFiles(NamedTuple):
 
 
 def sampler_name(spec: SampleSpec) -> str:
-    """How samples were drawn, for the name of a metric: euler250_shift0.3_cfg10_from0.11_ch3_random."""
-    parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{spec.num_steps}"]
+    """How samples were drawn, for the name of a metric: euler249_shift0.3_cfg10_from0.11_ch3_random.
+
+    The number is that of steps: linspace(0, 1, 250) has 249, though the authors' tables say euler250.
+    """
+    steps = spec.num_steps if spec.method == "ddpm" else spec.num_steps - 1
+    parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{steps}"]
     if spec.timestep_shift > 0:
         parts.append(f"shift{spec.timestep_shift:g}")
     if spec.cfg_scale != 1:

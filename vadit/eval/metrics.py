@@ -6,6 +6,8 @@ classifier's. Arguments are NumPy arrays or torch tensors of shape (N, D).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +19,8 @@ from vadit.errors import UsageError
 
 Array = np.ndarray | Tensor
 
-_ROWS_PER_CHUNK = 2048
-"""Rows of a distance matrix that are in memory at once (against 50,000 columns: 0.8 GB in float64)."""
+_BLOCK_ROWS, _BLOCK_COLUMNS = 2048, 8192
+"""Part of a matrix of distances that is in memory at once: 134 MB in float64."""
 
 
 # ------------------------------------------------------------------------------------------ Frechet distance
@@ -66,26 +68,26 @@ def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
     return moments.result()
 
 
-def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
+def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
 
-    The trace of the root is the sum of the square roots of the eigenvalues of S1^1/2 S2 S1^1/2, taken with a symmetric
-    eigensolver: `scipy.linalg.sqrtm` of the unsymmetric product returns wrong values in several builds.
+    The trace of the root is the sum of the square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, taken with a
+    symmetric eigensolver: `scipy.linalg.sqrtm` of the unsymmetric product returns wrong values in several builds.
     """
-    mu1, mu2 = _finite(mu1, "mu1"), _finite(mu2, "mu2")
-    sigma1, sigma2 = _finite(sigma1, "sigma1"), _finite(sigma2, "sigma2")
-    width = mu1.size
+    mean_a, mean_b = _finite(mean_a, "mean_a"), _finite(mean_b, "mean_b")
+    cov_a, cov_b = _finite(cov_a, "cov_a"), _finite(cov_b, "cov_b")
+    width = mean_a.size
     square = (width, width)
-    if (mu1.shape, mu2.shape, sigma1.shape, sigma2.shape) != ((width,), (width,), square, square):
+    if (mean_a.shape, mean_b.shape, cov_a.shape, cov_b.shape) != ((width,), (width,), square, square):
         raise UsageError(
-            f"Frechet distance needs means (D,) and covariances (D, D) of one width D, found {mu1.shape}, "
-            f"{sigma1.shape} and {mu2.shape}, {sigma2.shape}; take both from one feature extractor"
+            f"Frechet distance needs means (D,) and covariances (D, D) of one width D, found {mean_a.shape}, "
+            f"{cov_a.shape} and {mean_b.shape}, {cov_b.shape}; take both from one feature extractor"
         )
-    eigenvalues, vectors = np.linalg.eigh(sigma1)
+    eigenvalues, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.clip(eigenvalues, 0, None))) @ vectors.T
-    inner = root @ sigma2 @ root
+    inner = root @ cov_b @ root
     cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
-    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return float(max(distance, 0.0))  # equal inputs can end a rounding error below 0
 
 
@@ -98,7 +100,7 @@ def softmax(logits: Array) -> np.ndarray:
     return np.exp(values - logsumexp(values, axis=1, keepdims=True))
 
 
-def inception_score(probabilities: Array, *, split_size: int = 5000) -> float:
+def inception_score(probabilities: Array, split_size: int = 5000) -> float:
     """Inception score (Salimans et al. 2016) of class probabilities (N, K) in file order.
 
     Mean of exp(mean KL(p || mean p)) over consecutive splits of `split_size` (ADM's; the last split may be shorter).
@@ -120,42 +122,56 @@ def inception_score(probabilities: Array, *, split_size: int = 5000) -> float:
 
 
 def precision_recall(
-    real: Array, fake: Array, *, k: int = 3, device: str | torch.device = "cpu"
+    reference: Array, samples: Array, k: int = 3, device: str | torch.device = "cpu"
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (M, D).
 
-    A ball around each point reaches to its k-th neighbour. Precision: share of `fake` inside any ball of `real`;
-    recall: share of `real` inside any ball of `fake`.
+    A ball around each point reaches to its k-th neighbour. Precision: share of `samples` inside any ball of
+    `reference`; recall: share of `reference` inside any ball of `samples`. Distances are taken in blocks, in the
+    features' own precision (at least fp32): 50,000 against 50,000 need less than 1 GiB beside the features.
     """
-    real_NE, fake_ME = _matrix(real, "real features"), _matrix(fake, "fake features")
-    _check_widths(real_NE, fake_ME)
-    for name, points in (("real", real_NE), ("fake", fake_ME)):
+    a, b = _points(reference, "reference features"), _points(samples, "sample features")
+    _check_widths(a, b)
+    for name, points in (("reference", a), ("sample", b)):
         if len(points) <= k:
             raise UsageError(f"precision and recall with k {k} need more than {k} {name} images, found {len(points)}")
     # Distances do not change under a shift; without the common mean they lose fewer digits.
-    centre = real_NE.mean(axis=0)
-    a = torch.from_numpy(real_NE - centre).to(device)
-    b = torch.from_numpy(fake_ME - centre).to(device)
-    real_radii, fake_radii = _radii(a, k), _radii(b, k)
-    fake_inside = torch.zeros(len(b), dtype=torch.bool, device=a.device)
-    real_inside = []
-    for rows, radii in zip(a.split(_ROWS_PER_CHUNK), real_radii.split(_ROWS_PER_CHUNK), strict=True):
-        distances = _squared_distances(rows, b)
-        fake_inside |= (distances <= radii[:, None]).any(dim=0)
-        real_inside.append((distances <= fake_radii).any(dim=1))
-    return float(fake_inside.double().mean()), float(torch.cat(real_inside).double().mean())
+    centre = a.mean(dim=0, dtype=torch.float64).to(a)
+    dtype = torch.promote_types(a.dtype, b.dtype)
 
+    def blocks(points: Tensor, rows: int) -> Iterator[Tensor]:
+        for part in points.split(rows):
+            yield (part - centre).to(device=device, dtype=dtype)
 
-def _radii(points: Tensor, k: int) -> Tensor:
-    """Squared distance of each point (N, D) to its k-th neighbour: the (k+1)-th smallest, the point itself included."""
-    chunks = points.split(_ROWS_PER_CHUNK)
-    return torch.cat([_squared_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in chunks])
+    def radii(points: Tensor) -> Tensor:
+        """Squared distance of each point to its k-th neighbour: the (k+1)-th smallest, the point itself included."""
+        found = []
+        for rows in blocks(points, _BLOCK_ROWS):
+            nearest = torch.full((len(rows), k + 1), math.inf, device=device, dtype=dtype)
+            for columns in blocks(points, _BLOCK_COLUMNS):
+                near = _squared_distances(rows, columns)
+                near = near.topk(min(k + 1, near.shape[1]), dim=1, largest=False).values
+                nearest = torch.cat([nearest, near], dim=1).topk(k + 1, dim=1, largest=False).values
+            found.append(nearest.max(dim=1).values)
+        return torch.cat(found)
+
+    radii_a, radii_b = radii(a), radii(b)
+    inside_a = torch.zeros(len(a), dtype=torch.bool, device=device)
+    inside_b = torch.zeros(len(b), dtype=torch.bool, device=device)
+    for row, rows in enumerate(blocks(a, _BLOCK_ROWS)):
+        here = slice(row * _BLOCK_ROWS, row * _BLOCK_ROWS + len(rows))
+        for column, columns in enumerate(blocks(b, _BLOCK_COLUMNS)):
+            there = slice(column * _BLOCK_COLUMNS, column * _BLOCK_COLUMNS + len(columns))
+            distances = _squared_distances(rows, columns)
+            inside_b[there] |= (distances <= radii_a[here, None]).any(dim=0)
+            inside_a[here] |= (distances <= radii_b[there]).any(dim=1)
+    return float(inside_b.double().mean()), float(inside_a.double().mean())
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances (N, M) of rows (N, D) and (M, D)."""
     products = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
-    return (products + a.square().sum(1)[:, None]).clamp_(min=0)
+    return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
 
 
 # ------------------------------------------------------------------------------------------ kernel distance
@@ -169,12 +185,14 @@ class KernelDistance:
     std: float
 
 
-def kid(real: Array, fake: Array, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
+def kernel_distance(
+    reference: Array, samples: Array, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
     """Kernel inception distance (Binkowski et al. 2018): the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3.
 
     Mean over random subsets of features (N, D) and (M, D); unbiased, so near 0 (and sometimes below) for equal sources.
     """
-    x, y = _matrix(real, "real features"), _matrix(fake, "fake features")
+    x, y = _points(reference, "reference features"), _points(samples, "sample features")
     _check_widths(x, y)
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise UsageError(
@@ -184,8 +202,8 @@ def kid(real: Array, fake: Array, *, num_subsets: int = 100, subset_size: int = 
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(num_subsets):
-        a = x[generator.choice(len(x), subset_size, replace=False)]
-        b = y[generator.choice(len(y), subset_size, replace=False)]
+        a = x[generator.choice(len(x), subset_size, replace=False)].double().numpy()
+        b = y[generator.choice(len(y), subset_size, replace=False)].double().numpy()
         values.append(_unbiased_mmd(a, b))
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
@@ -198,7 +216,12 @@ def _unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
     return own - 2 * float((((a @ b.T) / width + 1) ** 3).mean())
 
 
-# ------------------------------------------------------------------------------------------ checks
+# ------------------------------------------------------------------------------------------ names and checks
+
+
+def count_name(count: int) -> str:
+    """50000 -> 50k, 1797 -> 1797."""
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
 
 
 def _finite(values: Array, name: str) -> np.ndarray:
@@ -215,8 +238,20 @@ def _matrix(values: Array, name: str) -> np.ndarray:
     return array
 
 
-def _check_widths(real: np.ndarray, fake: np.ndarray) -> None:
-    if real.shape[1] != fake.shape[1]:
+def _points(values: Array, name: str) -> Tensor:
+    """Features (N, D) on the CPU in their own precision, at least fp32: 50,000 x 2048 in fp64 are 0.8 GB."""
+    points = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    if points.ndim != 2 or len(points) == 0:
+        raise UsageError(f"{name} must have shape (N, D) with N >= 1, found {tuple(points.shape)}")
+    if not all(bool(part.isfinite().all()) for part in points.split(_BLOCK_COLUMNS)):
+        raise UsageError(f"{name} hold NaN or infinity; look for NaN in the samples")
+    return points
+
+
+def _check_widths(reference: Tensor, samples: Tensor) -> None:
+    if reference.shape[1] != samples.shape[1]:
         raise UsageError(
-            f"real features have width {real.shape[1]} and fake features {fake.shape[1]}; take both from one extractor"
+            f"reference features have width {reference.shape[1]} and sample features {samples.shape[1]}; "
+            "take both from one extractor"
         )

@@ -1,181 +1,53 @@
 """Samples against a reference: the whole of ADM's evaluation, from files to named numbers.
 
 Samples are a folder of PNGs or an ADM .npz (`arr_0`, uint8 NHWC); the reference is an .npz with stored statistics
-(`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID), with images (`arr_0`), with both, or a folder of PNGs.
+(`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID), with images (`arr_0`), with both, or a folder of PNGs. A number that
+the reference holds too little for is left out, and nothing is told of a set that could not be read to its end.
 """
 
 from __future__ import annotations
 
-import math
 import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from vadit.errors import RunError, UsageError
+from vadit.eval.image_files import ImageSource, open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
     Array,
     FeatureMoments,
+    count_name,
     frechet_distance,
     inception_score,
-    kid,
+    kernel_distance,
     mean_and_covariance,
     precision_recall,
 )
+from vadit.files import whole_file
 
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
 REFERENCES_FOR_RECALL = 10_000
 """Reference images that precision and recall are taken against (ADM's files hold so many)."""
+KID_SUBSET = 1000
+"""Images of a subset of KID, or all where there are fewer."""
 
-
-# ------------------------------------------------------------------------------------------ images on disk
-
-
-class ImageSource(Protocol):
-    """Images of one size on disk, read in order and in batches."""
-
-    path: Path
-    size: tuple[int, int]
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """Batches uint8 (B, H, W, 3) of the first `limit` images (default all), in file order."""
-        ...
-
-
-class PngFolder:
-    """The PNGs under a folder, by number where their names are numbers, else by name."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        files = [file for file in self.path.rglob("*") if file.is_file()]
-        lossy = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
-        if lossy:
-            raise UsageError(f"{lossy[0]} is a JPEG, whose losses change every score; store images as PNG or .npz")
-        self.files = sorted((file for file in files if file.suffix.lower() == ".png"), key=_file_order)
-        if not self.files:
-            raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
-        height, width, _ = _read_png(self.files[0]).shape
-        self.size = (height, width)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        files = self.files[:limit]
-        for start in range(0, len(files), batch_size):
-            images = [_read_png(file) for file in files[start : start + batch_size]]
-            for file, image in zip(files[start:], images, strict=False):
-                if image.shape[:2] != self.size:
-                    raise UsageError(
-                        f"{file} is {image.shape[1]}x{image.shape[0]} pixels, {self.files[0].name} is "
-                        f"{self.size[1]}x{self.size[0]}; all images must have one size"
-                    )
-            yield np.stack(images)
-
-
-class NpzImages:
-    """`arr_0` of an ADM .npz, streamed: 50,000 images of 256 pixels are 9.8 GB and never in memory at once."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        with _npy_stream(self.path) as (_, shape, dtype):
-            pass
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise UsageError(f"{self.path}: arr_0 is {dtype} {shape}; needed: uint8 (N, H, W, 3)")
-        self._count = shape[0]
-        self.size = (shape[1], shape[2])
-
-    def __len__(self) -> int:
-        return self._count
-
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        remaining = self._count if limit is None else min(limit, self._count)
-        with _npy_stream(self.path) as (stream, _, _):
-            while remaining:
-                shape = (min(batch_size, remaining), *self.size, 3)
-                try:
-                    data = stream.read(math.prod(shape))
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise RunError(f"{self.path} is damaged ({error}); write it again") from None
-                if len(data) != math.prod(shape):
-                    raise RunError(f"{self.path}: arr_0 ends early, the file is truncated; write it again")
-                yield np.frombuffer(data, np.uint8).reshape(shape).copy()
-                remaining -= shape[0]
-
-
-@contextmanager
-def _npy_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """The member arr_0.npy of an .npz, opened behind its header: (stream, shape, dtype)."""
-    with ExitStack() as opened:
-        try:
-            archive = opened.enter_context(zipfile.ZipFile(path))
-            stream = opened.enter_context(archive.open("arr_0.npy"))
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-        except KeyError:
-            raise UsageError(f"{path} holds no arr_0; name an .npz with images uint8 (N, H, W, 3)") from None
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise RunError(f"{path} cannot be read as .npz ({error}); write it again") from None
-        if fortran:
-            raise UsageError(f"{path}: arr_0 is in Fortran order; store it in C order (np.ascontiguousarray)")
-        yield stream, shape, dtype
-
-
-def open_images(path: str | Path) -> ImageSource:
-    """A folder of PNGs, what `vadit sample` wrote (its images/ lie beside a grid), or an .npz with arr_0."""
-    path = Path(path)
-    if path.is_dir():
-        return PngFolder(path / "images" if (path / "images").is_dir() else path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a folder of PNGs or an .npz with arr_0")
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise UsageError(f"{path} is a JPEG, whose losses change every score; name a folder of PNGs or an .npz")
-    if path.suffix != ".npz":
-        raise UsageError(f"{path} is neither a folder nor an .npz file; name a folder of PNGs or an .npz with arr_0")
-    return NpzImages(path)
-
-
-def _read_png(path: Path) -> np.ndarray:
-    """A PNG as uint8 (H, W, 3); grey is repeated, which loses nothing."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "L"):
-                raise UsageError(
-                    f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise RunError(f"{path} does not decode ({error}); draw this sample again") from None
-
-
-def _file_order(path: Path) -> tuple[str, int, str]:
-    """Folder by folder; 2.png before 10.png, so that the splits of the inception score are those of the indices."""
-    return str(path.parent), int(path.stem) if path.stem.isdecimal() else -1, path.name
+Summary = Callable[[Tensor], Tensor]
+"""uint8 images (B, 3, H, W) to one feature vector each, (B, D)."""
 
 
 # ------------------------------------------------------------------------------------------ named numbers
 
 
-def count_name(count: int) -> str:
-    """50000 -> 50k, 1797 -> 1797."""
-    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
-
-
 @dataclass(frozen=True)
 class SampleMetrics:
-    """ADM's five numbers; None where the reference holds too little for one."""
+    """ADM's five numbers and two more; None where the reference holds too little for one, or nobody asked."""
 
     num_samples: int
     fid: float
@@ -183,15 +55,21 @@ class SampleMetrics:
     inception_score: float
     precision: float | None
     recall: float | None
+    kid: float | None = None
+    """Mean over 100 subsets of 1,000 (of all, where there are fewer), not multiplied by 1,000."""
+    fd_dinov2: float | None = None
+    """Frechet distance in DINOv2 ViT-L/14 features of the class token (Stein et al. 2023)."""
 
     def named(self, sampler: str) -> dict[str, float]:
-        """The numbers by names that carry count and sampler (`vadit.sample.sampler_name`): fid50k_euler250, ..."""
+        """The numbers by names that carry count and sampler (`vadit.sample.sampler_name`): fid50k_euler249_..."""
         values = {
             "fid": self.fid,
             "sfid": self.sfid,
             "is": self.inception_score,
             "precision": self.precision,
             "recall": self.recall,
+            "kid": self.kid,
+            "fd_dinov2_": self.fd_dinov2,
         }
         ending = f"{count_name(self.num_samples)}_{sampler}"
         return {f"{name}{ending}": value for name, value in values.items() if value is not None}
@@ -218,13 +96,13 @@ def feature_metrics(
     `probabilities_fake` (M, K), where the extractor is a classifier, adds the inception score in its classes.
     """
     frechet = frechet_distance(*mean_and_covariance(features_real), *mean_and_covariance(features_fake))
-    subset = min(1000, len(features_real), len(features_fake))
+    subset = min(KID_SUBSET, len(features_real), len(features_fake))
     precision, recall = precision_recall(features_real, features_fake, k=k)
     return FeatureMetrics(
         num_real=len(features_real),
         num_fake=len(features_fake),
         frechet=frechet,
-        kernel=kid(features_real, features_fake, subset_size=subset, seed=seed).mean,
+        kernel=kernel_distance(features_real, features_fake, subset_size=subset, seed=seed).mean,
         precision=precision,
         recall=recall,
         inception_score=None if probabilities_fake is None else inception_score(probabilities_fake),
@@ -257,11 +135,15 @@ def evaluate_samples(
     reference: str | Path,
     *,
     inception_weights: str | Path | None,
+    dinov2: Summary | None = None,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     num_samples: int | None = None,
 ) -> SampleMetrics:
-    """ADM's evaluation of the first `num_samples` samples (default all) against a reference."""
+    """ADM's evaluation of the first `num_samples` samples (default all) against a reference.
+
+    `dinov2` (`vadit.models.foundation.ImageSummary`) adds FD-DINOv2 against the reference's images.
+    """
     source = open_images(samples)
     count = len(source) if num_samples is None else num_samples
     if count > len(source):
@@ -270,25 +152,115 @@ def evaluate_samples(
         )
     if count < 2:
         raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
+    if dinov2 is not None and not _has_images(Path(reference)):
+        raise UsageError(f"{reference} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
     extractor = Inception(inception_weights, device)
     wanted = _load_reference(Path(reference), extractor, batch_size)
-    found = _extract(source, extractor, batch_size, count)
+    found = _extract(source.batches(batch_size, count), extractor)
+    fid, kid = _distances(wanted, found.pool)
     precision, recall = (
         (None, None) if wanted.features is None else precision_recall(wanted.features, found.pool, device=device)
     )
     return SampleMetrics(
         num_samples=count,
-        fid=frechet_distance(*wanted.pool, *mean_and_covariance(found.pool)),
+        fid=fid,
         sfid=None if wanted.spatial is None else frechet_distance(*wanted.spatial, *found.spatial.result()),
         inception_score=inception_score(found.probabilities),
         precision=precision,
         recall=recall,
+        kid=kid,
+        fd_dinov2=None
+        if dinov2 is None
+        else frechet_distance(
+            *_summary_moments(open_images(reference).batches(batch_size), dinov2),
+            *_summary_moments(source.batches(batch_size, count), dinov2),
+        ),
     )
 
 
-def _extract(source: ImageSource, extractor: Inception, batch_size: int, limit: int | None = None) -> _Features:
+class SampleScorer:
+    """FID and KID of images in memory against one reference, for a look during training.
+
+    At a small n FID is biased upwards and only comparable with itself at that n; its name carries n.
+    """
+
+    def __init__(
+        self,
+        reference: str | Path,
+        *,
+        inception_weights: str | Path | None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        self._batch_size = batch_size
+        self._extractor = Inception(inception_weights, device)
+        self._reference = _load_reference(Path(reference), self._extractor, batch_size)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Inception's pool features (B, 2048), on the CPU, of uint8 images (B, 3, H, W)."""
+        return torch.cat([self._extractor.pool(part).cpu() for part in images.split(self._batch_size)])
+
+    def score(self, features: Tensor, sampler: str) -> dict[str, float]:
+        """Named numbers of features (N, 2048): fid1k_euler49_random and, where the reference has images, kid1k_..."""
+        fid, kid = _distances(self._reference, features.numpy())
+        ending = f"{count_name(len(features))}_{sampler}"
+        return {f"fid{ending}": fid} | ({} if kid is None else {f"kid{ending}": kid})
+
+
+def write_reference(
+    out: str | Path,
+    batches: Iterable[Tensor],
+    *,
+    num_images: int,
+    inception_weights: str | Path | None,
+    device: str | torch.device = "cpu",
+    keep: int = REFERENCES_FOR_RECALL,
+) -> Path:
+    """Make a reference like ADM's of uint8 batches (B, 3, H, W), `num_images` in all: statistics and some images.
+
+    mu, sigma, mu_s, sigma_s are of all images; arr_0 holds `keep` of them, evenly spread, in order.
+    """
+    extractor = Inception(inception_weights, device)
+    kept = set(_spread(num_images, keep).tolist())
+    pool, spatial, images, count = FeatureMoments(), FeatureMoments(), [], 0
+    for batch in batches:
+        features = extractor(batch)
+        pool.update(features.pool)
+        spatial.update(features.spatial)
+        images += [batch[place].permute(1, 2, 0).numpy() for place in range(len(batch)) if count + place in kept]
+        count += len(batch)
+    if count != num_images:
+        raise RunError(f"{num_images} images were promised, {count} came; the reference was not written")
+    mu, sigma = pool.result()
+    mu_s, sigma_s = spatial.result()
+    out = Path(out)
+    with whole_file(out) as partial, partial.open("wb") as stream:
+        np.savez(stream, arr_0=np.stack(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    return out
+
+
+# ------------------------------------------------------------------------------------------ parts of it
+
+
+def _distances(reference: _Reference, pool: np.ndarray) -> tuple[float, float | None]:
+    """FID, and KID where the reference has images."""
+    fid = frechet_distance(*reference.pool, *mean_and_covariance(pool))
+    if reference.features is None:
+        return fid, None
+    subset = min(KID_SUBSET, len(pool), len(reference.features))
+    return fid, kernel_distance(reference.features, pool, subset_size=subset).mean
+
+
+def _summary_moments(batches: Iterable[np.ndarray], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
+    moments = FeatureMoments()
+    for images in batches:
+        moments.update(summary(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    return moments.result()
+
+
+def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> _Features:
     pool, probabilities, spatial = [], [], FeatureMoments()
-    for images in source.batches(batch_size, limit):
+    for images in batches:
         features = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
         pool.append(features.pool.cpu().numpy())
         probabilities.append(features.probabilities.cpu().numpy())
@@ -301,17 +273,25 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
     stored = _load_statistics(path)
     if stored is not None and "arr_0" not in stored:
         return _Reference(_pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else None, None)
-    source = open_images(path)
+    source: ImageSource = open_images(path)
     if stored is None and len(source) < 2:
         raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
-    features = _extract(source, extractor, batch_size)
+    features = _extract(source.batches(batch_size), extractor)
     if stored is None:
         pool, spatial = mean_and_covariance(features.pool), features.spatial.result()
     else:
         pool, spatial = _pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else features.spatial.result()
-    # Spread over the set, not its first part: reference folders are often sorted by class.
-    chosen = np.linspace(0, len(features.pool) - 1, min(len(features.pool), REFERENCES_FOR_RECALL)).round().astype(int)
-    return _Reference(pool, spatial, features.pool[chosen])
+    return _Reference(pool, spatial, features.pool[_spread(len(features.pool), REFERENCES_FOR_RECALL)])
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of `count` places, evenly: not the first ones, reference folders are often sorted by class."""
+    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
+
+
+def _has_images(path: Path) -> bool:
+    stored = _load_statistics(path)
+    return stored is None or "arr_0" in stored
 
 
 def _load_statistics(path: Path) -> dict[str, np.ndarray | None] | None:

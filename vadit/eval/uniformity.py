@@ -7,14 +7,17 @@ of these n densities: coefficient of variation, Gini coefficient, entropy over l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
-from vadit.errors import UsageError
+from vadit.errors import RunError, UsageError
+from vadit.files import whole_file
 
 PERPLEXITY = 30.0
 ITERATIONS = 1000
@@ -26,8 +29,8 @@ class Uniformity:
 
     density_cv: float
     gini: float
-    entropy: float
-    """Normalised to 1 for equal densities."""
+    normalized_entropy: float
+    """1 for equal densities."""
 
 
 def coefficient_of_variation(values: np.ndarray) -> float:
@@ -78,10 +81,22 @@ def point_densities(points: np.ndarray) -> np.ndarray:
     return gaussian_kde(points.T, bw_method="scott")(points.T)
 
 
-def distribution_uniformity(vectors: np.ndarray, *, seed: int = 0) -> Uniformity:
-    """The three numbers of one draw of latent vectors (n, C)."""
+def uniformity(points_2d: np.ndarray) -> Uniformity:
+    """The three numbers of points (n, 2), from their densities at the points themselves."""
+    points = np.asarray(points_2d, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+        raise UsageError(f"uniformity needs at least 3 finite points (n, 2), found shape {points.shape}")
+    if np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
+        raise UsageError("the points lie on a line or on one another, where a density in two dimensions has no value")
+    densities = point_densities(points)
+    return Uniformity(coefficient_of_variation(densities), gini_coefficient(densities), normalized_entropy(densities))
+
+
+def embed(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE (Table 6's settings) of latent vectors (n, C) to points (n, 2), float64."""
     from sklearn.manifold import TSNE  # a second to import
 
+    vectors = np.asarray(vectors)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise UsageError(
             f"latent vectors must be finite and of shape (n, C), found {vectors.shape} with "
@@ -94,9 +109,22 @@ def distribution_uniformity(vectors: np.ndarray, *, seed: int = 0) -> Uniformity
         )
     if vectors.std(axis=0).max() == 0:
         raise UsageError("all latent vectors are equal; the tokenizer has collapsed")
-    embed = TSNE(n_components=2, perplexity=PERPLEXITY, max_iter=ITERATIONS, random_state=seed)
-    densities = point_densities(embed.fit_transform(vectors).astype(np.float64))
-    return Uniformity(coefficient_of_variation(densities), gini_coefficient(densities), normalized_entropy(densities))
+    tsne = TSNE(n_components=2, perplexity=PERPLEXITY, max_iter=ITERATIONS, random_state=seed)
+    return tsne.fit_transform(vectors).astype(np.float64)
+
+
+def evaluate_latents(vectors: np.ndarray, seed: int = 0) -> Uniformity:
+    """The three numbers of one draw of latent vectors (n, C), t-SNE included."""
+    return uniformity(embed(vectors, seed))
+
+
+def mean_uniformity(results: Sequence[Uniformity]) -> Uniformity:
+    """Mean of each number over draws."""
+    return Uniformity(
+        density_cv=float(np.mean([result.density_cv for result in results])),
+        gini=float(np.mean([result.gini for result in results])),
+        normalized_entropy=float(np.mean([result.normalized_entropy for result in results])),
+    )
 
 
 def latent_uniformity(
@@ -114,14 +142,63 @@ def latent_uniformity(
     """
     if draws < 1:
         raise UsageError(f"draws is {draws}; it must be at least 1")
-    results = [
-        distribution_uniformity(
-            latent_vectors(latents, num_vectors, mean=mean, std=std, seed=seed + draw), seed=seed + draw
-        )
-        for draw in range(draws)
-    ]
-    return Uniformity(
-        density_cv=float(np.mean([result.density_cv for result in results])),
-        gini=float(np.mean([result.gini for result in results])),
-        entropy=float(np.mean([result.entropy for result in results])),
+    return mean_uniformity(
+        [
+            evaluate_latents(latent_vectors(latents, num_vectors, mean=mean, std=std, seed=number), number)
+            for number in range(seed, seed + draws)
+        ]
     )
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read_vectors(path: str | Path) -> Tensor:
+    """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
+    path = Path(path)
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+            found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            value = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = value if isinstance(value, dict) else {path.stem: value}
+    except Exception as error:  # each of the formats fails in its own ways on damaged bytes
+        raise RunError(f"{path} cannot be read as a tensor ({str(error).splitlines()[0]}); write it again") from None
+    two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
+    if len(two) != 1:
+        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+        raise UsageError(f"{path} must hold one tensor of shape (N, C), found {shapes}")
+    return next(iter(two.values()))
+
+
+def draw_vectors(latents: Tensor, num_vectors: int, seed: int) -> np.ndarray:
+    """`num_vectors` normalised vectors of latents (N, C, h, w) by the protocol, or of vectors (N, C) at random."""
+    return latent_vectors(latents if latents.ndim == 4 else latents[:, :, None, None], num_vectors, seed=seed)
+
+
+def draw_picture(points: np.ndarray, path: str | Path) -> None:
+    """A PNG of t-SNE points (n, 2), coloured by their density (as the paper's figure of the latents)."""
+    from matplotlib.figure import Figure
+
+    densities = point_densities(points)
+    order = np.argsort(densities)  # the densest on top
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        points[order, 0],
+        points[order, 1],
+        c=densities[order],
+        s=max(1.0, 4000 / len(points)),
+        cmap="viridis",
+        linewidths=0,
+    )
+    axes.set(xticks=[], yticks=[], aspect="equal")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(path)) as partial:
+        figure.savefig(partial, format="png", dpi=150)

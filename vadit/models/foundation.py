@@ -9,9 +9,11 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -89,6 +91,38 @@ class FoundationModel(nn.Module):
                 f"foundation model {self.spec.name} does not take images of foundation.input_size {self.input_size} "
                 f"({_first_line(error)}); set --foundation.input-size to a size that it takes"
             ) from None
+
+
+class ImageSummary:
+    """uint8 images (B, 3, H, W) to one feature vector each, (B, D) fp32 on the CPU: the class token after the norm.
+
+    For FD-DINOv2 (Stein et al. 2023): Pillow's bicubic to 224 pixels, then the model's own mean and deviation.
+    """
+
+    def __init__(self, spec: FoundationSpec, side: int = 224) -> None:
+        self._model = _create(spec).eval().requires_grad_(False)
+        self._side = side
+        self._mean, self._std = (
+            torch.tensor(values).view(1, 3, 1, 1) for values in _image_statistics(self._model, spec)
+        )
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> ImageSummary:
+        """Move the network."""
+        self._model.to(device)
+        self._device = device
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        size = (self._side, self._side)
+        pixels = [
+            np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC))
+            for image in images_BCHW.cpu()
+        ]
+        x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        x = ((x - self._mean) / self._std).to(self._device)
+        return self._model.forward_head(self._model.forward_features(x), pre_logits=True).float().cpu()
 
 
 def _create(spec: FoundationSpec) -> Any:

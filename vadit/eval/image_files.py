@@ -1,0 +1,141 @@
+"""Sets of images on disk as evaluation takes them: lossless, of one size, in a fixed order, never all in memory."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vadit.errors import RunError, UsageError
+
+
+class ImageSource(Protocol):
+    """Images of one size on disk, read in order and in batches."""
+
+    path: Path
+    size: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        """Batches uint8 (B, H, W, 3) of the first `limit` images (default all), in file order."""
+        ...
+
+
+class PngFolder:
+    """The PNGs under a folder, by number where their names are numbers, else by name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        files = [file for file in self.path.rglob("*") if file.is_file()]
+        lossy = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
+        if lossy:
+            raise UsageError(f"{lossy[0]} is a JPEG, whose losses change every score; store images as PNG or .npz")
+        self.files = sorted((file for file in files if file.suffix.lower() == ".png"), key=_file_order)
+        if not self.files:
+            raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
+        height, width, _ = _read_png(self.files[0]).shape
+        self.size = (height, width)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        files = self.files[:limit]
+        for start in range(0, len(files), batch_size):
+            images = [_read_png(file) for file in files[start : start + batch_size]]
+            for file, image in zip(files[start:], images, strict=False):
+                if image.shape[:2] != self.size:
+                    raise UsageError(
+                        f"{file} is {image.shape[1]}x{image.shape[0]} pixels, {self.files[0].name} is "
+                        f"{self.size[1]}x{self.size[0]}; all images must have one size"
+                    )
+            yield np.stack(images)
+
+
+class NpzImages:
+    """`arr_0` of an ADM .npz, streamed: 50,000 images of 256 pixels are 9.8 GB and never in memory at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with _npy_stream(self.path) as (_, shape, dtype):
+            pass
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise UsageError(f"{self.path}: arr_0 is {dtype} {shape}; needed: uint8 (N, H, W, 3)")
+        self._count = shape[0]
+        self.size = (shape[1], shape[2])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        remaining = self._count if limit is None else min(limit, self._count)
+        with _npy_stream(self.path) as (stream, _, _):
+            while remaining:
+                shape = (min(batch_size, remaining), *self.size, 3)
+                try:
+                    data = stream.read(math.prod(shape))
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise RunError(f"{self.path} is damaged ({error}); write it again") from None
+                if len(data) != math.prod(shape):
+                    raise RunError(f"{self.path}: arr_0 ends early, the file is truncated; write it again")
+                yield np.frombuffer(data, np.uint8).reshape(shape).copy()
+                remaining -= shape[0]
+
+
+@contextmanager
+def _npy_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+    """The member arr_0.npy of an .npz, opened behind its header: (stream, shape, dtype)."""
+    with ExitStack() as opened:
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            stream = opened.enter_context(archive.open("arr_0.npy"))
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except KeyError:
+            raise UsageError(f"{path} holds no arr_0; name an .npz with images uint8 (N, H, W, 3)") from None
+        except (zipfile.BadZipFile, ValueError, OSError) as error:
+            raise RunError(f"{path} cannot be read as .npz ({error}); write it again") from None
+        if fortran:
+            raise UsageError(f"{path}: arr_0 is in Fortran order; store it in C order (np.ascontiguousarray)")
+        yield stream, shape, dtype
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """A folder of PNGs, what `vadit sample` wrote (its images/ lie beside a grid), or an .npz with arr_0."""
+    path = Path(path)
+    if path.is_dir():
+        return PngFolder(path / "images" if (path / "images").is_dir() else path)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name a folder of PNGs or an .npz with arr_0")
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise UsageError(f"{path} is a JPEG, whose losses change every score; name a folder of PNGs or an .npz")
+    if path.suffix != ".npz":
+        raise UsageError(f"{path} is neither a folder nor an .npz file; name a folder of PNGs or an .npz with arr_0")
+    return NpzImages(path)
+
+
+def _read_png(path: Path) -> np.ndarray:
+    """A PNG as uint8 (H, W, 3); grey is repeated, which loses nothing."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "L"):
+                raise UsageError(
+                    f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
+                )
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise RunError(f"{path} does not decode ({error}); draw this sample again") from None
+
+
+def _file_order(path: Path) -> tuple[str, int, str]:
+    """Folder by folder; 2.png before 10.png, so that the splits of the inception score are those of the indices."""
+    return str(path.parent), int(path.stem) if path.stem.isdecimal() else -1, path.name
