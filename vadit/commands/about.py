@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from vadit.commands.common import print_table
-from vadit.config import Config, DiTConfig
+from vadit.config import Config, TokenizerConfig
 from vadit.errors import UsageError
-from vadit.recipes import PAPER_RECIPES
+from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
+from vadit.recipes.measured import best, throughputs
+
+RECIPES_HELP = "List the recipes and what they reproduce; with words, those that hold each of them (table1, xl, mae)."
+NUM_GPUS = 8
+"""GPUs that the table's hours are for."""
+METRIC_WIDTH = 36
+"""Characters of most metrics with their protocol's name."""
 
 
 def doctor_command(arguments: list[str]) -> None:
@@ -19,34 +26,67 @@ def doctor_command(arguments: list[str]) -> None:
 
 
 def recipes_command(arguments: list[str]) -> None:
-    """Print the table of recipes."""
-    _no_settings("recipes", arguments, "List the recipes and what they reproduce.")
-    print_table(recipe_table())
-    print("Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.")
+    """Print the table of recipes, or of those that hold each of the given words."""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: vadit recipes [WORD ...]\n\n{RECIPES_HELP}")
+        raise SystemExit(0)
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UsageError(f"unexpected argument {argument!r}; vadit recipes takes words to look for, or nothing")
+    table = recipe_table(arguments)
+    if not table.row_count:
+        raise UsageError(f"no recipe is about {' '.join(arguments)!r}; `vadit recipes` lists all")
+    print_table(table)
+    shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
+    print(
+        "Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.\n"
+        f"{NUM_GPUS} GPUs: hours by the images/s per GPU of the fastest row that benchmarks/bench_step.py measured.\n"
+        f"Short names: {shorts}."
+    )
 
 
-def recipe_table() -> Any:
-    """Name, what it reproduces, model, images and the paper's number of each recipe."""
+def recipe_table(words: list[str]) -> Any:
+    """Name, what it reproduces, model, tokenizer, images, the paper's number and hours of each recipe with all `words`.
+
+    A word is looked for in all columns, whatever its case.
+    """
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="recipes", title_justify="left", show_lines=True)
-    for column in ("name", "reproduces", "model", "images", "paper's number"):
-        table.add_column(column, overflow="fold", justify="right" if column == "images" else "left")
+    table = Table(title="recipes", title_justify="left", show_lines=True, box=box.ROUNDED)
+    table.add_column("name", no_wrap=True)  # to be copied
+    table.add_column("reproduces", overflow="fold")
+    table.add_column("model, latents of", overflow="fold")
+    table.add_column(f"images, {NUM_GPUS} GPUs", justify="right")
+    table.add_column("the paper's number", overflow="fold", min_width=METRIC_WIDTH)
+    rows = throughputs()
     for name, recipe in PAPER_RECIPES.items():
         config = recipe()
-        images = f"{config.run.total_images:,}"
-        table.add_row(name, config.paper.source, _model_name(config), images, config.paper.metric)
+        paper, images = config.paper, config.run.total_images
+        measured = best(config, rows)
+        hours = f"{measured.hours(images, NUM_GPUS):,.0f} h {measured.hardware}" if measured else "not measured"
+        model = model_name(config) + f"\non {paper.tokenizer}" * bool(paper.tokenizer)
+        row = (name, paper.source, model, f"{images:,}\n{hours}", paper.metric.replace(", fid", "\nfid"))
+        if all(word.lower() in " ".join(row).lower() for word in words):
+            table.add_row(*row)
     return table
 
 
-def _model_name(config: Config) -> str:
-    if isinstance(config, DiTConfig):
-        model = config.model
-        kind = "LightningDiT" if model.swiglu else "DiT"
-        return f"{kind} {model.depth} x {model.hidden_size}, patch {model.patch_size}, {model.in_channels} channels"
-    spec = config.autoencoder
-    name = f"VA-VAE f{spec.downsample_ratio}d{spec.latent_channels}"
-    return f"{name}, {config.foundation.name}, {max(len(config.stages), 1)} stage(s)"
+def model_name(config: Config) -> str:
+    """LightningDiT-XL/1, DiT-XL/2, VA-VAE f16d32 ...; what sets it apart behind it."""
+    if isinstance(config, TokenizerConfig):
+        spec = config.autoencoder
+        kind = "VAE" if config.foundation.name == "none" else "VA-VAE"
+        aligned = "" if config.foundation.name == "none" else f", {config.foundation.name}"
+        stages = f", {len(config.stages)} stages" if config.stages else ""
+        return f"{kind} f{spec.downsample_ratio}d{spec.latent_channels}{aligned}{stages}"
+    model = config.model
+    sizes = [name for name, size in DIT_SIZES.items() if all(getattr(model, key) == size[key] for key in size)]
+    size = sizes[0] if sizes else f"{model.depth}x{model.hidden_size}"
+    new = [name for name in ("swiglu", "rmsnorm", "rope") if getattr(model, name)]
+    kind, extras = ("LightningDiT", []) if len(new) == 3 else ("DiT", new)
+    extras = [*extras, *[config.mask.kind] * (config.mask.kind != "none"), *["repa"] * (config.repa.weight > 0)]
+    return ", ".join([f"{kind}-{size}/{model.patch_size}", *extras])
 
 
 def _no_settings(command: str, arguments: list[str], about: str) -> None:

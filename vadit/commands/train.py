@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
         name, rest = _recipe_name(arguments)
         if name is None:
             print("usage: vadit train RECIPE [--setting value ...] [--dry-run]\n")
-            print_table(recipe_table())
+            print_table(recipe_table([]))
             print("\n`vadit train RECIPE --help` explains every setting.")
             return
         recipe = get_recipe(name)

@@ -1,43 +1,73 @@
 """The recipes: named functions that return a whole frozen config, and a debug twin of each.
 
-`NAME-debug` keeps every switch of NAME at a size that takes two steps on a CPU in seconds, on data that it makes.
-Nothing here imports torch, so the command line can list recipes at once.
+One module per group: `table1`, `tokenizers` (Tables 2, 4 and 5), `generators` (LightningDiT of Tables 2 to 5), `peers`
+(the others of Table 3), `beyond`. `NAME-debug` keeps every switch of NAME at a size that takes two steps on a CPU in
+seconds, on data that it makes. Nothing here imports torch, so the command line can list recipes at once.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from vadit.config import Config
 from vadit.errors import UsageError
+from vadit.recipes import beyond, generators, peers, table1, tokenizers
 from vadit.recipes.debug import debug_twin
-from vadit.recipes.generators import (
-    DIT_SIZES,
-    dit_xl2_ddpm,
-    lightningdit_b,
-    lightningdit_xl_64ep,
-    lightningdit_xl_800ep,
-)
-from vadit.recipes.tokenizers import vavae_f16d32_dinov2
+from vadit.recipes.sizes import DIT_SIZES
 
-__all__ = ["DIT_SIZES", "PAPER_RECIPES", "RECIPES", "get_recipe"]
+__all__ = ["DIT_SIZES", "PAPER_RECIPES", "RECIPES", "SHORT_NAMES", "get_recipe"]
 
-PAPER_RECIPES: dict[str, Callable[[], Config]] = {
-    "vavae-f16d32-dinov2": vavae_f16d32_dinov2,
-    "lightningdit-xl-64ep": lightningdit_xl_64ep,
-    "lightningdit-xl-800ep": lightningdit_xl_800ep,
-    "lightningdit-b": lightningdit_b,
-    "dit-xl2-ddpm": dit_xl2_ddpm,
-}
-"""What reproduces a row of the paper."""
+Recipe = Callable[[], Config]
 
 
-def _twin(name: str) -> Callable[[], Config]:
-    return lambda: debug_twin(name, PAPER_RECIPES[name]())
+def _tables() -> dict[str, Recipe]:
+    rows = tokenizers.TOKENIZERS
+    found: dict[str, Recipe] = {
+        "vavae-f16d32-dinov2": tokenizers.released_vavae,
+        "lightningdit-xl-64ep": generators.lightningdit_xl_64ep,
+        "lightningdit-xl-800ep": generators.lightningdit_xl_800ep,
+        "lightningdit-xl-beyond": beyond.lightningdit_xl_beyond,
+    }
+    found |= {
+        f"table1-{number:02}-{row.name}": partial(table1.table1, number) for number, row in enumerate(table1.ROWS)
+    }
+    found |= {row.recipe: partial(tokenizers.tokenizer, row) for row in rows}
+    for row in rows:
+        for size in row.fid_10k:
+            found[f"lightningdit-{size.lower()}-{row.name}"] = partial(generators.lightningdit, size, row)
+    found |= {
+        "dit-xl2": peers.dit_xl2,
+        "sit-xl2": peers.sit_xl2,
+        "fasterdit-xl2": peers.fasterdit_xl2,
+        "repa-xl2": peers.repa_xl2,
+        "maskdit-xl2": peers.maskdit_xl2,
+        "maskdit-xl2-unmasked": peers.maskdit_xl2_unmasked,
+        "mdt-xl2": peers.mdt_xl2,
+    }
+    return found
 
 
-RECIPES: dict[str, Callable[[], Config]] = PAPER_RECIPES | {f"{name}-debug": _twin(name) for name in PAPER_RECIPES}
+def _named(name: str, recipe: Recipe) -> Config:
+    config = recipe()
+    return replace(config, run=replace(config.run, out=f"runs/{name}"))
+
+
+def _twin(name: str) -> Config:
+    return debug_twin(name, get_recipe(name))
+
+
+PAPER_RECIPES: dict[str, Recipe] = {name: partial(_named, name, recipe) for name, recipe in _tables().items()}
+"""What reproduces a row of the paper, and one that goes beyond it."""
+
+SHORT_NAMES = {"lightningdit-b": "lightningdit-b-f16d32-dinov2", "dit-xl2-ddpm": "table1-00-dit"}
+"""Second names of recipes."""
+
+_NAMES = PAPER_RECIPES | {short: partial(_named, short, PAPER_RECIPES[name]) for short, name in SHORT_NAMES.items()}
+
+RECIPES: dict[str, Recipe] = _NAMES | {f"{name}-debug": partial(_twin, name) for name in _NAMES}
 """Every name that `vadit train` knows."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vadit.config import Config, DiTConfig, FoundationSpec, RunSpec, TokenizerConfig
+from vadit.config import Config, DiTConfig, FoundationSpec, RepaSpec, RunSpec, TokenizerConfig
 
 STEPS = 2
 BATCH_SIZE = 4
@@ -40,12 +40,6 @@ def _tokenizer(config: TokenizerConfig) -> TokenizerConfig:
         for stage in config.stages
     )
     align = config.foundation.name != "none"
-    tiny_vit = FoundationSpec(
-        name="vit_tiny_patch16_224",
-        weights="random",
-        input_range=config.foundation.input_range,
-        model_args={"embed_dim": 32, "depth": 1, "num_heads": 2},
-    )
     return replace(
         config,
         autoencoder=replace(
@@ -56,7 +50,7 @@ def _tokenizer(config: TokenizerConfig) -> TokenizerConfig:
             num_res_blocks=1,
             attention_resolutions=(latent_side,),
         ),
-        foundation=tiny_vit if align else config.foundation,
+        foundation=_tiny_vit(config.foundation) if align else config.foundation,
         loss=replace(
             config.loss, perceptual_weight=0.0, disc_channels=8, disc_start_step=min(config.loss.disc_start_step, STEPS)
         ),
@@ -66,9 +60,26 @@ def _tokenizer(config: TokenizerConfig) -> TokenizerConfig:
     )
 
 
+def _tiny_vit(spec: FoundationSpec) -> FoundationSpec:
+    """A foundation model of random weights that takes the same images."""
+    return FoundationSpec(
+        name="vit_tiny_patch16_224",
+        weights="random",
+        input_range=spec.input_range,
+        model_args={"embed_dim": 32, "depth": 1, "num_heads": 2},
+    )
+
+
 def _generator(config: DiTConfig) -> DiTConfig:
     """Four tokens a side, two blocks; a change of the time law falls between the two steps."""
     late = config.flow.uniform_after_images is not None
+    aligned = RepaSpec(
+        weight=config.repa.weight,
+        block=1,
+        projector_width=32,
+        features=config.repa.features,
+        foundation=_tiny_vit(config.repa.foundation),
+    )
     return replace(
         config,
         model=replace(
@@ -80,6 +91,9 @@ def _generator(config: DiTConfig) -> DiTConfig:
             num_classes=10,
         ),
         flow=replace(config.flow, uniform_after_images=BATCH_SIZE if late else None),
+        repa=aligned if config.repa.weight > 0 else config.repa,
+        mask=replace(config.mask, decoder_depth=1, decoder_width=32, decoder_heads=2),
+        optimizer=replace(config.optimizer, warmup_images=min(config.optimizer.warmup_images, BATCH_SIZE)),
         run=replace(config.run, total_images=STEPS * BATCH_SIZE),
         data=replace(config.data, path=f"debug:{2 * BATCH_SIZE}"),
         sample=replace(config.sample, num_steps=4),

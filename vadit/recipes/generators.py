@@ -1,32 +1,19 @@
-"""Recipes of the generator: LightningDiT (arXiv 2501.01423) and the plain DiT that it is measured against."""
+"""Recipes of LightningDiT (arXiv 2501.01423): the system of Table 3, and the generators of Tables 2, 4 and 5.
+
+A metric's name holds the count of samples and the sampler as `vadit.sample.sampler_name` writes it. The authors call
+the sampler of Table 3 "250 steps": linspace(0, 1, 250), which is 249 of them, and so euler249 here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import replace
 
-from vadit.config import (
-    DiTConfig,
-    DiTSpec,
-    EngineSpec,
-    FlowSpec,
-    LatentDataSpec,
-    OptimizerSpec,
-    Paper,
-    RunSpec,
-    SampleSpec,
-)
+from vadit.config import DiTConfig, DiTSpec, EngineSpec, Paper, RunSpec, SampleSpec
+from vadit.recipes.sizes import BATCH_SIZE, DIT_SIZES, EPOCHS_80
+from vadit.recipes.tokenizers import Row
 
-DIT_SIZES: dict[str, dict[str, Any]] = {
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-    "1p0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
-    "1p6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
-}
-"""Keyword arguments of DiTSpec for each size of the paper; patch_size 1 or 2 goes with any."""
-
-BATCH_SIZE = 1024
+RELEASED = "vavae-f16d32-dinov2"
+"""Tokenizer of Table 3."""
 
 
 def lightningdit_xl_64ep() -> DiTConfig:
@@ -38,56 +25,49 @@ def lightningdit_xl_64ep() -> DiTConfig:
     return DiTConfig(
         model=DiTSpec(**DIT_SIZES["XL"], patch_size=1, in_channels=32, input_size=16),
         engine=EngineSpec(precision="autocast", max_grad_norm=0.0),
-        run=RunSpec(out="runs/lightningdit-xl-64ep", batch_size=BATCH_SIZE, total_images=80_000 * BATCH_SIZE),
+        run=RunSpec(batch_size=BATCH_SIZE, total_images=80_000 * BATCH_SIZE),
         sample=SampleSpec(
             method="euler", num_steps=250, timestep_shift=0.3, cfg_scale=10.0, cfg_interval=(0.11, 1.0), cfg_channels=3
         ),
-        paper=Paper(source="Table 3, 64 epochs", metric="fid50k_euler249 5.14 (no guidance), 2.11 (guidance)"),
+        paper=Paper(
+            source="Table 3, LightningDiT, 64 epochs",
+            metric="fid50k_euler249_shift0.3_random 5.14, fid50k_euler249_shift0.3_cfg10_from0.11_ch3_random 2.11",
+            tokenizer=RELEASED,
+        ),
     )
 
 
 def lightningdit_xl_800ep() -> DiTConfig:
     """The long run: 1,000,000 steps of 1024 images, uniform time after 600,000 of them, gentler guidance."""
     short = lightningdit_xl_64ep()
-    return dataclasses.replace(
+    return replace(
         short,
-        flow=dataclasses.replace(short.flow, uniform_after_images=600_000 * BATCH_SIZE),
-        run=dataclasses.replace(short.run, out="runs/lightningdit-xl-800ep", total_images=1_000_000 * BATCH_SIZE),
-        sample=dataclasses.replace(short.sample, cfg_scale=6.7, cfg_interval=(0.125, 1.0)),
-        paper=Paper(source="Table 3, 800 epochs", metric="fid50k_euler249 2.17 (no guidance), 1.35 (guidance)"),
-    )
-
-
-def lightningdit_b() -> DiTConfig:
-    """LightningDiT-B/1 of the ablations: sampled with dopri5, without guidance, interval or shift."""
-    large = lightningdit_xl_64ep()
-    return dataclasses.replace(
-        large,
-        model=dataclasses.replace(large.model, **DIT_SIZES["B"]),
-        run=dataclasses.replace(large.run, out="runs/lightningdit-b"),
-        sample=SampleSpec(method="dopri5"),
-        paper=Paper(source="Table 2, f16d32 + VF DINOv2, B", metric="fid10k_dopri5 15.82 (no guidance)"),
-    )
-
-
-def dit_xl2_ddpm() -> DiTConfig:
-    """The baseline of Table 1's first row: plain DiT-XL/2 with DDPM on SD-VAE f8d4 latents, 400,000 steps of 256."""
-    return DiTConfig(
-        model=DiTSpec(
-            **DIT_SIZES["XL"],
-            patch_size=2,
-            in_channels=4,
-            input_size=32,
-            learn_sigma=True,
-            swiglu=False,
-            rope=False,
-            rmsnorm=False,
+        flow=replace(short.flow, uniform_after_images=600_000 * BATCH_SIZE),
+        run=replace(short.run, total_images=1_000_000 * BATCH_SIZE),
+        sample=replace(short.sample, cfg_scale=6.7, cfg_interval=(0.125, 1.0)),
+        paper=Paper(
+            source="Table 3, LightningDiT, 800 epochs",
+            metric="fid50k_euler249_shift0.3_random 2.17, fid50k_euler249_shift0.3_cfg6.7_from0.125_ch3_random 1.35",
+            tokenizer=RELEASED,
         ),
-        flow=FlowSpec(objective="ddpm", time_law="uniform", direction_loss=False),
-        optimizer=OptimizerSpec(lr=1e-4, betas=(0.9, 0.999)),
-        engine=EngineSpec(precision="autocast", max_grad_norm=0.0),
-        run=RunSpec(out="runs/dit-xl2-ddpm", batch_size=256, total_images=400_000 * 256),
-        data=LatentDataSpec(normalize=False, multiplier=0.18215),
-        sample=SampleSpec(method="ddpm", num_steps=250),
-        paper=Paper(source="Table 1, first row", metric="fid50k_ddpm250 19.50 (no guidance)"),
+    )
+
+
+def lightningdit(size: str, row: Row) -> DiTConfig:
+    """LightningDiT of a `size` on the latents of one of the tables' tokenizers: 160 epochs for B, 80 for L and XL.
+
+    Sampled with dopri5, without guidance, interval or shift (section 5.2).
+    """
+    base = lightningdit_xl_64ep()
+    epochs = 160 if size == "B" else 80
+    return replace(
+        base,
+        model=replace(base.model, **DIT_SIZES[size], in_channels=row.channels),
+        run=replace(base.run, total_images=epochs // 80 * EPOCHS_80),
+        sample=SampleSpec(method="dopri5"),
+        paper=Paper(
+            source=f"{row.tables if size == 'B' else 'Table 2'}, {row.label}, LightningDiT-{size}, {epochs} epochs",
+            metric=f"fid10k_dopri5_random {row.fid_10k[size]:.2f}",
+            tokenizer=row.recipe,
+        ),
     )

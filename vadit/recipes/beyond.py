@@ -1,0 +1,47 @@
+"""What others report to help on top of the paper, in one recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vadit.config import DiTConfig, FoundationSpec, Paper, RepaSpec
+from vadit.recipes.generators import RELEASED, lightningdit_xl_64ep
+from vadit.recipes.sizes import BATCH_SIZE
+
+
+def lightningdit_xl_beyond() -> DiTConfig:
+    """`lightningdit-xl-64ep` with what is known to help; as long, on the same latents, drawn in the same way.
+
+    Measured with vadit: that every switch trains, resumes and exports (its tests, on small models). Nothing of what
+    they do to FID is measured. Reported by others, each alone or in other company:
+
+    - repa: DINOv2-B features align block 8 with weight 0.5 (REPA, Yu et al. 2024, on SiT and SD-VAE). Needs latents
+      from `vadit encode --features vit_base_patch14_dinov2.lvd142m`; --repa.weight 0 leaves it out.
+    - contrastive flow matching, weight 0.05 (Stoica et al. 2025, on SiT, also together with REPA).
+    - value residual (Zhou et al. 2024, on language models; in image models Bhanded 2025, "Speedrunning ImageNet
+      Diffusion", which combines it with REPA).
+    - time shift sqrt(dim / 4096) in training: 1.414 for 32 x 16 x 16 latents (Zheng et al. 2025, RAE, whose latents are
+      larger).
+    - QK-norm, and gradients clipped to 1: the authors' own cures of NaN; QK-norm slows convergence a little.
+    - warm-up over 1,000 steps and linear decay to 0 (RAE warms up and decays, too, to a tenth).
+    - three EMA decays side by side, to choose from at the end (Karras et al. 2024, EDM2, on how much hangs on it).
+
+    Left out: the dispersive loss (Wang & He 2025) is for runs without REPA; Muon has no published measurement on such
+    models that we know of. Both are settings (flow.dispersive_weight, optimizer.kind). Autoguidance is sampling's:
+    `vadit sample --guide RUN` with a smaller or shorter trained run.
+    """
+    base = lightningdit_xl_64ep()
+    latent_numbers = base.model.in_channels * base.model.input_size**2
+    return replace(
+        base,
+        model=replace(base.model, qk_norm=True, value_residual=True),
+        flow=replace(base.flow, contrastive_weight=0.05, time_shift=(latent_numbers / 4096) ** 0.5),
+        repa=RepaSpec(weight=0.5, block=8, foundation=FoundationSpec(name="vit_base_patch14_dinov2.lvd142m")),
+        optimizer=replace(base.optimizer, schedule="linear", warmup_images=1_000 * BATCH_SIZE),
+        engine=replace(base.engine, max_grad_norm=1.0, ema_decays=(0.9999, 0.9998, 0.9995)),
+        paper=Paper(
+            source="no row: what others report to help",
+            metric="none published; lightningdit-xl-64ep is what it is to beat",
+            tokenizer=RELEASED,
+        ),
+    )
