@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vadit.config import AutoencoderSpec, ImageDataSpec
-from vadit.data import latent_shards
+from vadit.data import safetensors_file
 from vadit.data.folders import FolderSource
 from vadit.data.images import ImageSet, Request
 from vadit.data.images_torch import decode
@@ -124,7 +124,7 @@ def test_resume_after_a_full_disk(
 ) -> None:
     run(autoencoder, images, tmp_path / "whole")
     out = tmp_path / "out"
-    real, calls = latent_shards.os.replace, []
+    real, calls = safetensors_file.os.replace, []
 
     def fail_at_second(source: Path, target: Path) -> None:
         calls.append(target)
@@ -133,7 +133,7 @@ def test_resume_after_a_full_disk(
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_shards.os, "replace", fail_at_second)
+        patch.setattr(safetensors_file.os, "replace", fail_at_second)
         with pytest.raises(RunError, match=r"shard-00001.safetensors .*No space left on device.*free space"):
             run(autoencoder, images, out)
     assert [path.name for path in out.iterdir()] == ["shard-00000.safetensors"]

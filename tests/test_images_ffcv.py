@@ -321,6 +321,7 @@ def test_quasi_random_batches(beton: Path) -> None:
     ids = ids_of(batches)
     assert [sorted(ids[start : start + COUNT]) for start in (0, COUNT)] == [list(range(COUNT))] * 2
     assert ids[:COUNT] != ids[COUNT : 2 * COUNT]
+    assert loader.ids_between({"images_seen": 5, "seed": 2}, loader.state_dict()) == ids[5:]
     loader.load_state_dict({"seed": 2, "images_seen": 10})
     assert ids_of(loader) == ids[10:COUNT]
     with pillow_decoder(images, 1)() as decoder:

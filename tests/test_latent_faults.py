@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vadit import rng
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data import latent_shards
+from vadit.data import safetensors_file
 from vadit.data.latent_shards import LatentShardWriter
 from vadit.data.latents import DebugLatents, LatentDataset, LatentLoader, compute_statistics, open_latents
 from vadit.errors import RunError, UsageError
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latent_shards.os, "fsync", full)
+    monkeypatch.setattr(safetensors_file.os, "fsync", full)
     writer = LatentShardWriter(tmp_path / "shard-00000.safetensors", settings())
     rows = torch.zeros(2, 2 * CHANNELS, SIDE, SIDE)
     writer.add(rows, rows, torch.zeros(2), torch.arange(2))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,13 @@ from vadit.data.transforms import to_signed
 from vadit.errors import RunError, UsageError
 from vadit.models.autoencoder import Autoencoder
 
+if TYPE_CHECKING:
+    from vadit.models.foundation import FoundationModel
+
 logger = logging.getLogger(__name__)
+
+SHARD_SIZE, SHARD_SIZE_WITH_FEATURES = 10_000, 2_500
+"""Images per shard: features of DINOv2-L, 16 x 16 x 1024 plain and mirrored, are 1 MiB of each."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def encode(
     dtype: Literal["bf16", "fp32"] = "bf16",
     store: Literal["moments", "sample"] = "moments",
     seed: int = 0,
-    shard_size: int = 10_000,
+    shard_size: int | None = None,
+    features: FoundationModel | None = None,
     num_workers: int = ImageDataSpec.num_workers,
     decoder: Decoder | None = None,
     stats_samples: int = 0,
@@ -75,7 +82,9 @@ def encode(
 ) -> EncodeSummary:
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
 
-    A shard is held in memory until it is written (10,000 moments of 64 x 16 x 16, plain and mirrored: 0.7 GB in bf16).
+    A shard is held in memory until it is written (10,000 moments of 64 x 16 x 16, plain and mirrored: 0.7 GB in bf16;
+    2,500 with DINOv2-L's features: 2.8 GB). `shard_size`: images in one, by default so many.
+    `features`: a foundation model whose features of the images are stored beside the latents, for REPA.
     `decoder` says who decodes the images (default: Pillow, in num_workers threads, whose pixels are exact).
     `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics).
     `progress` is called with the images done so far over all processes (an estimate from this one's share). rank and
@@ -83,6 +92,8 @@ def encode(
     world_size. UsageError where `out` holds latents made with other settings; RunError where the disk is full.
     """
     out = Path(out)
+    if shard_size is None:
+        shard_size = SHARD_SIZE if features is None else SHARD_SIZE_WITH_FEATURES
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
@@ -101,7 +112,9 @@ def encode(
         flip=flip,
         seed=seed if store == "sample" else 0,
         shard_size=shard_size,
+        features="" if features is None else describe_features(features),
     )
+    networks = _Networks(autoencoder, features)
     started = time.monotonic()
     num_shards = -(-len(images) // shard_size)
     finished = _finished_shards(out, settings, num_shards)
@@ -114,9 +127,7 @@ def encode(
     autoencoder.eval()
     try:
         with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-            num_encoded = _encode_share(
-                autoencoder, images, out, settings, mine, finished, batch_size, active, progress
-            )
+            num_encoded = _encode_share(networks, images, out, settings, mine, finished, batch_size, active, progress)
     finally:
         autoencoder.train(was_training)
         images.warn_of_bad_files()
@@ -135,8 +146,21 @@ def encode(
     )
 
 
+@dataclass(frozen=True)
+class _Networks:
+    """What the images pass through."""
+
+    autoencoder: Autoencoder
+    features: FoundationModel | None
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) in [-1, 1], where the autoencoder is and as it takes them."""
+        weight = next(self.autoencoder.parameters())
+        return to_signed(images.to(weight.device, non_blocking=True)).to(weight.dtype)
+
+
 def _encode_share(
-    autoencoder: Autoencoder,
+    networks: _Networks,
     images: ImageSet,
     out: Path,
     settings: LatentSettings,
@@ -154,8 +178,9 @@ def _encode_share(
         if number not in finished:
             writer = LatentShardWriter(shard_path(out, number), settings)
             for batch in load_in_order(images, ids, batch_size, decoder):
-                latents, flipped = _encode_batch(autoencoder, batch.images, batch.ids, settings)
-                writer.add(latents, flipped, batch.labels, batch.ids)
+                pixels = networks.pixels(batch.images)
+                latents, flipped = _encode_batch(networks.autoencoder, pixels, batch.ids, settings)
+                writer.add(latents, flipped, batch.labels, batch.ids, _features(networks.features, pixels, settings))
                 if progress is not None:
                     progress((num_done + writer.count) * len(images) // share)
             num_encoded += _close(writer, images, ids)
@@ -190,12 +215,26 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe_features(model: FoundationModel) -> str:
+    """What a foundation model's features depend on, as JSON: readers compare name, size and range with a run's."""
+    from vadit.models.foundation import TIMM_NAMES
+
+    spec = model.spec
+    return json.dumps(
+        {
+            "name": spec.name,
+            "timm": TIMM_NAMES.get(spec.name, spec.name),
+            "weights": weights_hash(model.model),
+            "input_size": model.input_size,
+            "input_range": spec.input_range,
+        }
+    )
+
+
 def _encode_batch(
-    autoencoder: Autoencoder, images: Tensor, ids: Tensor, settings: LatentSettings
+    autoencoder: Autoencoder, pixels: Tensor, ids: Tensor, settings: LatentSettings
 ) -> tuple[Tensor, Tensor | None]:
-    """What is stored of uint8 images (B, 3, H, W) and of their mirror images, (B, d or 2d, h, w) each."""
-    weight = next(autoencoder.parameters())
-    pixels = to_signed(images.to(weight.device, non_blocking=True)).to(weight.dtype)
+    """What is stored of images (B, 3, H, W) in [-1, 1] and of their mirror images, (B, d or 2d, h, w) each."""
     plain = _stored(autoencoder, pixels, ids, settings, rng.fold(settings.seed, "encode"))
     if not settings.flip:
         return plain, None
@@ -208,6 +247,19 @@ def _stored(autoencoder: Autoencoder, pixels: Tensor, ids: Tensor, settings: Lat
     if settings.store == "moments":
         return torch.cat([mean, std], dim=1)
     return mean + std * rng.normal(seed, ids, mean.shape[1:]).to(mean.device)
+
+
+def _features(
+    model: FoundationModel | None, pixels: Tensor, settings: LatentSettings
+) -> tuple[Tensor, Tensor | None] | None:
+    """Features of images (B, 3, H, W) in [-1, 1] and of their mirror images, (B, D, h, w) each."""
+    if model is None:
+        return None
+    found = (model(pixels), model(pixels.flip(-1)) if settings.flip else None)
+    for part in found:
+        if part is not None and not torch.isfinite(part).all():
+            raise RunError(f"the features of {model.spec.name} are not finite; check its weights {model.spec.weights}")
+    return found
 
 
 def _shard_ids(number: int, settings: LatentSettings) -> range:

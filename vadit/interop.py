@@ -1,5 +1,7 @@
 """Exchange with the authors' code: their released checkpoints in, and our models back into their format.
 
+Tokenizers of the diffusers library come in, too (`vadit.interop_diffusers`).
+
 Hyper-parameters are read off names and shapes of tensors, because their files carry none that can be relied on.
 Tensor names are the same on both sides (reference.md section 4), so nothing is renamed on the way.
 """
@@ -15,11 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vadit import interop_diffusers
 from vadit.config import AutoencoderSpec, DiTSpec
 from vadit.errors import RunError, UsageError, write_fault
 from vadit.files import whole_file
+from vadit.interop_diffusers import DiffusersSettings
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
+from vadit.models.masked import MaskedDiT
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_weights
 
 Source = str | Path | Mapping[str, Any]
@@ -63,11 +68,38 @@ def load_reference_autoencoder(source: Source, *, attention_resolution: int | No
     return build_model(lambda: Autoencoder(spec), state, origin)
 
 
+def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, DiffusersSettings]:
+    """A tokenizer from diffusers' AutoencoderKL: its folder, a pipeline's, or the file of its weights.
+
+    Float32, on the CPU, in evaluation mode. UsageError where it is no AutoencoderKL or tensors are missing, left over
+    or misshapen, RunError where a file is damaged.
+    """
+    file = interop_diffusers.find(path) or Path(path)
+    state, settings = interop_diffusers.read(file)
+    spec = infer_autoencoder_spec(state, str(file), norm_groups=settings.norm_groups, image_size=settings.image_size)
+    return build_model(lambda: Autoencoder(spec), state, str(file)), settings
+
+
+def load_foreign_autoencoder(path: str | Path) -> Autoencoder | None:
+    """The tokenizer at `path` where that is diffusers' folder or file, or a file of the authors; else None."""
+    if interop_diffusers.find(path) is None:
+        if not Path(path).is_file():
+            return None
+        state, _ = _read(path, ("state_dict", "model"), None)
+        if interop_diffusers.MARK not in state:
+            return load_reference_autoencoder(path)
+    return load_diffusers_autoencoder(path)[0]
+
+
 def import_checkpoint(
     source: str | Path, out: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None
 ) -> Literal["dit", "autoencoder"]:
-    """Turn one of the authors' files, of either kind, into our folder `out`; says which kind it was."""
-    state, _ = _read(source, ("ema", "state_dict", "model"), None)
+    """Turn a file of the authors, or diffusers' AutoencoderKL, into our folder `out`; says which kind it was."""
+    of_diffusers = interop_diffusers.find(source) is not None
+    state = {} if of_diffusers else _read(source, ("ema", "state_dict", "model"), None)[0]
+    if of_diffusers or interop_diffusers.MARK in state:
+        load_diffusers_autoencoder(source)[0].save_pretrained(out)
+        return "autoencoder"
     if DIT_MARK in state:
         load_reference_dit(source, num_heads=num_heads).save_pretrained(out)
         return "dit"
@@ -76,7 +108,7 @@ def import_checkpoint(
         return "autoencoder"
     raise UsageError(
         f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no {AUTOENCODER_MARK}); "
-        "name a checkpoint of the authors"
+        "name a checkpoint of the authors, or an AutoencoderKL of diffusers"
     )
 
 
@@ -96,6 +128,8 @@ def to_reference_autoencoder(model: Autoencoder) -> dict[str, State]:
 def save_reference(model: Model, path: str | Path) -> None:
     """Write a model as a file that the authors' code loads, whole or not at all."""
     path = Path(path)
+    if isinstance(model, MaskedDiT):
+        raise UsageError("the authors' format holds a LightningDiT, this is a masked generator; set --format vadit")
     content = to_reference_dit(model) if isinstance(model, LightningDiT) else to_reference_autoencoder(model)
     try:
         with whole_file(path) as partial:
@@ -226,8 +260,15 @@ def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) 
     return hidden // head_dim
 
 
-def infer_autoencoder_spec(state: State, origin: str, attention_resolution: int | None = None) -> AutoencoderSpec:
-    """Every hyper-parameter of a tokenizer from its tensors."""
+def infer_autoencoder_spec(
+    state: State,
+    origin: str,
+    attention_resolution: int | None = None,
+    *,
+    norm_groups: int = AutoencoderSpec.norm_groups,
+    image_size: int | None = None,
+) -> AutoencoderSpec:
+    """Every hyper-parameter of a tokenizer from its tensors, but for the number of groups of its GroupNorms."""
     base, in_channels, _, _ = _shape(state, AUTOENCODER_MARK, 4, origin)
     num_levels = _count(state, r"encoder\.down\.(\d+)\.", origin)
     multipliers = []
@@ -238,7 +279,7 @@ def infer_autoencoder_spec(state: State, origin: str, attention_resolution: int 
             raise UsageError(f"{origin}: tensor {name} is {width} wide, needed is a multiple of {base}")
         multipliers.append(width // base)
     attending = [level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in state]
-    image_size = REFERENCE_IMAGE_SIZE
+    image_size = image_size or REFERENCE_IMAGE_SIZE
     if attention_resolution is not None and attending:
         image_size = attention_resolution << attending[-1]
     return AutoencoderSpec(
@@ -249,4 +290,5 @@ def infer_autoencoder_spec(state: State, origin: str, attention_resolution: int 
         channel_multipliers=tuple(multipliers),
         num_res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\.", origin),
         attention_resolutions=tuple(image_size >> level for level in attending),
+        norm_groups=norm_groups,
     )

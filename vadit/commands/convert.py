@@ -1,4 +1,4 @@
-"""vadit import and vadit export: checkpoints between vadit and the authors' code."""
+"""vadit import and vadit export: checkpoints between vadit and others' code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from vadit.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """Turn a checkpoint of the authors into a folder with config.json and model.safetensors."""
+    """Turn a checkpoint of the authors, or a VAE of diffusers, into a folder with config.json and model.safetensors."""
 
     source: Positional[str]
-    """Their file: a tokenizer ({"state_dict": ...}) or a generator ({"ema": ...}, {"model": ...} or bare)."""
+    """Their file: a tokenizer ({"state_dict": ...}) or a generator ({"ema": ...}, {"model": ...} or bare); or the
+    folder or file of an AutoencoderKL of diffusers."""
     out: str
     """Folder to write."""
     num_heads: int | None = None
@@ -43,14 +44,17 @@ class ExportOptions:
 
 
 def import_command(arguments: list[str]) -> None:
-    """Turn one of the authors' checkpoints into a folder of ours."""
+    """Turn somebody else's checkpoint into a folder of ours."""
     options = parse(ImportOptions, arguments, command="import")
     from vadit.interop import import_checkpoint
+    from vadit.interop_diffusers import published_scale
 
     kind = import_checkpoint(
         options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
     )
     print(f"{options.out}: {'a generator' if kind == 'dit' else 'a tokenizer'}")
+    if kind == "autoencoder" and (advice := published_scale(options.source)):
+        print(advice)
 
 
 def export_command(arguments: list[str]) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vadit.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes, tell
-from vadit.config import ImageDataSpec
+from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vadit.models.foundation import FoundationModel
+
+PIXELS_PER_FEATURE = 16
+"""Side of an image over that of its grid of features: that of the tokens of f16 latents, and of f8 in patches of 2."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class EncodeOptions:
     """Encode a folder of images to latent shards with their statistics; the same command continues."""
 
     tokenizer: str = ""
-    """Tokenizer: a run folder, or one from `vadit export` or `vadit import`."""
+    """Tokenizer: a run folder, one from `vadit export` or `vadit import`, or an AutoencoderKL of diffusers."""
     images: str = ""
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
     labels_file: str | None = None
@@ -35,8 +43,16 @@ class EncodeOptions:
     """Store the mirrored images, too."""
     seed: int = 0
     """Seed of the posterior samples (--store sample)."""
-    shard_size: int = 10_000
-    """Images per file."""
+    shard_size: int | None = None
+    """Images per file; default: 10,000, with features 2,500."""
+    features: str = "none"
+    """Store this foundation model's features, too, for REPA: dinov2, mae, sam, clip, any timm model, or none."""
+    features_weights: str = FoundationSpec.weights
+    """Its weights: hub, a path, or random (tests only)."""
+    features_input_range: Literal["normalized", "minus_one_one"] = FoundationSpec.input_range
+    """Its input: normalised by its own mean and deviation, or in [-1, 1]."""
+    features_grid: int | None = None
+    """Side of the grid of features, which is that of the generator's tokens; default: image size / 16."""
     loader: Literal["torch", "dali", "auto"] = "torch"
     """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 40 dB from them)."""
     num_workers: int = ImageDataSpec.num_workers
@@ -86,6 +102,7 @@ def run(arguments: list[str]) -> None:
             on_error=options.on_error,
             max_bad_share=options.max_bad_share,
         )
+        features = _load_features(options, size, device)
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.tell(chosen)
@@ -101,8 +118,24 @@ def run(arguments: list[str]) -> None:
                 store=options.store,
                 seed=options.seed,
                 shard_size=options.shard_size,
+                features=features,
                 decoder=decoder,
                 stats_samples=options.stats_samples,
                 progress=bar.update,
             )
     tell(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
+
+
+def _load_features(options: EncodeOptions, size: int, device: torch.device) -> FoundationModel | None:
+    """The foundation model of --features, for images of this side."""
+    if options.features == "none":
+        return None
+    from vadit.models.foundation import FoundationModel
+
+    grid = options.features_grid if options.features_grid is not None else size // PIXELS_PER_FEATURE
+    if grid < 1:
+        raise UsageError(f"--features-grid is {grid}; it must be at least 1 (images of {size} pixels)")
+    spec = FoundationSpec(
+        name=options.features, weights=options.features_weights, input_range=options.features_input_range
+    )
+    return FoundationModel(spec, grid).to(device)

@@ -210,10 +210,6 @@ class ImageLoader(PositionedLoader[ImageBatch]):
         finally:
             self.images.warn_of_bad_files()
 
-    def _ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
-        """The images at places of an epoch, int64 in and out: a bijection of [0, n)."""
-        return rng.permute(places, self.num_samples, rng.fold(seed, "order", epoch))
-
     def _start(self, decoder: ImageDecoder, positions: Tensor) -> Callable[[], ImageBatch]:
         seed = self.seed
         candidates: list[Iterator[Request]] = []

@@ -1,13 +1,13 @@
 """The files of a latent folder: safetensors shards, `index.json` and `latents_stats.pt`, read and written.
 
-A shard is an 8-byte little-endian header length, a JSON header and raw tensors
-(https://github.com/huggingface/safetensors#format), so its header says where each row lies, and rows are read without
-the library. A .beton of latents counts as a folder with one shard.
+A shard's header says where each row lies (`vadit.data.safetensors_file`). A .beton of latents counts as a folder with
+one shard.
 
 | key | shape | content |
 |---|---|---|
 | `latents`, `latents_flip` | (N, d, h, w) | one posterior sample of image and mirror image (the authors' layout) |
 | `moments`, `moments_flip` | (N, 2d, h, w) | the posterior instead: d channels of mean, then d of standard deviation |
+| `features`, `features_flip` | (N, D, h, w) | a foundation model's features of both (`vadit encode --features`) |
 | `labels` | (N,) | class |
 | `ids` | (N,) | index of the image in its source (our shards) |
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,23 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vadit.data.safetensors_file import REMEDY, TensorEntry, parse_header, write_parts, write_tensors
 from vadit.errors import RunError, UsageError
-from vadit.files import whole_file
 
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
 FORMAT = "vadit-latents"
-
-_TORCH_TYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-_TYPE_NAMES = {kind: name for name, kind in _TORCH_TYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
-REMEDY = "fetch or encode the file anew"
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,8 @@ class LatentSettings:
     """Seed of the draw (store="sample")."""
     shard_size: int
     """Images per shard."""
+    features: str = ""
+    """What the foundation features are of, as JSON (`vadit.encode`); empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +75,16 @@ class Rows:
     def offsets(self, rows: np.ndarray) -> np.ndarray:
         """First byte of these rows, int64."""
         return self.start + rows * self.row_bytes if self.table is None else self.table[rows]
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """The foundation features of a shard, (D, h, w) each."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    plain: Rows
+    flipped: Rows | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class LatentShard:
     """None for a shard that is not ours."""
     classes: int | None = None
     """Classes of the source, where the file says so (.beton)."""
+    features: FeatureRows | None = None
+    """Foundation features beside the latents."""
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -115,9 +117,9 @@ class LatentShard:
         return (2 * channels if self.has_moments else channels, height, width)
 
     @property
-    def kind(self) -> tuple[tuple[int, int, int], torch.dtype, bool]:
+    def kind(self) -> tuple[tuple[int, int, int], torch.dtype, bool, tuple[int, int, int] | None]:
         """What shards of one folder have in common."""
-        return (self.shape, self.dtype, self.has_moments)
+        return (self.shape, self.dtype, self.has_moments, self.features.shape if self.features is not None else None)
 
     def rows(self, start: int, stop: int, *, flipped: bool) -> Tensor:
         """Rows [start, stop) as stored, (stop - start, c, h, w). RunError where the file is cut by now."""
@@ -146,12 +148,12 @@ def open_shard(path: Path) -> LatentShard:
     """Read a shard's header; RunError names a file that is cut short or whose header does not fit its content."""
     if path.suffix == ".beton":
         return _open_beton(path)
-    tensors, metadata = _parse_header(path)
+    tensors, metadata = parse_header(path)
     key = next((key for key in ("latents", "moments") if key in tensors), None)
     if key is None or "labels" not in tensors:
         raise RunError(f"{path} holds {sorted(tensors)}; needed: latents or moments, and labels; remove the file")
     plain, flipped, has_moments = tensors[key], tensors.get(f"{key}_flip"), key == "moments"
-    labels = _read_labels(path, tensors["labels"])
+    labels = _read_integers(path, "labels", tensors["labels"])
     if len(plain.shape) != 4 or not plain.dtype.is_floating_point or (has_moments and plain.shape[1] % 2):
         raise RunError(
             f"{path}: {key} is {plain.dtype} {plain.shape}; needed: floating point (N, channels, h, w); {REMEDY}"
@@ -178,9 +180,36 @@ def open_shard(path: Path) -> LatentShard:
         plain=Rows(plain.offset, row_bytes),
         flipped=Rows(flipped.offset, row_bytes) if flipped is not None else None,
         labels=labels,
+        features=_features(path, tensors, count, flipped is not None),
         num_bytes=max(entry.offset + math.prod(entry.shape) * entry.dtype.itemsize for entry in tensors.values()),
         settings=settings,
     )
+
+
+def _features(path: Path, tensors: dict[str, TensorEntry], count: int, has_flipped: bool) -> FeatureRows | None:
+    """Where the features lie, checked to fit the latents; None where there are none."""
+    plain, flipped = tensors.get("features"), tensors.get("features_flip")
+    if plain is None:
+        return None
+    if len(plain.shape) != 4 or plain.shape[0] != count or plain.dtype != torch.bfloat16:
+        raise RunError(
+            f"{path}: features are {plain.dtype} {plain.shape}; needed: bfloat16 ({count}, D, h, w); {REMEDY}"
+        )
+    if (flipped is not None) != has_flipped or (flipped is not None and flipped.shape != plain.shape):
+        found = "are missing" if flipped is None else f"have shape {flipped.shape}"
+        raise RunError(f"{path}: features_flip {found}; they must match features and the mirrored latents; {REMEDY}")
+    _, channels, height, width = plain.shape
+    row_bytes = math.prod(plain.shape[1:]) * plain.dtype.itemsize
+    mirrored = Rows(flipped.offset, row_bytes) if flipped is not None else None
+    return FeatureRows((channels, height, width), plain.dtype, Rows(plain.offset, row_bytes), mirrored)
+
+
+def read_ids(path: Path) -> Tensor | None:
+    """Of each latent of a shard: the index of its image in the source, int64 (N,); None where the shard has none."""
+    if path.suffix == ".beton":
+        return None
+    tensors, _ = parse_header(path)
+    return _read_integers(path, "ids", tensors["ids"]) if "ids" in tensors else None
 
 
 def _open_beton(path: Path) -> LatentShard:
@@ -237,10 +266,11 @@ def shard_paths(folder: Path) -> list[Path]:
 def refuse_other_kind(shard: LatentShard, first: LatentShard) -> None:
     """RunError where a shard does not go together with the first one of its folder."""
     if shard.kind != first.kind:
-        raise RunError(
-            f"{shard.path} holds {shard.dtype} {shard.stored_shape} but {first.path.name} {first.dtype} "
-            f"{first.stored_shape}; keep shards of one kind in a folder"
+        what, other = (
+            f"{one.dtype} {one.stored_shape}" + (f" with features {one.features.shape}" if one.features else "")
+            for one in (shard, first)
         )
+        raise RunError(f"{shard.path} holds {what} but {first.path.name} {other}; keep shards of one kind in a folder")
 
 
 class LatentShardWriter:
@@ -252,13 +282,26 @@ class LatentShardWriter:
         self.count = 0
         self._parts: dict[str, list[Tensor]] = {}
 
-    def add(self, latents: Tensor, flipped: Tensor | None, labels: Tensor, ids: Tensor) -> None:
-        """Append rows: latents (B, c, h, w), c = 2d (mean, std) for moments; labels and ids (B,)."""
+    def add(
+        self,
+        latents: Tensor,
+        flipped: Tensor | None,
+        labels: Tensor,
+        ids: Tensor,
+        features: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        """Append rows: latents (B, c, h, w), c = 2d (mean, std) for moments; labels and ids (B,).
+
+        features: those of the images and of their mirror images, (B, D, h, w) each, kept as bfloat16.
+        """
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
         key = "moments" if self.settings.store == "moments" else "latents"
         rows = {"labels": labels.to(torch.int64), "ids": ids.to(torch.int64), key: latents.to(dtype)}
         if flipped is not None:
             rows[f"{key}_flip"] = flipped.to(dtype)
+        for name, part in zip(("features", "features_flip"), features or (None, None), strict=True):
+            if part is not None:
+                rows[name] = part.to(torch.bfloat16)
         for name, part in rows.items():
             self._parts.setdefault(name, []).append(part.detach().cpu().contiguous())
         self.count += len(labels)
@@ -266,7 +309,9 @@ class LatentShardWriter:
     def close(self) -> int:
         """Write the shard; the number of images in it. RunError where the disk is full, and no partial file stays."""
         values = {name: str(value) for name, value in asdict(self.settings).items()}
-        _write_tensors(self.path, self._parts, {"format": FORMAT, "count": str(self.count), **values})
+        if not self.settings.features:
+            del values["features"]  # such files stay as they were before there were features
+        write_tensors(self.path, self._parts, {"format": FORMAT, "count": str(self.count), **values})
         return self.count
 
 
@@ -303,96 +348,13 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; RunError where the disk does not take it."""
-    _write_parts(path, [content])
+    write_parts(path, [content])
 
 
-def _write_tensors(path: Path, tensors: dict[str, list[Tensor]], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; each tensor comes as parts along its first axis."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # Wide types first, so that every tensor starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: -tensors[name][0].element_size())
-    offset = 0
-    for name in names:
-        parts = tensors[name]
-        end = offset + sum(part.numel() * part.element_size() for part in parts)
-        shape = [sum(len(part) for part in parts), *parts[0].shape[1:]]
-        header[name] = {"dtype": _TYPE_NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    payload = [
-        part.view(torch.int16) if part.dtype == torch.bfloat16 else part for name in names for part in tensors[name]
-    ]
-    _write_parts(path, [len(text).to_bytes(8, "little"), text, *payload])
-
-
-def _write_parts(path: Path, parts: Sequence[bytes | Tensor]) -> None:
-    try:
-        with whole_file(path) as partial, partial.open("wb") as file:
-            for part in parts:
-                file.write(part.numpy().tobytes() if isinstance(part, Tensor) else part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path} ({error.strerror or error}); free space or choose another folder"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _TensorEntry:
-    """A tensor as the header of its file describes it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    """First byte in the file."""
-
-
-def _parse_header(path: Path) -> tuple[dict[str, _TensorEntry], dict[str, str]]:
-    """Every tensor of a safetensors file and the header's metadata, checked against the file's size."""
-    try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            start = 8 + header_bytes
-            if num_bytes < 8 or header_bytes > _MAX_HEADER_BYTES or start > num_bytes:
-                raise RunError(f"{path} is cut short or no safetensors file ({num_bytes} bytes); {REMEDY}")
-            header = json.loads(file.read(header_bytes))
-        metadata = header.pop("__metadata__", {})
-        tensors: dict[str, _TensorEntry] = {}
-        spans: list[tuple[int, int]] = []
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            type_name, shape = entry["dtype"], tuple(entry["shape"])
-            if type_name not in _TORCH_TYPES or any(not isinstance(side, int) or side < 0 for side in shape):
-                raise RunError(f"{path}: {name} is {type_name} {shape}, which is not readable; {REMEDY}")
-            kind = _TORCH_TYPES[type_name]
-            if not 0 <= begin <= end or end - begin != math.prod(shape) * kind.itemsize:
-                raise RunError(
-                    f"{path}: the header gives {name} {end - begin} bytes but its shape is {shape}; {REMEDY}"
-                )
-            if start + end > num_bytes:
-                raise RunError(f"{path} is cut short: {name} ends at byte {start + end} of {num_bytes}; {REMEDY}")
-            spans.append((begin, end))
-            tensors[name] = _TensorEntry(kind, shape, start + begin)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path} has a damaged header ({type(error).__name__}: {error}); {REMEDY}") from None
-    spans.sort()
-    starts, ends = [begin for begin, _ in spans], [end for _, end in spans]
-    if [*starts, num_bytes - start] != [0, *ends]:
-        raise RunError(
-            f"{path}: its tensors {spans} do not fill its {num_bytes - start} bytes one after another; {REMEDY}"
-        )
-    return tensors, metadata
-
-
-def _read_labels(path: Path, entry: _TensorEntry) -> Tensor:
+def _read_integers(path: Path, name: str, entry: TensorEntry) -> Tensor:
     """int64, of the shape that the file has."""
     if entry.dtype not in (torch.int64, torch.int32):
-        raise RunError(f"{path}: labels are {entry.dtype}; needed: int64 or int32; {REMEDY}")
+        raise RunError(f"{path}: {name} are {entry.dtype}; needed: int64 or int32; {REMEDY}")
     kind = np.int64 if entry.dtype == torch.int64 else np.int32
     try:
         values = np.fromfile(path, kind, math.prod(entry.shape), offset=entry.offset)
@@ -419,6 +381,7 @@ def _parse_settings(path: Path, metadata: dict[str, str]) -> LatentSettings | No
             flip=metadata["flip"] == "True",
             seed=int(metadata["seed"]),
             shard_size=int(metadata["shard_size"]),
+            features=metadata.get("features", ""),
         )
     except (KeyError, ValueError) as error:
         raise RunError(f"{path} has damaged metadata ({error!r}); remove it and encode it anew") from None

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from vadit import rng
-from vadit.config import DiTSpec, LatentDataSpec
+from vadit.config import DiTSpec, LatentDataSpec, RepaSpec
 from vadit.data import latent_rows
+from vadit.data.latent_companions import Companion, open_companion, open_debug_companion
+from vadit.data.latent_debug import DebugLatents
 from vadit.data.latent_folder import open_checked
 from vadit.data.latent_noise import row_keys
 from vadit.data.latent_rows import Buffers, RowReader, Scratch
@@ -65,12 +67,11 @@ class LatentSource(Protocol):
     mean: Tensor
     std: Tensor
     num_left_out: int
+    companion: Companion | None
 
     def __len__(self) -> int: ...
 
-    def batch(
-        self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor]: ...
+    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, ...]: ...
 
     def note_bad(self, bad: dict[int, RunError]) -> None: ...
 
@@ -108,6 +109,8 @@ class LatentDataset:
         self.max_bad_share = max_bad_share
         self.bad: dict[int, RunError] = {}
         """Latents that were found damaged so far, and why (on_error="skip")."""
+        self.companion: Companion | None = None
+        """Third part of each batch, for REPA (`open_latents`)."""
         found = open_checked(self.folder, on_error)
         self.shards, self.num_classes = found.shards, found.num_classes
         self.num_left_out = found.num_left_out
@@ -134,9 +137,10 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
         """Latents (B, d, h, w) float32, normalised, and labels (B,) int64 of the samples `ids` in this epoch.
 
+        With a companion, that of each latent, too: features (B, D, h, w) bfloat16 or images (B, 3, H, W) uint8.
         BadLatents (a RunError) names the shard and the latent that is damaged. On a CUDA device rows go there as they
         are stored, through pinned memory and without a wait, and are normalised there; the noise is the CPU's.
         """
@@ -147,9 +151,13 @@ class LatentDataset:
         make = self._batch_on_cpu if torch.device(device).type == "cpu" else self._batch_on_device
         latents, faults = make(numbers, offsets, keys, device)
         self._reader.note_time(len(ids), started)
+        parts: tuple[Tensor, ...] = (latents, _send(self.labels[ids], device))
+        if self.companion is not None:
+            companions, more = self.companion.batch(ids, flips, device)
+            parts, faults = (*parts, companions), more | faults
         if faults:
             raise BadLatents({place: self._name(int(ids[place]), flips[place], why) for place, why in faults.items()})
-        return latents, _send(self.labels[ids], device)
+        return parts
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, d, h, w) as the autoencoder's decoder takes them."""
@@ -324,41 +332,15 @@ def _faults_of_block(start: int, stored: np.ndarray, unread: dict[int, str]) -> 
     return faults
 
 
-class DebugLatents:
-    """`num_images` random latents that fit a model, made on the fly from their index."""
-
-    def __init__(self, num_images: int, model: DiTSpec) -> None:
-        self.channels = model.in_channels
-        self.size = model.input_size
-        self.num_classes = model.num_classes
-        self.mean = torch.zeros(1, self.channels, 1, 1)
-        self.std = torch.ones(1, self.channels, 1, 1)
-        self.num_left_out = 0
-        self.labels = rng.integers(rng.fold(0, "debug labels"), torch.arange(num_images), model.num_classes)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, ids: Tensor, epoch: int, seed: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """Latents (B, d, h, w) float32 and labels (B,) int64; the same in every epoch."""
-        shape = (self.channels, self.size, self.size)
-        return rng.normal(rng.fold(0, "debug latents"), ids, shape).to(device), self.labels[ids].to(device)
-
-    def note_bad(self, bad: dict[int, RunError]) -> None:
-        """There are none."""
-
-    def warn_of_bad(self) -> None:
-        """There are none."""
-
-    def denormalize(self, latents: Tensor) -> Tensor:
-        """The latents themselves: these are not normalised."""
-        return latents
-
-
-def open_latents(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugLatents:
-    """The latents that the settings name, checked to fit the model."""
+def open_latents(spec: LatentDataSpec, model: DiTSpec, repa: RepaSpec | None = None) -> LatentDataset | DebugLatents:
+    """The latents that the settings name, checked to fit the model; with companions where `repa` has a weight."""
+    aligned = repa if repa is not None and repa.weight > 0 else None
+    grid = model.input_size // model.patch_size
     if spec.path.startswith("debug:"):
-        return DebugLatents(debug_count(spec.path), model)
+        made_up = DebugLatents(debug_count(spec.path), model)
+        if aligned is not None:
+            made_up.companion = open_debug_companion(spec, aligned, len(made_up), grid)
+        return made_up
     dataset = LatentDataset(spec.path, spec.normalize, spec.flip, spec.multiplier, spec.on_error, spec.max_bad_share)
     for found, needed, setting in (
         (dataset.channels, model.in_channels, "in_channels"),
@@ -374,11 +356,15 @@ def open_latents(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugL
             f"data.path {spec.path} has {dataset.num_classes} classes but model.num_classes is {model.num_classes}; "
             f"set --model.num-classes {dataset.num_classes}"
         )
+    if aligned is not None:
+        dataset.companion = open_companion(spec, aligned, dataset.shards, grid)
     return dataset
 
 
-class LatentLoader(PositionedLoader[tuple[Tensor, Tensor]]):
+class LatentLoader(PositionedLoader[tuple[Tensor, ...]]):
     """Shuffled (latents (B, d, h, w) float32 normalised, labels (B,) int64); see PositionedLoader for the order.
+
+    With a companion, batches have a third part: features (B, D, h, w) bfloat16 or images (B, 3, H, W) uint8.
 
     Where the data set skips damaged latents, one gives its place to the next of the epoch's order that is sound: a
     function of the position alone. `device`: where batches are wanted; a GPU normalises them itself.
@@ -407,7 +393,14 @@ class LatentLoader(PositionedLoader[tuple[Tensor, Tensor]]):
             raise UsageError(f"{error} ({self.dataset.num_left_out} latents lie in shards that are left out)") from None
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, Tensor]]]]:
+    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, ...]]]]:
+        companion = self.dataset.companion
+        with contextlib.nullcontext() if companion is None else companion.session(self.device):
+            with self._threads() as start:
+                yield start
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, ...]]]]:
         pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="vadit-data")
         order = Order(self.num_samples)
         try:
@@ -416,13 +409,13 @@ class LatentLoader(PositionedLoader[tuple[Tensor, Tensor]]):
             pool.shutdown(wait=True, cancel_futures=True)
             self.dataset.warn_of_bad()
 
-    def _load(self, parts: list[OrderPart]) -> tuple[Tensor, Tensor]:
+    def _load(self, parts: list[OrderPart]) -> tuple[Tensor, ...]:
         loaded = [self._load_part(part) for part in parts]
         if len(loaded) == 1:
             return loaded[0]
-        return torch.cat([latents for latents, _ in loaded]), torch.cat([labels for _, labels in loaded])
+        return tuple(torch.cat(pieces) for pieces in zip(*loaded, strict=True))
 
-    def _load_part(self, part: OrderPart) -> tuple[Tensor, Tensor]:
+    def _load_part(self, part: OrderPart) -> tuple[Tensor, ...]:
         ids = part.ids
         steps = torch.zeros_like(ids)
         while True:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,6 +96,21 @@ class PositionedLoader(ABC, Generic[Batch]):
             )
         self.seed = state["seed"]
         self.images_seen = state["images_seen"]
+
+    def ids_between(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[int]:
+        """The samples of all ranks that were handed out between two states of this loader, in the order of the data.
+
+        They are those of the order; one that was skipped as damaged is named and not what took its place.
+        """
+        positions = torch.arange(before["images_seen"], after["images_seen"])
+        found: list[int] = []
+        for epoch, places in split_epochs(positions, self.num_samples):
+            found += self._ids(places, epoch, after["seed"]).tolist()
+        return found
+
+    def _ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
+        """The samples at places of an epoch, int64 in and out: a bijection of [0, n)."""
+        return rng.permute(places, self.num_samples, rng.fold(seed, "order", epoch))
 
     @abstractmethod
     def _session(self) -> AbstractContextManager[Callable[[Tensor], Callable[[], Batch]]]:

@@ -1,0 +1,289 @@
+"""Features and images beside latents: same sample, same mirroring, same skipping; encoding them; refusals."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latent_files import CHANNELS, CLASSES, settings
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vadit.commands import encode as encode_command
+from vadit.config import AutoencoderSpec, DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
+from vadit.data.folders import FolderSource
+from vadit.data.images import ImageSet, Request
+from vadit.data.images_torch import decode
+from vadit.data.latent_companions import DEBUG_WIDTH
+from vadit.data.latent_shards import LatentShardWriter, open_folder, save_index
+from vadit.data.latents import LatentDataset, LatentLoader, LatentSource, compute_statistics, open_latents
+from vadit.data.transforms import to_signed
+from vadit.encode import encode
+from vadit.errors import RunError, UsageError
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.foundation import FoundationModel
+
+COUNT, SIDE, WIDTH, IMAGE_SIDE = 11, 4, 3, 16
+MODEL = DiTSpec(input_size=SIDE, patch_size=2, in_channels=CHANNELS, num_classes=CLASSES)
+CACHED, ONLINE = RepaSpec(weight=0.5), RepaSpec(weight=0.5, features="online")
+SPEC = AutoencoderSpec(
+    image_size=IMAGE_SIDE,
+    latent_channels=3,
+    base_channels=8,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    norm_groups=4,
+)
+VIT = FoundationSpec(
+    name="vit_tiny_patch16_224",
+    weights="random",
+    model_args={"img_size": IMAGE_SIDE, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+)
+ABOUT = json.dumps({"name": "dinov2", "timm": "vit_large", "input_size": 28, "input_range": "normalized"})
+
+
+def write_folder(folder: Path, *, features: str = ABOUT, grid: int = 2, damaged: int | None = None) -> None:
+    """Latent i is i everywhere and mirrored i + 100, its features i + 0.5 and i + 100.5; in two shards."""
+    folder.mkdir()
+    changes = {"store": "sample", "num_images": COUNT, "size": IMAGE_SIDE, "shard_size": 7, "features": features}
+    for number, ids in enumerate((torch.arange(7), torch.arange(7, COUNT))):
+        writer = LatentShardWriter(folder / f"shard-{number:05d}.safetensors", settings(**changes))
+        values = ids[:, None, None, None].float()
+        latents = values.expand(-1, CHANNELS, SIDE, SIDE)
+        extra = (values + 0.5).expand(-1, WIDTH, grid, grid).clone()
+        if damaged is not None:
+            extra[ids == damaged, 1] = float("nan")
+        pair = (extra, extra + 100) if features else None
+        writer.add(latents, latents + 100, ids % CLASSES, ids, pair)
+        writer.close()
+    compute_statistics(folder)
+    save_index(folder, settings(**changes), [str(label) for label in range(CLASSES)])
+
+
+def write_images(folder: Path, *, classes: int = CLASSES) -> Path:
+    """Image i is of class i % classes; names are in the order of the latents, since the labels are."""
+    for number in range(COUNT):
+        path = folder / f"{number % classes}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def spec_of(folder: Path, **changes: object) -> LatentDataSpec:
+    return LatentDataSpec(**({"path": str(folder), "normalize": False} | changes))  # type: ignore[arg-type]
+
+
+def which(batch: tuple[Tensor, ...]) -> list[float]:
+    return batch[0][:, 0, 0, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ cached features
+
+
+def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -> None:
+    write_folder(tmp_path / "l")
+    dataset = open_latents(spec_of(tmp_path / "l"), MODEL, CACHED)
+    assert dataset.companion is not None and dataset.companion.shape == (WIDTH, 2, 2)
+    seen = []
+    for batch in islice(LatentLoader(dataset, 4, seed=3).stream(), 12):
+        latents, labels, features = batch
+        assert features.shape == (4, WIDTH, 2, 2) and features.dtype == torch.bfloat16
+        expected = latents[:, :WIDTH, :2, :2] + 0.5
+        assert torch.equal(features.float(), expected.bfloat16().float())
+        assert torch.equal(labels, latents[:, 0, 0, 0].long() % 100 % CLASSES)
+        seen += which(batch)
+    assert {value >= 100 for value in seen} == {True, False}
+    plain = open_latents(spec_of(tmp_path / "l"), MODEL)
+    for with_features, without in zip(LatentLoader(dataset, 4, seed=3), LatentLoader(plain, 4, seed=3), strict=True):
+        assert len(without) == 2 and torch.equal(with_features[0], without[0])
+    ranks = [LatentLoader(dataset, 2, 3, rank, 2) for rank in range(2)]
+    first = next(LatentLoader(dataset, 4, seed=3).stream())
+    for rank, loader in enumerate(ranks):
+        for part, whole in zip(next(loader.stream()), first, strict=True):
+            assert torch.equal(part, whole[rank::2])
+
+
+def test_a_loader_names_the_samples_between_two_states(tmp_path: Path) -> None:
+    write_folder(tmp_path / "l", features="")
+    loaders = [LatentLoader(open_latents(spec_of(tmp_path / "l"), MODEL), 2, 3, rank, 2) for rank in range(2)]
+    before = [loader.state_dict() for loader in loaders]
+    batches = [list(islice(loader.stream(), 4)) for loader in loaders]  # 16 positions: into the second epoch
+    seen = []
+    for pair in zip(*batches, strict=True):  # positions go round the ranks
+        seen += [int(value) % 100 for values in zip(*map(which, pair), strict=True) for value in values]
+    for loader, state in zip(loaders, before, strict=True):
+        assert loader.ids_between(state, loader.state_dict()) == seen
+        assert loader.ids_between(state, state) == []
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_damaged_features_are_damage_of_the_latent(tmp_path: Path, on_error: str) -> None:
+    write_folder(tmp_path / "l", damaged=8)
+    dataset = open_latents(spec_of(tmp_path / "l", on_error=on_error, max_bad_share=0.2), MODEL, CACHED)
+    loader = LatentLoader(dataset, 4, seed=1)
+    if on_error == "raise":
+        with pytest.raises(RunError, match=r"shard-00001.safetensors: .*latent 8 \(row 1\).*features hold values"):
+            list(loader)
+        return
+    seen = [value % 100 for batch in loader for value in which(batch)]
+    assert len(seen) == COUNT and set(seen) == set(range(COUNT)) - {8}
+    assert isinstance(dataset, LatentDataset) and list(dataset.bad) == [8]
+    again = LatentLoader(dataset, 4)
+    again.load_state_dict({"seed": 1, "images_seen": 4})
+    assert [value % 100 for batch in again for value in which(batch)] == seen[4:]
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "none", features="")
+    with pytest.raises(UsageError, match=r"holds no foundation features; make them with `vadit encode --features dino"):
+        open_latents(spec_of(tmp_path / "none"), MODEL, CACHED)
+    write_folder(tmp_path / "coarse", grid=1)
+    with pytest.raises(UsageError, match=r"features of 1x1 but the generator has 2x2 tokens.*--features-grid 2"):
+        open_latents(spec_of(tmp_path / "coarse"), MODEL, CACHED)
+    write_folder(tmp_path / "l")
+    for change, message in (
+        ({"name": "mae"}, r"holds features of dinov2 but repa.foundation.name is mae"),
+        ({"input_range": "minus_one_one"}, r"input_range normalized but repa.foundation.input_range is minus_one_one"),
+        ({"input_size": 56}, r"input_size 28 but repa.foundation.input_size is 56"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            repa = RepaSpec(weight=0.5, foundation=FoundationSpec(**change))
+            open_latents(spec_of(tmp_path / "l"), MODEL, repa)
+    open_latents(spec_of(tmp_path / "l"), MODEL, RepaSpec(weight=0.5, foundation=FoundationSpec(name="vit_large")))
+    assert open_latents(spec_of(tmp_path / "none"), MODEL, RepaSpec()).companion is None  # no weight, nothing to fit
+
+
+def test_shards_with_and_without_features_do_not_mix(tmp_path: Path) -> None:
+    write_folder(tmp_path / "l")
+    write_folder(tmp_path / "none", features="")
+    (tmp_path / "none" / "shard-00001.safetensors").rename(tmp_path / "l" / "shard-00001.safetensors")
+    with pytest.raises(
+        RunError, match=r"shard-00001.* but shard-00000.* with features \(3, 2, 2\); keep shards of one"
+    ):
+        open_folder(tmp_path / "l")
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def sorted_folder(tmp_path: Path, **changes: object) -> tuple[LatentSource, ImageSet]:
+    """Latents made as `vadit encode` makes them of a folder of images, of which the second does not decode."""
+    write_images(tmp_path / "images", classes=2)
+    bad = tmp_path / "images" / "0" / "02.png"
+    whole = bad.read_bytes()
+    bad.write_text("no image")
+    skipping = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE, on_error="skip", max_bad_share=0.2)
+    torch.manual_seed(0)
+    encode(Autoencoder(SPEC), skipping, tmp_path / "l", batch_size=4, dtype="fp32", store="sample", shard_size=4)
+    bad.write_bytes(whole)
+    spec = spec_of(tmp_path / "l", images=str(tmp_path / "images"), **changes)
+    images = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE)
+    return open_latents(spec, DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2), ONLINE), images
+
+
+def test_online_images_are_those_that_were_encoded(tmp_path: Path) -> None:
+    dataset, images = sorted_folder(tmp_path)
+    assert dataset.companion is not None and dataset.companion.shape == (3, IMAGE_SIDE, IMAGE_SIDE)
+    shards = [load_file(path) for path in sorted((tmp_path / "l").glob("*.safetensors"))]
+    stored = {key: torch.cat([shard[key] for shard in shards]) for key in ("latents", "latents_flip", "ids")}
+    assert stored["ids"].tolist() == [0, *range(2, COUNT)]  # the second of the folder is missing
+    mirrored = []
+    for latents, labels, pixels in islice(LatentLoader(dataset, 5, seed=2).stream(), 4):
+        assert pixels.dtype == torch.uint8 and pixels.shape == (5, 3, IMAGE_SIDE, IMAGE_SIDE)
+        for latent, label, picture in zip(latents, labels, pixels, strict=True):
+            found = [
+                (int(index), mirror)
+                for key, mirror in (("latents", False), ("latents_flip", True))
+                for index, other in zip(stored["ids"], stored[key], strict=True)
+                if torch.equal(latent, other)
+            ]
+            ((index, mirror),) = found
+            expected = decode(images, Request(index, mirror=mirror))
+            assert np.array_equal(picture.permute(1, 2, 0).numpy(), expected)
+            assert int(images.labels[index]) == int(label)
+            mirrored.append(mirror)
+    assert set(mirrored) == {True, False}
+
+
+def test_an_image_that_does_not_decode_any_more(tmp_path: Path) -> None:
+    dataset, images = sorted_folder(tmp_path, on_error="skip", max_bad_share=0.2)
+    path = Path(images.source.describe(7))
+    path.write_text("no image")
+    labels = [int(label) for batch in LatentLoader(dataset, 4, seed=1) for label in batch[1]]
+    assert len(labels) == COUNT - 1
+    assert isinstance(dataset, LatentDataset) and list(dataset.bad) == [6]  # of the latents
+    assert str(path) in str(dataset.bad[6])
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "l", features="")
+    with pytest.raises(UsageError, match=r"repa.features is online but data.images is empty"):
+        open_latents(spec_of(tmp_path / "l"), MODEL, ONLINE)
+    images = write_images(tmp_path / "images")  # sorted by class: not the latents' order
+    with pytest.raises(UsageError, match=r"0/05.png is of class 0 but its latent 1 in .* is of class 1"):
+        open_latents(spec_of(tmp_path / "l", images=str(images)), MODEL, ONLINE)
+    (images / "0" / "05.png").unlink()
+    with pytest.raises(UsageError, match=rf"holds {COUNT - 1} images but the latents of .* are of {COUNT}"):
+        open_latents(spec_of(tmp_path / "l", images=str(images)), MODEL, ONLINE)
+
+
+def test_debug_latents_have_companions() -> None:
+    spec = LatentDataSpec(path="debug:10")
+    batch = next(LatentLoader(open_latents(spec, MODEL, CACHED), 4).stream())
+    assert batch[2].shape == (4, DEBUG_WIDTH, 2, 2) and batch[2].dtype == torch.bfloat16
+    batch = next(LatentLoader(open_latents(spec, MODEL, ONLINE), 4).stream())
+    assert batch[2].shape == (4, 3, 32, 32) and batch[2].dtype == torch.uint8
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+
+def test_encode_stores_the_models_features(tmp_path: Path) -> None:
+    images = ImageSet(FolderSource(write_images(tmp_path / "images", classes=2)), IMAGE_SIDE)
+    torch.manual_seed(0)
+    autoencoder, model = Autoencoder(SPEC), FoundationModel(VIT, 2)
+    options: dict = {"batch_size": 3, "dtype": "fp32", "shard_size": 4}
+    encode(autoencoder, images, tmp_path / "without", **options)
+    encode(autoencoder, images, tmp_path / "with", features=model, **options)
+    pixels = np.stack([decode(images, Request(index)) for index in range(COUNT)])
+    signed = to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    shards = [load_file(path) for path in sorted((tmp_path / "with").glob("*.safetensors"))]
+    for key, source in (("features", signed), ("features_flip", signed.flip(-1))):
+        found = torch.cat([shard[key] for shard in shards])
+        assert found.shape == (COUNT, 16, 2, 2) and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), model(source), rtol=2**-7, atol=1e-4)
+    for path in (tmp_path / "without").glob("*.safetensors"):
+        plain, both = load_file(path), load_file(tmp_path / "with" / path.name)
+        assert both.keys() - plain.keys() == {"features", "features_flip"}
+        assert all(torch.equal(plain[key], both[key]) for key in plain)
+    repa = RepaSpec(weight=0.5, foundation=VIT)
+    spec = DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2)
+    latents, _, features = next(iter(LatentLoader(open_latents(spec_of(tmp_path / "with"), spec, repa), 4)))
+    assert latents.shape == (4, 3, 4, 4) and features.shape == (4, 16, 2, 2)
+    for changed in (None, FoundationModel(VIT, 2)):  # the latter with other weights
+        with pytest.raises(UsageError, match=r"holds latents made with features "):
+            encode(autoencoder, images, tmp_path / "with", features=changed, **options)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(RunError, match=r"the features of vit_tiny_patch16_224 are not finite"):
+        encode(autoencoder, images, tmp_path / "bad", features=model, **options)
+
+
+def test_encode_command_with_features(tmp_path: Path) -> None:
+    Autoencoder(SPEC).save_pretrained(tmp_path / "tokenizer")
+    arguments = ["--tokenizer", str(tmp_path / "tokenizer"), "--images", "debug:3", "--device", "cpu", "--no-flip"]
+    arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random", "--image-size", "32"]
+    encode_command.run([*arguments, "--out", str(tmp_path / "l")])
+    (shard,) = open_folder(tmp_path / "l")
+    assert shard.features is not None and shard.features.shape == (192, 2, 2) and shard.features.flipped is None
+    assert shard.settings is not None and json.loads(shard.settings.features)["input_size"] == 32
+    assert shard.settings.shard_size == 2_500
+    with pytest.raises(UsageError, match=r"--features-grid is 0"):
+        encode_command.run([*arguments, "--out", str(tmp_path / "m"), "--features-grid", "0"])
