@@ -152,12 +152,11 @@ def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypa
         (between <= radius(real)[:, None]).any(axis=0).mean(),
         (between <= radius(fake)[None]).any(axis=1).mean(),
     )
-    monkeypatch.setattr("vadit.eval.metrics._BLOCK_ROWS", 37)
-    monkeypatch.setattr("vadit.eval.metrics._BLOCK_COLUMNS", 41)
+    monkeypatch.setattr("vadit.eval.metrics._BLOCK", 37)
     assert precision_recall(real + 1000, fake + 1000) == pytest.approx(expected, abs=1e-12)
     half = precision_recall((real + 1000).astype(np.float32), torch.from_numpy(fake + 1000).float())
     assert half == pytest.approx(expected, abs=1e-3)
-    monkeypatch.setattr("vadit.eval.metrics._BLOCK_COLUMNS", 2)  # fewer columns than neighbours
+    monkeypatch.setattr("vadit.eval.metrics._BLOCK", 2)  # fewer columns than neighbours
     assert precision_recall(real + 1000, fake + 1000) == pytest.approx(expected, abs=1e-12)
     assert 0.1 < expected[1] < expected[0] < 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ class EvaluateSamplesOptions:
     """FID, sFID, inception score, precision, recall (ADM's protocol), KID and FD-DINOv2 of samples."""
 
     samples: Positional[str]
-    """Folder of PNGs, or an .npz with arr_0; with --seeds a name with {seed} in it."""
+    """Folder of PNGs, or an .npz with arr_0; with --seeds possibly a name with {seed} in it."""
     reference: str
     """.npz with statistics or images (ADM's VIRTUAL_imagenet256_labeled.npz), or a folder of PNGs."""
     inception_weights: str | None = None
@@ -36,7 +37,8 @@ class EvaluateSamplesOptions:
     num_samples: int | None = None
     """Take only the first so many; default all."""
     seeds: int | None = None
-    """Evaluate SAMPLES with {seed} = 0, 1, ... so many times: means, and their spread."""
+    """Evaluate so many sets: means, and their spread. SAMPLES has {seed} in it for 0, 1, ..., or holds so many times
+    --num-samples images, which are taken in turn."""
     batch_size: int = 64
     """Images per forward pass."""
     device: Device = "auto"
@@ -61,10 +63,14 @@ class EvaluateTokenizerOptions:
     """Path of torch-fidelity's Inception weights, for rFID."""
     vgg_weights: str | None = None
     """Path of torchvision's vgg16-397923af.pth, for LPIPS."""
+    batch_size: int = 32
+    """Images decoded together; no number depends on it."""
     num_workers: int = ImageDataSpec.num_workers
     """Decoding threads per process."""
     seed: int = 0
     """Seed of the posterior samples."""
+    seeds: int = 1
+    """Evaluate with so many seeds, from --seed on: means, and their spread."""
     device: Device = "auto"
     """Device of all networks."""
     out: str | None = None
@@ -79,10 +85,10 @@ class EvaluateLatentsOptions:
     """Folder of latents, or a file with a (N, C) tensor of latent vectors (.npy, .npz, .pt, .safetensors)."""
     num_vectors: int = 10_000
     """Latent vectors per draw, each of another image."""
-    draws: int = 10
-    """Draws that the numbers are means of."""
+    seeds: int = 10
+    """Draws of vectors, from --seed on, that the numbers are means of; their spread is told, too."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the first draw."""
     picture: str | None = None
     """PNG for the t-SNE points of the first draw, coloured by density."""
     out: str | None = None
@@ -143,7 +149,7 @@ def _evaluate_samples(arguments: list[str]) -> None:
 
         dinov2 = ImageSummary(FoundationSpec(name="dinov2", weights=options.dinov2_weights)).to(device)
     found: list[dict[str, float]] = []
-    for samples in sets:
+    for samples, first in sets:
         metrics = evaluate_samples(
             samples,
             options.reference,
@@ -152,34 +158,58 @@ def _evaluate_samples(arguments: list[str]) -> None:
             device=device,
             batch_size=options.batch_size,
             num_samples=options.num_samples,
+            first=first,
         )
         found.append(metrics.named(_sampler_of(options.sampler, samples)))
         if found[-1].keys() != found[0].keys():
             raise UsageError(
-                f"{samples} gives {', '.join(found[-1])}, {sets[0]} {', '.join(found[0])}; "
+                f"{samples} gives {', '.join(found[-1])}, {sets[0][0]} {', '.join(found[0])}; "
                 "seeds can only be averaged over sets of one size and one sampler"
             )
-    means = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
-    spread = {name: statistics.stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else None
     inputs = {
-        "samples": sets,
+        "samples": [{"path": path, "first": first} for path, first in sets],
+        "num_samples": metrics.num_samples,
         "reference": options.reference,
-        "inception_weights": options.inception_weights,
-        "inception_sha256": None if options.inception_weights is None else _sha256(options.inception_weights),
+        **_inception_inputs(options.inception_weights),
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",
     }
-    _tell("samples", means, inputs, options.out, spread)
+    _tell("samples", found, inputs, options.out)
 
 
-def _sample_sets(options: EvaluateSamplesOptions) -> list[str]:
+def _sample_sets(options: EvaluateSamplesOptions) -> list[tuple[str, int]]:
+    """Path and first image of each set that is evaluated."""
     if options.seeds is None:
-        return [options.samples]
-    if options.seeds < 2 or "{seed}" not in options.samples:
+        return [(options.samples, 0)]
+    numbers = _seeds(0, options.seeds)
+    if "{seed}" in options.samples:
+        return [(options.samples.replace("{seed}", str(seed)), 0) for seed in numbers]
+    if options.num_samples is None:
         raise UsageError(
-            f"--seeds {options.seeds} needs at least 2 and a name with {{seed}} in it, found {options.samples}"
+            f"--seeds {options.seeds} needs a name with {{seed}} in it, found {options.samples}, or --num-samples, "
+            "the size of the sets that SAMPLES is cut into"
         )
-    return [options.samples.replace("{seed}", str(seed)) for seed in range(options.seeds)]
+    return [(options.samples, seed * options.num_samples) for seed in numbers]
+
+
+def _seeds(first: int, count: int) -> range:
+    if count < 1:
+        raise UsageError(f"--seeds is {count}; it must be at least 1")
+    return range(first, first + count)
+
+
+def _inception_inputs(weights: str | None) -> dict[str, Any]:
+    """Which Inception network the numbers rest on."""
+    if weights is None:
+        return {}
+    from vadit.eval.inception import PUBLISHED_SHA256, checksum
+
+    found = checksum(weights)
+    return {
+        "inception_weights": weights,
+        "inception_sha256": found,
+        "inception_published": found.startswith(PUBLISHED_SHA256),
+    }
 
 
 def _sampler_of(sampler: str, samples: str) -> str:
@@ -191,7 +221,9 @@ def _sampler_of(sampler: str, samples: str) -> str:
             from vadit.sample import sampler_name
 
             file = folder / "settings.json"
-            return sampler_name(from_dict(SampleSpec, json.loads(file.read_text())["sampler"], origin=str(file)))
+            noted = json.loads(file.read_text())
+            spec = from_dict(SampleSpec, noted["sampler"], origin=str(file))
+            return sampler_name(spec, autoguidance=noted.get("autoguidance", False))
     return sampler
 
 
@@ -201,8 +233,12 @@ def _evaluate_tokenizer(arguments: list[str]) -> None:
     from vadit.data.images_torch import pillow_decoder
     from vadit.data.loaders import open_images
     from vadit.eval.inception import Inception
-    from vadit.eval.reconstruction import GROUP, evaluate_tokenizer, share_of_images
+    from vadit.eval.reconstruction import evaluate_tokenizer, share_of_images
 
+    seeds = _seeds(options.seed, options.seeds)
+    if len(seeds) > 1 and options.posterior == "mode":
+        raise UsageError(f"--seeds {options.seeds} with --posterior mode gives one number so often; set --seeds 1")
+    found = []
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
@@ -214,57 +250,63 @@ def _evaluate_tokenizer(arguments: list[str]) -> None:
         features = None if options.inception_weights is None else Inception(options.inception_weights, device).pool
         ids = share_of_images(len(images))
         # Pillow, whatever else is installed: the numbers are compared with those of others.
-        with pillow_decoder(images, options.num_workers, device)() as decoder:
-            metrics = evaluate_tokenizer(
-                autoencoder,
-                (batch.images.contiguous() for batch in load_in_order(images, ids, GROUP, decoder)),
-                ids=ids,
-                device=device,
-                lpips=perceptual,
-                features=features,
-                posterior=options.posterior,
-                seed=options.seed,
-            )
+        for seed in seeds:
+            with pillow_decoder(images, options.num_workers, device)() as decoder:
+                batches = load_in_order(images, ids, max(options.batch_size, 1), decoder)
+                metrics = evaluate_tokenizer(
+                    autoencoder,
+                    (batch.images.contiguous() for batch in batches),
+                    ids=ids,
+                    device=device,
+                    lpips=perceptual,
+                    features=features,
+                    posterior=options.posterior,
+                    seed=seed,
+                )
+            if metrics.num_images != len(images):
+                raise RunError(f"{metrics.num_images} of the {len(images)} images were read; nothing is told of a part")
+            found.append({name: value for name, value in metrics.named().items() if value is not None})
     inputs = {
         "tokenizer": options.tokenizer,
         "images": options.images,
         "num_images": metrics.num_images,
+        "seeds": list(seeds),
+        **_inception_inputs(options.inception_weights),
+        "vgg_weights": options.vgg_weights,
         "protocol": f"ADM's centre crop; posterior {options.posterior}; PSNR per image on uint8, range 255; "
         "SSIM window 11, sigma 1.5; LPIPS VGG; rFID against the very images",
     }
-    numbers = {name: value for name, value in metrics.named().items() if value is not None}
-    _tell("tokenizer", numbers, inputs, options.out)
+    _tell("tokenizer", found, inputs, options.out)
 
 
 def _evaluate_latents(arguments: list[str]) -> None:
     options = parse(EvaluateLatentsOptions, arguments, command="evaluate latents")
-    import torch
+    from functools import partial
 
-    from vadit.eval.uniformity import draw_picture, draw_vectors, embed, mean_uniformity, read_vectors, uniformity
+    from vadit.eval.uniformity import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
 
+    draw: Callable[[int, int], Any]
     if Path(options.latents).is_file() and Path(options.latents).suffix != ".beton":
-        latents = read_vectors(options.latents)
+        draw = partial(draw_vectors, read_vectors(options.latents))
     else:
         from vadit.data.latents import LatentDataset
 
         # The channel statistics of the whole folder are divided out by the data set itself.
-        data = LatentDataset(options.latents, flip=False)
-        latents = data.batch(torch.arange(len(data)), epoch=0, seed=options.seed)[0]
-    if options.draws < 1:
-        raise UsageError(f"--draws is {options.draws}; it must be at least 1")
+        draw = partial(folder_vectors, LatentDataset(options.latents, flip=False))
     found = []
-    for seed in range(options.seed, options.seed + options.draws):
-        points = embed(draw_vectors(latents, options.num_vectors, seed), seed)
-        found.append(uniformity(points))
+    for seed in _seeds(options.seed, options.seeds):
+        points = embed(draw(options.num_vectors, seed), seed)
+        found.append(dataclasses.asdict(uniformity(points)))
         if seed == options.seed and options.picture is not None:
             draw_picture(points, options.picture)
     inputs = {
         "latents": options.latents,
         "num_vectors": options.num_vectors,
-        "draws": options.draws,
-        "protocol": "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",
+        "seeds": list(_seeds(options.seed, options.seeds)),
+        "protocol": "one position of each latent, normalised by channel; "
+        "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",
     }
-    _tell("latents", dataclasses.asdict(mean_uniformity(found)), inputs, options.out)
+    _tell("latents", found, inputs, options.out)
 
 
 def _make_reference(arguments: list[str]) -> None:
@@ -290,28 +332,26 @@ def _make_reference(arguments: list[str]) -> None:
     print(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
 
 
-def _sha256(path: str) -> str:
-    import hashlib
-
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _tell(
     kind: str,
-    metrics: dict[str, float],
+    found: list[dict[str, float]],
     inputs: dict[str, Any],
     out: str | None,
-    spread: dict[str, float] | None = None,
 ) -> None:
-    """Print a table from the first process, and write metrics.json where one is wanted."""
+    """Print a table of means over seeds from the first process, and write metrics.json where one is wanted."""
     from vadit import distributed
 
     if not distributed.is_main():
         return
+    metrics = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
+    spread = {name: statistics.stdev(each[name] for each in found) for name in metrics} if len(found) > 1 else None
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.6g}" + ("" if spread is None else f" +- {spread[name]:.2g}"))
+    if spread is not None:
+        print(f"mean of {len(found)} +- standard deviation between them")
+    if inputs.get("inception_published") is False:
+        print("the Inception weights are not the published ones: these numbers are comparable with each other alone")
     if out is None:
         return
     content = {"kind": kind, "metrics": metrics, **({} if spread is None else {"spread": spread}), "inputs": inputs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from vadit.errors import RunError, UsageError
 
+# Left out in silence, they would leave the scores of a part of a set.
+_OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+
 
 class ImageSource(Protocol):
     """Images of one size on disk, read in order and in batches."""
@@ -24,8 +28,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """Batches uint8 (B, H, W, 3) of the first `limit` images (default all), in file order."""
+    def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """Batches uint8 (B, H, W, 3) of `limit` images (default all) from place `first` on, in file order."""
         ...
 
 
@@ -35,20 +39,25 @@ class PngFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         files = [file for file in self.path.rglob("*") if file.is_file()]
-        lossy = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
+        lossy = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".jfif")]
         if lossy:
             raise UsageError(f"{lossy[0]} is a JPEG, whose losses change every score; store images as PNG or .npz")
+        other = [file for file in files if file.suffix.lower() in _OTHER_PICTURES]
+        if other:
+            raise UsageError(f"{other[0]} is no PNG; store all images of {self.path} as PNG, or as one .npz with arr_0")
         self.files = sorted((file for file in files if file.suffix.lower() == ".png"), key=_file_order)
         if not self.files:
             raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
+        if (self.path.parent / "settings.json").is_file():
+            _check_complete(self.files)
         height, width, _ = _read_png(self.files[0]).shape
         self.size = (height, width)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        files = self.files[:limit]
+    def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        files = self.files[first:][:limit]
         for start in range(0, len(files), batch_size):
             images = [_read_png(file) for file in files[start : start + batch_size]]
             for file, image in zip(files[start:], images, strict=False):
@@ -75,9 +84,10 @@ class NpzImages:
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        remaining = self._count if limit is None else min(limit, self._count)
+    def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        remaining = max(min(self._count - first, self._count if limit is None else limit), 0)
         with _npy_stream(self.path) as (stream, _, _):
+            stream.seek(first * math.prod(self.size) * 3, os.SEEK_CUR)  # a compressed member is read up to there
             while remaining:
                 shape = (min(batch_size, remaining), *self.size, 3)
                 try:
@@ -127,6 +137,8 @@ def _read_png(path: Path) -> np.ndarray:
     """A PNG as uint8 (H, W, 3); grey is repeated, which loses nothing."""
     try:
         with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise UsageError(f"{path} is a JPEG by its content, whose losses change every score; draw it as PNG")
             if image.mode not in ("RGB", "L"):
                 raise UsageError(
                     f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
@@ -134,6 +146,16 @@ def _read_png(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise RunError(f"{path} does not decode ({error}); draw this sample again") from None
+
+
+def _check_complete(files: list[Path]) -> None:
+    """Refuse what `vadit sample` wrote and somebody lost a part of: its images are 0, 1, 2, ... (files are sorted)."""
+    for index, file in enumerate(files):
+        if file.stem.isdecimal() and int(file.stem) != index:
+            raise UsageError(
+                f"{file.parent} lacks image {index:06d}.png, though later ones are there; "
+                "run the same `vadit sample` again to draw what is missing"
+            )
 
 
 def _file_order(path: Path) -> tuple[str, int, str]:

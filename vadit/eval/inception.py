@@ -7,6 +7,7 @@ arithmetic in fp32. The network is the protocol: features of torchvision's Incep
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from vadit.errors import RunError, UsageError
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
+PUBLISHED_SHA256 = "6726825d"
+"""How the SHA-256 of the published file begins; its name says so, too."""
 SPATIAL_CHANNELS = 7
 """Channels of mixed_6/conv that sFID takes (Nash et al. 2021): 7 x 17 x 17 = 2023 numbers, about pool_3's 2048."""
 
@@ -65,6 +68,12 @@ class Inception:
         return self(images).pool
 
 
+def checksum(weights: str | Path) -> str:
+    """SHA-256 of a weights file; `PUBLISHED_SHA256` is how that of the published one begins."""
+    with Path(weights).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _check_weights(weights: str | Path | None) -> Path:
     if weights is None or not Path(weights).is_file():
         found = "no file was given" if weights is None else f"{weights} does not exist"
@@ -90,7 +99,9 @@ def _build(path: Path) -> Any:
     except ImportError:
         raise UsageError("evaluation needs torch-fidelity: pip install torch-fidelity") from None
     try:
-        network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+        # Weights are drawn before they are loaded: not from the random state of a training run that looks at samples.
+        with torch.random.fork_rng(devices=[]):
+            network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
     except RuntimeError as error:
         raise UsageError(
             f"{path} does not fit the Inception of 2015 ({_first_line(error)}); take {WEIGHTS_FILE}"

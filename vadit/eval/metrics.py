@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from scipy.special import logsumexp, xlogy
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from vadit.errors import UsageError
 
 Array = np.ndarray | Tensor
 
-_BLOCK_ROWS, _BLOCK_COLUMNS = 2048, 8192
-"""Part of a matrix of distances that is in memory at once: 134 MB in float64."""
+_BLOCK = 4096
+"""Rows, and columns, of a matrix of distances that are in memory at once: 134 MB in float64."""
 
 
 # ------------------------------------------------------------------------------------------ Frechet distance
@@ -71,7 +72,7 @@ def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
     """Squared Frechet distance of two Gaussians (Heusel et al. 2017): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
 
-    The trace of the root is the sum of the square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, taken with a
+    With C_a = L L', the trace of the root is the sum of the square roots of the eigenvalues of L' C_b L, taken with a
     symmetric eigensolver: `scipy.linalg.sqrtm` of the unsymmetric product returns wrong values in several builds.
     """
     mean_a, mean_b = _finite(mean_a, "mean_a"), _finite(mean_b, "mean_b")
@@ -83,12 +84,20 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
             f"Frechet distance needs means (D,) and covariances (D, D) of one width D, found {mean_a.shape}, "
             f"{cov_a.shape} and {mean_b.shape}, {cov_b.shape}; take both from one feature extractor"
         )
-    eigenvalues, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(eigenvalues, 0, None))) @ vectors.T
-    inner = root @ cov_b @ root
+    factor, order = _factor(cov_a)
+    inner = factor.T @ cov_b[np.ix_(order, order)] @ factor
     cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return float(max(distance, 0.0))  # equal inputs can end a rounding error below 0
+
+
+def _factor(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """L (D, r) and an order of the D rows with C[order][:, order] = L L', r the rank of C as fp64 sees it.
+
+    Cholesky's factorisation with pivots (Higham 1990): as good as the root from eigenvectors, at a tenth of the time.
+    """
+    packed, pivots, rank, _ = dpstrf(np.asfortranarray((covariance + covariance.T) / 2), lower=1)
+    return np.tril(packed)[:, :rank], pivots - 1
 
 
 # ------------------------------------------------------------------------------------------ inception score
@@ -128,44 +137,61 @@ def precision_recall(
 
     A ball around each point reaches to its k-th neighbour. Precision: share of `samples` inside any ball of
     `reference`; recall: share of `reference` inside any ball of `samples`. Distances are taken in blocks, in the
-    features' own precision (at least fp32): 50,000 against 50,000 need less than 1 GiB beside the features.
+    features' own precision (at least fp32; ADM's code takes fp16): 50,000 against 50,000 need less than 1 GiB beside
+    the features.
     """
     a, b = _points(reference, "reference features"), _points(samples, "sample features")
     _check_widths(a, b)
     for name, points in (("reference", a), ("sample", b)):
-        if len(points) <= k:
+        if not 1 <= k < len(points):
             raise UsageError(f"precision and recall with k {k} need more than {k} {name} images, found {len(points)}")
     # Distances do not change under a shift; without the common mean they lose fewer digits.
-    centre = a.mean(dim=0, dtype=torch.float64).to(a)
     dtype = torch.promote_types(a.dtype, b.dtype)
-
-    def blocks(points: Tensor, rows: int) -> Iterator[Tensor]:
-        for part in points.split(rows):
-            yield (part - centre).to(device=device, dtype=dtype)
-
-    def radii(points: Tensor) -> Tensor:
-        """Squared distance of each point to its k-th neighbour: the (k+1)-th smallest, the point itself included."""
-        found = []
-        for rows in blocks(points, _BLOCK_ROWS):
-            nearest = torch.full((len(rows), k + 1), math.inf, device=device, dtype=dtype)
-            for columns in blocks(points, _BLOCK_COLUMNS):
-                near = _squared_distances(rows, columns)
-                near = near.topk(min(k + 1, near.shape[1]), dim=1, largest=False).values
-                nearest = torch.cat([nearest, near], dim=1).topk(k + 1, dim=1, largest=False).values
-            found.append(nearest.max(dim=1).values)
-        return torch.cat(found)
-
-    radii_a, radii_b = radii(a), radii(b)
+    centre = a.mean(dim=0, dtype=torch.float64).to(dtype)
+    a_blocks, b_blocks = (_Blocks(points, centre, device) for points in (a, b))
+    radii_a, radii_b = _radii(a_blocks, k), _radii(b_blocks, k)
     inside_a = torch.zeros(len(a), dtype=torch.bool, device=device)
     inside_b = torch.zeros(len(b), dtype=torch.bool, device=device)
-    for row, rows in enumerate(blocks(a, _BLOCK_ROWS)):
-        here = slice(row * _BLOCK_ROWS, row * _BLOCK_ROWS + len(rows))
-        for column, columns in enumerate(blocks(b, _BLOCK_COLUMNS)):
-            there = slice(column * _BLOCK_COLUMNS, column * _BLOCK_COLUMNS + len(columns))
+    for here, rows in a_blocks.after(0):
+        for there, columns in b_blocks.after(0):
             distances = _squared_distances(rows, columns)
             inside_b[there] |= (distances <= radii_a[here, None]).any(dim=0)
             inside_a[here] |= (distances <= radii_b[there]).any(dim=1)
     return float(inside_b.double().mean()), float(inside_a.double().mean())
+
+
+class _Blocks:
+    """Points (N, D) in blocks of rows, each with its place, shifted by -centre and sent to a device."""
+
+    def __init__(self, points: Tensor, centre: Tensor, device: str | torch.device) -> None:
+        self.points, self.centre, self.device = points, centre, device
+
+    def after(self, start: int) -> Iterator[tuple[slice, Tensor]]:
+        """The blocks from row `start` on, which begins one."""
+        for first in range(start, len(self.points), _BLOCK):
+            part = self.points[first : first + _BLOCK]
+            yield slice(first, first + len(part)), (part.to(self.centre.dtype) - self.centre).to(self.device)
+
+
+def _radii(blocks: _Blocks, k: int) -> Tensor:
+    """Squared distance of each point to its k-th neighbour (N,): the (k+1)-th smallest, the point itself included."""
+    shape = (len(blocks.points), k + 1)
+    nearest = torch.full(shape, math.inf, dtype=blocks.centre.dtype, device=blocks.device)
+
+    def take(place: slice, distances: Tensor) -> None:
+        smallest = distances.topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
+        nearest[place] = torch.cat([nearest[place], smallest], dim=1).topk(k + 1, dim=1, largest=False).values
+
+    for here, rows in blocks.after(0):
+        for there, columns in blocks.after(here.start):  # the matrix is symmetric: each pair of blocks once
+            distances = _squared_distances(rows, columns)
+            if there == here:
+                distances.fill_diagonal_(0)  # exactly, not up to rounding
+                take(here, distances)
+            else:
+                take(here, distances)
+                take(there, distances.T.contiguous())
+    return nearest.max(dim=1).values
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -199,21 +225,46 @@ def kernel_distance(
             f"KID's subset_size {subset_size} must be between 2 and the number of images, {min(len(x), len(y))}; "
             "pass a smaller subset_size or evaluate more images"
         )
+    if num_subsets < 1:
+        raise UsageError(f"KID's num_subsets is {num_subsets}; it must be at least 1")
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(num_subsets):
-        a = x[generator.choice(len(x), subset_size, replace=False)].double().numpy()
-        b = y[generator.choice(len(y), subset_size, replace=False)].double().numpy()
-        values.append(_unbiased_mmd(a, b))
+        a = x[generator.choice(len(x), subset_size, replace=False)]
+        b = y[generator.choice(len(y), subset_size, replace=False)]
+        values.append(squared_mmd(a, b))
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
-def _unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared MMD of two sets (n, D) of equal size under the cubic kernel."""
-    n, width = a.shape
-    within = [((points @ points.T) / width + 1) ** 3 for points in (a, b)]
-    own = sum(float(gram.sum() - np.trace(gram)) for gram in within) / (n * (n - 1))
-    return own - 2 * float((((a @ b.T) / width + 1) ** 3).mean())
+def squared_mmd(reference: Array, samples: Array, within: float | None = None) -> float:
+    """The unbiased squared MMD of all features (N, D) and (M, D) under KID's kernel, in fp64 and in blocks.
+
+    `within`: the reference's own term (`mean_kernel`), where it is known already.
+    """
+    x, y = _points(reference, "reference features"), _points(samples, "sample features")
+    _check_widths(x, y)
+    within = mean_kernel(x) if within is None else within
+    cross = sum(float(_kernel(a.double(), b.double()).sum()) for a in x.split(_BLOCK) for b in y.split(_BLOCK))
+    return within + mean_kernel(y) - 2 * cross / (len(x) * len(y))
+
+
+def mean_kernel(features: Array) -> float:
+    """Mean of KID's kernel over all pairs of different features (N, D), N >= 2."""
+    points = _points(features, "features")
+    if len(points) < 2:
+        raise UsageError(f"the kernel distance needs at least 2 images on each side, found {len(points)}")
+    blocks, total = points.split(_BLOCK), 0.0
+    for row, a in enumerate(blocks):
+        for column, b in enumerate(blocks[row:]):
+            gram = _kernel(a.double(), b.double())
+            # pairs of different blocks count twice, those within one without the diagonal
+            total += 2 * float(gram.sum()) if column else float(gram.sum() - gram.trace())
+    return total / (len(points) * (len(points) - 1))
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    gram = (a @ b.T).div_(a.shape[1]).add_(1)
+    return gram.square().mul_(gram)
 
 
 # ------------------------------------------------------------------------------------------ names and checks
@@ -244,7 +295,7 @@ def _points(values: Array, name: str) -> Tensor:
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     if points.ndim != 2 or len(points) == 0:
         raise UsageError(f"{name} must have shape (N, D) with N >= 1, found {tuple(points.shape)}")
-    if not all(bool(part.isfinite().all()) for part in points.split(_BLOCK_COLUMNS)):
+    if not all(bool(part.isfinite().all()) for part in points.split(_BLOCK)):
         raise UsageError(f"{name} hold NaN or infinity; look for NaN in the samples")
     return points
 

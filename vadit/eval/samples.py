@@ -7,16 +7,19 @@ the reference holds too little for is left out, and nothing is told of a set tha
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.errors import RunError, UsageError
+from vadit.errors import RunError, UsageError, write_fault
 from vadit.eval.image_files import ImageSource, open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
@@ -27,7 +30,9 @@ from vadit.eval.metrics import (
     inception_score,
     kernel_distance,
     mean_and_covariance,
+    mean_kernel,
     precision_recall,
+    squared_mmd,
 )
 from vadit.files import whole_file
 
@@ -139,16 +144,17 @@ def evaluate_samples(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     num_samples: int | None = None,
+    first: int = 0,
 ) -> SampleMetrics:
-    """ADM's evaluation of the first `num_samples` samples (default all) against a reference.
+    """ADM's evaluation of `num_samples` samples from place `first` on (default all) against a reference.
 
     `dinov2` (`vadit.models.foundation.ImageSummary`) adds FD-DINOv2 against the reference's images.
     """
     source = open_images(samples)
-    count = len(source) if num_samples is None else num_samples
-    if count > len(source):
+    count = len(source) - first if num_samples is None else num_samples
+    if first + count > len(source):
         raise UsageError(
-            f"{source.path} holds {len(source)} images, {count} were asked for; draw more or ask for fewer"
+            f"{source.path} holds {len(source)} images, {first + count} were asked for; draw more or ask for fewer"
         )
     if count < 2:
         raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
@@ -156,7 +162,9 @@ def evaluate_samples(
         raise UsageError(f"{reference} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
     extractor = Inception(inception_weights, device)
     wanted = _load_reference(Path(reference), extractor, batch_size)
-    found = _extract(source.batches(batch_size, count), extractor)
+    found = _extract(source.batches(batch_size, count, first), extractor)
+    if len(found.pool) != count:
+        raise RunError(f"{len(found.pool)} of {count} images of {source.path} were read; nothing is told of a part")
     fid, kid = _distances(wanted, found.pool)
     precision, recall = (
         (None, None) if wanted.features is None else precision_recall(wanted.features, found.pool, device=device)
@@ -173,7 +181,7 @@ def evaluate_samples(
         if dinov2 is None
         else frechet_distance(
             *_summary_moments(open_images(reference).batches(batch_size), dinov2),
-            *_summary_moments(source.batches(batch_size, count), dinov2),
+            *_summary_moments(source.batches(batch_size, count, first), dinov2),
         ),
     )
 
@@ -181,7 +189,9 @@ def evaluate_samples(
 class SampleScorer:
     """FID and KID of images in memory against one reference, for a look during training.
 
-    At a small n FID is biased upwards and only comparable with itself at that n; its name carries n.
+    At a small n FID is biased upwards and only comparable with itself at that n; its name carries n. KID is here the
+    unbiased estimate from all pairs of images, not a mean over subsets: less noise, and a second instead of a minute.
+    The reference's features are kept in the folder `cache`, where one is given, and read there the next time.
     """
 
     def __init__(
@@ -191,10 +201,19 @@ class SampleScorer:
         inception_weights: str | Path | None,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
+        cache: str | Path | None = None,
     ) -> None:
         self._batch_size = batch_size
         self._extractor = Inception(inception_weights, device)
-        self._reference = _load_reference(Path(reference), self._extractor, batch_size)
+        file = (
+            None
+            if cache is None
+            else Path(cache) / f"reference-{_key(Path(reference), Path(inception_weights or ''))}.npz"
+        )
+        kept = None if file is None else _read_kept(file)
+        if kept is None:
+            kept = _keep(_load_reference(Path(reference), self._extractor, batch_size), file)
+        self._reference, self._own_kernel = kept
 
     def features(self, images: Tensor) -> Tensor:
         """Inception's pool features (B, 2048), on the CPU, of uint8 images (B, 3, H, W)."""
@@ -202,7 +221,9 @@ class SampleScorer:
 
     def score(self, features: Tensor, sampler: str) -> dict[str, float]:
         """Named numbers of features (N, 2048): fid1k_euler49_random and, where the reference has images, kid1k_..."""
-        fid, kid = _distances(self._reference, features.numpy())
+        fid = frechet_distance(*self._reference.pool, *mean_and_covariance(features))
+        theirs = self._reference.features
+        kid = None if theirs is None else squared_mmd(theirs, features, self._own_kernel)
         ending = f"{count_name(len(features))}_{sampler}"
         return {f"fid{ending}": fid} | ({} if kid is None else {f"kid{ending}": kid})
 
@@ -221,21 +242,30 @@ def write_reference(
     mu, sigma, mu_s, sigma_s are of all images; arr_0 holds `keep` of them, evenly spread, in order.
     """
     extractor = Inception(inception_weights, device)
-    kept = set(_spread(num_images, keep).tolist())
-    pool, spatial, images, count = FeatureMoments(), FeatureMoments(), [], 0
+    places = {index: place for place, index in enumerate(_spread(num_images, keep).tolist())}
+    pool, spatial, count = FeatureMoments(), FeatureMoments(), 0
+    images = np.zeros(0, np.uint8)
     for batch in batches:
         features = extractor(batch)
         pool.update(features.pool)
         spatial.update(features.spatial)
-        images += [batch[place].permute(1, 2, 0).numpy() for place in range(len(batch)) if count + place in kept]
+        pixels = batch.permute(0, 2, 3, 1).numpy()
+        if count == 0:  # made once: 10,000 images of 256 pixels are 2 GB
+            images = np.zeros((len(places), *pixels.shape[1:]), np.uint8)
+        for index, image in enumerate(pixels, start=count):
+            if index in places:
+                images[places[index]] = image
         count += len(batch)
     if count != num_images:
         raise RunError(f"{num_images} images were promised, {count} came; the reference was not written")
     mu, sigma = pool.result()
     mu_s, sigma_s = spatial.result()
     out = Path(out)
-    with whole_file(out) as partial, partial.open("wb") as stream:
-        np.savez(stream, arr_0=np.stack(images), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    try:
+        with whole_file(out) as partial, partial.open("wb") as stream:
+            np.savez(stream, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    except OSError as error:
+        raise RunError(f"cannot write {out} ({write_fault(error)}); set --out to a place with room") from None
     return out
 
 
@@ -249,6 +279,42 @@ def _distances(reference: _Reference, pool: np.ndarray) -> tuple[float, float | 
         return fid, None
     subset = min(KID_SUBSET, len(pool), len(reference.features))
     return fid, kernel_distance(reference.features, pool, subset_size=subset).mean
+
+
+def _key(reference: Path, weights: Path) -> str:
+    """What tells one reference and network from another: names, sizes and times of change."""
+    files = sorted(reference.rglob("*.png")) if reference.is_dir() else [reference]
+    found = [
+        (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in (*files, weights)
+        if file.is_file()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def _keep(reference: _Reference, file: Path | None) -> tuple[_Reference, float | None]:
+    """The reference with the kernel's mean over its own pairs, written to `file` where one is named."""
+    own = None if reference.features is None else mean_kernel(reference.features)
+    arrays: dict[str, Any] = {"mu": reference.pool[0], "sigma": reference.pool[1]}
+    if reference.features is not None and own is not None:
+        arrays |= {"features": reference.features, "own_kernel": np.array(own)}
+    if file is not None:
+        try:
+            with whole_file(file) as partial, partial.open("wb") as stream:
+                np.savez(stream, **arrays)
+        except OSError as error:
+            raise RunError(f"{file} cannot be written ({write_fault(error)}); make room there") from None
+    return reference, own
+
+
+def _read_kept(file: Path) -> tuple[_Reference, float | None] | None:
+    """What `_keep` wrote; None where there is nothing, or nothing whole."""
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            own, features = kept.get("own_kernel"), kept.get("features")
+            return _Reference((kept["mu"], kept["sigma"]), None, features), None if own is None else float(own)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _summary_moments(batches: Iterable[np.ndarray], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
@@ -277,10 +343,13 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
     if stored is None and len(source) < 2:
         raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
     features = _extract(source.batches(batch_size), extractor)
+    spatial: tuple[np.ndarray, np.ndarray] | None
     if stored is None:
         pool, spatial = mean_and_covariance(features.pool), features.spatial.result()
     else:
-        pool, spatial = _pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else features.spatial.result()
+        # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
+        spatial = _pair(stored, "_s") if "mu_s" in stored else None
+        pool = _pair(stored, "")
     return _Reference(pool, spatial, features.pool[_spread(len(features.pool), REFERENCES_FOR_RECALL)])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from vadit.files import whole_file
 
 PERPLEXITY = 30.0
 ITERATIONS = 1000
+READ_AT_ONCE = 256
+"""Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,25 @@ def latent_vectors(
     if latents.ndim != 4:
         raise UsageError(f"latents must have shape (N, C, h, w), found {tuple(latents.shape)}")
     num_images, channels, height, width = latents.shape
-    if num_vectors > num_images:
-        raise UsageError(
-            f"{num_vectors} latent vectors need as many images, found {num_images}; pass num_vectors <= {num_images}"
-        )
-    generator = np.random.default_rng(seed)
-    images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
-    positions = torch.from_numpy(generator.integers(height * width, size=num_vectors))
+    images, positions = _random_places(num_images, height * width, num_vectors, seed)
     vectors = latents.flatten(2)[images, :, positions].double().cpu()
     if mean is None:
         mean = latents.double().mean(dim=(0, 2, 3))
     if std is None:
         std = latents.double().std(dim=(0, 2, 3))
+        std = torch.where(std == 0, 1.0, std)  # a channel that never changes says nothing, and divides nothing
     return ((vectors - mean.cpu().double().reshape(1, channels)) / std.cpu().double().reshape(1, channels)).numpy()
+
+
+def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Different images and a position in each, int64 (num_vectors,)."""
+    if not 1 <= num_vectors <= num_images:
+        raise UsageError(
+            f"{num_vectors} latent vectors need as many images, found {num_images}; pass num_vectors <= {num_images}"
+        )
+    generator = np.random.default_rng(seed)
+    images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
+    return images, torch.from_numpy(generator.integers(num_positions, size=num_vectors))
 
 
 def point_densities(points: np.ndarray) -> np.ndarray:
@@ -177,9 +186,29 @@ def read_vectors(path: str | Path) -> Tensor:
     return next(iter(two.values()))
 
 
-def draw_vectors(latents: Tensor, num_vectors: int, seed: int) -> np.ndarray:
-    """`num_vectors` normalised vectors of latents (N, C, h, w) by the protocol, or of vectors (N, C) at random."""
-    return latent_vectors(latents if latents.ndim == 4 else latents[:, :, None, None], num_vectors, seed=seed)
+def draw_vectors(vectors: Tensor, num_vectors: int, seed: int) -> np.ndarray:
+    """`num_vectors` of vectors (N, C) at random, normalised by channel."""
+    return latent_vectors(vectors[:, :, None, None], num_vectors, seed=seed)
+
+
+class LatentImages(Protocol):
+    """A set of latents that can be read in part, normalised by channel: `vadit.data.latents.LatentDataset`."""
+
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, ...]: ...
+
+
+def folder_vectors(latents: LatentImages, num_vectors: int, seed: int) -> np.ndarray:
+    """One random position of each of `num_vectors` random latents, which alone are read: float64 (num_vectors, C)."""
+    images, positions = _random_places(len(latents), latents.size**2, num_vectors, seed)
+    parts = []
+    for ids, places in zip(images.split(READ_AT_ONCE), positions.split(READ_AT_ONCE), strict=True):
+        flat = latents.batch(ids, epoch=0, seed=seed)[0].flatten(2)
+        parts.append(flat[torch.arange(len(ids)), :, places].double().cpu())
+    return torch.cat(parts).numpy()
 
 
 def draw_picture(points: np.ndarray, path: str | Path) -> None:

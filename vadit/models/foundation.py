@@ -6,6 +6,7 @@ The only file that imports timm. Shapes: B batch, H W image rows and columns, D 
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ TIMM_NAMES = {
     "sam": "samvit_large_patch16.sa1b",
     "clip": "vit_large_patch14_clip_224.openai",
 }
+DINOV2_POSITION_OFFSET = 0.1
+"""What DINOv2 adds to the new side before it interpolates position embeddings (its `interpolate_offset`)."""
 MISFIT = "Error(s) in loading state_dict"
 """How torch's own message begins where names or shapes of weights do not fit."""
 
@@ -102,6 +105,7 @@ class ImageSummary:
     def __init__(self, spec: FoundationSpec, side: int = 224) -> None:
         self._model = _create(spec).eval().requires_grad_(False)
         self._side = side
+        _fit_positions(self._model, side // _stride(self._model))
         self._mean, self._std = (
             torch.tensor(values).view(1, 3, 1, 1) for values in _image_statistics(self._model, spec)
         )
@@ -123,6 +127,23 @@ class ImageSummary:
         x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
         x = ((x - self._mean) / self._std).to(self._device)
         return self._model.forward_head(self._model.forward_features(x), pre_logits=True).float().cpu()
+
+
+def _fit_positions(model: Any, grid: int) -> None:
+    """Bring a ViT's position embeddings to grid x grid tokens as DINOv2's own code does, for features like its own.
+
+    Bicubic without antialias, by the factor (grid + 0.1) / M: the published FD-DINOv2 rest on that. timm's own
+    interpolation is antialiased and gives other features.
+    """
+    old_1TD, prefix = model.pos_embed.data, 0 if model.no_embed_class else model.num_prefix_tokens
+    side = math.isqrt(old_1TD.shape[1] - prefix)
+    if side == grid:
+        return
+    table = old_1TD[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = (grid + DINOV2_POSITION_OFFSET) / side
+    table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic").flatten(2).transpose(1, 2)
+    model.pos_embed = nn.Parameter(torch.cat([old_1TD[:, :prefix], table.to(old_1TD)], dim=1), requires_grad=False)
+    model.patch_embed.grid_size = (grid, grid)  # what timm compares with: it interpolates no more
 
 
 def _create(spec: FoundationSpec) -> Any:
