@@ -30,7 +30,7 @@ test: lint $(TESTED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 $(ARGS)
 
 test-faults: $(STAMP) $(TESTED)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 -m faults $(ARGS)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m faults $(ARGS)
 
 lint: $(STAMP)
 	ruff check .

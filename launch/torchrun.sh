@@ -11,16 +11,17 @@ export PYTHONSAFEPATH=1
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
 
+# Else torchrun keeps one store over its restarts, in which new processes may find their predecessors' addresses.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launcher_command=(torchrun --nproc_per_node "${PROCESSES:-gpu}" --max_restarts "${RESTARTS:-0}")
-address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
 if ((${NODES:-1} > 1)); then
-    : "${MASTER_ADDR:?is needed with NODES: the address of the machine with NODE_RANK=0}"
+    address=${MASTER_ADDR:?is needed with NODES: the address of the machine with NODE_RANK=0} port=${MASTER_PORT:-29500}
     # With this rendezvous all machines start again together when the processes of one fail.
     launcher_command+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$address:$port" --rdzv_id "vadit-$port"
         --rdzv_conf "is_host=$((${NODE_RANK:?is needed with NODES} == 0))")
     [[ -z ${LOCAL_ADDR:-} ]] || launcher_command+=(--local_addr "$LOCAL_ADDR")
 else
-    launcher_command+=(--nnodes 1 --master_addr "$address" --master_port "$port")
+    launcher_command+=(--standalone --local_addr "${LOCAL_ADDR:-127.0.0.1}")
 fi
 RESTARTS=0 # they are torchrun's
 supervise 1 "${launcher_command[@]}" --module vadit train "$@"

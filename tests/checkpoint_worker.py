@@ -23,6 +23,7 @@ from vadit.errors import RunError
 from vadit.train import checkpoint, engine, saving
 from vadit.train.checkpoint import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
+from vadit.train.tracker import MEASURED
 
 BATCH, STEPS, LR = 8, 3, 2e-3
 DECAYS = (0.9, 0.5)
@@ -137,7 +138,6 @@ class Run:
 
 
 SHARE = "model-00000-of-00001.safetensors"
-CLOCK = ("images_per_s", "save_stall_ms", "save_write_ms")
 
 
 def three_checkpoints(folder: Path) -> Path:
@@ -160,7 +160,7 @@ def flip(path: Path) -> None:
 def log(folder: Path) -> list[dict[str, float]]:
     """The log points of a run, without the clock's part."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def names(folder: Path) -> list[str]:

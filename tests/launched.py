@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from vadit.train import runs
+from vadit.train.tracker import MEASURED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 WORKER = Path(__file__).parent / "launch_worker.py"
@@ -48,11 +50,18 @@ def environment(**own: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path} | own
 
 
-def train_by_two(wanted: dict[Path, list[str]], port: int) -> None:
+def free_port() -> str:
+    """A port that nobody listens on; tests run side by side."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def train_by_two(wanted: dict[Path, list[str]]) -> None:
     """`vadit train ARGUMENTS` with --run.out OUT for each, by two processes of this machine without a launcher."""
     commands = [["train", *arguments, "--run.out", str(out)] for out, arguments in wanted.items()]
     command = [sys.executable, str(WORKER), json.dumps(commands)]
-    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
     started = [
         subprocess.Popen(command, env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
     ]
@@ -64,12 +73,12 @@ def train_by_two(wanted: dict[Path, list[str]], port: int) -> None:
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    """Every whole line of the log, of all stages, without what was measured by a clock."""
+    """Every whole line of the log, of all stages, without what was measured."""
     lines = []
     for path in sorted(out.rglob("log.jsonl")):
         text = path.read_text()
         lines += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith(("_ms", "_per_s"))} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

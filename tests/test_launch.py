@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import LAUNCH, LIMIT_S, LONG_GENERATOR, environment, logged, same, train_by_two, wait_until
+from launched import LAUNCH, LIMIT_S, LONG_GENERATOR, environment, free_port, logged, same, train_by_two, wait_until
 
 from vadit import cli
 
@@ -116,7 +116,7 @@ def test_train_on_several_machines(fakes: dict[str, str], tmp_path: Path) -> Non
 
 def test_torchrun(fakes: dict[str, str]) -> None:
     _, starts, _ = launch("torchrun.sh", fakes | {"PROCESSES": "3", "RESTARTS": "2", "CODES": "1"}, "x", "--a", "b c")
-    one = "--nnodes 1 --master_addr 127.0.0.1 --master_port 29500"
+    one = "--standalone --local_addr 127.0.0.1"
     assert starts == [f"torchrun --nproc_per_node 3 --max_restarts 2 {one} --module vadit train x --a b c [: 1]"]
     many = fakes | {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "LOCAL_ADDR": "10.0.0.1"}
     _, starts, _ = launch("torchrun.sh", many, "x")
@@ -217,7 +217,7 @@ def test_slurm_starts_again_after_failures_only(codes: str, starts: int, code: i
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes train without a fault."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    train_by_two({out: LONG_GENERATOR}, port=29521)
+    train_by_two({out: LONG_GENERATOR})
     return out
 
 
@@ -259,7 +259,7 @@ def start(command: list[str], out: Path, *settings: str, **own: str) -> tuple[su
 @pytest.mark.faults
 def test_a_killed_process_costs_a_restart(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process, said = start([str(LAUNCH / "train.sh")], out, PROCESSES="2", RESTARTS="1", MASTER_PORT="29522")
+    process, said = start([str(LAUNCH / "train.sh")], out, PROCESSES="2", RESTARTS="1", MASTER_PORT=free_port())
     os.kill(ranks_under(process.pid)[1], signal.SIGKILL)
     assert process.wait(timeout=LIMIT_S) == 0, said.read_text()
     text = said.read_text()
@@ -272,7 +272,7 @@ def test_a_killed_process_costs_a_restart(undisturbed: Path, tmp_path: Path) -> 
 def test_a_stopped_process_is_named_and_replaced(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [str(LAUNCH / "torchrun.sh")]
-    own = {"PROCESSES": "2", "RESTARTS": "1", "MASTER_PORT": "29523"}
+    own = {"PROCESSES": "2", "RESTARTS": "1", "MASTER_PORT": free_port()}
     process, said = start(command, out, "--run.hang-timeout-s", "15", **own)
     os.kill(ranks_under(process.pid)[1], signal.SIGSTOP)
     assert process.wait(timeout=LIMIT_S) == 0, said.read_text()
@@ -285,7 +285,7 @@ def test_a_stopped_process_is_named_and_replaced(undisturbed: Path, tmp_path: Pa
 def test_asked_to_stop_it_saves_and_ends_well(number: signal.Signals, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     script = "train.sh" if number == signal.SIGUSR1 else "torchrun.sh"
-    command, own = [str(LAUNCH / script)], {"PROCESSES": "2", "RESTARTS": "1", "MASTER_PORT": "29524"}
+    command, own = [str(LAUNCH / script)], {"PROCESSES": "2", "RESTARTS": "1", "MASTER_PORT": free_port()}
     process, said = start(command, out, **own)
     process.send_signal(number)
     assert process.wait(timeout=LIMIT_S) == 0, said.read_text()

@@ -153,7 +153,7 @@ def test_two_machines_train_as_one_process(nodes: Nodes, tmp_path: Path) -> None
 def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All CASES by two processes of one machine, in folders MODEL-STAGE."""
     folder = tmp_path_factory.mktemp("one")
-    train_by_two({folder / "{}-{}".format(*case): arguments for case, arguments in CASES.items()}, port=29511)
+    train_by_two({folder / "{}-{}".format(*case): arguments for case, arguments in CASES.items()})
     return folder
 
 
