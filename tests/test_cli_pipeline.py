@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vadit import cli
-from vadit.config import TokenizerConfig
+from vadit.commands.evaluate import _sampler_of
+from vadit.config import DiTConfig, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
+from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 
 NUM_IMAGES, SIDE = 12, 64
@@ -77,6 +80,25 @@ def test_sample_takes_statistics_and_flow_from_the_run(house: Path, tmp_path: Pa
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, SIDE, SIDE, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["labels"].tolist() == [1, 0, 1]
+
+
+def test_a_guide_changes_the_samples_is_named_and_must_fit(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = ["--guide", str(house / "run"), "--guide-ema", "0"]
+    said = refusal(capsys, sample(house, tmp_path / "none", *guide, "--cfg-scale", "1"), 2)
+    assert "no effect at --cfg-scale 1" in said
+    for name, more in (("with", guide), ("without", [])):
+        assert cli.main(sample(house, tmp_path / name, *more, "--cfg-scale", "20")) == 0
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("with", "without"))
+    assert not np.array_equal(ours, theirs)
+    assert _sampler_of("unnamed", str(tmp_path / "with")) == "euler2_autoguided20_random"
+    assert _sampler_of("unnamed", str(tmp_path / "without")) == "euler2_cfg20_random"
+    other = get_recipe("lightningdit-b-debug")
+    assert isinstance(other, DiTConfig)
+    LightningDiT(dataclasses.replace(other.model, num_classes=7)).save_pretrained(tmp_path / "other")
+    said = refusal(capsys, sample(house, tmp_path / "x", "--guide", str(tmp_path / "other"), "--cfg-scale", "2"), 2)
+    assert "has model.num_classes 7, the generator 10" in said
 
 
 def test_export_and_import_give_the_same_weights_back(house: Path, tmp_path: Path) -> None:

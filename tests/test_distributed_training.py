@@ -9,10 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from checkpoint_worker import assert_same_end
+from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
+from training_worker import LOOK
 
+from vadit.pictures import image_grid
+from vadit.sample import DECODE_BATCH, draw, to_uint8
+from vadit.train.evaluation import quick_sampler
+from vadit.train.export import load_autoencoder, load_generator
 from vadit.train.runs import read_weights
 
 WORKER = Path(__file__).parent / "training_worker.py"
@@ -84,3 +92,22 @@ def test_every_run_of_two_processes_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert len(folders) == 12
     for folder in folders:
         assert_same_end(folder / "killed", folder / "straight")
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_the_look_of_two_processes_is_what_the_checkpoint_draws(zero_stage: int, runs: Path) -> None:
+    run = runs / f"dit-{zero_stage}"
+    (line,) = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
+    config = tiny_dit(run)
+    network, autoencoder = load_generator(run, 0.9), load_autoencoder(runs / f"tokenizer-{zero_stage}")
+    sampler = quick_sampler(config.sample, LOOK)
+    with torch.no_grad():
+        parts = draw(network, sampler, num_samples=70, batch_size=64, flow=config.flow)
+        cuts = [cut for part in parts for cut in part.latents.split(DECODE_BATCH)]
+        images = torch.cat([to_uint8(autoencoder.decode(cut)) for cut in cuts])
+    found = np.asarray(Image.open(run / line["grid"])).astype(int)
+    expected = np.asarray(image_grid(images.numpy())).astype(int)
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1  # attention of other kernels, perhaps
+    assert np.mean(found == expected) > 0.999
+    shares = [json.loads(line)["comm_share"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(0 < share < 1 for share in shares)

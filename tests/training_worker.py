@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -13,17 +14,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
+from vadit.config import EvaluationSpec
 from vadit.train import dit, engine, tokenizer
 
 
 def ranks(out: Path) -> None:
-    """Both networks at ZeRO 1, 2, 3, in the same processes."""
+    """Both networks at ZeRO 1, 2, 3, in the same processes; the generator is looked at in the end."""
     for zero_stage in (1, 2, 3):
-        dit.train(tiny_dit(out / f"dit-{zero_stage}", zero_stage=zero_stage))
         tokenizer.train(tiny_tokenizer(out / f"tokenizer-{zero_stage}", steps=2, zero_stage=zero_stage))
+        looked_at = dataclasses.replace(LOOK, tokenizer=str(out / f"tokenizer-{zero_stage}"))
+        config = tiny_dit(out / f"dit-{zero_stage}", zero_stage=zero_stage)
+        dit.train(dataclasses.replace(config, evaluation=looked_at))
     for network, stage, precision in RESUMED_SHORT:
         killed_and_resumed(network, out / f"{network}-resumed", zero_stage=stage, precision=precision)
     engine.finish()
+
+
+LOOK = EvaluationSpec(every_images=1 << 30, tokenizer="its path", grid_images=70, steps=2)
+"""At the end of a run, and at more samples than one process draws together."""
 
 
 class Killed(Exception):

@@ -66,6 +66,15 @@ def any_rank(flag: bool, on: torch.device) -> bool:
     return bool(value.item())
 
 
+def any_most(value: float, on: torch.device) -> float:
+    """The largest `value` of any process (every process must call)."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    most = torch.tensor([value], dtype=torch.float64, device=on)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most.item())
+
+
 def all_rows(ids: torch.Tensor, rows: torch.Tensor, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (n,) int64 and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
 

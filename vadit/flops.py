@@ -64,6 +64,66 @@ def training_flops(config: Config) -> float:
     return TRAINING * autoencoder_flops(config.autoencoder) + _critics_flops(config)
 
 
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "A40": 149.7,
+    "A10": 125,
+    "RTX A6000": 154.8,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "H200 NVL": 835,
+    "H200": 989,
+    "GH200": 989,
+    "B100": 1750,
+    "B200": 2250,
+    "GB200": 2500,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 209.5,
+    "RTX 6000 Ada": 364,
+    "MI210": 181,
+    "MI250X": 191.5,
+    "MI300X": 1307,
+    "MI325X": 1307,
+    "MI355X": 2500,
+}
+"""Dense bf16 TFLOP/s with fp32 sums by the makers' data sheets (MI250X: one of its two halves, a device to torch)."""
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """FLOP/s that a GPU has at most: run.peak_tflops, else by its name; None where neither is known (a CPU).
+
+    It is that of bf16 whatever the run computes in: the share of an fp32 run shows what bf16 would have to give.
+    """
+    if config.run.peak_tflops is not None:
+        return config.run.peak_tflops * 1e12
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """FLOP/s of a GPU by the name that torch gives it ("NVIDIA H100 80GB HBM3"); None for one that is not in the table.
+
+    Nor for a part of one (MIG), or for a laptop's of the same name.
+    """
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words or " Laptop " in words:
+        return None
+    found = [known for known in PEAK_TFLOPS if f" {known} " in words]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
+
+
+def tracked_flops(config: Config) -> float | None:
+    """`training_flops`; None for a step that sees a part of the tokens, whose number is not the formula's."""
+    return None if isinstance(config, DiTConfig) and config.mask.kind != "none" else training_flops(config)
+
+
 def _critics_flops(config: TokenizerConfig) -> float:
     """LPIPS on both images and back to one, the discriminator in both networks' steps, the foundation model forward."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -257,15 +257,22 @@ def _step_copies(config: Config, share: float, *, flat: bool) -> float:
 
 
 def _generator(config: DiTConfig) -> tuple[tuple[Network, ...], Activations]:
-    from vadit.models.dit import LightningDiT
+    from vadit.models.masked import build_generator
 
-    spec = config.model
-    model = LightningDiT(spec).train()
+    spec, mask = config.model, config.mask
+    model = build_generator(spec, mask).train()
+    passes: tuple[dict[str, bool], ...] = ({},)
+    if mask.kind == "mdt":
+        passes = ({}, {"masked": True})
+    elif mask.kind == "maskdit" and mask.unmasked_after_images is None:
+        passes = ({"masked": True},)
 
     def forward(batch: int) -> None:
         x_BChw = torch.zeros(batch, spec.in_channels, spec.input_size, spec.input_size)
         drop_B = torch.zeros(batch, dtype=torch.bool)
-        model.forward_with_variance(x_BChw, torch.zeros(batch), torch.zeros(batch, dtype=torch.long), drop_B)
+        for options in passes:
+            labels_B = torch.zeros(batch, dtype=torch.long)
+            model(x_BChw, torch.zeros(batch), labels_B, drop_B, with_variance=True, **options)
 
     kept = _measure(forward, [model], config.engine)
     if config.engine.gradient_checkpointing:

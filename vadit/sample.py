@@ -76,20 +76,22 @@ class SampleFiles(NamedTuple):
     """The first images in one picture."""
 
 
-def sampler_name(spec: SampleSpec) -> str:
+def sampler_name(spec: SampleSpec, *, autoguidance: bool = False) -> str:
     """How samples were drawn, for the name of a metric: euler249_shift0.3_cfg10_from0.11_ch3_random.
 
     The number is that of steps: linspace(0, 1, 250) has 249, though the authors' tables say euler250.
     """
-    steps = spec.num_steps if spec.method == "ddpm" else spec.num_steps - 1
+    closes = spec.method == "euler_maruyama" and spec.sde_last_step != "none"  # a step of its own after the grid's
+    steps = spec.num_steps if spec.method == "ddpm" or closes else spec.num_steps - 1
     parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{steps}"]
     if spec.timestep_shift > 0:
         parts.append(f"shift{spec.timestep_shift:g}")
     if spec.cfg_scale != 1:
-        parts.append(f"cfg{spec.cfg_scale:g}")
+        parts.append(f"{'autoguided' if autoguidance else 'cfg'}{spec.cfg_scale:g}")
         low, high = spec.cfg_interval
         parts += [f"from{low:g}"] * (low > 0) + [f"to{high:g}"] * (high < 1)
         parts += [f"ch{spec.cfg_channels}"] * (spec.cfg_channels is not None)
+        parts += [f"power{spec.cfg_power:g}"] if spec.cfg_power is not None else []
     return "_".join([*parts, spec.labels])
 
 
@@ -160,6 +162,7 @@ def _draw_group(
         "cfg_scale": spec.cfg_scale,
         "cfg_interval": spec.cfg_interval,
         "cfg_channels": spec.cfg_channels,
+        "cfg_power": spec.cfg_power,
         "guide": guide,
         "num_steps": spec.num_steps,
     }

@@ -7,9 +7,10 @@ Everything here works on one batch that the caller made; `vadit.sample` decides 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,8 @@ class Guidance:
     """How many of the channels are guided; None: all."""
     guide: Any = None
     """A weaker network to guide with, called as the sampled one is."""
+    power: float | None = None
+    """s of the power-cosine schedule, 1 + (scale - 1) (1 - cos(pi t^s)) / 2 (Gao et al. 2023: 4); None: constant."""
 
     def check(self, num_channels: int) -> None:
         """Refuse settings that cannot be meant."""
@@ -57,6 +60,8 @@ class Guidance:
             raise UsageError(
                 f"cfg_channels is {self.channels}; it must be from 1 to the latent's {num_channels} channels"
             )
+        if self.power is not None and not self.power > 0:
+            raise UsageError(f"cfg_power is {self.power}; it must be above 0, or left out for a constant scale")
         if self.interval[0] > self.interval[1]:
             raise UsageError(f"cfg_interval is {self.interval}; its low end must not be above its high end")
 
@@ -65,6 +70,13 @@ class Guidance:
         low, high = self.interval
         # high = 1 is no limit: dopri5 steps beyond 1 and interpolates back, guided all the way
         return self.scale != 1 and not bool(t < low) and (high >= 1 or not bool(t > high))
+
+    def at(self, t: Tensor | float) -> Guidance:
+        """The guidance at t, with the scale that its schedule has there."""
+        if self.power is None:
+            return self
+        rise = (1 - math.cos(math.pi * min(max(float(t), 0.0), 1.0) ** self.power)) / 2
+        return replace(self, scale=1 + (self.scale - 1) * rise, power=None)
 
     def combine(self, strong: Tensor, weak: Tensor, num_channels: int) -> Tensor:
         """The guided output; channels after the latent's `num_channels` (a variance) stay the strong one's."""
@@ -96,6 +108,7 @@ def sample_ode(
     rtol: float = 1e-3,
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
+    cfg_power: float | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from noise (B, C, h, w) to latents of that shape.
 
@@ -109,7 +122,7 @@ def sample_ode(
     flow = flow or FlowSpec()
     if method not in ("euler", "heun", "dopri5"):
         raise UsageError(f"method {method!r} is no ODE solver; choose euler, heun or dopri5")
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide)
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
     _check_batch(noise, labels, guidance)
     times = time_grid(num_steps, *sampling_interval(flow), timestep_shift)
     with evaluation(model, guide):
@@ -144,6 +157,7 @@ def sample_sde(
     cfg_channels: int | None = None,
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
+    cfg_power: float | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
@@ -156,7 +170,7 @@ def sample_sde(
     flow = flow or FlowSpec()
     if last_step not in ("mean", "tweedie", "euler", "none"):
         raise UsageError(f"last_step {last_step!r} is unknown; choose mean, tweedie, euler or none")
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide)
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
     _check_batch(noise, labels, guidance)
     low, high = sde_interval(flow, diffusion_form, 0.0 if last_step == "none" else last_step_size)
     times = low + (high - low) * time_grid(num_steps, shift=timestep_shift)
@@ -191,15 +205,17 @@ def sample_ddpm(
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     cfg_channels: int | None = None,
     guide: nn.Module | None = None,
+    cfg_power: float | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
     """Ancestral sampling in num_steps of the 1000 steps of a DDPM with learned variance (ADM, DiT).
 
     model has `forward_with_variance(x, t, labels) -> (B, 2C, h, w)` and `num_classes`. Guidance acts on the noise
-    prediction, the variance is the conditional one's (DiT); cfg_interval counts 1 - timestep / 999, so 1 is data.
+    prediction, the variance is the conditional one's (DiT); cfg_interval counts 1 - timestep / 999, so 1 is data
+    (and cfg_power 1 - timestep / 1000, as MDT).
     """
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide)
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
     _check_batch(noise, labels, guidance)
     schedule = ddpm.make_schedule(num_steps)
     timesteps, schedule = schedule.timesteps.tolist(), schedule.to(noise.device)
@@ -212,7 +228,8 @@ def sample_ddpm(
             times = _fill(x, float(timesteps[step]))
             if guidance.active(torch.tensor(1 - timesteps[step] / (ddpm.NUM_STEPS - 1))):
                 strong_output, weak_output = _both(predict, weak, x, times, labels, model.num_classes)
-                output = guidance.combine(strong_output, weak_output, x.shape[1])
+                now = guidance.at(1 - timesteps[step] / ddpm.NUM_STEPS)
+                output = now.combine(strong_output, weak_output, x.shape[1])
             else:
                 output = predict(x, times, labels)
             kick = _step_noise(seed, step, indices, x) if step else torch.zeros_like(x)
@@ -235,7 +252,7 @@ class _Field:
         if not self.guidance.active(t):
             return self.model(x, times, self.labels).to(x.dtype)
         strong, weak = self.strong_and_weak(x, times)
-        return self.guidance.combine(strong, weak, x.shape[1])
+        return self.guidance.at(t).combine(strong, weak, x.shape[1])
 
     def strong_and_weak(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         strong, weak = _both(self.model, self.guidance.guide, x, times, self.labels, self.model.num_classes)
@@ -262,7 +279,7 @@ class _DoubledField(_Field):
         half = x.chunk(2)[0]
         strong, weak = self.strong_and_weak(half, _fill(half, t))
         channels = self.guidance.channels
-        guided = self.guidance.combine(strong, weak, x.shape[1]) if self.guidance.active(t) else strong
+        guided = self.guidance.at(t).combine(strong, weak, x.shape[1]) if self.guidance.active(t) else strong
         shadow = torch.cat([guided[:, :channels], weak[:, channels:]], dim=1)
         output = torch.cat([guided, shadow])
         return to_velocity(self.flow.path, self.flow.prediction, output, x, _fill(x, t))

@@ -35,7 +35,9 @@ class SampleOptions:
     ema: float | None = None
     """Decay of the average to take from a run; 0 for the plain weights; default: the run's first average."""
     guide: str | None = None
-    """A weaker generator for autoguidance, instead of the null label."""
+    """A weaker generator for autoguidance, instead of the null label; needs a --cfg-scale other than 1."""
+    guide_ema: float | None = None
+    """Decay of the guide's average; default: its run's first."""
     normalize: bool = True
     """The generator's latents are normalised per channel (LatentDataSpec.normalize of its training)."""
     multiplier: float = 1.0
@@ -59,9 +61,19 @@ def run(arguments: list[str]) -> None:
     from vadit.sample import write_samples
     from vadit.train.export import load_generator
 
+    if options.guide and options.sampler.cfg_scale == 1:
+        raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
     with processes(options.device) as device:
         generator = load_generator(options.generator, options.ema).to(device)
-        guide = load_generator(options.guide, options.ema).to(device) if options.guide else None
+        guide = load_generator(options.guide, options.guide_ema).to(device) if options.guide else None
+        if guide is not None:
+            for name in ("in_channels", "input_size", "num_classes"):
+                ours, theirs = getattr(generator.spec, name), getattr(guide.spec, name)
+                if ours != theirs:
+                    raise UsageError(
+                        f"--guide {options.guide} has model.{name} {theirs}, the generator {ours}; name one that was "
+                        "trained on the same latents"
+                    )
         autoencoder = load_tokenizer(options.tokenizer, device)
         channels = generator.in_channels
         if autoencoder.spec.latent_channels != channels:
@@ -90,7 +102,7 @@ def run(arguments: list[str]) -> None:
                 flow=options.flow,
                 guide=guide,
                 labels=options.classes or None,
-                source=f"{options.generator} {options.ema} {options.tokenizer} {options.guide}",
+                source=f"{options.generator} {options.ema} {options.tokenizer} {options.guide} {options.guide_ema}",
                 progress=bar.update,
             )
     tell(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vadit.config.data import ImageDataSpec, LatentDataSpec
+from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
-from vadit.config.training import EngineSpec, GuardSpec, OptimizerSpec, RunSpec
+from vadit.config.training import EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.errors import UsageError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DiTConfig",
     "DiTSpec",
     "EngineSpec",
+    "EvaluationSpec",
     "FlowSpec",
     "FoundationSpec",
     "GuardSpec",
@@ -47,6 +49,8 @@ class Paper:
     """Table and row."""
     metric: str = ""
     """The paper's number with its protocol name."""
+    tokenizer: str = ""
+    """Whose latents a generator learns: a recipe, or a public model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class TokenizerConfig:
     guard: GuardSpec = field(default_factory=GuardSpec)
     run: RunSpec = field(default_factory=lambda: RunSpec(batch_size=256, total_images=50 * 1_281_167))
     data: ImageDataSpec = field(default_factory=ImageDataSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     stages: tuple[StageSpec, ...] = ()
     """Stages that follow each other, each from the last one's weights with a fresh optimizer; empty: one stage."""
     paper: Paper = field(default_factory=Paper)
@@ -93,6 +98,7 @@ class TokenizerConfig:
                 "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
                 "blocks twice, which compiled blocks cannot share with ZeRO 3; set --engine.zero-stage 2"
             )
+        _check_evaluation(self.evaluation)
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
                 "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
@@ -113,6 +119,7 @@ class DiTConfig:
     run: RunSpec = field(default_factory=RunSpec)
     data: LatentDataSpec = field(default_factory=LatentDataSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     paper: Paper = field(default_factory=Paper)
     kind: Literal["dit"] = "dit"
 
@@ -120,11 +127,51 @@ class DiTConfig:
         _check_run(self.run, self.engine)
         _check_guard(self.run, self.guard)
         _check_peers(self.optimizer, self.engine)
+        _check_evaluation(self.evaluation)
+        if self.evaluation.every_images and self.evaluation.tokenizer is None:
+            raise UsageError(
+                f"evaluation.every_images is {self.evaluation.every_images}, but nothing decodes the samples; set "
+                "--evaluation.tokenizer, or --evaluation.every-images 0"
+            )
         if self.flow.objective == "ddpm" and not self.model.learn_sigma:
             raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
+        _check_switches(self.model, self.flow, self.repa)
+        if self.mask.kind != "none":
+            check_masks(self.mask, self.model, self.flow, self.repa, self.engine)
 
 
 Config = TokenizerConfig | DiTConfig
+
+
+def _check_switches(model: DiTSpec, flow: FlowSpec, repa: RepaSpec) -> None:
+    for name, value in (
+        ("repa.weight", repa.weight),
+        ("flow.contrastive_weight", flow.contrastive_weight),
+        ("flow.dispersive_weight", flow.dispersive_weight),
+    ):
+        if value < 0:
+            raise UsageError(f"{name} is {value}; it must be at least 0 (0: off)")
+    for name, value in (
+        ("flow.time_shift", flow.time_shift),
+        ("flow.dispersive_temperature", flow.dispersive_temperature),
+    ):
+        if not value > 0:
+            raise UsageError(f"{name} is {value}; it must be above 0")
+    if flow.time_shift != 1 and flow.objective != "flow":
+        raise UsageError(f"flow.time_shift is of flow.objective flow, found {flow.objective}; set it to 1")
+    if repa.weight > 0 and repa.projector_width < 1:
+        raise UsageError(f"repa.projector_width is {repa.projector_width}; it must be at least 1")
+    velocity = flow.objective == "flow" and flow.prediction == "velocity"
+    if flow.contrastive_weight > 0 and not velocity:
+        raise UsageError(
+            "flow.contrastive_weight is for flow.objective flow with flow.prediction velocity; set it to 0"
+        )
+    for name, block, is_on in (
+        ("repa.block", repa.block, repa.weight > 0),
+        ("flow.dispersive_block", flow.dispersive_block, flow.dispersive_weight > 0),
+    ):
+        if is_on and block is not None and not 1 <= block <= model.depth:
+            raise UsageError(f"{name} is {block}; the generator has blocks 1 to {model.depth}")
 
 
 def _check_run(run: RunSpec, engine: EngineSpec) -> None:
@@ -141,9 +188,22 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
 
 
+def _check_evaluation(evaluation: EvaluationSpec) -> None:
+    for name, low in (("every_images", 0), ("grid_images", 1), ("steps", 1), ("num_samples", 2)):
+        if getattr(evaluation, name) < low:
+            raise UsageError(f"evaluation.{name} is {getattr(evaluation, name)}; it must be at least {low}")
+    if (evaluation.reference is None) != (evaluation.inception_weights is None):
+        raise UsageError(
+            "FID and KID need both evaluation.reference and evaluation.inception_weights; set the other one, too, or "
+            "neither"
+        )
+
+
 def _check_guard(run: RunSpec, guard: GuardSpec) -> None:
     if run.keep_every_images is not None and run.keep_every_images < 1:
         raise UsageError(f"run.keep_every_images is {run.keep_every_images}; it must be at least 1, or left out")
+    if run.peak_tflops is not None and not run.peak_tflops > 0:
+        raise UsageError(f"run.peak_tflops is {run.peak_tflops}; it must be above 0, or left out")
     if run.hang_timeout_s < 0:
         raise UsageError(f"run.hang_timeout_s is {run.hang_timeout_s}; it must be at least 0 (0: never)")
     for name, off in (("spike_factor", guard.spike_factor), ("jump_factor", guard.jump_factor)):
@@ -166,6 +226,11 @@ def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
     if optimizer.kind == "adamw_8bit" and engine.zero_stage == 0:
         raise UsageError(
             "optimizer.kind adamw_8bit cannot be resumed at engine.zero_stage 0; set --engine.zero-stage 1, 2 or 3"
+        )
+    if optimizer.kind == "muon" and engine.zero_stage != 0:
+        raise UsageError(
+            f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "
+            "set --engine.zero-stage 0"
         )
     if engine.float8 is None:
         return

@@ -102,10 +102,13 @@ class MaskSpec:
     """Blocks of MaskDiT's decoder, or blocks after MDT's side-interpolater (2)."""
     decoder_width: int = 512
     """Width of MaskDiT's decoder (MDT's blocks keep the model's)."""
+    decoder_heads: int = 16
+    """Attention heads of MaskDiT's decoder."""
     reconstruction_weight: float = 0.1
     """Weight of MaskDiT's reconstruction of masked patches."""
     unmasked_after_images: int | None = None
-    """From so many images on all tokens are seen: the fine-tuning stage; left out: never."""
+    """From so many images on MaskDiT sees all tokens: the fine-tuning stage (0 with run.init_from: a run that is
+    nothing else); left out: never."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class SampleSpec:
     """Guidance acts where low <= t <= high."""
     cfg_channels: int | None = None
     """Guide only the first so many channels (the authors: 3); default all."""
+    cfg_power: float | None = None
+    """s of a scale that rises with t, 1 + (cfg_scale - 1) (1 - cos(pi t^s)) / 2 (MDT: 4); left out: constant."""
     atol: float = 1e-6
     """Absolute tolerance of dopri5."""
     rtol: float = 1e-3

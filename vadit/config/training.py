@@ -10,8 +10,9 @@ from typing import Literal
 class OptimizerSpec:
     """Adam with decoupled weight decay, and the learning rate over the run."""
 
-    kind: Literal["adamw", "deepspeed_fused", "apex_fused", "adamw_8bit"] = "adamw"
-    """Whose AdamW, for a whole run: torch's, DeepSpeed's or apex's FusedAdam (GPUs), or torchao's in 8 bits."""
+    kind: Literal["adamw", "deepspeed_fused", "apex_fused", "adamw_8bit", "muon"] = "adamw"
+    """Whose AdamW, for a whole run: torch's, DeepSpeed's or apex's FusedAdam (GPUs), or torchao's in 8 bits; muon:
+    torch's Muon for the matrices of a generator's blocks, AdamW for the rest (engine.zero_stage 0)."""
     lr: float = 2e-4
     """Learning rate at its peak."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -104,6 +105,34 @@ class RunSpec:
     """Weights to start from: a run, an exported folder or a checkpoint of the authors (optimizer starts anew)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the run."""
+    peak_tflops: float | None = None
+    """Peak of one GPU in TFLOP/s that utilisation (mfu) is told against; left out: by the GPU's name, where known."""
     deterministic: bool = False
     """Bit-equal runs, slower on GPUs. Without it a GPU may add up in another order each time: the gradients of
     attention, class embeddings and upsampling, and convolutions, whose kernel cuDNN picks by timing."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """A look at the network while it trains; it changes no bit of the training, and may change between two starts.
+
+    A generator draws samples (its recipe's sampler in fewer steps, the first average's weights), a tokenizer
+    reconstructs images; a picture of both is kept, and the numbers go beside the loss.
+    """
+
+    every_images: int = 0
+    """Images between two looks, and one at the end; 0: none."""
+    tokenizer: str | None = None
+    """Tokenizer that decodes a generator's samples: a run folder, or one from `vadit export` or `vadit import`."""
+    grid_images: int = 36
+    """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
+    steps: int = 50
+    """Steps of the sampler; an adaptive one gives way to Euler's."""
+    seed: int = 0
+    """Seed of the samples: the same noise and labels at every look."""
+    num_samples: int = 1000
+    """Samples that FID and KID are taken over; only comparable at the same number."""
+    reference: str | None = None
+    """Reference for FID and KID: ADM's .npz, one of `vadit evaluate make-reference`, or a folder of PNGs."""
+    inception_weights: str | None = None
+    """torch-fidelity's Inception weights; without reference and weights there are pictures alone."""

@@ -162,8 +162,11 @@ class Attention(nn.Module):
             # the reference's LayerNorm here is torch's default one: eps 1e-5, weight and bias
             norm = RMSNorm if spec.rmsnorm else nn.LayerNorm
             self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
+        # share of the first block's values (Zhou et al. 2024, ResFormer, with a learnt share); one half at the start
+        self.value_share = nn.Parameter(torch.full((1,), 0.5)) if spec.value_residual else None
 
-    def forward(self, x_BND: Tensor, cos_sin: CosSin | None) -> Tensor:
+    def forward(self, x_BND: Tensor, cos_sin: CosSin | None, first_BHNK: Tensor | None = None) -> Any:
+        """Tokens; with value residual, also the values (B, H, N, K), into which those of the first block are mixed."""
         B, N, D = x_BND.shape
         qkv_BN3HK = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim)
         if cos_sin is not None and self.q_norm is None:
@@ -176,9 +179,13 @@ class Attention(nn.Module):
                 q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
             if cos_sin is not None:
                 q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin)
+        own_BHNK = v_BHNK
+        if self.value_share is not None and first_BHNK is not None:
+            v_BHNK = torch.lerp(v_BHNK, first_BHNK, self.value_share.to(v_BHNK.dtype))
         # norms may hand back float32 under autocast; attention needs one dtype
         out_BHNK = self.attend(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
-        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+        out_BND = self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+        return out_BND if self.value_share is None else (out_BND, own_BHNK)
 
 
 class SwiGLU(nn.Module):
@@ -228,7 +235,10 @@ class Block(nn.Module):
         self.mlp: nn.Module = (SwiGLU if spec.swiglu else MLP)(width, mlp_width(spec))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if spec.shift_free else 6) * width))
 
-    def forward(self, x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None, first_BHNK: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens; with value residual, also the values of its attention."""
         modulation = self.adaLN_modulation(c_BD)
         shift_attn: Tensor | None = None
         shift_mlp: Tensor | None = None
@@ -236,8 +246,11 @@ class Block(nn.Module):
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
         else:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x_BND = x_BND + gate_attn.unsqueeze(1) * self.attn(self.norm1(x_BND, scale_attn, shift_attn), cos_sin)
-        return x_BND + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x_BND, scale_mlp, shift_mlp))
+        attended = self.attn(self.norm1(x_BND, scale_attn, shift_attn), cos_sin, first_BHNK)
+        attended_BND, values_BHNK = attended if isinstance(attended, tuple) else (attended, None)
+        x_BND = x_BND + gate_attn.unsqueeze(1) * attended_BND
+        x_BND = x_BND + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x_BND, scale_mlp, shift_mlp))
+        return x_BND if values_BHNK is None else (x_BND, values_BHNK)
 
 
 class FinalLayer(nn.Module):
@@ -307,17 +320,28 @@ class LightningDiT(nn.Module):
         return self.pos_embed.dtype
 
     def forward(
-        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None, *, with_variance: bool = False
-    ) -> Tensor:
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        drop_B: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        taps: tuple[int, ...] = (),
+    ) -> Any:
         """Prediction (B, C, h, w); a learned variance is left out unless `with_variance` asks for all (B, 2C, h, w).
 
         Labels are in [0, num_classes], the last one meaning "no class". In training mode a label is dropped with
-        probability `spec.class_dropout` unless `drop_B` (bool) says which.
+        probability `spec.class_dropout` unless `drop_B` (bool) says which. With `taps`, blocks counted from 1, a tuple:
+        the prediction, and the output (B, N, D) of each of those blocks in their order.
         """
         x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
-        x_BND = self.through(self.blocks, x_BND, c_BD, None if self.feat_rope is None else self.feat_rope())
+        tapped: dict[int, Tensor] = {}
+        cos_sin = None if self.feat_rope is None else self.feat_rope()
+        x_BND = self.through(self.blocks, x_BND, c_BD, cos_sin, tapped=tapped, taps=taps)
         output = self.head(x_BND, c_BD)
-        return output if with_variance else output[:, : self.in_channels]
+        output = output if with_variance else output[:, : self.in_channels]
+        return (output, *(tapped[tap] for tap in taps)) if taps else output
 
     def tokens(self, x_BChw: Tensor) -> Tensor:
         """Patches with their positions, (B, N, D)."""
@@ -329,14 +353,32 @@ class LightningDiT(nn.Module):
         """What modulates every block: time plus class, (B, D)."""
         return self.t_embedder(t_B, self.dtype) + self.y_embedder(y_B, drop_B)
 
-    def through(self, blocks: Iterable[nn.Module], x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None) -> Tensor:
-        """Tokens (B, N, D) through some of the blocks; cos_sin are the rotary tables of the tokens that are there."""
+    def through(
+        self,
+        blocks: Iterable[nn.Module],
+        x_BND: Tensor,
+        c_BD: Tensor,
+        cos_sin: CosSin | None,
+        *,
+        taps: tuple[int, ...] = (),
+        tapped: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens (B, N, D) through some of the blocks; cos_sin are the rotary tables of the tokens that are there.
+
+        The outputs of the blocks `taps`, counted from 1 among `blocks`, are put into `tapped`.
+        """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in blocks:
-            if recompute:
-                x_BND = checkpoint(block, x_BND, c_BD, cos_sin, use_reentrant=False)
+        first_BHNK: Tensor | None = None
+        for number, block in enumerate(blocks, start=1):
+            arguments = (x_BND, c_BD, cos_sin) if first_BHNK is None else (x_BND, c_BD, cos_sin, first_BHNK)
+            output = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            if isinstance(output, tuple):
+                x_BND, values_BHNK = output
+                first_BHNK = values_BHNK if first_BHNK is None else first_BHNK
             else:
-                x_BND = block(x_BND, c_BD, cos_sin)
+                x_BND = output
+            if tapped is not None and number in taps:
+                tapped[number] = x_BND
         return x_BND
 
     def head(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:

@@ -61,11 +61,13 @@ class FlowLoss:
     """What the trainer minimises and logs: scalars, means over the batch."""
 
     total: Tensor
-    """mse + direction."""
+    """mse + direction - contrastive_weight x contrastive."""
     mse: Tensor
     """Squared error of the prediction (weighted, where loss_weighting says so)."""
     direction: Tensor
     """Velocity direction loss; zero where it is off."""
+    contrastive: Tensor | None = None
+    """Squared error against another sample's velocity; None where it is off."""
 
 
 def path_point(path: Path, t: Tensor, like: Tensor | None = None) -> PathPoint:
@@ -147,7 +149,7 @@ def sample_time(
 ) -> Tensor:
     """Times (batch_size,) for training, fp32: sigmoid(N(0, 1)) (Esser et al. 2024, eq. 19) or uniform.
 
-    From `uniform_after_images` images on the law is uniform.
+    From `uniform_after_images` images on the law is uniform. `time_shift` s above 1 moves times towards the noise.
     """
     low, high = training_interval(spec)
     switched = spec.uniform_after_images is not None and images_seen >= spec.uniform_after_images
@@ -155,6 +157,9 @@ def sample_time(
         unit = torch.rand(batch_size, generator=generator, device=device)
     else:
         unit = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
+    if spec.time_shift != 1:
+        # s u / (1 + (s - 1) u) of the share of noise u = 1 - t, written for t
+        unit = unit / (1 + (spec.time_shift - 1) * (1 - unit))
     return low + (high - low) * unit
 
 
@@ -189,10 +194,28 @@ def training_loss(
         loss = velocity_loss(output, velocity)
         mse = loss.mse.mean()
         direction = loss.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
+        if spec.contrastive_weight > 0:
+            contrastive = contrastive_error(output, velocity)
+            total = mse + direction - spec.contrastive_weight * contrastive
+            return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
     else:
         mse = denoising_loss(spec, output, x0, t).mean()
         direction = torch.zeros_like(mse)
     return FlowLoss(total=mse + direction, mse=mse, direction=direction)
+
+
+def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Mean squared error against the velocity of another sample of the batch (Stoica et al. 2025, eq. 6).
+
+    The other one is the next in the batch, whose order is random: a permutation without fixed points.
+    """
+    if prediction.shape[0] < 2:
+        raise UsageError(
+            "flow.contrastive_weight compares samples of a micro-batch, which holds 1; raise --run.batch-size or lower "
+            "--engine.gradient-accumulation"
+        )
+    prediction, velocity = _at_least_fp32(prediction), _at_least_fp32(velocity)
+    return ((prediction - velocity.roll(1, dims=0)) ** 2).mean()
 
 
 def denoising_loss(spec: FlowSpec, output: Tensor, x0: Tensor, t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadit import choices, distributed, rng
+from vadit import choices, distributed, flops, rng
 from vadit.choices import Choice
 from vadit.config import DiTConfig
+from vadit.data.latent_companions import Companion
 from vadit.data.latents import LatentLoader, open_latents
 from vadit.models import attention
 from vadit.models.dit import Attention, LightningDiT
-from vadit.objectives import ddpm, flow
+from vadit.models.foundation import FoundationModel
+from vadit.models.masked import MaskedDiT, build_generator
+from vadit.models.repa import AlignedDiT
+from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
+from vadit.train.evaluation import generator_evaluation
 from vadit.train.guard import Guard
 
 
@@ -33,11 +39,12 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     """
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
-    dataset = open_latents(config.data, config.model)
+    dataset = open_latents(config.data, config.model, config.repa)
     folder = runs.open_folder(config)
     runs.seed_everything(config.run)
 
-    model = LightningDiT(config.model, gradient_checkpointing=config.engine.gradient_checkpointing)
+    features = open_features(config, dataset.companion, device)
+    model = training_network(config, None if features is None else features.width)
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
     chosen = _equip(model, config, batch_size, device)
@@ -47,7 +54,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         spec=config.engine,
         global_batch=config.run.batch_size,
         device=device,
-        blocks=list(model.blocks),
+        blocks=model.compiled_blocks if isinstance(model, MaskedDiT) else list(model.blocks),
     )
     runs.save_deepspeed_config(folder, {"model": engine.config})
     runs.save_choices(folder, [*chosen, engine.optimizer, *choices.kernels(device)])
@@ -61,12 +68,23 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     )
     ema = ShardedEMA(engine, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
+    evaluation = generator_evaluation(config, dataset, ema, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
 
     def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
-        return train_step(engine, ema, guard, config, batches, position, device)
+        return train_step(engine, ema, guard, config, batches, position, device, features)
 
-    task = loop.Task(title=title, engines={"model": engine}, ema=ema, guard=guard, loader=loader, step=step)
+    task = loop.Task(
+        title=title,
+        engines={"model": engine},
+        ema=ema,
+        guard=guard,
+        loader=loader,
+        step=step,
+        flops_per_image=flops.tracked_flops(config),
+        peak_flops=flops.peak_flops(config, device),
+        evaluation=evaluation,
+    )
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
 
@@ -94,25 +112,117 @@ def train_step(
     batches: Iterator[Any],
     position: Position,
     device: torch.device,
+    features: Features | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
 
-    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # fp32 in and out, whatever the precision inside
-        return engine(x.to(engine.compute_dtype()), t, y, with_variance=config.flow.objective == "ddpm").float()
+    taps = tapped_blocks(config)
+    hidden: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Any:  # fp32 in and out, whatever is inside
+        if taps:
+            options["taps"] = taps
+        with_variance = config.flow.objective == "ddpm"
+        output = engine(x.to(engine.compute_dtype()), t, y, with_variance=with_variance, **options)
+        if taps:  # a masked generator has none
+            output, *hidden[:] = output
+        return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
-        latents, labels = next(batches)
+        latents, labels, *companions = next(batches)
         latents, labels = latents.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if config.flow.objective == "ddpm":
-            loss = ddpm.training_loss(network, latents, labels)
-            terms = {"loss": loss.total, "mse": loss.mse, "variational": loss.variational}
+        ordinary = functools.partial(_loss_terms, config, latents, labels, position.images_seen)
+        if config.mask.kind == "none":
+            terms = ordinary(network)
         else:
-            flow_loss = flow.training_loss(config.flow, network, latents, labels, images_seen=position.images_seen)
-            terms = {"loss": flow_loss.total, "mse": flow_loss.mse, "direction": flow_loss.direction}
+            terms = masked.loss_terms(
+                config.mask, config.flow, network, ordinary, latents, labels, position.images_seen
+            )
+        if taps:
+            terms = _with_regularisers(config, terms, hidden, companions, features)
         engine.backward(terms["loss"])
         if guard.step({"model": engine}):
             ema.update()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
     return sums
+
+
+def _loss_terms(
+    config: DiTConfig, latents: Tensor, labels: Tensor, images_seen: int, network: flow.Velocity
+) -> dict[str, Tensor]:
+    """One draw of noise and time, and the loss by its terms."""
+    if config.flow.objective == "ddpm":
+        loss = ddpm.training_loss(network, latents, labels)
+        return {"loss": loss.total, "mse": loss.mse, "variational": loss.variational}
+    flow_loss = flow.training_loss(config.flow, network, latents, labels, images_seen=images_seen)
+    terms = {"loss": flow_loss.total, "mse": flow_loss.mse, "direction": flow_loss.direction}
+    return terms if flow_loss.contrastive is None else terms | {"contrastive": flow_loss.contrastive}
+
+
+# ------------------------------------------------------------------------------------------ what training adds
+
+
+class Features:
+    """Foundation features (B, F, h, w) of a batch's third part: read from disk, or computed from images."""
+
+    def __init__(self, width: int, model: FoundationModel | None) -> None:
+        self.width = width
+        self._model = model
+
+    def __call__(self, companion: Tensor) -> Tensor:
+        """Of features (B, F, h, w), themselves; of uint8 images (B, 3, H, W), the foundation model's."""
+        return companion if self._model is None else self._model(companion.float() / 127.5 - 1)
+
+
+def open_features(config: DiTConfig, companion: Companion | None, device: torch.device) -> Features | None:
+    """What `repa` aligns to; None where it is off."""
+    if config.repa.weight <= 0:
+        return None
+    assert companion is not None, "open_latents gives a companion where repa has a weight"
+    if companion.has_features:
+        return Features(companion.shape[0], None)
+    grid = config.model.input_size // config.model.patch_size
+    model = FoundationModel(config.repa.foundation, grid).to(device)
+    return Features(model.feature_dim, model)
+
+
+def training_network(config: DiTConfig, feature_dim: int | None = None) -> LightningDiT:
+    """The generator as it trains: with REPA's projector to features of `feature_dim` channels, where there are any."""
+    if feature_dim is not None:
+        return AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
+    return build_generator(config.model, config.mask, config.engine.gradient_checkpointing)
+
+
+def dispersed_block(config: DiTConfig) -> int:
+    """The block, counted from 1, whose output is dispersed."""
+    chosen = config.flow.dispersive_block
+    return max(config.model.depth // 4, 1) if chosen is None else chosen
+
+
+def tapped_blocks(config: DiTConfig) -> tuple[int, ...]:
+    """Blocks whose outputs the loss needs, in their order."""
+    aligned = {config.repa.block} if config.repa.weight > 0 else set()
+    dispersed = {dispersed_block(config)} if config.flow.dispersive_weight > 0 else set()
+    return tuple(sorted(aligned | dispersed))
+
+
+def _with_regularisers(
+    config: DiTConfig,
+    terms: dict[str, Tensor],
+    hidden: list[Tensor],
+    companions: list[Tensor],
+    features: Features | None,
+) -> dict[str, Tensor]:
+    """The terms with alignment and dispersion of the tapped blocks added, as far as they are on."""
+    terms = dict(terms)
+    if config.flow.dispersive_weight > 0:
+        place = tapped_blocks(config).index(dispersed_block(config))
+        terms["dispersive"] = regularisers.dispersive_loss(hidden[place], config.flow.dispersive_temperature)
+        terms["loss"] = terms["loss"] + config.flow.dispersive_weight * terms["dispersive"]
+    if features is not None:
+        found = features(companions[0].to(hidden[-1].device, non_blocking=True))
+        terms["alignment"] = regularisers.alignment_loss(hidden[-1], found)
+        terms["loss"] = terms["loss"] + config.repa.weight * terms["alignment"]
+    return terms

@@ -120,6 +120,13 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
+def communication_backend() -> Any:
+    """DeepSpeed's backend: the object whose methods its collectives are."""
+    from deepspeed.comm import comm
+
+    return comm.cdb
+
+
 def _fused_adam(device: torch.device) -> optimizers.Builder:
     """DeepSpeed's FusedAdam, whose kernel is compiled (nvcc, ninja) at its first use on a machine."""
     if device.type != "cuda":  # there is one for CPUs, slower than torch's, that would be compiled for minutes first
@@ -162,7 +169,12 @@ class Engine:
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
         fused = device.type == "cuda" and not spec.offload_optimizer
         adam, self.optimizer = optimizers.build(
-            trained, optimizer, device=device, fused=fused, deepspeed_fused=lambda: _fused_adam(device)
+            trained,
+            optimizer,
+            device=device,
+            fused=fused,
+            deepspeed_fused=lambda: _fused_adam(device),
+            matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )
         # Of an optimizer that is not on its list DeepSpeed warns at every start.
         with contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else _quiet():

@@ -9,16 +9,24 @@ import torch
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config_files import load_run_config
 from vadit.errors import UsageError
+from vadit.interop import load_foreign_autoencoder
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
+from vadit.models.masked import build_generator, load_exported
 from vadit.models.pretrained import WEIGHTS_NAME, load_state
+from vadit.models.repa import PREFIX
 from vadit.train import runs
 
 
 def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
-    """The autoencoder of a tokenizer run (`ema`: of its average with that decay) or of an exported folder."""
+    """The autoencoder of a tokenizer run (`ema`: of its average with that decay), of an exported folder, or of others.
+
+    Others': a file of the authors, or an AutoencoderKL of diffusers.
+    """
     if _is_exported(path):
         return Autoencoder.from_pretrained(path)
+    if (foreign := load_foreign_autoencoder(path)) is not None:
+        return foreign
     config = load_run_config(path)
     if not isinstance(config, TokenizerConfig):
         raise UsageError(f"{path} is a generator's run; a tokenizer is needed here")
@@ -36,15 +44,16 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     averages nothing or `ema` is 0.
     """
     if _is_exported(path):
-        return LightningDiT.from_pretrained(path)
+        return load_exported(path)
     config = load_run_config(path)
     if not isinstance(config, DiTConfig):
         raise UsageError(f"{path} is a tokenizer's run; a generator is needed here")
     if ema is None and config.engine.ema_decays:
         ema = config.engine.ema_decays[0]
     state, file = runs.read_weights(path, ema=ema or None)
-    model = LightningDiT(config.model)
-    load_state(model, state, str(file))
+    model = build_generator(config.model, config.mask)
+    # REPA's projector serves training alone.
+    load_state(model, {name: value for name, value in state.items() if not name.startswith(PREFIX)}, str(file))
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,15 @@ import torch
 
 from vadit import distributed
 from vadit.config import OptimizerSpec, RunSpec
-from vadit.data.stream import sample_ids
 from vadit.errors import RunError
 from vadit.metrics import ProgressBar, RunLog, console
+from vadit.train import collectives
 from vadit.train.checkpoint import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine
+from vadit.train.engine import Engine, communication_backend
 from vadit.train.guard import Guard, StopRequest, not_finite
-from vadit.train.meter import Meter
 from vadit.train.schedule import learning_rate
+from vadit.train.tracker import Tracker
 from vadit.train.watchdog import Watchdog
 
 
@@ -36,6 +37,22 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position."""
 
+    def ids_between(self, before: dict[str, Any], after: dict[str, Any]) -> list[int]:
+        """The samples of all processes that were handed out between two positions."""
+
+
+class Evaluation(Protocol):
+    """A look at the network on the way (`vadit.train.evaluation`)."""
+
+    failures: int
+    """Looks that failed: the run goes on without them."""
+
+    def due(self, before: int, after: int, *, last: bool) -> bool:
+        """Whether there is to be one between two numbers of images, or at the end."""
+
+    def run(self, position: Position, log: RunLog, beat: Callable[[], None]) -> None:
+        """Look, and log what was seen. Collective; `beat` is called now and then."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -49,6 +66,11 @@ class Task:
     loader: Loader
     step: Callable[[Iterator[Any], Position], dict[str, torch.Tensor]]
     """Take batches, step through the guard; returns the terms of the loss as scalars on the device."""
+    flops_per_image: float | None = None
+    """Of a step (`vadit.flops.training_flops`)."""
+    peak_flops: float | None = None
+    """Of one GPU, per second (`vadit.flops.peak_flops`); None where nobody knows it."""
+    evaluation: Evaluation | None = None
 
 
 class Stopped(Exception):
@@ -87,15 +109,17 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
     if position.images_seen >= spec.total_images:
         return
     log = RunLog(folder, images_seen=position.images_seen)
-    meter = Meter(device)
+    tracker = _tracker(task, spec, device)
     with (
         contextlib.closing(task.loader.stream()) as stream,
+        collectives.timed(communication_backend(), tracker.communication),
         StopRequest() as stop,
         Watchdog(spec.hang_timeout_s) as watchdog,
         ProgressBar(task.title, spec.total_images, done=position.images_seen) as bar,
         contextlib.closing(checkpoints),
     ):
         watchdog.beat(position.step)
+        batches = tracker.batches(stream)
         while position.images_seen < spec.total_images:
             # ---- one optimizer step, or a bad one left out
             rate = learning_rate(optimizer, images_seen=position.images_seen, total_images=spec.total_images)
@@ -103,24 +127,25 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
             for engine in task.engines.values():
                 engine.begin_step(rate)
             data_before, before, trouble = task.loader.state_dict(), position.images_seen, None
-            terms = task.step(stream, position)
+            terms = task.step(batches, position)
             if guard.applied:
-                meter.add(terms)
+                tracker.add(terms)
                 position = Position(step=position.step + 1, images_seen=before + spec.batch_size)
                 bar.update(position.images_seen)
             else:
-                ids = _image_ids(data_before, task.loader.state_dict())
+                ids = task.loader.ids_between(data_before, task.loader.state_dict())
                 trouble = guard.tell_skip(step=position.step + 1, images=before, image_ids=ids)
             watchdog.beat(position.step)
             last = position.images_seen >= spec.total_images
             # ---- tell
             if last or _crossed(before, position.images_seen, spec.log_every_images):
-                values = meter.read(spec.batch_size) | {"lr": rate, "skipped": guard.skipped}
+                values = tracker.read(position.images_seen) | {"lr": rate, "skipped": guard.skipped}
                 norm = next(iter(task.engines.values())).grad_norm()
                 values |= {} if norm is None else {"grad_norm": norm}
                 trouble = guard.check_loss(values)
                 if trouble is None:
-                    log.write(images=position.images_seen, step=position.step, values=values | checkpoints.log_values())
+                    values |= checkpoints.log_values() | _failures(task.evaluation)
+                    log.write(images=position.images_seen, step=position.step, values=values)
                     bar.update(position.images_seen, note=f"loss {values['loss']:.4g}")
             # ---- keep
             # Processes agree on a stop every eighth step only: agreeing waits for the device.
@@ -132,7 +157,8 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 trouble = not_finite(_weights(task.engines, device))
             if due and trouble is None:
                 watchdog.beat(position.step, doing="saving")
-                checkpoints.save(position, task.loader.state_dict(), guard.state_dict(), wait=last or asked)
+                with tracker.pause():
+                    checkpoints.save(position, task.loader.state_dict(), guard.state_dict(), wait=last or asked)
                 guard.saved()
                 watchdog.beat(position.step)
             if asked and not last and trouble is None:
@@ -141,6 +167,14 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                     f"stopped after {position.images_seen:,} images and saved; resume with the same command",
                     interrupted=stop.interrupted,
                 )
+            # ---- look
+            look = task.evaluation
+            if look is not None and trouble is None and look.due(before, position.images_seen, last=last):
+                beat = functools.partial(watchdog.beat, position.step, doing="evaluating")
+                beat()
+                with tracker.pause():
+                    look.run(position, log, beat)
+                watchdog.beat(position.step)
             # ---- go back
             if trouble is not None:
                 watchdog.beat(position.step, doing="going back to a checkpoint")
@@ -151,7 +185,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 guard.load_state_dict(guard_state, rollback=True)
                 log.close()
                 log = RunLog(folder, images_seen=position.images_seen)
-                meter = Meter(device)
+                tracker.restart()
                 bar.update(position.images_seen)
                 watchdog.beat(position.step)
     log.close()
@@ -159,12 +193,22 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         console.print(f"  [dim]run folder {folder}[/dim]")
 
 
-def _image_ids(before: dict[str, Any], after: dict[str, Any]) -> list[int]:
-    """The samples of all processes that a loader handed out between two of its states."""
-    if "num_samples" not in after:
-        return []
-    positions = torch.arange(before["images_seen"], after["images_seen"])
-    return [index for _, ids in sample_ids(positions, after["num_samples"], after["seed"]) for index in ids.tolist()]
+def _tracker(task: Task, spec: RunSpec, device: torch.device) -> Tracker:
+    engine = next(iter(task.engines.values()))
+    return Tracker(
+        device,
+        batch_size=spec.batch_size,
+        total_images=spec.total_images,
+        num_samples=task.loader.state_dict().get("num_samples"),
+        flops_per_image=task.flops_per_image,
+        peak_flops=task.peak_flops,
+        # On a stream beside the arithmetic a collective's time is not what the run waits for.
+        communication_known=not (device.type == "cuda" and engine.spec.overlap_comm and distributed.world_size() > 1),
+    )
+
+
+def _failures(evaluation: Evaluation | None) -> dict[str, float]:
+    return {"evaluations_failed": evaluation.failures} if evaluation is not None and evaluation.failures else {}
 
 
 def _weights(engines: dict[str, Engine], device: torch.device) -> dict[str, float]:

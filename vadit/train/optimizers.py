@@ -17,6 +17,7 @@ import torch
 from vadit import distributed
 from vadit.choices import Choice, first_line, quiet_torchao
 from vadit.config import OptimizerSpec
+from vadit.errors import UsageError
 
 SETTING = "optimizer.kind"
 TORCH = "adamw"
@@ -25,7 +26,44 @@ BLOCK = 256
 SMALLEST = 4096
 """Weights with fewer numbers keep fp32 moments, as in bitsandbytes."""
 
+MUON = "muon"
+
 Builder = Callable[..., torch.optim.Optimizer]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al. 2024) for matrices, torch's AdamW for everything else.
+
+    Muon's step is scaled to AdamW's typical size (0.2 sqrt(longer side), Liu et al. 2025): one rate serves both.
+    The two share this optimizer's groups and state: schedules and checkpoints see one optimizer.
+    """
+
+    def __init__(
+        self,
+        matrices: list[torch.nn.Parameter],
+        others: list[torch.nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self._muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.defaults = self._adamw.defaults
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], self.defaults)
+        for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
+            part.param_groups = groups
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        assert closure is None, "the engine computes gradients before it steps"
+        self._muon.step()
+        self._adamw.step()
 
 
 def build(
@@ -35,8 +73,19 @@ def build(
     device: torch.device,
     fused: bool,
     deepspeed_fused: Callable[[], Builder],
+    matrices: Iterable[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
-    """AdamW over `weights`, and whose. `fused` is of torch's; `deepspeed_fused` imports DeepSpeed's. Collective."""
+    """AdamW over `weights`, and whose. `fused` is of torch's; `deepspeed_fused` imports DeepSpeed's. Collective.
+
+    `matrices`: those of the weights that Muon takes where it is asked for.
+    """
+    if spec.kind == MUON:
+        chosen = {id(weight) for weight in matrices}
+        hidden = [weight for weight in weights if id(weight) in chosen]
+        others = [weight for weight in weights if id(weight) not in chosen]
+        if not hidden:
+            raise UsageError("optimizer.kind muon is for a generator's blocks, and there are none; set it to adamw")
+        return MuonWithAdamW(hidden, others, **_settings(spec)), Choice(SETTING, MUON, "asked for")
     choice = Choice(SETTING, TORCH, "the default" if spec.kind == TORCH else "asked for")
     make: Builder = functools.partial(torch.optim.AdamW, fused=fused)
     if spec.kind != TORCH:

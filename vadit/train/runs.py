@@ -4,6 +4,7 @@ RUN/config.json       the resolved config; a run only goes on with the same one
 RUN/deepspeed.json    what DeepSpeed was told
 RUN/backends.json     what computes attention, linear layers and optimizer steps, and why
 RUN/log.jsonl, tensorboard/
+RUN/evaluations.jsonl, evaluations/   numbers and pictures of the looks during training
 RUN/checkpoints/step-N/
 RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
 """
@@ -35,11 +36,12 @@ _FREE = (
     "keep_every_images",
     "background_saves",
     "hang_timeout_s",
+    "peak_tflops",
     "device",
 )
 # How the work is spread over processes: a checkpoint serves all of it.
 _FREE_ENGINE = ("zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
-_PROJECTION = "linear_proj."
+_PROJECTION = ("linear_proj.", "projector.")
 
 
 def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
@@ -65,7 +67,8 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
 
 def _fixed(config: Any) -> dict[str, Any]:
     values = to_dict(config)
-    values.pop("guard")
+    for looked_on in ("guard", "evaluation"):
+        values.pop(looked_on)
     for part, free in (("run", _FREE), ("engine", _FREE_ENGINE)):
         values[part] = {name: value for name, value in values[part].items() if name not in free}
     return json.loads(json.dumps(values))
@@ -149,7 +152,7 @@ def initialise(module: nn.Module, source: str) -> None:
         state, origin = read_weights(path)
     else:
         raise UsageError(f"run.init_from {source} is no run, exported folder or .safetensors file; see `vadit import`")
-    # The projection of the VF loss is no part of an exported tokenizer, and of no use where there is no alignment.
+    # Projections to features (VF loss, REPA) are no part of an exported network, and of no use without alignment.
     own = module.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.startswith(_PROJECTION)}
     state |= {name: value for name, value in own.items() if name not in state and name.startswith(_PROJECTION)}

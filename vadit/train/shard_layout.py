@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 24
 """Elements that are read in one go."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """States with one number per weight, which may be cut otherwise."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vadit import choices, distributed, rng
+from vadit import choices, distributed, flops, rng
 from vadit.config import TokenizerConfig, TokenizerLossSpec
 from vadit.data.loaders import SETTING, open_images, open_loader
 from vadit.data.transforms import to_signed
@@ -31,6 +31,7 @@ from vadit.train import loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
+from vadit.train.evaluation import tokenizer_evaluation
 from vadit.train.guard import Guard
 
 
@@ -88,12 +89,23 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
     runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
+    evaluation = tokenizer_evaluation(config, images, ema, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
 
     def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
         return train_step(networks, ema, guard, config, batches, position, device)
 
-    task = loop.Task(title=title, engines=engines, ema=ema, guard=guard, loader=loader, step=step)
+    task = loop.Task(
+        title=title,
+        engines=engines,
+        ema=ema,
+        guard=guard,
+        loader=loader,
+        step=step,
+        flops_per_image=flops.tracked_flops(config),
+        peak_flops=flops.peak_flops(config, device),
+        evaluation=evaluation,
+    )
     loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
     return folder
 

@@ -1,0 +1,394 @@
+"""MaskDiT and MDT against slower forms of the same: all tokens computed and masked ones hidden from attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
+from vadit.errors import UsageError
+from vadit.models.dit import LightningDiT
+from vadit.models.masked import (
+    MDT,
+    MaskDiT,
+    MaskedDiT,
+    PlacedAttention,
+    build_generator,
+    load_exported,
+    relative_entries,
+)
+from vadit.objectives import flow, masked
+from vadit.recipes import get_recipe
+
+SPEC = DiTSpec(
+    input_size=8, patch_size=2, in_channels=3, hidden_size=48, depth=3, num_heads=4, num_classes=5, class_dropout=0.0
+)
+PLAIN = dataclasses.replace(SPEC, swiglu=False, rope=False, rmsnorm=False)
+SPECS = {
+    "lightning": SPEC,
+    "qk_norm": dataclasses.replace(SPEC, qk_norm=True),
+    "layer_norm_qk_norm_rope": dataclasses.replace(SPEC, rmsnorm=False, qk_norm=True),
+    "plain": PLAIN,
+    "plain_qk_norm": dataclasses.replace(PLAIN, qk_norm=True),
+}
+MASKDIT = MaskSpec(kind="maskdit", ratio=0.5, decoder_depth=2, decoder_width=32, decoder_heads=2)
+MDT_MASK = MaskSpec(kind="mdt", ratio=0.3, decoder_depth=1)
+TOKENS = 16
+
+
+def randomised(spec: DiTSpec, mask: MaskSpec) -> Any:
+    """A model in which no weight is zero."""
+    model = build_generator(spec, mask)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                one = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + one)
+    return model.train()
+
+
+def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, SPEC.in_channels, SPEC.input_size, SPEC.input_size, generator=generator)
+    return x, torch.rand(batch, generator=generator), torch.arange(batch) % 5
+
+
+def same_mask(model: MaskedDiT, batch: int, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """The mask of a forward pass after this seed: visible places (B, V), and (B, N) True where masked."""
+    torch.manual_seed(seed)
+    visible = model.draw_visible(batch)
+    mask = torch.tensor([[place not in row for place in range(TOKENS)] for row in visible.tolist()])
+    torch.manual_seed(seed)
+    return visible, mask
+
+
+# ------------------------------------------------------------------------------------------------ naive forms
+
+
+def naive_attention(attention: Any, x: Tensor, rope: Any, hidden: Tensor | None) -> Tensor:
+    """All tokens by einsum, the columns of hidden tokens (B, N) at minus infinity; a bias by its two offsets."""
+    heads, width, grid = attention.num_heads, attention.head_dim, math.isqrt(TOKENS)
+    q, k, v = attention.qkv(x).unflatten(-1, (3, heads, width)).unbind(2)
+    if attention.q_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        cos, sin = (table[:, None, :] for table in rope)
+
+        def turn(t: Tensor) -> Tensor:
+            partner = torch.stack([-t[..., 1::2], t[..., 0::2]], dim=-1).flatten(-2)
+            return t * cos + partner * sin
+
+        q, k = turn(q), turn(k)
+    logits = torch.einsum("bnhk,bmhk->bhnm", q, k) / math.sqrt(width)
+    if attention.relative_bias is not None:
+        for n in range(TOKENS):
+            for m in range(TOKENS):
+                rows, columns = n // grid - m // grid, n % grid - m % grid
+                entry = (rows + grid - 1) * (2 * grid - 1) + columns + grid - 1
+                logits[:, :, n, m] = logits[:, :, n, m] + attention.relative_bias[entry]
+    if hidden is not None:
+        logits = logits.masked_fill(hidden[:, None, None, :], -math.inf)
+    return attention.proj(torch.einsum("bhnm,bmhk->bnhk", logits.softmax(-1), v).flatten(2))
+
+
+class NaiveAttention(torch.nn.Module):
+    """Takes the place of a block's attention."""
+
+    def __init__(self, attention: Any, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.inner, self.hidden = attention, hidden
+
+    def forward(self, x: Tensor, places: Any, first: None = None) -> Tensor:
+        return naive_attention(self.inner, x, places if isinstance(places, tuple) else None, self.hidden)
+
+
+def naive_blocks(model: Any, blocks: Any, x: Tensor, c: Tensor, hidden: Tensor | None) -> Tensor:
+    rope = None if model.feat_rope is None else model.feat_rope()
+    for block in blocks:
+        attention, block.attn = block.attn, NaiveAttention(block.attn, hidden)
+        x = block(x, c, rope)
+        block.attn = attention
+    return x
+
+
+def naive_maskdit(model: MaskDiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    c = model.condition(t, y)
+    tokens = naive_blocks(model, model.blocks, model.tokens(x), c, mask)
+    tokens = torch.where(mask[:, :, None], model.mask_token, model.narrowing(tokens, c)) + model.decoder_pos_embed
+    rope = None if model.decoder_rope is None else model.decoder_rope()
+    for block in model.decoder_blocks:
+        tokens = block(tokens, c, rope)
+    return model.head(tokens, c)
+
+
+def naive_mdt(model: MDT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    c, late = model.condition(t, y), model.mask.decoder_depth
+    tokens = naive_blocks(model, model.blocks[:-late], model.tokens(x), c, mask)
+    if mask is not None:
+        tokens = torch.where(mask[:, :, None], model.mask_token, tokens)
+    tokens = tokens + model.decoder_pos_embed
+    if mask is not None:
+        side = naive_blocks(model, [model.side_block], tokens, c, None)
+        tokens = torch.where(mask[:, :, None], side, tokens)
+    return model.head(naive_blocks(model, model.blocks[-late:], tokens, c, None), c)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= 1e-5 * expected.norm())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_maskdit_is_the_whole_network_with_masked_tokens_hidden(name: str) -> None:
+    model = randomised(SPECS[name], MASKDIT)
+    x, t, y = inputs()
+    _, mask = same_mask(model, len(x))
+    output, found_mask = model(x, t, y, masked=True)
+    assert torch.equal(found_mask, mask)
+    assert close(output, naive_maskdit(model, x, t, y, mask))
+    assert close(model(x, t, y), naive_maskdit(model, x, t, y, torch.zeros_like(mask)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_mdt_is_the_whole_network_with_masked_tokens_hidden(name: str) -> None:
+    model = randomised(SPECS[name], MDT_MASK)
+    x, t, y = inputs()
+    _, mask = same_mask(model, len(x))
+    assert close(model(x, t, y, masked=True), naive_mdt(model, x, t, y, mask))
+    assert close(model(x, t, y), naive_mdt(model, x, t, y, None))
+    assert not torch.equal(model(x, t, y, masked=True), model(x, t, y))
+
+
+@pytest.mark.parametrize(("spec", "mask"), [(SPEC, MASKDIT), (PLAIN, MASKDIT), (SPEC, MDT_MASK), (PLAIN, MDT_MASK)])
+def test_what_is_masked_does_not_show(spec: DiTSpec, mask: MaskSpec) -> None:
+    model = randomised(spec, mask)
+    x, t, y = inputs()
+    _, hidden = same_mask(model, len(x))
+
+    def predict(images: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        output = model(images, t, y, masked=True)
+        return output[0] if isinstance(output, tuple) else output
+
+    expected = predict(x)
+    positions = masked.spread(hidden, x.shape[-2:])[:, None]
+    assert torch.equal(predict(torch.where(positions, 100.0, x)), expected)
+    assert not torch.equal(predict(torch.where(positions, x, 100.0)), expected)
+
+
+@pytest.mark.parametrize(("spec", "mask"), [(SPEC, MASKDIT), (PLAIN, MDT_MASK)])
+def test_gradient_checkpointing_gives_the_same_gradients(spec: DiTSpec, mask: MaskSpec) -> None:
+    model = randomised(spec, mask)
+    x, t, y = inputs()
+    gradients = []
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        model.zero_grad()
+        torch.manual_seed(7)
+        output = model(x, t, y, masked=True)
+        (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+@pytest.mark.parametrize(("mask", "visible"), [(MASKDIT, 8), (MDT_MASK, 11)])
+def test_masks_are_uniform_draws_for_each_sample(mask: MaskSpec, visible: int) -> None:
+    model = randomised(SPEC, mask)
+    torch.manual_seed(0)
+    places = model.draw_visible(4000)
+    assert places.shape == (4000, visible) and (places.diff(dim=1) > 0).all()
+    share = torch.bincount(places.flatten(), minlength=TOKENS) / 4000
+    probability = visible / TOKENS
+    assert (share - probability).abs().max() < 5 * math.sqrt(probability * (1 - probability) / 4000)
+    assert len({tuple(row) for row in places.tolist()}) > 1000
+    torch.manual_seed(0)
+    assert torch.equal(model.draw_visible(4000), places)
+
+
+def test_masked_tokens_cost_the_encoder_nothing() -> None:
+    """Products per image: linear layers by the number of visible tokens, attention by its square."""
+    spec = dataclasses.replace(SPEC, depth=6)
+    model = randomised(spec, dataclasses.replace(MASKDIT, decoder_depth=1))
+
+    def flops(*, tokens: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            rope = tuple(table[:tokens] for table in model.feat_rope())
+            model.through(model.blocks, torch.zeros(2, tokens, 48), torch.zeros(2, 48), rope)
+        return counter.get_total_flops()
+
+    def whole(**options: bool) -> int:
+        x, t, y = inputs(2)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, y, **options)
+        return counter.get_total_flops()
+
+    narrow = 2 * 2 * 8 * 48 * 32  # the linear layer to the decoder's width, for 8 of 16 tokens of two images
+    assert whole() - whole(masked=True) == flops(tokens=16) - flops(tokens=8) + narrow
+
+
+def test_relative_entries_are_offsets() -> None:
+    entries = relative_entries(3)
+    assert entries.shape == (9, 9)
+    assert entries.unique().numel() == 25
+    assert (entries.diagonal() == entries[0, 0]).all()
+    assert entries[0, 1] == entries[4, 5] == entries[7, 8] != entries[2, 3]
+    attention = PlacedAttention(PLAIN, relative_grid=4)
+    assert attention.relative_bias is not None and attention.relative_bias.shape == (49, 4)
+
+
+@pytest.mark.parametrize(("spec", "mask"), [(SPEC, MASKDIT), (PLAIN, MDT_MASK)])
+def test_saved_and_loaded_it_is_the_same_network(spec: DiTSpec, mask: MaskSpec, tmp_path: Path) -> None:
+    model = randomised(spec, mask).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_exported(tmp_path)
+    assert type(loaded) is type(model) and not loaded.training
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+    plain = LightningDiT(spec)
+    plain.save_pretrained(tmp_path / "plain")
+    assert type(load_exported(tmp_path / "plain")) is LightningDiT
+    with pytest.raises(UsageError, match="tensor"):
+        LightningDiT.from_pretrained(tmp_path)
+
+
+def test_start_is_the_papers() -> None:
+    torch.manual_seed(0)
+    maskdit, mdt = MaskDiT(PLAIN, MASKDIT), MDT(PLAIN, MDT_MASK)
+    x, t, y = inputs()
+    assert (maskdit(x, t, y) == 0).all() and (mdt(x, t, y) == 0).all()
+    assert (maskdit.narrowing.linear.weight == 0).all()
+    assert 0.01 < mdt.mask_token.std() < 0.04 and 0.01 < maskdit.mask_token.std() < 0.04
+    assert mdt.pos_embed.requires_grad and mdt.decoder_pos_embed.requires_grad
+    assert not maskdit.pos_embed.requires_grad and not maskdit.decoder_pos_embed.requires_grad
+    for bias in (block.attn.relative_bias for block in (*mdt.blocks, mdt.side_block)):
+        assert 0.005 < bias.std() < 0.04
+    assert MDT(SPEC, MDT_MASK).blocks[0].attn.relative_bias is None
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("direction_loss", [True, False])
+def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
+    """Number by number: patches cut out by hand, each an own mean."""
+    x1 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.tensor([[True, False, False, True], [False, True, True, True]])
+    weight = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        seen.update(x_t=x_t, t=t)
+        return x_t * weight, mask
+
+    spec = FlowSpec(direction_loss=direction_loss)
+    loss = masked.training_loss(spec, network, x1, torch.zeros(2), 0, 0.1, torch.Generator().manual_seed(2))
+    mse, direction, rebuilt = [], [], []
+    for b in range(2):
+        x_t, t = seen["x_t"][b], seen["t"][b].double()
+        velocity = (x1[b] - x_t) / (1 - t)
+        output = x_t * weight[b]
+        estimate = x_t + (1 - t) * output
+        sums: dict[bool, list[Tensor]] = {True: [], False: []}
+        cosines = []
+        for token in range(4):
+            rows, columns = slice(token // 2 * 2, token // 2 * 2 + 2), slice(token % 2 * 2, token % 2 * 2 + 2)
+            hidden = bool(mask[b, token])
+            if hidden:
+                target = x_t[:, rows, columns]
+                target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+                sums[True].append((estimate[:, rows, columns] - target).square().mean())
+            else:
+                sums[False].append((output - velocity)[:, rows, columns].square().mean())
+                cosines.append(1 - F.cosine_similarity(output[:, rows, columns], velocity[:, rows, columns], 0).mean())
+        rebuilt.append(torch.stack(sums[True]).mean())
+        mse.append(torch.stack(sums[False]).mean())
+        direction.append(torch.stack(cosines).mean())
+    expected = [torch.stack(values).mean().item() for values in (mse, direction, rebuilt)]
+    assert loss.mse.item() == pytest.approx(expected[0], rel=1e-6)
+    assert loss.direction.item() == pytest.approx(expected[1] if direction_loss else 0.0, rel=1e-6)
+    assert loss.reconstruction.item() == pytest.approx(expected[2], rel=1e-6)
+    total = loss.mse + loss.direction + 0.1 * loss.reconstruction
+    assert loss.total.item() == pytest.approx(total.item(), rel=1e-12)
+
+
+def test_tokens_are_patches_in_the_order_of_the_embedding() -> None:
+    """A token's patch, as the loss cuts it, is what the patch embedding and the last layer take it for."""
+    model = randomised(SPEC, MASKDIT)
+    x, _, _ = inputs()
+    assert torch.equal(model._unpatchify(masked.patchify(x, TOKENS)), x)
+    mask = torch.zeros(1, TOKENS, dtype=torch.bool)
+    mask[0, 6] = True
+    changed = torch.where(masked.spread(mask, x.shape[-2:])[:, None], x + 1, x)
+    differs = (model.tokens(changed) != model.tokens(x)).any(dim=-1)
+    assert differs[:, 6].all() and differs.sum() == len(x)
+
+
+def test_without_masked_tokens_it_would_be_the_flow_loss() -> None:
+    x1 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    some = torch.tensor([[True, False, False, False]] * 2)
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return x_t.tanh(), torch.zeros_like(some)
+
+    found = masked.training_loss(FlowSpec(), network, x1, torch.zeros(2), 0, 0.0, torch.Generator().manual_seed(2))
+    expected = flow.training_loss(
+        FlowSpec(), lambda x, t, y: x.tanh(), x1, torch.zeros(2), 0, torch.Generator().manual_seed(2)
+    )
+    assert found.mse.item() == pytest.approx(expected.mse.item(), rel=1e-6)
+    assert found.direction.item() == pytest.approx(expected.direction.item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def config(**changes: Any) -> DiTConfig:
+    base = get_recipe("lightningdit-b-debug")
+    assert isinstance(base, DiTConfig)
+    parts = {
+        part: dataclasses.replace(getattr(base, part), **values) for part, values in changes.items() if part != "mask"
+    }
+    return dataclasses.replace(base, **parts, mask=dataclasses.replace(MASKDIT, **changes.get("mask", {})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mask": {"ratio": 0.0}}, "mask.ratio"),
+        ({"mask": {"ratio": 1.0}}, "mask.ratio"),
+        ({"mask": {"ratio": 0.99}}, "mask.ratio"),
+        ({"mask": {"decoder_depth": 0}}, "mask.decoder_depth"),
+        ({"mask": {"decoder_width": 34}}, "mask.decoder_width"),
+        ({"mask": {"decoder_heads": 16}}, "mask.decoder_heads"),
+        ({"mask": {"kind": "mdt", "decoder_depth": 2}}, "mask.decoder_depth"),
+        ({"mask": {"kind": "mdt", "decoder_depth": 1, "unmasked_after_images": 8}}, "unmasked_after_images"),
+        ({"mask": {"kind": "mdt", "decoder_depth": 1}, "engine": {"compile": True, "zero_stage": 3}}, "engine.compile"),
+        (
+            {
+                "mask": {"kind": "mdt", "decoder_depth": 1},
+                "model": {"rope": False},
+                "engine": {"attention": "flash"},
+            },
+            "engine.attention",
+        ),
+        ({"flow": {"path": "gvp"}}, "flow.path"),
+        ({"flow": {"prediction": "noise"}}, "flow.prediction"),
+        ({"flow": {"objective": "ddpm"}, "model": {"learn_sigma": True}}, "flow.objective"),
+        ({"flow": {"dispersive_weight": 0.5}}, "dispersive_weight"),
+        ({"flow": {"contrastive_weight": 0.05}}, "contrastive_weight"),
+        ({"repa": {"weight": 0.5, "block": 1}}, "repa.weight"),
+        ({"model": {"value_residual": True}}, "value_residual"),
+        ({"model": {"in_channels": 1}}, "more than one number"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], named: str) -> None:
+    config()
+    with pytest.raises(UsageError, match=named):
+        config(**changes)

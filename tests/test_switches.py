@@ -1,0 +1,277 @@
+"""What goes beyond the paper, each off by default: contrastive loss, dispersion, time shift, value residual, REPA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec
+from vadit.errors import UsageError
+from vadit.models.dit import LightningDiT
+from vadit.models.repa import AlignedDiT
+from vadit.objectives import flow, regularisers
+from vadit.recipes import get_recipe
+from vadit.train import dit as trainer
+from vadit.train import export, optimizers, runs
+
+SPEC = DiTSpec(input_size=4, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5, class_dropout=0.0)
+
+
+def settled(model: LightningDiT) -> LightningDiT:
+    """With weights where a new network has zeros, so that all of it counts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+def batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 3, 4, 4, generator=generator)
+    return x, torch.rand(count, generator=generator), torch.arange(count) % 5
+
+
+# ------------------------------------------------------------------------------------------ time and contrast
+
+
+def test_time_shift_moves_the_share_of_noise_as_the_formula_says() -> None:
+    plain, shifted = (
+        flow.sample_time(FlowSpec(time_shift=s), 1000, 0, torch.Generator().manual_seed(3)) for s in (1.0, 1.5)
+    )
+    noise = 1 - plain.double()
+    torch.testing.assert_close(1 - shifted.double(), 1.5 * noise / (1 + 0.5 * noise), rtol=1e-5, atol=1e-6)
+    assert shifted.mean() < plain.mean()
+
+
+def test_contrastive_loss_by_hand() -> None:
+    x, _, labels = batch()
+    seen: dict[str, Tensor] = {}
+
+    def model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen["x_t"], seen["t"] = x_t, t
+        return x_t * 0.5
+
+    spec = FlowSpec(contrastive_weight=0.05)
+    loss = flow.training_loss(spec, model, x, labels, 0, torch.Generator().manual_seed(7))
+    plain = flow.training_loss(FlowSpec(), model, x, labels, 0, torch.Generator().manual_seed(7))
+    assert plain.contrastive is None and loss.contrastive is not None
+    t = seen["t"].reshape(-1, 1, 1, 1)
+    velocity = (x - seen["x_t"]) / (1 - t)  # x1 - x0, from x_t = t x1 + (1 - t) x0
+    others = torch.stack([velocity[2], velocity[0], velocity[1]])
+    expected = ((seen["x_t"] * 0.5 - others) ** 2).mean()
+    assert loss.contrastive.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.total.item() == pytest.approx(plain.total.item() - 0.05 * expected.item(), rel=1e-5)
+    with pytest.raises(UsageError, match="micro-batch, which holds 1"):
+        flow.training_loss(spec, model, x[:1], labels[:1], 0)
+
+
+# ------------------------------------------------------------------------------------------ inside the network
+
+
+def test_dispersive_loss_is_the_log_mean_over_pairs() -> None:
+    hidden = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)) * 2 + 3
+    rows = hidden.double().flatten(1)
+    pairs = [math.exp(-((rows[i] - rows[j]) ** 2).mean().item() / 0.7) for i in range(5) for j in range(5)]
+    assert regularisers.dispersive_loss(hidden, 0.7).item() == pytest.approx(math.log(sum(pairs) / 25), rel=1e-5)
+    assert regularisers.dispersive_loss(hidden[:1].expand(4, -1, -1), 0.5).item() == pytest.approx(0, abs=1e-5)
+    with pytest.raises(UsageError, match="micro-batch, which holds 1"):
+        regularisers.dispersive_loss(hidden[:1], 0.5)
+
+
+def test_alignment_loss_pairs_tokens_with_features_of_their_place() -> None:
+    features = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(0))
+    tokens = features.flatten(2).transpose(1, 2)
+    assert regularisers.alignment_loss(3 * tokens, features.bfloat16()).item() == pytest.approx(0, abs=1e-4)
+    assert regularisers.alignment_loss(-tokens, features).item() == pytest.approx(2)
+    expected = 1 - F.cosine_similarity(tokens.roll(1, dims=1), tokens, dim=2).mean()
+    assert regularisers.alignment_loss(tokens.roll(1, dims=1), features).item() == pytest.approx(expected.item())
+    with pytest.raises(UsageError, match="6 tokens of 5 channels"):
+        regularisers.alignment_loss(tokens[..., :5], features)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_taps_are_the_outputs_of_blocks_and_change_nothing(recompute: bool) -> None:
+    model = settled(LightningDiT(SPEC, gradient_checkpointing=recompute))
+    x, t, y = batch()
+    caught: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    prediction, second, fourth = model(x, t, y, taps=(2, 4))
+    assert torch.equal(second, caught[1]) and torch.equal(fourth, caught[3])
+    assert torch.equal(prediction, model(x, t, y))
+    second.sum().backward()
+    assert model.blocks[1].mlp.w3.weight.grad is not None and model.blocks[2].mlp.w3.weight.grad is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_value_residual_mixes_the_first_blocks_values_in(recompute: bool) -> None:
+    spec = dataclasses.replace(SPEC, value_residual=True)
+    model = settled(LightningDiT(spec, gradient_checkpointing=recompute))
+    plain = settled(LightningDiT(SPEC))
+    missing = plain.load_state_dict({k: v for k, v in model.state_dict().items() if "value_share" not in k})
+    assert not missing.missing_keys
+    x, t, y = batch()
+    assert not torch.allclose(model(x, t, y), plain(x, t, y), atol=1e-3)
+    used: list[Tensor] = []
+    for block in model.blocks:
+        attend = block.attn.attend
+        block.attn.attend = lambda q, k, v, attend=attend: (used.append(v), attend(q, k, v))[1]
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.attn.value_share.fill_(1.0)
+        model(x, t, y)
+        assert all(torch.equal(v, used[0]) for v in used[1:4])
+        for block in model.blocks:
+            block.attn.value_share.fill_(0.0)
+        torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+    for block in model.blocks:
+        block.attn.value_share.data.fill_(0.5)
+    model(x, t, y).square().sum().backward()
+    assert all(block.attn.value_share.grad.abs() > 0 for block in model.blocks[1:])
+
+
+def test_the_projector_sees_the_aligned_block() -> None:
+    repa = RepaSpec(weight=0.5, block=3, projector_width=16)
+    model = settled(AlignedDiT(SPEC, repa, 7))
+    x, t, y = batch()
+    plain = LightningDiT(SPEC)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("projector.")})
+    prediction, first, third, projected = model(x, t, y, taps=(1, 3))
+    assert torch.equal(prediction, plain.eval()(x, t, y)) and torch.equal(prediction, model(x, t, y))
+    assert torch.equal(projected, model.projector(third)) and projected.shape == (3, 16, 7)
+    assert len(model(x, t, y, taps=(1,))) == 2 and not torch.equal(first, third)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def config(folder: Path, **flow_settings: float) -> DiTConfig:
+    start = get_recipe("lightningdit-b-debug")
+    assert isinstance(start, DiTConfig)
+    return dataclasses.replace(
+        start,
+        flow=dataclasses.replace(start.flow, **flow_settings),
+        repa=RepaSpec(weight=0.5, block=1, projector_width=16, foundation=FoundationSpec(name="dinov2")),
+        run=dataclasses.replace(start.run, out=str(folder), total_images=16, save_every_images=8),
+    )
+
+
+def test_all_terms_train_go_on_to_the_bit_and_leave_no_projector(tmp_path: Path) -> None:
+    settings = {"contrastive_weight": 0.05, "dispersive_weight": 0.5, "time_shift": 1.4}
+    whole = config(tmp_path / "whole", **settings)
+    trainer.train(whole)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        total = line["mse"] + line["direction"] - 0.05 * line["contrastive"]
+        total += 0.5 * line["dispersive"] + 0.5 * line["alignment"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+        assert 0 < line["alignment"] < 2 and line["dispersive"] <= 0
+    half = dataclasses.replace(config(tmp_path / "half", **settings))
+    first = dataclasses.replace(half, run=dataclasses.replace(half.run, total_images=8))
+    trainer.train(first)
+    saved = json.loads((tmp_path / "half" / "config.json").read_text())
+    saved["run"]["total_images"] = 16
+    (tmp_path / "half" / "config.json").write_text(json.dumps(saved))
+    trainer.train(half)
+    ours, theirs = (runs.read_weights(tmp_path / name)[0] for name in ("half", "whole"))
+    assert ours.keys() == theirs.keys() and any(name.startswith("projector.") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    fresh = trainer.training_network(whole, 16)
+    assert not torch.equal(ours["projector.0.weight"], fresh.state_dict()["projector.0.weight"])
+    export.export_run(tmp_path / "whole", tmp_path / "exported")
+    assert not any(name.startswith("projector.") for name in export.load_generator(tmp_path / "exported").state_dict())
+    start = dataclasses.replace(whole.run, out=str(tmp_path / "on"), init_from=str(tmp_path / "exported"))
+    trainer.train(dataclasses.replace(whole, run=start))  # the projector starts anew
+
+
+def test_online_features_are_the_foundation_models() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images * 2
+
+    pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    found = trainer.Features(3, Model())(pixels)  # type: ignore[arg-type]
+    assert found.flatten().tolist() == pytest.approx([-2.0, 2.0, -1.2])
+    assert trainer.Features(3, None)(found) is found
+
+
+def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> None:
+    start = config(tmp_path / "run")
+    start = dataclasses.replace(start, repa=RepaSpec(), engine=dataclasses.replace(start.engine, ema_decays=(0.5, 0.9)))
+    trainer.train(start)
+    plain, fast, slow = (export.load_generator(tmp_path / "run", ema).state_dict() for ema in (0.0, 0.5, 0.9))
+    name = "final_layer.linear.bias"
+    assert not torch.equal(plain[name], fast[name]) and not torch.equal(fast[name], slow[name])
+    assert torch.equal(export.load_generator(tmp_path / "run").state_dict()[name], fast[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"repa": RepaSpec(weight=0.5, block=8)}, "repa.block is 8; the generator has blocks 1 to 2"),
+        ({"flow": FlowSpec(dispersive_weight=0.5, dispersive_block=0)}, "flow.dispersive_block is 0"),
+        ({"flow": FlowSpec(time_shift=0.0)}, "flow.time_shift is 0.0; it must be above 0"),
+        ({"repa": RepaSpec(weight=0.5, block=1, projector_width=0)}, "repa.projector_width is 0"),
+        ({"flow": FlowSpec(contrastive_weight=-1.0)}, "flow.contrastive_weight is -1.0"),
+        ({"flow": FlowSpec(contrastive_weight=0.1, prediction="noise")}, "flow.prediction velocity"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, object], match: str) -> None:
+    start = get_recipe("lightningdit-b-debug")
+    with pytest.raises(UsageError, match=match):
+        dataclasses.replace(start, **changes)
+
+
+# ------------------------------------------------------------------------------------------ Muon
+
+
+def test_muon_steps_matrices_of_blocks_and_adamw_the_rest(tmp_path: Path) -> None:
+    start = get_recipe("lightningdit-b-debug")
+    assert isinstance(start, DiTConfig)
+    muon = dataclasses.replace(
+        start,
+        optimizer=dataclasses.replace(start.optimizer, kind="muon", lr=1e-2),
+        engine=dataclasses.replace(start.engine, zero_stage=0, ema_decays=()),
+        run=dataclasses.replace(start.run, out=str(tmp_path / "whole"), total_images=16, save_every_images=8),
+    )
+    trainer.train(muon)
+    states, _ = runs.read_weights(tmp_path / "whole")
+    half = dataclasses.replace(muon, run=dataclasses.replace(muon.run, out=str(tmp_path / "half"), total_images=8))
+    trainer.train(half)
+    saved = json.loads((tmp_path / "half" / "config.json").read_text())
+    saved["run"]["total_images"] = 16
+    (tmp_path / "half" / "config.json").write_text(json.dumps(saved))
+    trainer.train(dataclasses.replace(half, run=dataclasses.replace(half.run, total_images=16)))
+    again, _ = runs.read_weights(tmp_path / "half")
+    assert all(torch.equal(again[name], states[name]) for name in states)
+    with pytest.raises(UsageError, match=r"engine.zero_stage 1 cuts into shards"):
+        dataclasses.replace(muon, engine=dataclasses.replace(muon.engine, zero_stage=1))
+
+
+def test_muon_is_torchs_muon_at_adamws_size() -> None:
+    matrix, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((256, 64), (64,)))
+    spec = OptimizerSpec(kind="muon", lr=0.1)
+    optimizer, choice = optimizers.build(
+        [matrix, bias], spec, device=torch.device("cpu"), fused=False, deepspeed_fused=lambda: None, matrices=[matrix]
+    )
+    assert choice.name == "muon"
+    generator = torch.Generator().manual_seed(0)
+    matrix.grad, bias.grad = torch.randn(256, 64, generator=generator), torch.randn(64, generator=generator)
+    optimizer.step()
+    singular = torch.linalg.svdvals(matrix.detach()) / (0.1 * 0.2 * 16)  # rate x 0.2 x sqrt(256)
+    assert singular.min() > 0.6 and singular.max() < 1.3  # Newton-Schulz leaves them near 1
+    torch.testing.assert_close(bias.detach(), -0.1 * bias.grad.sign(), rtol=1e-3, atol=1e-5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = matrix.detach().clone()
+    optimizer.step()
+    assert torch.equal(matrix, before) and "momentum_buffer" in optimizer.state[matrix]

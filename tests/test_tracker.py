@@ -1,0 +1,390 @@
+"""What a run tells of itself: log points, their clocks, events on a full disk, and looks that disturb nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from training_plain import tiny_dit, tiny_tokenizer
+
+from vadit import flops, metrics
+from vadit.config import DiTConfig, EvaluationSpec, SampleSpec
+from vadit.errors import RunError, UsageError
+from vadit.models.dit import LightningDiT
+from vadit.recipes import get_recipe
+from vadit.train import dit, evaluation, meter, runs, tokenizer
+from vadit.train.tracker import Tracker
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that only goes on when it is told to: clock(seconds)."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+def slow(clock: Callable[[float], None], seconds: float) -> Iterator[int]:
+    """Batches that take so long."""
+    number = 0
+    while True:
+        clock(seconds)
+        yield number
+        number += 1
+
+
+# ------------------------------------------------------------------------------------------------ log points
+
+
+def test_a_log_point_tells_pace_shares_and_distances(clock: Callable[[float], None]) -> None:
+    tracker = Tracker(
+        CPU,
+        batch_size=8,
+        total_images=80,
+        num_samples=1,
+        flops_per_image=3e9,
+        peak_flops=1e11,
+        communication_known=True,
+    )
+    batches = tracker.batches(slow(clock, 0.25))
+
+    def step(number: int) -> None:
+        assert next(batches) == number
+        with tracker.communication.running():
+            clock(0.5)
+            with tracker.communication.running():  # a collective that calls another is one
+                clock(0.5)
+        clock(0.75)
+        tracker.add({"loss": torch.tensor(float(number))})
+
+    step(0)
+    with tracker.pause():  # a save: no part of the steps
+        clock(7.0)
+        next(tracker.batches(slow(clock, 1.0)))
+        with tracker.communication.running():
+            clock(1.0)
+    step(1)
+    values = tracker.read(16)
+    assert values.pop("memory_gib") > 0.01
+    assert values == pytest.approx(
+        {
+            "loss": 0.5,
+            "images_per_s": 16 / 4,
+            "images_per_s_per_gpu": 16 / 4,
+            "mfu": 4 * 3e9 / 1e11,
+            "data_wait_share": 0.5 / 4,
+            "comm_share": 2 / 4,
+            "epochs": 16.0,
+            "hours_left": (80 - 16) * (4 + 9) / 16 / 3600,
+            "hours_to_64_epochs": (64 - 16) * (4 + 9) / 16 / 3600,
+        }
+    )
+    # From the second point on the pace is that since the first one; once past 64 epochs they are left out.
+    for number in range(2, 8):
+        step(number)
+    with tracker.pause():
+        clock(12.0)
+    values = tracker.read(64)
+    assert values["images_per_s"] == pytest.approx(48 / 12) and "hours_to_64_epochs" not in values
+    assert values["hours_left"] == pytest.approx(16 * (12 + 12) / 48 / 3600) and values["loss"] == 4.5
+    # Going back forgets what was counted.
+    step(8)
+    tracker.restart()
+    step(9)
+    values = tracker.read(72)
+    assert values["loss"] == 9.0 and values["images_per_s"] == 4.0 and values["data_wait_share"] == 0.25 / 2
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    tracker = Tracker(CPU, batch_size=1, total_images=2, flops_per_image=1.0, communication_known=False)
+    tracker.add({"loss": torch.tensor(1.0)})
+    assert tracker.read(1).keys().isdisjoint({"mfu", "comm_share", "epochs", "hours_to_64_epochs"})
+
+
+def test_a_gpu_is_asked_by_events_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA: events get the time at which the device reaches them, which is behind the host's."""
+    device_time, waited, made = [0.0], [0], [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            made[0] += 1
+            self.at: float | None = None
+
+        def record(self, stream: str) -> None:
+            assert stream == "default"
+            self.at = device_time[0]
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            waited[0] += 1
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1000 * (end.at - self.at)
+
+    stream = ["default"]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream[0])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    watch = meter.Stopwatch(torch.device("cuda"))
+    for number in range(1000):
+        with watch.running():
+            device_time[0] += 0.25 if number % 2 else 0.0  # every other batch was there before the device asked
+        device_time[0] += 1.0
+    assert waited == [0] and made[0] <= 2 * watch._MANY + 2  # events are used again
+    stream[0] = "of its own"  # hidden behind the arithmetic
+    with watch.running():
+        device_time[0] += 5.0
+    assert watch.read() == pytest.approx(125.0) and waited[0] > 0
+    assert watch.read() == 0.0
+
+
+def test_peaks_by_name() -> None:
+    known = {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200": 989,
+        "NVIDIA B200": 2250,
+        "NVIDIA L40S": 362,
+        "NVIDIA L4": 121,
+        "NVIDIA GeForce RTX 4090": 165,
+        "AMD Instinct MI300X": 1307,
+    }
+    assert {name: flops.named_peak(name) for name in known} == {name: 1e12 * value for name, value in known.items()}
+    unknown = (
+        "NVIDIA H20X",
+        "Tesla V100-SXM2",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    )
+    assert [flops.named_peak(name) for name in unknown] == [None] * len(unknown)
+    config = get_recipe("lightningdit-b-debug")
+    assert flops.peak_flops(config, CPU) is None
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=2.0))
+    assert flops.peak_flops(config, CPU) == 2e12
+    with pytest.raises(UsageError, match="peak_tflops is 0"):
+        dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=0.0))
+
+
+def test_flops_of_a_training_step_are_what_torch_counts() -> None:
+    config = get_recipe("lightningdit-xl-64ep")
+    assert isinstance(config, DiTConfig)
+    spec = dataclasses.replace(config.model, depth=2)
+    config = dataclasses.replace(config, model=spec)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x = torch.empty(1, spec.in_channels, spec.input_size, spec.input_size)
+        drop = torch.zeros(1, dtype=torch.bool)
+        output = LightningDiT(spec)(x, torch.empty(1), torch.empty(1, dtype=torch.long), drop)
+        output.sum().backward()
+    # The counter counts twice what efficient attention computes again, and no gradient of the inputs of first layers.
+    assert flops.training_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_masked_step_has_no_formula() -> None:
+    config = get_recipe("maskdit-xl2")
+    assert isinstance(config, DiTConfig) and flops.tracked_flops(config) is None
+    assert flops.tracked_flops(get_recipe("lightningdit-xl-64ep")) is not None
+
+
+# ------------------------------------------------------------------------------------------------ events
+
+
+class Full:
+    """A file whose disk takes `room` bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken: int = self.file.write(bytes(data[: self.room]))
+        self.room -= taken
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_events_outlive_a_full_disk_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = metrics.RunLog(tmp_path)
+    full = Full(log._events._file, room=200)
+    log._events._file = full
+    for number in range(1, 20):
+        log.write(images=number, step=number, values={"loss": 1 / number})
+    assert "No space left" in capsys.readouterr().err
+    full.room = 1 << 30
+    picture = np.zeros((4, 6, 3), np.uint8)
+    log.write_evaluation({"images": 20, "step": 20, "psnr5": 12.5, "grid": "evaluations/x.png"}, picture)
+    log.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    told = EventAccumulator(str(tmp_path / "tensorboard"))
+    told.Reload()
+    assert [event.step for event in told.Scalars("loss")] == list(range(1, 20))
+    assert [(event.step, event.value) for event in told.Scalars("evaluation/psnr5")] == [(20, 12.5)]
+    assert [(image.width, image.height) for image in told.Images("evaluation")] == [(6, 4)]
+    # Going on from 10 images forgets the later ones.
+    metrics.RunLog(tmp_path, images_seen=10).close()
+    assert (tmp_path / "evaluations.jsonl").read_text() == ""
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 10
+    told = EventAccumulator(str(tmp_path / "tensorboard"))
+    told.Reload()
+    assert [event.step for event in told.Scalars("loss")] == list(range(1, 11))
+
+
+# ------------------------------------------------------------------------------------------------ looks
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of both networks without looks: FOLDER/tokenizer, FOLDER/dit."""
+    out = tmp_path_factory.mktemp("straight")
+    tokenizer.train(tiny_tokenizer(out / "tokenizer"))
+    dit.train(tiny_dit(out / "dit"))
+    return out
+
+
+def looked_at(straight: Path, out: Path, **evaluation: Any) -> DiTConfig:
+    spec = EvaluationSpec(
+        **{"every_images": 8, "grid_images": 5, "steps": 2, "tokenizer": str(straight / "tokenizer"), **evaluation}
+    )
+    return dataclasses.replace(tiny_dit(out), evaluation=spec)
+
+
+def lines(folder: Path, name: str = "evaluations.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def same_training(found: Path, expected: Path) -> None:
+    for name in ("loss", "grad_norm"):
+        curves = [[line[name] for line in lines(folder, "log.jsonl")] for folder in (found, expected)]
+        assert curves[0] == curves[1]
+    weights, others = runs.read_weights(found)[0], runs.read_weights(expected)[0]
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+class Colours:
+    """A scorer whose features are mean colours."""
+
+    def __init__(self, reference: str, *, inception_weights: str, device: torch.device, cache: Path) -> None:
+        assert (reference, inception_weights) == ("reference.npz", "weights.pth")
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        torch.randn(3)  # whatever a look draws
+        return images.float().mean(dim=(2, 3))
+
+    def score(self, features: torch.Tensor, sampler: str) -> dict[str, float]:
+        return {f"fid{len(features)}_{sampler}": float(features.mean())}
+
+
+def test_looks_change_no_bit_of_a_generators_training(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "SampleScorer", Colours)
+    scored = {"num_samples": 70, "reference": "reference.npz", "inception_weights": "weights.pth"}
+    dit.train(looked_at(straight, tmp_path, **scored))
+    same_training(tmp_path, straight / "dit")
+    found = lines(tmp_path)
+    assert [(line["images"], line["step"]) for line in found] == [(8, 2), (16, 4)]
+    assert all(line["seconds"] > 0 and 0 < line["fid70_euler2_random"] < 255 for line in found)
+    assert found[1]["grid"] == "evaluations/0000000016.png"
+    pictures = [np.asarray(Image.open(tmp_path / line["grid"])) for line in found]
+    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()  # the weights have moved
+    # The run goes on where another look was asked for, and where none is.
+    longer = dataclasses.replace(looked_at(straight, tmp_path, every_images=4, seed=1))
+    assert dit.train(longer) == tmp_path
+
+
+def test_looks_change_no_bit_of_a_tokenizers_training(straight: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_tokenizer(tmp_path), evaluation=EvaluationSpec(every_images=4, grid_images=5))
+    tokenizer.train(config)
+    same_training(tmp_path, straight / "tokenizer")
+    found = lines(tmp_path)
+    assert [line["images"] for line in found] == [4, 8, 12]
+    from vadit.data.images import Request
+    from vadit.data.images_torch import decode
+    from vadit.data.loaders import open_images
+    from vadit.eval.reconstruction import psnr, reconstruct, to_pixels
+    from vadit.train.export import load_autoencoder
+
+    images, network = open_images(config.data, config.autoencoder.image_size), load_autoencoder(tmp_path)
+    values = []
+    for index in (0, 2, 4, 5, 7):  # 5 of 8, evenly
+        pixels = torch.tensor(decode(images, Request(index)).copy()).permute(2, 0, 1)[None]
+        values.append(float(psnr(pixels, to_pixels(reconstruct(network, pixels, 0, posterior="mode")))))
+    assert found[-1]["psnr5"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert "evaluations_failed" not in lines(tmp_path, "log.jsonl")[-1]
+
+
+@pytest.mark.parametrize("where", ["network", "make", "finish", "disk"])
+def test_a_look_that_fails_does_not_end_the_run(
+    where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        torch.randn(5)
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    if where == "disk":
+        (tmp_path / "evaluations").write_text("in the way")
+    else:
+        monkeypatch.setattr(evaluation._Samples, where, fail)
+    dit.train(looked_at(straight, tmp_path, every_images=4))
+    same_training(tmp_path, straight / "dit")
+    found = lines(tmp_path)
+    reason = "could not be written" if where == "disk" else "OutOfMemoryError: out of memory"
+    assert len(found) == 4 and all(reason in line["failed"] and "grid" not in line for line in found)
+    assert [line.get("evaluations_failed") for line in lines(tmp_path, "log.jsonl")] == [None, 1, 2, 3]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "evaluation after 4 images failed" in told and "training goes on" in told
+
+
+def test_refused_before_the_run(straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nothing decodes the samples; set --evaluation\.tokenizer"):
+        looked_at(straight, tmp_path, tokenizer=None)
+    with pytest.raises(UsageError, match=r"need both evaluation\.reference and"):
+        looked_at(straight, tmp_path, reference="x.npz")
+    with pytest.raises(UsageError, match=r"evaluation\.num_samples is 1; it must be at least 2"):
+        looked_at(straight, tmp_path, num_samples=1)
+    other = tiny_tokenizer(tmp_path / "other", steps=1)
+    tokenizer.train(dataclasses.replace(other, autoencoder=dataclasses.replace(other.autoencoder, latent_channels=16)))
+    with pytest.raises(UsageError, match="decodes 16 channels, the generator makes 32"):
+        dit.train(looked_at(straight, tmp_path / "run", tokenizer=str(tmp_path / "other")))
+    with pytest.raises((UsageError, RunError), match="nowhere"):
+        dit.train(looked_at(straight, tmp_path / "run", tokenizer="nowhere"))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_the_quick_sampler() -> None:
+    spec = EvaluationSpec(steps=50, seed=3)
+
+    def quick(**sample: Any) -> tuple[str, int, int]:
+        found = evaluation.quick_sampler(SampleSpec(**sample), spec)
+        return evaluation.sampler_name(found).split("_")[0], found.num_steps, found.seed
+
+    assert quick(method="euler", num_steps=250) == ("euler50", 51, 3)
+    assert quick(method="dopri5") == ("euler50", 51, 3)
+    assert quick(method="ddpm") == ("ddpm50", 50, 3)
+    found = evaluation.quick_sampler(SampleSpec(method="euler_maruyama"), spec)
+    assert evaluation.sampler_name(found).startswith("euler_maruyama50_")

@@ -1,0 +1,339 @@
+"""Generators that train on part of their tokens: MaskDiT (Zheng et al. 2023, 2306.09305), MDT (Gao et al. 2023,
+2303.14389, version 1).
+
+Both are a LightningDiT (or, with its switches off, the DiT that the papers start from) with a few more blocks, and both
+draw images on all tokens, without a mask, through the ordinary `forward`. In training `forward(..., masked=True)` draws
+a mask per sample from torch's generator on the device and runs the first blocks on the visible tokens alone: a masked
+token costs nothing there. Positions go with their tokens: the fixed or learnt embedding is added before tokens are
+left out, and rotary tables, or MDT's relative bias, are taken at the visible places.
+
+Shapes: B batch, N tokens, V visible tokens, D hidden size, W decoder width, H heads, K head width, R relative places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vadit.config import DiTSpec, MaskSpec
+from vadit.config_files import load_config, save_config
+from vadit.errors import RunError, write_fault
+from vadit.kernels import rope_qkv
+from vadit.models.dit import (
+    Attention,
+    Block,
+    FinalLayer,
+    LightningDiT,
+    PlainLayerNorm,
+    RMSNorm,
+    RotaryTable,
+    sincos_positions,
+)
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec
+
+MASK_NAME = "mask.json"
+"""File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
+INIT_STD = 0.02
+"""Standard deviation of mask token and relative bias at the start (both papers' code)."""
+
+
+def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> LightningDiT:
+    """The network of a run: a plain LightningDiT where nothing is masked."""
+    if mask.kind == "maskdit":
+        return MaskDiT(spec, mask, gradient_checkpointing)
+    if mask.kind == "mdt":
+        return MDT(spec, mask, gradient_checkpointing)
+    return LightningDiT(spec, gradient_checkpointing)
+
+
+def load_exported(folder: str | Path) -> LightningDiT:
+    """The generator that `save_pretrained` wrote to a folder, masked or not; float32, on the CPU, in evaluation mode.
+
+    Raises:
+        UsageError: no such folder, or its weights and its specs do not fit each other.
+        RunError: a damaged file.
+    """
+    folder = Path(folder)
+    if not (folder / MASK_NAME).is_file():
+        return LightningDiT.from_pretrained(folder)
+    spec, mask = read_spec(DiTSpec, folder), load_config(MaskSpec, folder / MASK_NAME)
+    path = folder / WEIGHTS_NAME
+    return build_model(lambda: build_generator(spec, mask), read_safetensors(path), origin=str(path))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+class PlacedAttention(Attention):
+    """Attention of tokens at any places, each sample's its own.
+
+    `places` are the tokens' rotary tables (N, K) or (B, V, K); or int64 entries of a learnt relative bias, (N, N) or
+    (B, V, V) (`relative_grid`: the side of the grid that it is for); or None.
+    """
+
+    def __init__(self, spec: DiTSpec, relative_grid: int | None = None) -> None:
+        super().__init__(spec)
+        self.relative_bias: nn.Parameter | None = None
+        if relative_grid is not None:
+            self.relative_bias = nn.Parameter(torch.zeros((2 * relative_grid - 1) ** 2, self.num_heads))
+
+    def forward(self, x_BND: Tensor, places: Any, first_BHNK: Tensor | None = None) -> Any:
+        assert first_BHNK is None, "model.value_residual is refused with masks"
+        if isinstance(places, Tensor):
+            return self._biased(x_BND, places)
+        if places is None or places[0].ndim == 2:
+            return super().forward(x_BND, places)
+        # The kernel takes one table for all samples: here the samples are laid in one row, and their tables too.
+        B, N, D = x_BND.shape
+        shape = (1, B * N, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x_BND).view(shape)
+        cos, sin = (table.reshape(B * N, self.head_dim) for table in places)
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            row = rope_qkv(qkv, cos, sin, self.q_norm.weight, self.k_norm.weight)
+        elif self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.unbind(2)
+            row = rope_qkv(torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=2), cos, sin)
+        else:
+            row = rope_qkv(qkv, cos, sin)
+        q, k, v = (t.transpose(1, 2).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for t in row)
+        out_BHNK = self.attend(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+
+    def _biased(self, x_BND: Tensor, entries: Tensor) -> Tensor:
+        """With the bias of each pair of places added to its logit (MDT, section 3.3); torch's kernels alone can."""
+        assert self.relative_bias is not None, "a relative bias was asked of an attention without one"
+        B, N, D = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        bias = F.embedding(entries, self.relative_bias).movedim(-1, -3).to(v.dtype)
+        out_BHNK = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+
+
+def relative_entries(grid: int) -> Tensor:
+    """(N, N) int64: which of the R = (2 grid - 1)^2 offsets (row, column) lies between two of the grid's places."""
+    place = torch.arange(grid * grid, device="cpu")  # also where a model is built without memory
+    row, column = place // grid, place % grid
+    rows = row[:, None] - row[None, :] + grid - 1
+    columns = column[:, None] - column[None, :] + grid - 1
+    return rows * (2 * grid - 1) + columns
+
+
+class Narrowing(nn.Module):
+    """From the encoder's width to the decoder's: modulated norm and a linear layer (MaskDiT's code)."""
+
+    def __init__(self, spec: DiTSpec, width: int) -> None:
+        super().__init__()
+        self.norm: nn.Module = RMSNorm(spec.hidden_size) if spec.rmsnorm else PlainLayerNorm(spec.hidden_size)
+        self.linear = nn.Linear(spec.hidden_size, width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.hidden_size, 2 * spec.hidden_size))
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(self.norm(x_BND, scale, shift))
+
+
+def _conditioned_on(module: Block | FinalLayer, width: int) -> None:
+    """Let a block of the decoder's width take a condition of another width."""
+    last = module.adaLN_modulation[-1]
+    assert isinstance(last, nn.Linear), "the modulation ends in a linear layer"
+    module.adaLN_modulation[-1] = nn.Linear(width, last.out_features)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+class MaskedDiT(LightningDiT):
+    """What MaskDiT and MDT share: masks, and the places of the tokens that are left."""
+
+    entries_NN: Tensor | None
+
+    def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
+        super().__init__(spec, gradient_checkpointing)
+        self.mask = mask
+        self.num_tokens = (spec.input_size // spec.patch_size) ** 2
+        self.num_visible = int(self.num_tokens * (1 - mask.ratio))
+        assert 0 < self.num_visible < self.num_tokens, f"mask.ratio {mask.ratio} of {self.num_tokens} tokens"
+        self.register_buffer("entries_NN", None, persistent=False)
+        for block in self.blocks:
+            self._place(block)
+
+    @property
+    def compiled_blocks(self) -> list[nn.Module]:
+        """All transformer blocks: what a trainer compiles one by one."""
+        return list(self.blocks)
+
+    def _relative_grid(self) -> int | None:
+        return None
+
+    def _place(self, block: nn.Module) -> None:
+        assert isinstance(block, Block), "blocks of a generator are Blocks"
+        block.attn = PlacedAttention(self.spec, self._relative_grid())
+
+    def draw_visible(self, batch_size: int) -> Tensor:
+        """Visible places (B, V) int64, in ascending order: a uniform draw for each sample."""
+        order = torch.rand(batch_size, self.num_tokens, device=self.pos_embed.device).argsort(dim=1)
+        return order[:, : self.num_visible].sort(dim=1).values
+
+    def _places(self, visible_BV: Tensor | None = None) -> Any:
+        """What attention needs to know of the places of all tokens, or of the visible ones."""
+        if self.feat_rope is not None:
+            tables = self.feat_rope()
+            return tables if visible_BV is None else tuple(table[visible_BV] for table in tables)
+        if self.entries_NN is None or visible_BV is None:
+            return self.entries_NN
+        return self.entries_NN[visible_BV[:, :, None], visible_BV[:, None, :]]
+
+    def _mask(self, visible_BV: Tensor) -> Tensor:
+        """(B, N) bool: True where a token is masked."""
+        mask_BN = torch.ones(len(visible_BV), self.num_tokens, dtype=torch.bool, device=visible_BV.device)
+        return mask_BN.scatter_(1, visible_BV, False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, mask.json and model.safetensors; the masks' settings first, so that none lacks them."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.mask, folder / MASK_NAME)
+        except OSError as error:
+            raise RunError(
+                f"cannot write the model to {folder} ({write_fault(error)}); free some space or choose another folder"
+            ) from None
+        super().save_pretrained(folder)
+
+
+def _take(x_BND: Tensor, visible_BV: Tensor) -> Tensor:
+    """The visible tokens (B, V, D)."""
+    return x_BND.gather(1, visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1]))
+
+
+def _fill(x_BVD: Tensor, visible_BV: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+    """Visible tokens at their places among copies of the mask token, (B, N, D)."""
+    B, _, D = x_BVD.shape
+    empty = token.to(x_BVD.dtype).expand(B, num_tokens, D)
+    return empty.scatter(1, visible_BV[:, :, None].expand(-1, -1, D), x_BVD)
+
+
+class MaskDiT(MaskedDiT):
+    """MaskDiT: all blocks see the visible tokens, then a narrow decoder sees all, mask tokens at the empty places."""
+
+    def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
+        super().__init__(spec, mask, gradient_checkpointing)
+        grid, width = spec.input_size // spec.patch_size, mask.decoder_width
+        decoder = dataclasses.replace(
+            spec, hidden_size=width, depth=mask.decoder_depth, num_heads=mask.decoder_heads, value_residual=False
+        )
+        self.narrowing = Narrowing(spec, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
+        self.decoder_rope = RotaryTable(width // mask.decoder_heads, grid) if spec.rope else None
+        self.decoder_blocks = nn.ModuleList(Block(decoder) for _ in range(mask.decoder_depth))
+        self.final_layer = FinalLayer(decoder, self.out_channels)
+        for module in (*self.decoder_blocks, self.final_layer):
+            assert isinstance(module, Block | FinalLayer), "the decoder is made of blocks and a last layer"
+            _conditioned_on(module, spec.hidden_size)
+        self._initialize()
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+        for layer in (self.narrowing.linear, self.narrowing.adaLN_modulation[-1]):  # as in the authors' code
+            assert isinstance(layer, nn.Linear), "both are linear layers"
+            nn.init.zeros_(layer.weight)
+
+    @property
+    def compiled_blocks(self) -> list[nn.Module]:
+        return [*self.blocks, *self.decoder_blocks]
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        drop_B: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        masked: bool = False,
+    ) -> Any:
+        """As LightningDiT's; with `masked` (prediction, mask (B, N) bool, True where a token was not seen)."""
+        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
+        visible_BV = self.draw_visible(len(x_BND)) if masked else None
+        if visible_BV is not None:
+            x_BND = _take(x_BND, visible_BV)
+        x_BND = self.narrowing(self.through(self.blocks, x_BND, c_BD, self._places(visible_BV)), c_BD)
+        if visible_BV is not None:
+            x_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens)
+        elif self.training:  # without a mask the token has a gradient of 0, which ZeRO needs more than none
+            x_BND = x_BND + 0 * self.mask_token.to(x_BND.dtype)
+        x_BND = x_BND + self.decoder_pos_embed.to(x_BND.dtype)
+        x_BND = self.through(
+            self.decoder_blocks, x_BND, c_BD, None if self.decoder_rope is None else self.decoder_rope()
+        )
+        output = self.head(x_BND, c_BD)
+        output = output if with_variance else output[:, : self.in_channels]
+        return output if visible_BV is None else (output, self._mask(visible_BV))
+
+
+class MDT(MaskedDiT):
+    """MDT: the first blocks see the visible tokens; a side block fills in the others before the last blocks see all.
+
+    Positions as in the paper: both embeddings are learnt, and attention has a learnt relative bias. Where the model
+    has rotary tables these take the place of that bias: they are relative, too.
+    """
+
+    def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
+        super().__init__(spec, mask, gradient_checkpointing)
+        grid = spec.input_size // spec.patch_size
+        assert 0 < mask.decoder_depth < spec.depth, f"mask.decoder_depth {mask.decoder_depth} of {spec.depth} blocks"
+        if self._relative_grid() is not None:
+            self.register_buffer("entries_NN", relative_entries(grid), persistent=False)
+        self.pos_embed.requires_grad_(True)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.hidden_size))
+        self.side_block = Block(spec)
+        self._place(self.side_block)
+        self._initialize()
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+        for module in self.modules():
+            if isinstance(module, PlacedAttention) and module.relative_bias is not None:
+                nn.init.normal_(module.relative_bias, std=INIT_STD)
+
+    def _relative_grid(self) -> int | None:
+        return None if self.spec.rope else self.spec.input_size // self.spec.patch_size
+
+    @property
+    def compiled_blocks(self) -> list[nn.Module]:
+        return [*self.blocks, self.side_block]
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        drop_B: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        masked: bool = False,
+    ) -> Tensor:
+        """As LightningDiT's; with `masked` the prediction of all tokens from some of them."""
+        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
+        visible_BV = self.draw_visible(len(x_BND)) if masked else None
+        blocks = list(self.blocks)
+        first, last = blocks[: -self.mask.decoder_depth], blocks[-self.mask.decoder_depth :]
+        if visible_BV is not None:
+            x_BND = _take(x_BND, visible_BV)
+        x_BND = self.through(first, x_BND, c_BD, self._places(visible_BV))
+        everywhere = self._places()
+        positions = self.decoder_pos_embed.to(x_BND.dtype)
+        if visible_BV is None:
+            x_BND = x_BND + positions
+        else:
+            before_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens) + positions
+            side_BND = self.through([self.side_block], before_BND, c_BD, everywhere)
+            x_BND = torch.where(self._mask(visible_BV)[:, :, None], side_BND, before_BND)
+        x_BND = self.through(last, x_BND, c_BD, everywhere)
+        output = self.head(x_BND, c_BD)
+        return output if with_variance else output[:, : self.in_channels]

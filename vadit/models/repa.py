@@ -1,0 +1,43 @@
+"""A generator with REPA's projector (Yu et al. 2024): three linear layers from a block's tokens to features.
+
+The projector trains with the network and serves training alone: an exported network, and one that samples, has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vadit.config import DiTSpec, RepaSpec
+from vadit.models.dit import LightningDiT
+
+PREFIX = "projector."
+"""Of the projector's names in a checkpoint."""
+
+
+class AlignedDiT(LightningDiT):
+    """LightningDiT whose output of block `repa.block` goes through the projector to (B, N, F), where it is tapped."""
+
+    def __init__(self, spec: DiTSpec, repa: RepaSpec, feature_dim: int, gradient_checkpointing: bool = False) -> None:
+        super().__init__(spec, gradient_checkpointing)
+        width = repa.projector_width
+        self.aligned_block = repa.block
+        self.projector = nn.Sequential(
+            nn.Linear(spec.hidden_size, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, feature_dim),
+        )
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, *arguments: Any, taps: tuple[int, ...] = (), **options: Any) -> Any:
+        """As LightningDiT's; where the aligned block is among the taps, its projection (B, N, F) comes last."""
+        output = super().forward(*arguments, taps=taps, **options)
+        if self.aligned_block not in taps:
+            return output
+        return (*output, self.projector(output[1 + taps.index(self.aligned_block)]))

@@ -1,0 +1,375 @@
+"""A look at the network while it trains: samples or reconstructions, a picture, a few numbers.
+
+All processes take part: each puts the averaged weights together from everyone's shares, draws its part of the images,
+and the first one scores and writes what all have made. Sample i is a function of (seed, i), so the picture shows the
+same noise and labels every time, on any number of processes.
+
+Training does not notice. The network that is looked at is another one, all random states are put back, no loader is
+touched. A look that fails is told and counted, and the run goes on: between two collectives each process catches what
+goes wrong on it, then all agree whether to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vadit import distributed
+from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
+from vadit.data.images import ImageSet
+from vadit.errors import RunError, UsageError, write_fault
+from vadit.eval.metrics import count_name
+from vadit.eval.reconstruction import psnr, reconstruct, to_pixels
+from vadit.eval.samples import SampleScorer
+from vadit.files import whole_file
+from vadit.metrics import RunLog, console
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.masked import build_generator
+from vadit.pictures import image_grid, reconstruction_pairs
+from vadit.sample import DECODE_BATCH, GROUP, draw, sampler_name
+from vadit.train.checkpoint import Position
+from vadit.train.ema import ShardedEMA
+from vadit.train.engine import Engine
+from vadit.train.export import load_autoencoder
+from vadit.train.shard_layout import Piece
+
+Beat = Callable[[], None]
+
+
+class Made(NamedTuple):
+    """What one process has made."""
+
+    ids: Tensor
+    """(n,) int64: which images."""
+    features: Tensor
+    """(n, F) fp32: what the numbers are taken from."""
+    shown_ids: Tensor
+    """(m,) int64: images of the picture."""
+    shown: Tensor
+    """(m, H, W, 3) uint8."""
+
+
+class Look(Protocol):
+    """What differs between the two networks."""
+
+    def network(self) -> nn.Module:
+        """A network of the kind that is trained, for its weights."""
+
+    def make(self, network: nn.Module, beat: Beat) -> Made:
+        """This process's part; no collectives."""
+
+    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
+        """The numbers by name, and the picture, of what all processes have made."""
+
+
+# ------------------------------------------------------------------------------------------ the course of a look
+
+
+class Evaluation:
+    """Looks at the weights of one engine, averaged where it averages."""
+
+    def __init__(self, spec: EvaluationSpec, look: Look, ema: ShardedEMA, folder: Path) -> None:
+        self._spec, self._look, self._ema, self._folder = spec, look, ema, folder
+        self._device = ema.engine.device
+        self.failures = 0
+        """Looks that failed in this start of the run."""
+
+    def due(self, before: int, after: int, *, last: bool) -> bool:
+        """Whether a multiple of every_images lies between two numbers of images, or the run ends."""
+        return last or before // self._spec.every_images != after // self._spec.every_images
+
+    def run(self, position: Position, log: RunLog, beat: Beat) -> None:
+        """Look, and log what was seen. Collective."""
+        begin = time.perf_counter()
+        line: dict[str, Any] = {"images": position.images_seen, "step": position.step}
+        picture = None
+        try:
+            with _undisturbed(self._device):
+                values, picture = self._see(beat)
+            line |= values
+            if picture is not None:
+                line["grid"] = self._save(picture, position)
+        except _LookFailed as failure:
+            self.failures += 1
+            line = {"images": position.images_seen, "step": position.step, "failed": str(failure)}
+            if distributed.is_main():
+                told = f"the evaluation after {position.images_seen:,} images failed: {failure}; training goes on"
+                console.print(told, style="bold red", markup=False)
+        line["seconds"] = time.perf_counter() - begin
+        log.write_evaluation(line, None if picture is None else np.asarray(picture))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the run's own memory is as whole as it was
+
+    def _see(self, beat: Beat) -> tuple[dict[str, float], Image.Image | None]:
+        made = self._make(beat)
+        ids, features = distributed.all_rows(made.ids, made.features, self._device)
+        shown_ids, shown = distributed.all_rows(made.shown_ids, made.shown, self._device)
+        beat()
+        order, shown_order = ids.argsort(), shown_ids.argsort()
+        whole = Made(ids[order], features[order], shown_ids[shown_order], shown[shown_order])
+        return self._together(lambda: self._look.finish(whole) if distributed.is_main() else ({}, None))
+
+    def _make(self, beat: Beat) -> Made:
+        network = self._together(lambda: self._look.network().to(self._device).eval().requires_grad_(False))
+        shards = next(iter(self._ema.shards.values()), None)
+        fill(network, self._ema.engine, self._ema.engine.masters() if shards is None else shards)
+        beat()
+        made: Made = self._together(lambda: self._look.make(network, beat))
+        return made
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, or _LookFailed on every process where it failed on any. Collective."""
+        problem, found = "", None
+        try:
+            found = work()
+        except Exception as error:  # whatever it is, a look is not worth the run
+            first = str(error).strip().splitlines()
+            problem = f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+        if not distributed.any_rank(bool(problem), self._device):
+            return found
+        raise _LookFailed(problem or "another process could not do its part")
+
+    def _save(self, picture: Image.Image, position: Position) -> str:
+        name = f"evaluations/{position.images_seen:010d}.png"
+        try:
+            with whole_file(self._folder / name) as partial:
+                picture.save(partial, format="png")
+        except OSError as error:
+            raise _LookFailed(f"{self._folder / name} could not be written ({write_fault(error)})") from None
+        return name
+
+
+class _LookFailed(Exception):
+    """Why a look is left out, told the same way on all processes."""
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Random states of torch come back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        yield
+
+
+@torch.no_grad()
+def fill(network: nn.Module, engine: Engine, shards: Sequence[Tensor]) -> None:
+    """Copy weights that lie in shards, as `engine.masters()` does, into a whole network of its own. Collective.
+
+    The engine's network may hold more than `network`, and hold it under a longer name.
+    """
+    trained: dict[str, list[tuple[Tensor, Piece]]] = {}
+    for flat, pieces in zip(shards, engine.layout(), strict=True):
+        for piece in pieces:
+            trained.setdefault(piece.name, []).append((flat, piece))
+    frozen = {piece.name: (value, piece) for piece, value in engine.frozen()}
+    buffers = engine.buffers()
+    shapes = engine.shapes()
+    prefix = _prefix([name for name, _ in network.named_parameters()], shapes)
+    for name, value in network.named_parameters():
+        name = prefix + name
+        kept = [frozen[name]] if name in frozen else trained.get(name, [])
+        whole = torch.zeros(value.numel(), dtype=torch.float32, device=value.device)
+        for flat, piece in kept:
+            part = flat.reshape(-1)[piece.offset : piece.offset + piece.length]
+            whole[piece.start : piece.start + piece.length] = part.to(whole)
+        # Pieces of different processes do not overlap: their sum is exact. Whole weights are the same everywhere.
+        sharded = engine.spec.zero_stage == 3 if name in frozen else engine.spec.zero_stage > 0
+        if sharded and distributed.world_size() > 1:
+            torch.distributed.all_reduce(whole)
+        value.copy_(whole.view_as(value))
+    for name, buffer in network.named_buffers():
+        if prefix + name in buffers:
+            buffer.copy_(buffers[prefix + name])
+
+
+def _prefix(names: Sequence[str], known: Any) -> str:
+    """What stands before all of `names` in `known`."""
+    candidates = ["", *sorted({name[: -len(names[0])] for name in known if name.endswith(names[0])})]
+    for prefix in candidates:
+        if all(prefix + name in known for name in names):
+            return prefix
+    missing = next(name for name in names if name not in known)
+    raise AssertionError(f"the network that is trained has no weight {missing}")
+
+
+# ------------------------------------------------------------------------------------------ the generator
+
+
+class _Latents(Protocol):
+    def denormalize(self, latents: Tensor) -> Tensor: ...
+
+
+def generator_evaluation(config: DiTConfig, dataset: _Latents, ema: ShardedEMA, folder: Path) -> Evaluation | None:
+    """The looks that a generator's run asks for, or None; what they need is loaded here, so that a wrong path is told.
+
+    Raises:
+        UsageError: the tokenizer does not fit the generator, a path is wrong.
+        RunError: a file is damaged.
+    """
+    spec = config.evaluation
+    if not spec.every_images:
+        return None
+    device = ema.engine.device
+    with _undisturbed(device):
+        assert spec.tokenizer is not None, "the config was checked"
+        autoencoder = load_autoencoder(spec.tokenizer).to(device).eval().requires_grad_(False)
+        if autoencoder.spec.latent_channels != config.model.in_channels:
+            raise UsageError(
+                f"evaluation.tokenizer {spec.tokenizer} decodes {autoencoder.spec.latent_channels} channels, the "
+                f"generator makes {config.model.in_channels}; name the tokenizer that encoded its training data"
+            )
+        scorer = None
+        if spec.reference is not None:
+            scorer = _scorer(spec, folder, device)
+    return Evaluation(spec, _Samples(config, dataset, autoencoder, scorer, device), ema, folder)
+
+
+def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleScorer:
+    """The first process reads the reference; the others find its features in the run folder."""
+
+    def make() -> SampleScorer:
+        assert spec.reference is not None, "the caller has looked"
+        cache = folder / "evaluations"
+        return SampleScorer(spec.reference, inception_weights=spec.inception_weights, device=device, cache=cache)
+
+    if distributed.is_main():
+        scorer = make()
+        distributed.barrier()
+    else:
+        distributed.barrier()
+        scorer = make()
+    return scorer
+
+
+def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
+    """A recipe's sampler with the few steps of a look."""
+    method = "euler" if sample.method == "dopri5" else sample.method
+    closes = method == "euler_maruyama" and sample.sde_last_step != "none"
+    points = evaluation.steps if method == "ddpm" or closes else evaluation.steps + 1
+    return dataclasses.replace(sample, method=method, num_steps=max(points, 2), seed=evaluation.seed)
+
+
+class _Samples:
+    """Samples, decoded; FID and KID where there is a reference."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        dataset: _Latents,
+        autoencoder: Autoencoder,
+        scorer: SampleScorer | None,
+        device: torch.device,
+    ) -> None:
+        self._config, self._dataset, self._autoencoder, self._scorer = config, dataset, autoencoder, scorer
+        self._device = device
+        self._sampler = quick_sampler(config.sample, config.evaluation)
+
+    def network(self) -> nn.Module:
+        return build_generator(self._config.model, self._config.mask)
+
+    def make(self, network: nn.Module, beat: Beat) -> Made:
+        spec, config = self._config.evaluation, self._config
+        scored = spec.num_samples if self._scorer is not None else 0
+        ids, features, shown_ids, shown = [], [], [], []
+        drawn = []
+        # The arithmetic of training: fp32 would take several times as long on a GPU.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
+            for part in draw(
+                network,
+                self._sampler,
+                num_samples=max(scored, spec.grid_images),
+                batch_size=GROUP,
+                flow=config.flow,
+            ):
+                drawn.append(part)
+                beat()
+        for part in drawn:
+            # Decoders are large; the last bits must not depend on how many there are, as in `vadit sample`.
+            cuts = self._dataset.denormalize(part.latents).split(DECODE_BATCH)
+            pixels = torch.cat([to_pixels(self._autoencoder.decode(cut)) for cut in cuts])
+            own = torch.tensor(part.indices)
+            grid, counted = own < spec.grid_images, own < scored
+            shown_ids.append(own[grid])
+            shown.append(pixels.cpu()[grid].permute(0, 2, 3, 1).expand(-1, -1, -1, 3))
+            if self._scorer is not None and counted.any():
+                ids.append(own[counted])
+                features.append(self._scorer.features(pixels[counted.to(pixels.device)].expand(-1, 3, -1, -1)))
+            beat()
+        none = torch.empty(0, dtype=torch.int64)
+        return Made(
+            torch.cat([none, *ids]),
+            torch.cat(features) if features else torch.empty(0, 0),
+            torch.cat([none, *shown_ids]),
+            torch.cat(shown) if shown else torch.empty(0, 0, dtype=torch.uint8),
+        )
+
+    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
+        values: dict[str, float] = {}
+        wanted = self._config.evaluation.num_samples
+        if self._scorer is not None:
+            if len(made.ids) != wanted:
+                raise RunError(f"{len(made.ids)} of {wanted} samples were made; nothing is told of a part")
+            values = self._scorer.score(made.features, sampler_name(self._sampler))
+        return values, image_grid(made.shown.numpy())
+
+
+# ------------------------------------------------------------------------------------------ the tokenizer
+
+
+def tokenizer_evaluation(config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> Evaluation | None:
+    """The looks that a tokenizer's run asks for, or None. The images are evenly spread over the training data."""
+    spec = config.evaluation
+    if not spec.every_images:
+        return None
+    return Evaluation(spec, _Reconstructions(config, images, ema.engine.device), ema, folder)
+
+
+class _Reconstructions:
+    """Images and what becomes of them, and their PSNR; the posterior's mean is decoded."""
+
+    def __init__(self, config: TokenizerConfig, images: ImageSet, device: torch.device) -> None:
+        from vadit.data.loaders import open_decoder
+
+        self._config, self._images, self._device = config, images, device
+        self._count = min(config.evaluation.grid_images, len(images))
+        self._decoder, _ = open_decoder("torch", images, num_workers=1)
+
+    def network(self) -> nn.Module:
+        return Autoencoder(self._config.autoencoder)
+
+    def make(self, network: nn.Module, beat: Beat) -> Made:
+        from vadit.data.images import load_in_order
+
+        assert isinstance(network, Autoencoder), "made by network()"
+        places = np.linspace(0, len(self._images) - 1, self._count).round().astype(int).tolist()
+        own = range(distributed.rank(), self._count, distributed.world_size())
+        ids = {places[place]: place for place in own}
+        found, values, pairs = [], [], []
+        with self._decoder() as decoder:
+            # One at a time, so that a picture is the same on any number of processes.
+            for batch in load_in_order(self._images, list(ids), 1, decoder):
+                pixels = batch.images.to(self._device)
+                again = to_pixels(reconstruct(network, pixels, 0, posterior="mode"))
+                found.append(ids[int(batch.ids[0])])
+                values.append(psnr(pixels, again).float().cpu())
+                pairs.append(torch.cat([pixels, again], dim=3).cpu().permute(0, 2, 3, 1))
+                beat()
+        kept = torch.tensor(found, dtype=torch.int64)
+        if not pairs:
+            return Made(kept, torch.empty(0, 1), kept, torch.empty(0, dtype=torch.uint8))
+        return Made(kept, torch.cat(values)[:, None], kept, torch.cat(pairs))
+
+    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
+        if len(made.ids) == 0:
+            raise RunError("none of the images decodes")
+        originals, again = np.split(made.shown.numpy(), 2, axis=2)
+        picture = reconstruction_pairs(originals, again)
+        return {f"psnr{count_name(len(made.ids))}": float(made.features.mean())}, picture
