@@ -219,9 +219,10 @@ def commit(*sources: str) -> str:
     return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
-def _versions(device: str) -> str:
+def versions(device: str, *others: str) -> str:
+    """Releases of torch, Triton, the peers and `others` that are installed, and the driver's."""
     parts = [f"torch {torch.__version__}"]
-    for name in ("triton", *PEERS):
+    for name in ("triton", *PEERS, *others):
         try:
             parts.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
@@ -241,7 +242,7 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
         "commit": commit("../csrc", "../kernels", "../benchmarks/*.py"),
         "hardware": hardware(options.device),
         "threads": options.threads,
-        "versions": _versions(options.device),
+        "versions": versions(options.device),
     }
     for case in cases:
         parts = {}
@@ -306,11 +307,19 @@ def save(rows: list[Row]) -> None:
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
-    """Append rows (dataclasses of one kind, one or more) to a CSV, which gets its header line where it is new."""
+    """Append rows (dataclasses of one kind, one or more) to a CSV, which gets its header line where it is new.
+
+    ValueError where the file has other columns: its rows are evidence, and stay as they are.
+    """
     path.parent.mkdir(exist_ok=True)
-    new = not path.exists()
+    new, names = not path.exists(), list(asdict(rows[0]))
+    if not new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != names:
+            raise ValueError(f"{path} has the columns {found}, these rows have {names}; move the file out of the way")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

@@ -347,6 +347,17 @@ def plot(rows: list[Row], cluster: Cluster, name: str, gpu_gib: float, path: Pat
     plt.close(figure)
 
 
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """A flag for each assumption."""
+    for field in dataclasses.fields(Cluster):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+
+
+def cluster_of(arguments: argparse.Namespace) -> Cluster:
+    """The assumptions that the flags say."""
+    return Cluster(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validate", action="store_true", help="check bytes and time against two processes here")
@@ -356,8 +367,7 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=32, help="images on each GPU, weak scaling")
     parser.add_argument("--gpu-gib", type=float, default=80e9 / 2**30, help="memory of a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    for field in dataclasses.fields(Cluster):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    add_cluster(parser)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.validate:
@@ -365,7 +375,7 @@ def main() -> None:
 
         scaling_validation.main(arguments.out / "scaling-validation.csv")
         return
-    cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)})
+    cluster = cluster_of(arguments)
     config = get_recipe(arguments.recipe)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=arguments.precision))
     rows = model(arguments.recipe, config, cluster, global_batch=arguments.batch, per_gpu=arguments.per_gpu)

@@ -85,7 +85,7 @@ def _size(value: Any) -> int:
 
 
 def worker(stage: int, precision: str, accumulation: int, steps: int, gloo: bool = True) -> dict[str, Any]:
-    """Train `steps` steps; bytes of the last one, the median time of a step,, and the sizes of what was trained."""
+    """Train `steps` steps; bytes of the last one, the median time of a step, and the sizes of what was trained."""
     torch.set_num_threads(1)
     from vadit.models.dit import LightningDiT
     from vadit.train.engine import Engine, finish, start
@@ -239,4 +239,8 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(worker(**json.loads(sys.argv[1]))))
+    print("\n" + json.dumps(worker(**json.loads(sys.argv[1]))), flush=True)
+    # DeepSpeed keeps groups of gloo alive after they were destroyed, and with them their threads. One that lets go of a
+    # message's tensor while the interpreter ends cannot have its lock, and takes the process down ("terminate called
+    # without an active exception"): all is told, so leave without that end.
+    os._exit(0)

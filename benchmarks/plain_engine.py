@@ -1,0 +1,128 @@
+"""A training step without DeepSpeed: what `vadit.train.engine.Engine` is to the trainers, in plain torch.
+
+For `bench_step.py` on machines that have torch and no DeepSpeed, and to see what DeepSpeed costs. One process, nothing
+sharded, AdamW of torch; precisions mean what they mean to the engine (autocast: fp32 weights; bf16: bf16 weights with
+fp32 masters). It neither saves nor resumes: nothing is trained with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vadit import distributed
+from vadit.choices import Choice
+from vadit.config import EngineSpec, OptimizerSpec
+from vadit.errors import UsageError
+
+
+class PlainEngine:
+    """The calls of `Engine` that a training step makes, with the same meaning."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: OptimizerSpec,
+        spec: EngineSpec,
+        global_batch: int,
+        device: torch.device,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        if distributed.world_size() > 1:
+            raise UsageError("a step in plain torch is of one process; install deepspeed for more")
+        if optimizer.kind != "adamw":
+            raise UsageError(f"a step in plain torch has AdamW alone, found optimizer.kind {optimizer.kind}")
+        if spec.compile and blocks:
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
+        self.spec, self.device = spec, device
+        self.config: dict[str, Any] = {"engine": "torch", "train_batch_size": global_batch}
+        self.optimizer = Choice("optimizer.kind", "adamw", "a step in plain torch")
+        self.module = module.to(device)
+        if spec.precision == "bf16":
+            self.module.to(torch.bfloat16)
+        self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        low = spec.precision == "bf16"
+        self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights] if low else self._weights
+        self._adam = torch.optim.AdamW(
+            self._masters,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self._micro = 0
+        self._norm: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.autocast():
+            return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The arithmetic of the forward pass."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast"):
+            yield
+
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that inputs of the network must have."""
+        return torch.bfloat16 if self.spec.precision == "bf16" else torch.float32
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 weights."""
+        return [master.data for master in self._masters]
+
+    def begin_step(self, lr: float) -> None:
+        """Set the rate of the step."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor, *, told: Tensor | None = None) -> None:
+        """Add the gradients of a micro-batch; masters in fp32 take them at once."""
+        (loss / self.spec.gradient_accumulation).backward()
+        if self._masters is not self._weights:
+            for weight, master in zip(self._weights, self._masters, strict=True):
+                if weight.grad is not None:
+                    grad = weight.grad.float()
+                    master.grad = grad if master.grad is None else master.grad.add_(grad)
+                    weight.grad = None
+
+    def at_boundary(self) -> bool:
+        """Whether this is the last micro-batch of a step."""
+        return self._micro + 1 == self.spec.gradient_accumulation
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm before clipping, () fp32."""
+        self._norm = torch.nn.utils.get_total_norm([master.grad for master in self._masters if master.grad is not None])
+        return self._norm
+
+    def grad_norm(self) -> float | None:
+        """The last of them."""
+        return None if self._norm is None else float(self._norm)
+
+    def step(self, veto: Tensor | None = None) -> bool:
+        """Clip and step at the last micro-batch; whether it did. The host reads the norm, as with DeepSpeed."""
+        if not self.at_boundary():
+            self._micro += 1
+            return False
+        self._micro = 0
+        norm = self.gradient_norm() if veto is None or self._norm is None else self._norm
+        bad = ~norm.isfinite() if veto is None else veto | ~norm.isfinite()
+        applied = not bool(bad)
+        if applied:
+            if self.spec.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self._masters, self.spec.max_grad_norm, norm)
+            self._adam.step()
+            if self._masters is not self._weights:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._weights, self._masters)
+        self._adam.zero_grad(set_to_none=True)
+        return applied

@@ -1,0 +1,442 @@
+"""Benchmarks of the training step: what a row says, that rows are compared and projected soundly."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vadit.config import DiTConfig, DiTSpec, EngineSpec, OptimizerSpec, TokenizerConfig
+from vadit.flops import dit_flops
+from vadit.models.dit import LightningDiT
+from vadit.train.engine import Engine
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+MODULES = ("bench_step", "step_timing", "plain_engine", "compare", "convergence", "scaling", "harness")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A benchmark's module by name, as its script finds it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield __import__
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+CASE = {
+    "recipe": "lightningdit-b-debug",
+    "batch": 4,
+    "precision": None,
+    "compile": None,
+    "kernels": "auto",
+    "engine": "torch",
+    "data": "resident",
+    "settings": (),
+    "device": "cpu",
+    "threads": 1,
+    "rounds": 5,
+    "warmup": 1,
+}
+
+
+def step_row(**changes: Any) -> dict[str, str]:
+    """A line of steps-*.csv: 128 images in a step of half a second, a tenth of it in the optimizer."""
+    values = {
+        "date": "2026-01-01",
+        "commit": "aaaaaaa",
+        "device": "cuda",
+        "hardware": "nvidia-h100",
+        "processes": 1,
+        "threads": 1,
+        "versions": "torch 2",
+        "recipe": "lightningdit-xl-64ep",
+        "trainer": "dit",
+        "engine": "deepspeed ZeRO 1",
+        "precision": "autocast",
+        "compile": True,
+        "kernels": "auto",
+        "batch": 128,
+        "settings": "",
+        "data": "resident",
+        "images_per_s": 256.0,
+        "q1_images_per_s": 250.0,
+        "q3_images_per_s": 260.0,
+        "step_ms": 500.0,
+        "forward_ms": 150.0,
+        "backward_ms": 300.0,
+        "optimizer_ms": 50.0,
+        "data_ms": 0.0,
+        "peak_gib": 40.0,
+        "gflops_per_image": 714.0,
+        "tflops_per_s": 183.0,
+        "matmul_tflops_per_s": 700.0,
+        "share_of_matmul": 0.26,
+        "share_of_peak": "" if changes.get("device") == "cpu" else 0.19,
+        "rounds": 15,
+        "steps": 15,
+    }
+    return {name: str(value) for name, value in (values | changes).items()}
+
+
+def write(path: Path, *rows: dict[str, str]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ bench_step.py
+
+
+def test_rows_of_the_tests_have_the_columns_of_the_benchmark(load: Any) -> None:
+    assert list(step_row()) == [field.name for field in dataclasses.fields(load("bench_step").Row)]
+
+
+class Clock:
+    """A clock that stands still but for what is told it."""
+
+    def __init__(self, scale: float) -> None:
+        self.now, self.scale = 0.0, scale
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_ms(self, milliseconds: float) -> None:
+        self.now += milliseconds / 1e3 * self.scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1], ids=["a step a round", "four steps a round"])
+@pytest.mark.parametrize("data", ["resident", "loader"])
+def test_parts_of_a_step_are_where_its_time_went(
+    load: Any, monkeypatch: pytest.MonkeyPatch, data: str, scale: float
+) -> None:
+    timing = load("step_timing")
+    clock = Clock(scale)
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    monkeypatch.setattr(timing, "_product", lambda precision, device: lambda: 1.0)
+
+    def stream() -> Iterator[torch.Tensor]:
+        while True:
+            clock.pass_ms(3)
+            yield torch.zeros(2)
+
+    engines = {
+        name: SimpleNamespace(backward=lambda: clock.pass_ms(20), begin_step=lambda lr: None) for name in ("a", "b")
+    }
+    guard, ema = SimpleNamespace(step=lambda: clock.pass_ms(7)), SimpleNamespace(update=lambda: clock.pass_ms(5))
+
+    def step(batches: Iterator[Any], position: Any) -> None:
+        for _ in range(2):
+            next(batches)
+            clock.pass_ms(10)
+            for engine in engines.values():
+                engine.backward()
+            guard.step()
+        ema.update()
+
+    loader = SimpleNamespace(stream=stream)
+    task = SimpleNamespace(engines=engines, guard=guard, ema=ema, loader=loader, step=step)
+    found = timing.measure(
+        task, precision="fp32", device=torch.device("cpu"), resident=data == "resident", rounds=5, warmup=1
+    )
+    waited = 6.0 if data == "loader" else 0.0
+    for name, expected in (("data", waited), ("forward", 20), ("backward", 80), ("optimizer", 19)):
+        assert found.parts_ms[name] == pytest.approx([expected * scale] * 5), name
+    assert found.step_s == pytest.approx([(119 + waited) / 1e3 * scale] * 5)
+    assert found.steps == (5 if scale == 1 else 20) and found.peak_gib > 0
+
+
+def test_a_row_follows_from_what_was_measured(load: Any) -> None:
+    bench = load("bench_step")
+    case = bench.Case(**{**CASE, "engine": "deepspeed", "settings": ("engine.gradient_accumulation=2",)})
+    config = bench.configure(case, Path("unused"))
+    parts = {"forward": [50.0], "backward": [100.0], "optimizer": [40.0], "data": [10.0]}
+    row = bench.row_of(case, config, bench.Measured([0.1, 0.2, 0.2, 0.2, 0.4], parts, [0.5], 5, 1.5))
+    assert (row.images_per_s, row.step_ms) == (2 * 4 / 0.2, 200)
+    assert row.q1_images_per_s < row.images_per_s < row.q3_images_per_s
+    flops = 3 * dit_flops(config.model)
+    assert row.tflops_per_s == pytest.approx(flops * 40 / 1e12, abs=1e-5)
+    assert row.matmul_tflops_per_s == pytest.approx(2 * 1024**3 / 0.5 / 1e12, abs=1e-5)
+    assert row.share_of_matmul == pytest.approx(row.tflops_per_s / row.matmul_tflops_per_s, rel=0.01)
+    assert row.engine == "deepspeed ZeRO 1" and row.trainer == "dit" and row.share_of_peak is None
+
+
+def test_settings_of_a_case_reach_the_config(load: Any, tmp_path: Path) -> None:
+    bench = load("bench_step")
+    case = bench.Case(
+        **{**CASE, "precision": "bf16", "compile": True, "settings": ("model.qk_norm=true", "engine.attention=math")}
+    )
+    config = bench.configure(case, tmp_path)
+    assert isinstance(config, DiTConfig)
+    assert (config.engine.precision, config.engine.compile, config.engine.attention) == ("bf16", True, "math")
+    assert config.model.qk_norm and config.run.batch_size == 4 and config.data.path == "debug:16"
+    for wrong in ("model.qk_nrm=true", "modl.qk_norm=true", "qk_norm"):
+        with pytest.raises(SystemExit, match="no setting"):
+            bench.override(config, wrong)
+    tokenizer = bench.configure(bench.Case(**{**CASE, "recipe": "vavae-f16d32-dinov2"}), tmp_path)
+    assert isinstance(tokenizer, TokenizerConfig)
+    assert tokenizer.loss.disc_start_step == 1 and not tokenizer.stages and tokenizer.foundation.weights == "random"
+    assert Path(tokenizer.loss.vgg_weights or "").is_file()
+
+
+def test_both_trainers_are_measured_from_a_bare_checkout_without_deepspeed(tmp_path: Path) -> None:
+    # What a machine for measurements may lack must not be needed.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('deepspeed', 'pydantic', 'tyro', 'torch_fidelity'):\n    sys.modules[name] = None\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1"}
+    for recipe in ("lightningdit-b-debug", "vavae-f16d32-dinov2-debug"):
+        case = json.dumps(CASE | {"recipe": recipe, "batch": 2, "data": "loader", "rounds": 2})
+        command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--case", case]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        row = json.loads(done.stdout.splitlines()[-1])
+        assert row["engine"] == "torch" and row["recipe"] == recipe and row["images_per_s"] > 0
+        assert all(row[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer", "data"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_grad_norm: float) -> None:
+    plain = load("plain_engine").PlainEngine
+    spec = EngineSpec(precision=precision, max_grad_norm=max_grad_norm, gradient_accumulation=2, ema_decays=())  # type: ignore[arg-type]
+    model = DiTSpec(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    weights, norms = [], []
+    for kind in (Engine, plain):
+        torch.manual_seed(0)
+        network = LightningDiT(model).train()
+        torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+        engine = kind(
+            network,
+            optimizer=OptimizerSpec(lr=1e-2, weight_decay=0.1),
+            spec=spec,
+            global_batch=4,
+            device=torch.device("cpu"),
+        )
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            engine.begin_step(1e-2)
+            for _ in range(2):
+                x = torch.randn(2, 4, 4, 4, generator=generator).to(engine.compute_dtype())
+                y, drop = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool)
+                engine.backward(engine(x, torch.rand(2, generator=generator), y, drop).float().square().mean())
+                engine.step()
+        weights.append(torch.cat([value.detach().float().flatten() for value in engine.module.parameters()]))
+        norms.append(engine.grad_norm())
+    # Adam's step has the size of the rate, whatever the gradient: where that is all rounding, its sign may differ.
+    far = (weights[0] - weights[1]).abs() > (1e-5 if precision == "fp32" else 1e-2)
+    assert far.float().mean() < 0.002
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4 if precision == "fp32" else 0.05)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> None:
+    harness = load("harness")
+
+    @dataclasses.dataclass
+    class One:
+        speed: int
+
+    @dataclasses.dataclass
+    class Other:
+        pace: int
+
+    path = tmp_path / "rows.csv"
+    harness.append(path, [One(1)])
+    harness.append(path, [One(2), One(3)])
+    before = path.read_text()
+    assert before == "speed\n1\n2\n3\n"
+    with pytest.raises(ValueError, match="columns"):
+        harness.append(path, [Other(4)])
+    assert path.read_text() == before
+
+
+# ------------------------------------------------------------------------------------------------ compare.py
+
+
+def speeds(middle: float) -> dict[str, float]:
+    return {"images_per_s": middle, "q1_images_per_s": 0.98 * middle, "q3_images_per_s": 1.02 * middle}
+
+
+@pytest.mark.parametrize(
+    ("after", "tolerance", "code", "told"),
+    [
+        (speeds(256), "0.05", 0, "1.000x"),
+        (speeds(200), "0.05", 1, "0.781x"),
+        (speeds(200), "0.3", 0, "0.781x"),
+        (speeds(240) | {"q3_images_per_s": 252}, "0.05", 0, "UNSURE"),
+        (speeds(300), "0.05", 0, "1.172x"),
+    ],
+    ids=["same", "slower", "tolerated", "within the spread", "faster"],
+)
+def test_a_slower_row_is_flagged(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], after: Any, tolerance: str, code: int, told: str
+) -> None:
+    compare = load("compare")
+    path = write(
+        tmp_path / "steps.csv",
+        step_row(commit="old", **speeds(1000)),
+        step_row(**speeds(256)),
+        step_row(commit="bbbbbbb", versions="torch 3", **after),
+    )
+    assert compare.main([str(path), "--tolerance", tolerance]) == code
+    output = capsys.readouterr()
+    assert told in output.out and "torch 2 -> torch 3" in output.out
+    assert ("SLOWER" in output.out) == bool(code) == ("1 of 1 slower" in output.err)
+
+
+def test_only_equal_settings_on_equal_hardware_are_compared(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = load("compare")
+    others = [{"hardware": "nvidia-a100"}, {"batch": 64}, {"precision": "bf16"}, {"threads": 2}, {"settings": "a.b=1"}]
+    rows = [step_row()] + [step_row(commit="bbbbbbb", **speeds(1), **change) for change in others]
+    assert compare.main([str(write(tmp_path / "steps.csv", *rows))]) == 2
+    assert "equal hardware" in capsys.readouterr().err
+    # a result is no setting, and neither is the number of rounds
+    rows.append(step_row(commit="bbbbbbb", rounds=5, steps=9, peak_gib=1, forward_ms=9, **speeds(100)))
+    assert compare.main([str(write(tmp_path / "steps.csv", *rows))]) == 1
+
+
+def test_rows_of_one_commit_are_taken_together(load: Any, tmp_path: Path) -> None:
+    compare = load("compare")
+    before = [step_row(**speeds(value)) for value in (240, 256, 300)]
+    after = [step_row(commit="bbbbbbb", **speeds(value)) for value in (220, 230, 231)]
+    (found,) = compare.within([*before, *after], (None, None))
+    assert found.ratio == pytest.approx(230 / 256)
+    assert found.spread == pytest.approx((220 * 0.98 / (300 * 1.02), 231 * 1.02 / (240 * 0.98)))
+    assert found.verdict(0.05) == "unsure"  # the slowest before and the fastest after overlap
+
+
+def test_two_files_and_named_commits(load: Any, tmp_path: Path) -> None:
+    compare = load("compare")
+    main = write(tmp_path / "main.csv", step_row(commit="c1", **speeds(300)), step_row(commit="c2", **speeds(200)))
+    branch = write(tmp_path / "branch.csv", step_row(commit="c3", **speeds(250)))
+    assert compare.main([str(main), str(branch)]) == 0
+    assert compare.main([str(main), str(branch), "--before", "c1"]) == 1
+    assert compare.main([str(main)]) == 1
+    assert compare.main([str(main), "--before", "c2", "--after", "c1"]) == 0
+    assert compare.main([str(main), "--before", "nowhere"]) == 2
+
+
+def test_milliseconds_are_better_when_fewer(load: Any, tmp_path: Path) -> None:
+    compare = load("compare")
+    fixed = {"date": "d", "hardware": "cpu", "versions": "v", "op": "rope", "part": "forward", "contender": "cpp"}
+
+    def row(commit: str, milliseconds: float) -> dict[str, str]:
+        times = {"median_ms": milliseconds, "q1_ms": milliseconds * 0.99, "q3_ms": milliseconds * 1.01}
+        return {name: str(value) for name, value in (fixed | {"commit": commit} | times).items()}
+
+    assert compare.main([str(write(tmp_path / "slower.csv", row("a", 1.0), row("b", 1.2)))]) == 1
+    assert compare.main([str(write(tmp_path / "faster.csv", row("a", 1.2), row("b", 1.0)))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "does not exist"),
+        ("", "no rows"),
+        ("a,b\n1,2\n", "columns of"),
+        ("commit,hardware,versions,median_ms,q1_ms,q3_ms\na,b,c,1,1\n", "line 2: more or fewer"),
+        ("commit,hardware,versions,median_ms,q1_ms,q3_ms\na,b,c,1,nan,1\n", "q1_ms is 'nan'"),
+        ("commit,hardware,versions,median_ms,q1_ms,q3_ms\na,b,c,x,1,1\n", "median_ms is 'x'"),
+    ],
+)
+def test_damaged_files_are_refused(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, told: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_text(content)
+    assert load("compare").main([str(path)]) == 2
+    assert told in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ convergence.py
+
+
+def test_published_rates_are_those_of_their_sources(load: Any) -> None:
+    convergence = load("convergence")
+    entries = {row.system: convergence.of_published(row) for row in convergence.published()}
+    rates = {"LightningDiT-XL/1, log": 170, "LightningDiT-XL/1, headline": 284, "MaskDiT-XL/2": 273}
+    for system, rate in (rates | {"fast-DiT, DiT-XL/2": 107}).items():
+        assert entries[system].rate == pytest.approx(rate, abs=0.6), system
+    headline = entries["LightningDiT-XL/1, headline"]
+    assert headline.hours[8] == 10 and headline.hours_origin[8] == "published"
+    assert headline.hours[64] == pytest.approx(1.25) and headline.hours_origin[64] == "projected"
+    # 284 images of 3 x 238 GFLOP at 989 TFLOP/s
+    assert headline.roofline == pytest.approx(284.4 * 3 * dit_flops(DiTSpec()) / 989e12, rel=1e-3)
+    assert entries["LightningDiT-XL/1, log"].roofline is None  # on hardware that is not told
+    assert {entry.rate_origin for entry in entries.values()} == {"published"}
+
+
+def test_flops_of_masked_training(load: Any) -> None:
+    convergence = load("convergence")
+    spec = convergence.DIT_XL2
+    assert convergence.masked_flops(spec, 0.0, 0, 512) == dit_flops(spec)
+    assert 0.5 < convergence.masked_flops(spec, 0.5, 8, 512) / dit_flops(spec) < 0.6
+
+
+def test_a_cpu_never_becomes_gpus(load: Any) -> None:
+    convergence = load("convergence")
+    row = step_row(device="cpu", hardware="a-cpu", processes=2)
+    entry = convergence.of_measured(row, convergence.scaling.Cluster())
+    assert entry.rate_origin == "measured" and entry.rate == 128 and "a-cpu" in entry.hardware
+    assert not entry.hours and entry.roofline == 0.26
+    assert convergence.of_measured(step_row(), convergence.scaling.Cluster()).roofline == 0.19
+
+
+def test_measured_steps_are_projected_with_the_messages_of_many(load: Any) -> None:
+    convergence = load("convergence")
+    free = convergence.scaling.Cluster(nvlink_gbs=math.inf, link_gbs=math.inf, nvlink_us=0, link_us=0)
+    entry = convergence.of_measured(step_row(), free)
+    # 80,000 steps of 1024 images: on 8 GPUs one micro-batch of 128 each, as measured
+    assert entry.hours[8] == pytest.approx(80_000 * 0.5 / 3600)
+    # on 64 GPUs 16 images each: an eighth of the arithmetic, the whole optimizer
+    assert entry.hours[64] == pytest.approx(80_000 * (0.45 / 8 + 0.05) / 3600)
+    assert entry.hours_origin == {8: "projected", 64: "projected <", 256: "projected <"}
+    smaller = convergence.of_measured(step_row(batch=32, images_per_s=64.0), free)
+    assert (
+        smaller.hours[8] == pytest.approx(80_000 * (4 * 0.45 + 0.05) / 3600) and smaller.hours_origin[8] == "projected"
+    )
+    slow = convergence.scaling.Cluster()
+    sent = convergence.scaling.messages_s("ZeRO 1", 675e6, 4, 64, slow, 2)
+    later = convergence.of_measured(step_row(), slow)
+    assert later.hours[64] - entry.hours[64] == pytest.approx(80_000 * sent / 3600, rel=0.01)
+    assert not convergence.of_measured(step_row(recipe="vavae-f16d32-dinov2"), slow).hours
+
+
+def test_every_number_of_the_table_says_where_it_is_from(load: Any, tmp_path: Path) -> None:
+    convergence = load("convergence")
+    write(tmp_path / "steps-a.csv", step_row(images_per_s=200), step_row(), step_row(device="cpu", hardware="c"))
+    rows = convergence.newest(tmp_path)
+    assert [float(row["images_per_s"]) for row in rows] == [256, 256]
+    cluster = convergence.scaling.Cluster()
+    entries = [convergence.of_published(row) for row in convergence.published()]
+    entries += [convergence.of_measured(row, cluster) for row in rows]
+    entries.append(convergence.modelled("lightningdit-xl-64ep", cluster))
+    assert entries[-1].roofline == pytest.approx(cluster.mfu, rel=0.1)
+    convergence.save(entries, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        saved = list(csv.DictReader(file))
+    assert len(saved) == len(entries)
+    for row in saved:
+        assert row["origin"] in ("measured", "published", "projected") and row["source"]
+        for gpus in convergence.GPUS:
+            assert bool(row[f"hours_{gpus}"]) == bool(row[f"hours_{gpus}_origin"])
