@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vadit.charts import Curve, line_chart, reduce_curve, short_number
+from vadit.charts import Chart, Curve, Series, reduce_curve, short_number, svg
 from vadit.errors import UsageError
 from vadit.pictures import image_grid, reconstruction_pairs
-from vadit.report import Section, read_log, write_report
+from vadit.report import Section, write_report
+from vadit.report_log import read_log
+from vadit.report_sections import quantity_charts
 
 
 def write_log(path: Path, count: int) -> Path:
@@ -32,6 +34,11 @@ def write_log(path: Path, count: int) -> Path:
             line["grad_norm"] = float("nan") if index == 1 else 0.5
             stream.write(json.dumps(line) + "\n")
     return path
+
+
+def line_chart(title: str, curve: Curve, **settings: object) -> str:
+    """One curve as SVG."""
+    return svg(Chart(title, (Series("run", curve),), **settings))  # type: ignore[arg-type]
 
 
 class Reader(HTMLParser):
@@ -60,6 +67,7 @@ class Reader(HTMLParser):
 
 def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.jsonl", 80_000)
+    charts = quantity_charts([("run", read_log(log).curves)])
     noise = np.random.default_rng(0).integers(0, 256, (1100, 1500, 3), dtype=np.uint8)  # PNG cannot shrink it: 5 MB
     Image.fromarray(noise).save(tmp_path / "noise.png")
     (tmp_path / "config.json").write_text('{"note": "a < b & c"}')
@@ -69,10 +77,16 @@ def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path
         "First.\n\nSecond & last.",
         [
             Section(
-                "Tokenizer", log=log, images=[("noise & more", tmp_path / "noise.png")], table=[("PSNR", "34.4 dB")]
+                "Tokenizer",
+                charts=charts,
+                images=[("noise & more", tmp_path / "noise.png")],
+                table=[("PSNR", "34.4 dB")],
             ),
             Section(
-                "Compared", header=("", "with", "without"), table=[("FID", "1", "2")], settings=tmp_path / "config.json"
+                "Compared",
+                header=("", "with", "without"),
+                table=[("FID", "1", "2")],
+                settings=[("All settings", tmp_path / "config.json")],
             ),
         ],
     )
@@ -121,6 +135,19 @@ def test_a_log_forgets_what_a_resumed_run_did_again_and_skips_damaged_lines(tmp_
     assert log.curves["kl"].x.tolist() == [320]
 
 
+def test_quantities_that_come_and_go_stay_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [
+        {"images": 10 * i, "loss": float(i)} | ({"save_ms": 5, "where": "a"} if i % 3 == 0 else {}) for i in range(9)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    log = read_log(path)
+    assert log.curves["loss"].x.tolist() == [10 * i for i in range(9)]
+    assert log.curves["loss"].y.tolist() == list(range(9))
+    assert log.curves["save_ms"].x.tolist() == [0, 30, 60]
+    assert log.lines == [{"images": images, "where": "a"} for images in (0, 30, 60)]
+
+
 def test_reduced_curves_keep_means_and_extremes() -> None:
     x, y = np.arange(10.0), np.array([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 90])
     reduced = reduce_curve(x, y, points=3)
@@ -129,6 +156,16 @@ def test_reduced_curves_keep_means_and_extremes() -> None:
     assert (reduced.low.tolist(), reduced.high.tolist()) == ([0, 3, 6], [2, 5, 90])
     same = reduce_curve(x, y)
     assert same.mean.tolist() == y.tolist()
+
+
+def test_curves_on_a_logarithmic_axis_keep_their_beginning() -> None:
+    x = np.arange(1.0, 100_001)
+    reduced = reduce_curve(x, x, points=50, by_log=True)
+    assert reduced.x[:3].tolist() == [1, 2, 3]  # groups of equal size would begin with the mean of 2,000
+    assert (np.diff(reduced.x) > 0).all() and 30 < len(reduced.x) <= 50
+    drawing = line_chart("loss", Curve(x, x), x_log=True)
+    labels = re.findall(r'text-anchor="middle">([^<]*)<', drawing)
+    assert labels == ["1", "10", "100", "1000", "10k"]
 
 
 @pytest.mark.parametrize(
@@ -200,9 +237,8 @@ def test_pairs_stand_one_above_the_other() -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     for section in (
-        Section("s", log=tmp_path / "absent"),
         Section("s", images=[("c", tmp_path / "absent")]),
-        Section("s", settings=tmp_path / "absent"),
+        Section("s", settings=[("c", tmp_path / "absent")]),
     ):
         with pytest.raises(UsageError, match="absent does not exist"):
             write_report(tmp_path / "r.html", "t", "", [section])

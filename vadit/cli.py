@@ -24,6 +24,7 @@ COMMANDS = {
     "encode": "turn a folder of images into a folder of latents",
     "sample": "draw images from a generator",
     "evaluate": "measure samples, a tokenizer or latents; make a reference for samples",
+    "report": "one HTML page about one or more runs: curves, speed, time to the end, samples, comparisons",
     "import": "turn a checkpoint of the authors into a folder that vadit reads",
     "export": "write a run's weights as one safetensors file with its config, or in the authors' format",
     "doctor": "say which accelerations this machine has, and how to get the others",

@@ -5,28 +5,24 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from vadit.charts import Curve, line_chart, short_number
+from vadit.charts import Chart, short_number, svg
 from vadit.errors import UsageError
 from vadit.files import whole_file
 
 MAX_PICTURE_BYTES = 2_400_000
 """All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""
 
-_FIRST = ("loss", "images_per_s")
-_NOT_CURVES = ("images", "step")
-_LINEAR = ("lr", "images_per_s")
-_CHART_TITLES = {"images_per_s": "throughput, images/s", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+_BAD_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises where a file is missing, no picture, cut short or far too large."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,8 @@ class Section:
     """One part of a report, for instance a stage of a run."""
 
     title: str
-    log: Path | None = None
-    """log.jsonl of a run: every quantity in it becomes a chart."""
+    charts: Sequence[Chart] = ()
+    """Wide ones first; those without a finite value are left out."""
     images: Sequence[tuple[str, Path]] = ()
     """Captions and PNG files."""
     table: Sequence[tuple[str, ...]] = ()
@@ -44,8 +40,10 @@ class Section:
     """Names of the table's columns, where it has more than name and value."""
     text: str = ""
     """A paragraph above all else; a blank line starts another."""
-    settings: Path | None = None
-    """config.json of a run, folded away behind a click."""
+    notes: Sequence[str] = ()
+    """Sentences in small type at the end."""
+    settings: Sequence[tuple[str, Path]] = ()
+    """Names and config.json files of runs, each folded away behind a click."""
 
 
 def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
@@ -67,66 +65,6 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
     return out
 
 
-# ------------------------------------------------------------------------------------------ the log
-
-
-@dataclass
-class Log:
-    """The quantities of a log.jsonl by name, over images."""
-
-    curves: dict[str, Curve] = field(default_factory=dict)
-    skipped_lines: int = 0
-    """Lines that are no JSON objects (a process that was killed while it wrote)."""
-
-
-def read_log(path: str | Path) -> Log:
-    """Read a log.jsonl; where a resumed run logged the same image counts again, the later lines count."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name the log.jsonl of a run")
-    log = Log()
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            images = line["images"]
-        except (ValueError, TypeError, KeyError):
-            log.skipped_lines += 1
-            continue
-        while lines and lines[-1]["images"] >= images:
-            lines.pop()
-        lines.append(line)
-    names = dict.fromkeys(name for line in lines for name in line if name not in _NOT_CURVES)
-    for name in names:
-        points = [(line["images"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        if points:
-            x, y = zip(*points, strict=True)
-            log.curves[name] = Curve(np.array(x, np.float64), np.array(y, np.float64))
-    return log
-
-
-def _charts(path: Path) -> str:
-    log = read_log(path)
-    names = [name for name in _FIRST if name in log.curves] + [name for name in log.curves if name not in _FIRST]
-    cards = []
-    for name in names:
-        curve = log.curves[name]
-        drawing = line_chart(name, curve, may_be_log=name not in _LINEAR)
-        lost = int((~curve.finite).sum())
-        note = f' <span class="warn">{lost} not finite</span>' if lost else ""
-        last = short_number(float(curve.y[-1])) if math.isfinite(curve.y[-1]) else "not finite"
-        cards.append(
-            f'<figure class="chart"><figcaption><b>{_text(_CHART_TITLES.get(name, name))}</b>{note}'
-            f'<span class="last">{last}</span></figcaption>{drawing}</figure>'
-        )
-    if not cards:
-        return '<p class="note">The log holds no points yet.</p>'
-    note = (
-        f'<p class="note">{log.skipped_lines} damaged lines of the log were left out.</p>' if log.skipped_lines else ""
-    )
-    return f'<div class="charts">{"".join(cards)}</div>{note}'
-
-
 # ------------------------------------------------------------------------------------------ parts of the page
 
 
@@ -134,19 +72,59 @@ def _section(section: Section, anchor: str, budget: int) -> str:
     parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>', _paragraphs(section.text, "")]
     if section.table:
         parts.append(_table(section.table, section.header))
+    parts.append(_charts(section.charts))
     for caption, path in section.images:
         source, width = _picture(path, budget)
         parts.append(
             f'<figure class="picture"><img src="{source}" alt="{_text(caption)}" style="max-width:min(100%,{width}px)">'
             f"<figcaption>{_text(caption)}</figcaption></figure>"
         )
-    if section.log is not None:
-        parts.append(_charts(section.log))
-    if section.settings is not None:
-        parts.append(
-            f"<details><summary>All settings</summary><pre>{_text(_settings(section.settings))}</pre></details>"
-        )
+    parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
+    for name, path in section.settings:
+        parts.append(f"<details><summary>{_text(name)}</summary><pre>{_text(_settings(path))}</pre></details>")
     return "".join(parts) + "</section>"
+
+
+def _charts(charts: Sequence[Chart]) -> str:
+    """Wide charts with their legends below each other; then the small ones in a grid with one legend for all."""
+    drawn = [(chart, drawing) for chart in charts if (drawing := svg(chart))]
+    wide = "".join(_card(chart, drawing, "chart wide") for chart, drawing in drawn if chart.wide)
+    small = [(chart, drawing) for chart, drawing in drawn if not chart.wide]
+    if not small:
+        return wide
+    cards = "".join(_card(chart, drawing, "chart") for chart, drawing in small)
+    return f'{wide}{_legend([chart for chart, _ in small])}<div class="charts">{cards}</div>'
+
+
+def _card(chart: Chart, drawing: str, kind: str) -> str:
+    lines = [series for series in chart.series if not series.marks]
+    lost = sum(int((~series.curve.finite).sum()) for series in lines)
+    warning = f' <span class="warn">{lost} not finite</span>' if lost else ""
+    last = ""
+    if len(lines) == 1 and not chart.wide and len(lines[0].curve.y):
+        value = float(lines[0].curve.y[-1])
+        last = f'<span class="last">{short_number(value) if math.isfinite(value) else "not finite"}</span>'
+    unit = f' <span class="unit">{_text(chart.y_label)}</span>' if chart.y_label else ""
+    note = f'<p class="note">{_text(chart.note)}</p>' if chart.note else ""
+    legend = _legend([chart]) if chart.wide else ""
+    head = f"<figcaption><b>{_text(chart.title)}</b>{unit}{warning}{last}</figcaption>"
+    return f'<figure class="{kind}">{head}{legend}{drawing}{note}</figure>'
+
+
+def _legend(charts: Sequence[Chart]) -> str:
+    """Names and colours of all curves, where there is more than one of them."""
+    keys = dict.fromkeys(
+        (series.name, series.shade, "ring" if series.hollow else "dash" if series.dashed else "dot")
+        for chart in charts
+        for series in chart.series
+        if series.curve.finite.any()
+    )
+    if len(keys) < 2:
+        return ""
+    items = "".join(
+        f'<span><i class="{kind}" style="color:{shade}"></i>{_text(name)}</span>' for name, shade, kind in keys
+    )
+    return f'<div class="legend">{items}</div>'
 
 
 def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
@@ -164,6 +142,16 @@ def _settings(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is there and is whole, as far as its format can tell without unpacking it."""
+    try:
+        with Image.open(path) as opened:
+            opened.verify()
+    except _BAD_PICTURE:
+        return False
+    return True
+
+
 def _picture(path: Path, budget: int) -> tuple[str, int]:
     """A PNG as a data URI of at most about `budget` bytes before base64, and its width on the page in pixels."""
     try:
@@ -172,7 +160,7 @@ def _picture(path: Path, budget: int) -> tuple[str, int]:
             image = opened.convert("RGB")
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a picture that was written") from None
-    except OSError as error:
+    except _BAD_PICTURE as error:
         raise UsageError(f"{path} is not a readable picture ({error}); name a PNG file") from None
     width, kind = image.width, "png"
     # Grids of photographs are large as PNG; in a report, unlike in an evaluation, a JPEG does no harm.
@@ -207,7 +195,7 @@ nav a{padding:4px 12px;border:1px solid var(--line);border-radius:99px;backgroun
 text-decoration:none;font-size:14px}
 section{margin:0 0 22px;padding:24px;border:1px solid var(--line);border-radius:12px;background:var(--paper)}
 section p{max-width:46em;margin:0 0 14px}
-.table{overflow-x:auto;margin:0 0 18px}
+.table{overflow-x:auto;margin:0 0 18px;font-size:15px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:6px 28px 6px 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 tbody th{color:var(--soft);font-weight:400}
@@ -222,10 +210,11 @@ figure{margin:0}
 .chart figcaption{display:flex;gap:8px;align-items:baseline;padding:0 4px;font-size:14px}
 .chart .last{margin-left:auto;color:var(--accent);font-weight:600;font-variant-numeric:tabular-nums}
 svg{display:block;width:100%;height:auto}
-svg text{fill:#7a8394;font-size:10.5px;font-family:inherit}
-.grid{stroke:#edf0f5}.axis{stroke:#c9d0db}
-.curve{fill:none;stroke:var(--accent);stroke-width:1.6;stroke-linejoin:round}
-.band{fill:var(--accent);opacity:.16}.end{fill:var(--accent)}
+.wide{margin:0 0 16px;padding:14px 14px 8px}.wide .note{margin:4px 4px 6px}.unit{color:var(--soft);font-size:13px}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:4px 4px 10px;font-size:13.5px}
+.legend i{display:inline-block;width:11px;height:11px;margin-right:6px;border:2px solid;border-radius:99px}
+.legend .dot{background:currentColor}.legend .dash{height:0;border-width:1px;border-style:dashed;width:16px;
+vertical-align:middle}
 .note,footer{color:var(--soft);font-size:14px}
 .warn{color:#b3261e;font-size:12px}
 details{margin-top:16px}

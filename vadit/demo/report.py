@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from vadit.charts import Chart
 from vadit.demo.data import DemoData
 from vadit.pictures import image_grid, reconstruction_pairs
 from vadit.report import Section, write_report
+from vadit.report_log import read_log
+from vadit.report_sections import quantity_charts
 
 COLUMNS = 10
 """One column per class: labels of balanced samples go round."""
@@ -58,14 +61,23 @@ def write(
         ),
         Section(
             title="Tokenizer (VA-VAE)",
-            log=tokenizer_run / "log.jsonl",
+            charts=_charts(tokenizer_run),
             images=[("Images that no network saw in training.", out / "reconstructions.png")],
             table=[(key, f"{value:.3f}") for key, value in metrics["tokenizer"].items()],
-            settings=tokenizer_run / "config.json",
+            settings=[("All settings", tokenizer_run / "config.json")],
         ),
-        Section(title="Generator (LightningDiT)", log=generator / "log.jsonl", settings=generator / "config.json"),
+        Section(
+            title="Generator (LightningDiT)",
+            charts=_charts(generator),
+            settings=[("All settings", generator / "config.json")],
+        ),
     ]
     write_report(out / "report.html", "vadit demo", LEAD, sections)
+
+
+def _charts(run: Path) -> list[Chart]:
+    """Every quantity that a run logged."""
+    return quantity_charts([(run.name, read_log(run / "log.jsonl").curves)])
 
 
 def _save_grid(path: Path, npz: Path) -> None:

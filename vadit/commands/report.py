@@ -1,0 +1,39 @@
+"""vadit report: one page about one or more runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from vadit.arguments import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """One self-contained HTML page about runs, and its main charts as PNGs in a folder beside it."""
+
+    runs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders; several are drawn over each other and compared."""
+    out: str = ""
+    """HTML file to write; default: RUN/report.html for one run, else report.html here."""
+    title: str = ""
+    """Title of the page; default: the names of the runs."""
+    pngs: bool = True
+    """Write the charts as PNGs, too, into a folder named as the page, with -charts."""
+
+
+def run(arguments: list[str]) -> None:
+    """Read, draw and write."""
+    options = parse(ReportOptions, arguments, command="report")
+    from vadit.report_sections import write_runs_report
+
+    out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
+    written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
+    for note in written.notes:
+        print(f"note: {note}")
+    pictures = f"; {written.pngs} charts in {written.folder}" if written.pngs else ""
+    print(f"{written.page}: {written.page.stat().st_size / 1e6:.1f} MB{pictures}")

@@ -1,0 +1,321 @@
+"""Runs as the report sees them: their files, how far each is, what is still to come, and how they compare."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from vadit.charts import Curve
+from vadit.config import Config, DiTConfig, RepaSpec
+from vadit.config_files import load_run_config
+from vadit.errors import UsageError
+from vadit.recipes import get_recipe
+from vadit.report_log import Log, Scores, join_logs, read_log, read_scores
+
+HEADLINE = "lightningdit-xl-64ep"
+EPOCHS = 64
+IMAGENET_IMAGES = 1_281_167
+"""Images of an epoch where a log does not say."""
+REFERENCE_STEPS = (100, 200, 300, 500, 1000, 2000, 3000, 4000, 80_000)
+REFERENCE_MSE = (1.2133, 0.5402, 0.4637, 0.4186, 0.3854, 0.3604, 0.3500, 0.3424, 0.3045)
+"""The authors' training log of LightningDiT-XL/1 (64 epochs): velocity MSE, mean over the last 100 steps."""
+_HIGHER = ("is", "precision", "recall", "psnr", "ssim")
+_RECENT = 0.2
+"""Share of the log, from its end, that a projection goes by."""
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    name: str
+    folder: Path
+    kind: str
+    """dit, tokenizer, or unknown where there is no readable config.json."""
+    config: Config | None
+    log: Log
+    evaluations: Log
+    grids: list[tuple[float, Path]]
+    """Images seen, and the picture that was made then."""
+    scores: list[Scores]
+    notes: list[str]
+    """What could not be read."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not (self.log.curves or self.evaluations.curves or self.grids or self.scores)
+
+    def scored(self, kind: str, name: str) -> dict[str, float]:
+        """Numbers of its metrics*.json of one kind whose names begin so."""
+        return {
+            key: value
+            for scores in self.scores
+            if scores.kind == kind
+            for key, value in scores.metrics.items()
+            if key.startswith(name)
+        }
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs under `folders`, named by the shortest ends of their paths that differ."""
+    paths = [Path(folder) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    for path, whole in zip(paths, resolved, strict=True):
+        if not path.is_dir():
+            hint = f"; name its folder, {path.parent}" if path.is_file() else ""
+            raise UsageError(f"{path} is no run folder{hint}")
+        if resolved.count(whole) > 1:
+            raise UsageError(f"{path} is named twice; name each run once")
+    runs = [_read_run(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+    if all(run.is_empty for run in runs):
+        told = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
+        raise UsageError(f"nothing to report yet: {told or 'no log point, evaluation or metrics'}")
+    return runs
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    notes: list[str] = []
+    config: Config | None = None
+    kind = "unknown"
+    stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
+    parts = [part for part in (folder, *stages) if (part / "log.jsonl").is_file()]
+    if (folder / "config.json").is_file():
+        try:
+            config = load_run_config(folder)
+            kind = config.kind
+        except (UsageError, ValueError, AttributeError, OSError) as error:
+            notes.append(f"{name}: its config.json could not be read ({error}).")
+            kind = _raw_kind(folder / "config.json")
+    elif not parts:
+        raise UsageError(f"{folder} is no run folder: it holds neither config.json nor log.jsonl")
+    else:
+        notes.append(f"{name}: there is no config.json, so nothing is known of its settings.")
+    logs, evaluations, grids, before = [], [], [], 0.0
+    for part in parts:
+        log = read_log(part / "log.jsonl")
+        logs.append((before, log))
+        if (part / "evaluations.jsonl").is_file():
+            found = read_log(part / "evaluations.jsonl")
+            evaluations.append((before, found))
+            grids += _grids(part, found, before)
+        before += log.images
+    log, evaluation = join_logs(logs), join_logs(evaluations)
+    for file, found in (("log.jsonl", log), ("evaluations.jsonl", evaluation)):
+        if found.skipped_lines:
+            notes.append(f"{name}: {found.skipped_lines} damaged lines of {file} were left out.")
+    if not parts:
+        notes.append(f"{name}: there is no log.jsonl yet.")
+    elif not log.curves:
+        notes.append(f"{name}: its log.jsonl holds no points yet.")
+    scores, bad = read_scores(folder)
+    run = Run(name, folder, kind, config, log, evaluation, grids, scores, notes + bad)
+    if run.kind == "unknown" and log.curves:
+        run.kind = "dit" if "mse" in log.curves else "tokenizer" if "kl" in log.curves else "unknown"
+    return run
+
+
+def _raw_kind(path: Path) -> str:
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8", errors="replace"))["kind"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        return "unknown"
+    return kind if kind in ("dit", "tokenizer") else "unknown"
+
+
+def _grids(part: Path, found: Log, before: float) -> list[tuple[float, Path]]:
+    pictures = [(line["images"] + before, line["grid"]) for line in found.lines if isinstance(line.get("grid"), str)]
+    paths = [(images, part / grid) for images, grid in pictures]
+    # a picture outside of the run folder is not one that the run made
+    return [(images, path) for images, path in paths if path.resolve().is_relative_to(part.resolve())]
+
+
+# ------------------------------------------------------------------------------------------ how far, how long
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and when it will be done if it goes on at its latest speed."""
+
+    images: float
+    epochs: float
+    target: float
+    """Images of 64 epochs (a generator), or of the whole run (a tokenizer)."""
+    images_per_s: float
+    """Median over the last fifth of the log, all devices together."""
+    devices: int | None
+    """GPUs or processes that took part last; None where the log does not say."""
+    hours: Curve
+    """Hours of training since the start (y) over images (x), by the logged throughput."""
+
+    @property
+    def hours_left(self) -> float:
+        """Hours to the target; 0 once there."""
+        return max(self.target - self.images, 0) / self.images_per_s / 3600
+
+    @property
+    def hours_done(self) -> float:
+        """Hours of training so far: stops, saves and evaluations that the throughput does not hold are not in it."""
+        return float(self.hours.y[-1])
+
+    def finish(self, last_write: float) -> datetime:
+        """When the target is reached, counted from the log's last write (seconds since 1970)."""
+        try:
+            return datetime.fromtimestamp(last_write) + timedelta(hours=self.hours_left)
+        except OverflowError:
+            return datetime.max
+
+
+def progress(run: Run) -> Progress | None:
+    """Progress by the log, or None where it holds no throughput."""
+    rate = run.log.curves.get("images_per_s")
+    if rate is None:
+        return None
+    good = np.isfinite(rate.y) & (rate.y > 0)
+    if not good.any():
+        return None
+    x, y = rate.x[good], rate.y[good]
+    recent = float(np.median(y[-max(int(len(y) * _RECENT), min(5, len(y))) :]))
+    images = run.log.images
+    epoch = _epoch_images(run)
+    target = EPOCHS * epoch
+    if run.kind == "tokenizer" and run.config is not None:
+        target = float(run.config.run.total_images)
+    return Progress(
+        images=images,
+        epochs=images / epoch,
+        target=target,
+        images_per_s=recent,
+        devices=_devices(run),
+        hours=Curve(x, np.cumsum(np.diff(x, prepend=0.0) / y) / 3600),
+    )
+
+
+def _epoch_images(run: Run) -> float:
+    """Images of an epoch, from a log point that has both counts."""
+    epochs = run.log.curves.get("epochs")
+    if epochs is not None and np.isfinite(epochs.y[-1]) and epochs.y[-1] > 0:
+        return float(epochs.x[-1] / epochs.y[-1])
+    return float(IMAGENET_IMAGES)
+
+
+def _devices(run: Run) -> int | None:
+    both, each = (run.log.curves.get(name) for name in ("images_per_s", "images_per_s_per_gpu"))
+    if both is None or each is None or not np.isfinite([both.y[-1], each.y[-1]]).all() or each.y[-1] <= 0:
+        return None
+    return max(round(both.y[-1] / each.y[-1]), 1)
+
+
+def is_headline(config: Config | None) -> bool:
+    """Whether a run learns what the authors' logged run learnt: the headline recipe's network, loss and optimizer.
+
+    Length, sampling and the way the work is spread may differ, and the data cannot be known from a config.
+    """
+    if not isinstance(config, DiTConfig):
+        return False
+    headline = get_recipe(HEADLINE)
+    assert isinstance(headline, DiTConfig), HEADLINE
+    flow = replace(config.flow, uniform_after_images=headline.flow.uniform_after_images)
+    return (
+        (config.model, flow, config.optimizer, config.run.batch_size, config.mask.kind)
+        == (headline.model, headline.flow, headline.optimizer, headline.run.batch_size, headline.mask.kind)
+        and config.repa.weight == RepaSpec().weight
+        and config.data.normalize == headline.data.normalize
+        and config.data.multiplier == headline.data.multiplier
+    )  # fmt: skip
+
+
+def loss_at(run: Run, images: float, name: str = "mse") -> float | None:
+    """A logged mean at the log point nearest to `images`, where one lies within 2%."""
+    curve = run.log.curves.get(name)
+    if curve is None:
+        return None
+    nearest = int(np.abs(curve.x - images).argmin())
+    return float(curve.y[nearest]) if abs(curve.x[nearest] - images) <= 0.02 * images else None
+
+
+# ------------------------------------------------------------------------------------------ runs against each other
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric, by its protocol name (is50k_euler249, precision50k, psnr), grows as images get better."""
+    word = re.match("[a-z]*", metric)
+    return word is not None and word[0] in _HIGHER
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many images runs need to one and the same value of a metric (the paper's Figure 4)."""
+
+    metric: str
+    value: float
+    """The best value that all of them reach."""
+    images: tuple[float, ...]
+    """Images of each run, interpolated between evaluations; the first evaluation's, where that is better already."""
+    at_most: tuple[bool, ...]
+    """Whether a run was better at its first evaluation, so that it needs no more than that."""
+
+
+def speedup(metric: str, curves: Sequence[Curve]) -> Speedup | None:
+    """Images that each of two or more runs needs to the value that all reach; None where one has no finite value."""
+    sign = -1.0 if higher_is_better(metric) else 1.0
+    found = [(curve.x[curve.finite], sign * curve.y[curve.finite]) for curve in curves]
+    if len(found) < 2 or any(len(x) == 0 for x, _ in found):
+        return None
+    value = max(float(y.min()) for _, y in found)
+    reached = [_first_at(x, y, value) for x, y in found]
+    images, at_most = zip(*reached, strict=True)
+    return Speedup(metric, sign * value, images, at_most)
+
+
+def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:
+    """x where y first comes down to `value`, on a straight line between two points."""
+    index = int(np.argmax(y <= value))
+    if index == 0:
+        return float(x[0]), bool(y[0] < value)
+    share = (y[index - 1] - value) / (y[index - 1] - y[index])
+    return float(x[index - 1] + share * (x[index] - x[index - 1])), False
+
+
+def different_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows (setting, value in each run) of what differs between the configs of runs of one kind."""
+    flat = [_flat(run.folder / "config.json") for run in runs]
+    names = dict.fromkeys(name for values in flat for name in values)
+    rows = []
+    for name in names:
+        values = tuple(json.dumps(each[name]) if name in each else "-" for each in flat)
+        if len(set(values)) > 1 and name != "run.out" and not name.startswith("paper."):
+            rows.append((name, *values))
+    return rows
+
+
+def _flat(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            found[prefix] = value
+
+    walk("", values)
+    return found
