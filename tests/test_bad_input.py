@@ -62,7 +62,7 @@ def test_full_disk_leaves_no_weights(
     assert cli.main(arguments) == 0
 
 
-@pytest.mark.parametrize("num_bytes", [3_000, 10_000, 400_000])
+@pytest.mark.parametrize("num_bytes", [5_000, 10_000, 400_000])
 def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(
     num_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from vadit import rng
 from vadit.train import checkpoint
-from vadit.train.shard_layout import MOMENTS, Shares, average_name, gaps
+from vadit.train.shard_layout import Shares, average_name, gaps
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
 Layout = tuple[int, int]
@@ -110,7 +110,7 @@ def whole(folder: Path, step: int) -> dict[str, torch.Tensor]:
     found = {}
     for network in worker.WIDTHS:
         shares = Shares(path, network)
-        kinds = ["master", *(f"state.{name}" for name in MOMENTS)]
+        kinds = ["master", "state.exp_avg", "state.exp_avg_sq"]
         kinds += [average_name(decay) for decay in shares.averages()]
         for kind in kinds:
             for name, shape in shares.shapes.items():

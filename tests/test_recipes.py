@@ -16,7 +16,6 @@ from vadit.config import Config, DiTConfig, TokenizerConfig
 from vadit.config_files import from_dict, load_run_config, to_dict
 from vadit.errors import UsageError
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, RECIPES, SHORT_NAMES, get_recipe
-from vadit.recipes.measured import best, throughputs
 
 SIZES = {
     "model": {"input_size", "hidden_size", "depth", "num_heads", "num_classes"},
@@ -381,31 +380,6 @@ def test_recipes_can_be_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not measured" in text
     assert cli.main(["recipes", "nonesuch"]) == 2
     assert "'nonesuch'" in capsys.readouterr().err
-
-
-def test_hours_come_from_rows_of_gpus_alone(tmp_path: Path) -> None:
-    header = "hardware,processes,recipe,engine,precision,settings,images_per_s"
-    rows = {
-        "steps-nvidia-h100-80gb-hbm3.csv": [
-            "nvidia-h100-80gb-hbm3,8,lightningdit-xl-64ep,deepspeed,autocast,,2000",
-            "nvidia-h100-80gb-hbm3,8,lightningdit-xl-64ep,deepspeed,autocast,,1600",
-            "nvidia-h100-80gb-hbm3,1,lightningdit-xl-64ep,torch,autocast,,900",  # another engine
-            "nvidia-h100-80gb-hbm3,1,lightningdit-xl-64ep,deepspeed,bf16,,900",  # another precision
-            "nvidia-h100-80gb-hbm3,1,lightningdit-xl-64ep,deepspeed,autocast,model.depth=2,900",  # another model
-            "nvidia-h100-80gb-hbm3,1,lightningdit-b-debug,deepspeed,fp32,,90000",
-        ],
-        "steps-amd-epyc-avx2.csv": ["amd-epyc-avx2,1,lightningdit-xl-64ep,deepspeed,autocast,,9999"],
-    }
-    for name, lines in rows.items():
-        (tmp_path / name).write_text("\n".join([header, *lines]) + "\n")
-    found = throughputs(tmp_path)
-    headline = best(get_recipe("lightningdit-xl-64ep"), found)
-    assert headline is not None and headline.images_per_s == 250
-    assert headline.hours(81_920_000, 8) == pytest.approx(81_920_000 / 2000 / 3600)
-    assert best(get_recipe("lightningdit-xl-800ep"), found) == headline  # the same step
-    for other in ("lightningdit-b", "lightningdit-xl-f16d64", "lightningdit-xl-beyond", "table1-08-rope"):
-        assert best(get_recipe(other), found) is None, other
-    assert throughputs(tmp_path / "absent") == []
 
 
 # ------------------------------------------------------------------------------------------------ debug twins
