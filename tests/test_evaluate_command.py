@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launched import free_port
 from PIL import Image
 from torch import Tensor
 
@@ -78,6 +78,17 @@ def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFi
     assert "sets of one size" in capsys.readouterr().err
     assert cli.main(["evaluate", "samples", "drawn.npz", "--seeds", "3", *common]) == 2
     assert "{seed}" in capsys.readouterr().err
+
+
+def test_the_reference_is_read_once_for_all_seeds(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    load = samples._load_reference
+    monkeypatch.setattr(samples, "_load_reference", lambda path, *rest: (read.append(path), load(path, *rest))[1])
+    np.savez(small / "real.npz", arr_0=pictures(12, 9))
+    np.savez(small / "drawn.npz", arr_0=pictures(8, 1))
+    arguments = ["evaluate", "samples", str(small / "drawn.npz"), "--seeds", "2", "--num-samples", "4"]
+    arguments += ["--reference", str(small / "real.npz"), "--inception-weights", str(small / "weights.pth")]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0 and len(read) == 1
 
 
 def test_a_reference_that_was_made_gives_the_numbers_of_its_images(
@@ -214,10 +225,12 @@ torch.distributed.destroy_process_group()
 
 
 def test_rows_of_two_processes_come_together() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "OMP_NUM_THREADS": "1",
+    }
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(2)

@@ -59,11 +59,7 @@ def all_mean(values: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flag: bool, on: torch.device) -> bool:
     """Whether `flag` is set on any process (every process must call)."""
-    if not dist.is_initialized() or world_size() == 1:
-        return flag
-    value = torch.tensor([1.0 if flag else 0.0], device=on)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return any_most(float(flag), on) > 0
 
 
 def any_most(value: float, on: torch.device) -> float:

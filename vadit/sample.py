@@ -76,14 +76,18 @@ class SampleFiles(NamedTuple):
     """The first images in one picture."""
 
 
+def spare_points(spec: SampleSpec) -> int:
+    """How many more `num_steps` counts than there are steps: 1 where they lie between the points of a grid, else 0."""
+    closes = spec.method == "euler_maruyama" and spec.sde_last_step != "none"  # a step of its own after the grid's
+    return 0 if spec.method == "ddpm" or closes else 1
+
+
 def sampler_name(spec: SampleSpec, *, autoguidance: bool = False) -> str:
     """How samples were drawn, for the name of a metric: euler249_shift0.3_cfg10_from0.11_ch3_random.
 
     The number is that of steps: linspace(0, 1, 250) has 249, though the authors' tables say euler250.
     """
-    closes = spec.method == "euler_maruyama" and spec.sde_last_step != "none"  # a step of its own after the grid's
-    steps = spec.num_steps if spec.method == "ddpm" or closes else spec.num_steps - 1
-    parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{steps}"]
+    parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{spec.num_steps - spare_points(spec)}"]
     if spec.timestep_shift > 0:
         parts.append(f"shift{spec.timestep_shift:g}")
     if spec.cfg_scale != 1:

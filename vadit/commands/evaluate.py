@@ -139,7 +139,7 @@ def run(arguments: list[str]) -> None:
 def _evaluate_samples(arguments: list[str]) -> None:
     options = parse(EvaluateSamplesOptions, arguments, command="evaluate samples")
     from vadit import distributed
-    from vadit.eval.samples import evaluate_samples
+    from vadit.eval.samples import SampleEvaluator
 
     sets = _sample_sets(options)
     device = distributed.device(options.device)
@@ -148,18 +148,16 @@ def _evaluate_samples(arguments: list[str]) -> None:
         from vadit.models.foundation import ImageSummary
 
         dinov2 = ImageSummary(FoundationSpec(name="dinov2", weights=options.dinov2_weights)).to(device)
+    evaluator = SampleEvaluator(
+        options.reference,
+        inception_weights=options.inception_weights,
+        dinov2=dinov2,
+        device=device,
+        batch_size=options.batch_size,
+    )
     found: list[dict[str, float]] = []
     for samples, first in sets:
-        metrics = evaluate_samples(
-            samples,
-            options.reference,
-            inception_weights=options.inception_weights,
-            dinov2=dinov2,
-            device=device,
-            batch_size=options.batch_size,
-            num_samples=options.num_samples,
-            first=first,
-        )
+        metrics = evaluator.evaluate(samples, num_samples=options.num_samples, first=first)
         found.append(metrics.named(_sampler_of(options.sampler, samples)))
         if found[-1].keys() != found[0].keys():
             raise UsageError(

@@ -7,6 +7,7 @@ the reference holds too little for is left out, and nothing is told of a set tha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
 import zlib
@@ -144,46 +145,81 @@ def evaluate_samples(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     num_samples: int | None = None,
-    first: int = 0,
 ) -> SampleMetrics:
-    """ADM's evaluation of `num_samples` samples from place `first` on (default all) against a reference.
+    """ADM's evaluation of the first `num_samples` samples (default all) against a reference."""
+    evaluator = SampleEvaluator(
+        reference, inception_weights=inception_weights, dinov2=dinov2, device=device, batch_size=batch_size
+    )
+    return evaluator.evaluate(samples, num_samples=num_samples)
+
+
+class SampleEvaluator:
+    """ADM's evaluation against one reference, whose features are computed once, at the first set of samples.
 
     `dinov2` (`vadit.models.foundation.ImageSummary`) adds FD-DINOv2 against the reference's images.
     """
-    source = open_images(samples)
-    count = len(source) - first if num_samples is None else num_samples
-    if first + count > len(source):
-        raise UsageError(
-            f"{source.path} holds {len(source)} images, {first + count} were asked for; draw more or ask for fewer"
+
+    def __init__(
+        self,
+        reference: str | Path,
+        *,
+        inception_weights: str | Path | None,
+        dinov2: Summary | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        self._path, self._weights, self._dinov2 = Path(reference), inception_weights, dinov2
+        self._device, self._batch_size = device, batch_size
+
+    @functools.cached_property
+    def _extractor(self) -> Inception:
+        return Inception(self._weights, self._device)
+
+    @functools.cached_property
+    def _reference(self) -> _Reference:
+        return _load_reference(self._path, self._extractor, self._batch_size)
+
+    @functools.cached_property
+    def _reference_summary(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self._dinov2 is not None, "the caller has looked"
+        return _summary_moments(open_images(self._path).batches(self._batch_size), self._dinov2)
+
+    def evaluate(self, samples: str | Path, *, num_samples: int | None = None, first: int = 0) -> SampleMetrics:
+        """The numbers of `num_samples` samples from place `first` on (default all)."""
+        source = open_images(samples)
+        count = len(source) - first if num_samples is None else num_samples
+        if first + count > len(source):
+            raise UsageError(
+                f"{source.path} holds {len(source)} images, {first + count} were asked for; draw more or ask for fewer"
+            )
+        if count < 2:
+            raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
+        if self._dinov2 is not None and not _has_images(self._path):
+            raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
+        extractor, wanted = self._extractor, self._reference
+        found = _extract(source.batches(self._batch_size, count, first), extractor)
+        if len(found.pool) != count:
+            raise RunError(f"{len(found.pool)} of {count} images of {source.path} were read; nothing is told of a part")
+        fid, kid = _distances(wanted, found.pool)
+        precision, recall = (
+            (None, None)
+            if wanted.features is None
+            else precision_recall(wanted.features, found.pool, device=self._device)
         )
-    if count < 2:
-        raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
-    if dinov2 is not None and not _has_images(Path(reference)):
-        raise UsageError(f"{reference} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
-    extractor = Inception(inception_weights, device)
-    wanted = _load_reference(Path(reference), extractor, batch_size)
-    found = _extract(source.batches(batch_size, count, first), extractor)
-    if len(found.pool) != count:
-        raise RunError(f"{len(found.pool)} of {count} images of {source.path} were read; nothing is told of a part")
-    fid, kid = _distances(wanted, found.pool)
-    precision, recall = (
-        (None, None) if wanted.features is None else precision_recall(wanted.features, found.pool, device=device)
-    )
-    return SampleMetrics(
-        num_samples=count,
-        fid=fid,
-        sfid=None if wanted.spatial is None else frechet_distance(*wanted.spatial, *found.spatial.result()),
-        inception_score=inception_score(found.probabilities),
-        precision=precision,
-        recall=recall,
-        kid=kid,
-        fd_dinov2=None
-        if dinov2 is None
-        else frechet_distance(
-            *_summary_moments(open_images(reference).batches(batch_size), dinov2),
-            *_summary_moments(source.batches(batch_size, count, first), dinov2),
-        ),
-    )
+        fd_dinov2 = None
+        if self._dinov2 is not None:
+            drawn = _summary_moments(source.batches(self._batch_size, count, first), self._dinov2)
+            fd_dinov2 = frechet_distance(*self._reference_summary, *drawn)
+        return SampleMetrics(
+            num_samples=count,
+            fid=fid,
+            sfid=None if wanted.spatial is None else frechet_distance(*wanted.spatial, *found.spatial.result()),
+            inception_score=inception_score(found.probabilities),
+            precision=precision,
+            recall=recall,
+            kid=kid,
+            fd_dinov2=fd_dinov2,
+        )
 
 
 class SampleScorer:
@@ -242,7 +278,7 @@ def write_reference(
     mu, sigma, mu_s, sigma_s are of all images; arr_0 holds `keep` of them, evenly spread, in order.
     """
     extractor = Inception(inception_weights, device)
-    places = {index: place for place, index in enumerate(_spread(num_images, keep).tolist())}
+    places = {index: place for place, index in enumerate(spread(num_images, keep).tolist())}
     pool, spatial, count = FeatureMoments(), FeatureMoments(), 0
     images = np.zeros(0, np.uint8)
     for batch in batches:
@@ -350,10 +386,10 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
         # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
         spatial = _pair(stored, "_s") if "mu_s" in stored else None
         pool = _pair(stored, "")
-    return _Reference(pool, spatial, features.pool[_spread(len(features.pool), REFERENCES_FOR_RECALL)])
+    return _Reference(pool, spatial, features.pool[spread(len(features.pool), REFERENCES_FOR_RECALL)])
 
 
-def _spread(count: int, wanted: int) -> np.ndarray:
+def spread(count: int, wanted: int) -> np.ndarray:
     """At most `wanted` of `count` places, evenly: not the first ones, reference folders are often sorted by class."""
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 

@@ -339,8 +339,7 @@ class LightningDiT(nn.Module):
         tapped: dict[int, Tensor] = {}
         cos_sin = None if self.feat_rope is None else self.feat_rope()
         x_BND = self.through(self.blocks, x_BND, c_BD, cos_sin, tapped=tapped, taps=taps)
-        output = self.head(x_BND, c_BD)
-        output = output if with_variance else output[:, : self.in_channels]
+        output = self.head(x_BND, c_BD, with_variance=with_variance)
         return (output, *(tapped[tap] for tap in taps)) if taps else output
 
     def tokens(self, x_BChw: Tensor) -> Tensor:
@@ -381,9 +380,10 @@ class LightningDiT(nn.Module):
                 tapped[number] = x_BND
         return x_BND
 
-    def head(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
-        """Tokens (B, N, D) to all output channels (B, C or 2C, h, w)."""
-        return self._unpatchify(self.final_layer(x_BND, c_BD))
+    def head(self, x_BND: Tensor, c_BD: Tensor, *, with_variance: bool = True) -> Tensor:
+        """Tokens (B, N, D) to all output channels (B, C or 2C, h, w), or to the prediction (B, C, h, w) alone."""
+        output = self._unpatchify(self.final_layer(x_BND, c_BD))
+        return output if with_variance else output[:, : self.in_channels]
 
     def forward_with_variance(self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
         """All output channels: (B, 2C, h, w) with learn_sigma, (B, C, h, w) without."""

@@ -153,6 +153,8 @@ class MaskedDiT(LightningDiT):
     """What MaskDiT and MDT share: masks, and the places of the tokens that are left."""
 
     entries_NN: Tensor | None
+    tells_mask = False
+    """Whether the loss needs the mask of a masked pass."""
 
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__(spec, gradient_checkpointing)
@@ -175,6 +177,31 @@ class MaskedDiT(LightningDiT):
     def _place(self, block: nn.Module) -> None:
         assert isinstance(block, Block), "blocks of a generator are Blocks"
         block.attn = PlacedAttention(self.spec, self._relative_grid())
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        drop_B: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        masked: bool = False,
+    ) -> Any:
+        """As LightningDiT's; with `masked` the prediction of all tokens from some of them.
+
+        Where `tells_mask` it then comes with the mask (B, N) bool, True where a token was not seen.
+        """
+        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
+        visible_BV = self.draw_visible(len(x_BND)) if masked else None
+        if visible_BV is not None:
+            x_BND = _take(x_BND, visible_BV)
+        output = self.head(self._through_all(x_BND, c_BD, visible_BV), c_BD, with_variance=with_variance)
+        return (output, self._mask(visible_BV)) if self.tells_mask and visible_BV is not None else output
+
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
+        """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
+        raise NotImplementedError
 
     def draw_visible(self, batch_size: int) -> Tensor:
         """Visible places (B, V) int64, in ascending order: a uniform draw for each sample."""
@@ -223,6 +250,8 @@ def _fill(x_BVD: Tensor, visible_BV: Tensor, token: Tensor, num_tokens: int) -> 
 class MaskDiT(MaskedDiT):
     """MaskDiT: all blocks see the visible tokens, then a narrow decoder sees all, mask tokens at the empty places."""
 
+    tells_mask = True
+
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__(spec, mask, gradient_checkpointing)
         grid, width = spec.input_size // spec.patch_size, mask.decoder_width
@@ -248,33 +277,16 @@ class MaskDiT(MaskedDiT):
     def compiled_blocks(self) -> list[nn.Module]:
         return [*self.blocks, *self.decoder_blocks]
 
-    def forward(  # type: ignore[override]
-        self,
-        x_BChw: Tensor,
-        t_B: Tensor,
-        y_B: Tensor,
-        drop_B: Tensor | None = None,
-        *,
-        with_variance: bool = False,
-        masked: bool = False,
-    ) -> Any:
-        """As LightningDiT's; with `masked` (prediction, mask (B, N) bool, True where a token was not seen)."""
-        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
-        visible_BV = self.draw_visible(len(x_BND)) if masked else None
-        if visible_BV is not None:
-            x_BND = _take(x_BND, visible_BV)
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
         x_BND = self.narrowing(self.through(self.blocks, x_BND, c_BD, self._places(visible_BV)), c_BD)
         if visible_BV is not None:
             x_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens)
         elif self.training:  # without a mask the token has a gradient of 0, which ZeRO needs more than none
             x_BND = x_BND + 0 * self.mask_token.to(x_BND.dtype)
         x_BND = x_BND + self.decoder_pos_embed.to(x_BND.dtype)
-        x_BND = self.through(
+        return self.through(
             self.decoder_blocks, x_BND, c_BD, None if self.decoder_rope is None else self.decoder_rope()
         )
-        output = self.head(x_BND, c_BD)
-        output = output if with_variance else output[:, : self.in_channels]
-        return output if visible_BV is None else (output, self._mask(visible_BV))
 
 
 class MDT(MaskedDiT):
@@ -308,23 +320,9 @@ class MDT(MaskedDiT):
     def compiled_blocks(self) -> list[nn.Module]:
         return [*self.blocks, self.side_block]
 
-    def forward(  # type: ignore[override]
-        self,
-        x_BChw: Tensor,
-        t_B: Tensor,
-        y_B: Tensor,
-        drop_B: Tensor | None = None,
-        *,
-        with_variance: bool = False,
-        masked: bool = False,
-    ) -> Tensor:
-        """As LightningDiT's; with `masked` the prediction of all tokens from some of them."""
-        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
-        visible_BV = self.draw_visible(len(x_BND)) if masked else None
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
         blocks = list(self.blocks)
         first, last = blocks[: -self.mask.decoder_depth], blocks[-self.mask.decoder_depth :]
-        if visible_BV is not None:
-            x_BND = _take(x_BND, visible_BV)
         x_BND = self.through(first, x_BND, c_BD, self._places(visible_BV))
         everywhere = self._places()
         positions = self.decoder_pos_embed.to(x_BND.dtype)
@@ -334,6 +332,4 @@ class MDT(MaskedDiT):
             before_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens) + positions
             side_BND = self.through([self.side_block], before_BND, c_BD, everywhere)
             x_BND = torch.where(self._mask(visible_BV)[:, :, None], side_BND, before_BND)
-        x_BND = self.through(last, x_BND, c_BD, everywhere)
-        output = self.head(x_BND, c_BD)
-        return output if with_variance else output[:, : self.in_channels]
+        return self.through(last, x_BND, c_BD, everywhere)

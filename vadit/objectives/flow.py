@@ -190,18 +190,20 @@ def training_loss(
     x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
     x_t, velocity = interpolate(spec.path, x0, x1, t.to(x1.dtype))
     output = model(x_t, t, labels)
+    contrastive: Tensor | None = None
     if spec.prediction == "velocity":
         loss = velocity_loss(output, velocity)
         mse = loss.mse.mean()
         direction = loss.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
         if spec.contrastive_weight > 0:
             contrastive = contrastive_error(output, velocity)
-            total = mse + direction - spec.contrastive_weight * contrastive
-            return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
     else:
         mse = denoising_loss(spec, output, x0, t).mean()
         direction = torch.zeros_like(mse)
-    return FlowLoss(total=mse + direction, mse=mse, direction=direction)
+    total = mse + direction
+    if contrastive is not None:
+        total = total - spec.contrastive_weight * contrastive
+    return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
 
 
 def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, D width, F channels of the features, h w their rows a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,4 @@ def dispersive_loss(hidden_BND: Tensor, temperature: float) -> Tensor:
     rows = rows - rows.mean(dim=0)  # distances stay, and the products that they are made of lose fewer digits
     squares = rows.square().sum(dim=1)
     distances = (squares[:, None] + squares[None, :] - 2 * rows @ rows.T).clamp(min=0) / rows.shape[1]
-    return torch.logsumexp((-distances / temperature).flatten(), dim=0) - 2 * torch.log(
-        torch.tensor(float(len(rows)), device=rows.device)
-    )
+    return torch.logsumexp((-distances / temperature).flatten(), dim=0) - 2 * math.log(len(rows))

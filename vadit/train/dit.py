@@ -15,6 +15,7 @@ from vadit.choices import Choice
 from vadit.config import DiTConfig
 from vadit.data.latent_companions import Companion
 from vadit.data.latents import LatentLoader, open_latents
+from vadit.data.transforms import to_signed
 from vadit.models import attention
 from vadit.models.dit import Attention, LightningDiT
 from vadit.models.foundation import FoundationModel
@@ -173,7 +174,7 @@ class Features:
 
     def __call__(self, companion: Tensor) -> Tensor:
         """Of features (B, F, h, w), themselves; of uint8 images (B, 3, H, W), the foundation model's."""
-        return companion if self._model is None else self._model(companion.float() / 127.5 - 1)
+        return companion if self._model is None else self._model(to_signed(companion))
 
 
 def open_features(config: DiTConfig, companion: Companion | None, device: torch.device) -> Features | None:

@@ -29,13 +29,13 @@ from vadit.data.images import ImageSet
 from vadit.errors import RunError, UsageError, write_fault
 from vadit.eval.metrics import count_name
 from vadit.eval.reconstruction import psnr, reconstruct, to_pixels
-from vadit.eval.samples import SampleScorer
+from vadit.eval.samples import SampleScorer, spread
 from vadit.files import whole_file
 from vadit.metrics import RunLog, console
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.pictures import image_grid, reconstruction_pairs
-from vadit.sample import DECODE_BATCH, GROUP, draw, sampler_name
+from vadit.sample import DECODE_BATCH, GROUP, draw, sampler_name, spare_points
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
@@ -252,9 +252,8 @@ def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleS
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
     """A recipe's sampler with the few steps of a look."""
     method = "euler" if sample.method == "dopri5" else sample.method
-    closes = method == "euler_maruyama" and sample.sde_last_step != "none"
-    points = evaluation.steps if method == "ddpm" or closes else evaluation.steps + 1
-    return dataclasses.replace(sample, method=method, num_steps=max(points, 2), seed=evaluation.seed)
+    quick = dataclasses.replace(sample, method=method, seed=evaluation.seed)
+    return dataclasses.replace(quick, num_steps=max(evaluation.steps + spare_points(quick), 2))
 
 
 class _Samples:
@@ -349,7 +348,7 @@ class _Reconstructions:
         from vadit.data.images import load_in_order
 
         assert isinstance(network, Autoencoder), "made by network()"
-        places = np.linspace(0, len(self._images) - 1, self._count).round().astype(int).tolist()
+        places = spread(len(self._images), self._count).tolist()
         own = range(distributed.rank(), self._count, distributed.world_size())
         ids = {places[place]: place for place in own}
         found, values, pairs = [], [], []
