@@ -40,7 +40,7 @@ from vadit.config import ImageDataSpec
 from vadit.data.loaders import open_images, open_loader
 from vadit.data.transforms import to_signed
 from vadit.demo.data import PHOTOS, photograph
-from vadit.prepare import prepare_images
+from vadit.prepare.images import prepare_images
 
 WIDTH, HEIGHT = 500, 375
 FILL = 5

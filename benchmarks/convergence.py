@@ -32,7 +32,7 @@ import scaling
 import torch
 
 from vadit import flops, memory
-from vadit.config import DiTConfig, DiTSpec
+from vadit.config import DiTConfig, DiTSpec, MaskSpec
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 
@@ -43,18 +43,6 @@ GPUS = (8, 64, 256)
 SUBJECT = "lightningdit-xl-64ep"
 DIT_XL2 = DiTSpec(patch_size=2, in_channels=4, input_size=32, learn_sigma=True, swiglu=False, rope=False, rmsnorm=False)
 LIGHTNING_XL1 = DiTSpec()
-
-
-def masked_flops(spec: DiTSpec, ratio: float, decoder_depth: int, decoder_width: int) -> float:
-    """FLOPs of a forward pass with the blocks on the visible tokens and a narrow plain decoder on all (MaskDiT)."""
-    tokens = (spec.input_size // spec.patch_size) ** 2
-
-    def blocks(depth: int, D: int, seen: float) -> float:
-        return 2 * depth * (seen * (12 * D * D + 2 * seen * D) + 6 * D * D)
-
-    whole = blocks(spec.depth, spec.hidden_size, tokens)
-    seen = blocks(spec.depth, spec.hidden_size, tokens * (1 - ratio)) + blocks(decoder_depth, decoder_width, tokens)
-    return flops.dit_flops(spec) - whole + seen
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ def published() -> list[Published]:
         ),
         Published(
             "MaskDiT-XL/2", 2_000_000 * 1024 / (260 * 3600 * 8), "A100 (8)", flops.PEAK_TFLOPS["A100"],
-            masked_flops(DIT_XL2, 0.5, 8, 512),
+            flops.dit_flops(DIT_XL2, MaskSpec(kind="maskdit"), masked=True),
             "MaskDiT's README: 2M steps of 1024 images in 260 h on 8 GPUs",
         ),
         Published(

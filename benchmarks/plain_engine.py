@@ -57,7 +57,7 @@ class PlainEngine:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=device.type == "cuda",
+            fused=True,
         )
         self._micro = 0
         self._norm: Tensor | None = None

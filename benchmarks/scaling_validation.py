@@ -2,8 +2,8 @@
 
 Bytes: two real processes train a small LightningDiT over gloo under every ZeRO stage; every collective of a step is
 counted where torch hands it to the process group, whoever calls it, and compared with `scaling.messages`. Time: the
-arithmetic of one process alone, and gloo's latency and bandwidth measured here, predict the step of two processes.
-Both processes share one machine's memory and cores, which a cluster's do not: the ratio is reported as it is.
+step of a process that sends nothing, beside another such one, and gloo's latency and bandwidth measured here, predict
+the step of two processes. The two wait for each other in every step, which the prediction leaves out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from vadit.config import DiTSpec, EngineSpec, OptimizerSpec
 SPEC = DiTSpec(input_size=8, patch_size=1, in_channels=8, hidden_size=192, depth=3, num_heads=4)
 BATCH = 4
 """Images per process and micro-batch."""
+ROUNDS, STEPS = 5, 18
+"""Starts of the processes, in turns, and steps of each, for times."""
 SMALL = 4096
 """Bytes of a collective below which it is housekeeping: norms, flags, barriers."""
 KINDS = {
@@ -150,26 +152,27 @@ def _gloo() -> dict[str, list[float]]:
     return found
 
 
-def launch(world: int, **settings: Any) -> dict[str, Any]:
-    """What `worker` tells in the first of `world` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def launch(world: int, *, groups: int = 1, **settings: Any) -> dict[str, Any]:
+    """What `worker` tells in the first of `world` processes; of several such groups side by side, in the first."""
     processes = []
-    for rank in range(world):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONSAFEPATH": "",  # this script imports what lies beside it
-        }
-        command = [sys.executable, __file__, json.dumps(settings)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+    for _ in range(groups):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(world):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONSAFEPATH": "",  # this script imports what lies beside it
+            }
+            command = [sys.executable, __file__, json.dumps(settings)]
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
     outputs = [process.communicate(timeout=600) for process in processes]
     for process, (_, error) in zip(processes, outputs, strict=True):
         if process.returncode:
@@ -200,8 +203,7 @@ def compare(stage: int, precision: str, accumulation: int, found: dict[str, Any]
 def main(path: Path) -> None:
     """Print and save the table."""
     rows: list[dict[str, Any]] = []
-    times: dict[int, tuple[float, dict[str, Any]]] = {}
-    gloo: dict[str, list[float]] = {}
+    gloo: list[dict[str, list[float]]] = []
     cases = [
         (0, "fp32", 1),
         (1, "fp32", 1),
@@ -212,23 +214,28 @@ def main(path: Path) -> None:
         (3, "fp32", 2),
     ]
     for stage, precision, accumulation in cases:
-        timed = precision == "fp32" and accumulation == 1
-        settings = {"stage": stage, "precision": precision, "accumulation": accumulation, "steps": 6 if timed else 2}
-        two = launch(2, **settings)
+        two = launch(2, stage=stage, precision=precision, accumulation=accumulation, steps=2)
         rows += compare(stage, precision, accumulation, two)
-        gloo = two.get("gloo", gloo)
-        if timed:
-            times[stage] = (launch(1, **settings)["step_ms"], two)
-    for stage, (alone_ms, two) in times.items():
-        sent_ms = 0.0
+    measured: dict[int, list[float]] = {stage: [] for stage in range(4)}
+    alone: dict[int, list[float]] = {stage: [] for stage in range(4)}
+    calls: dict[int, dict[str, Any]] = {}
+    for _ in range(ROUNDS):
+        for stage in range(4):
+            settings = {"stage": stage, "precision": "fp32", "accumulation": 1, "steps": STEPS}
+            calls[stage] = launch(2, **settings)
+            measured[stage].append(calls[stage]["step_ms"])
+            # Arithmetic alone, while another process has the other core: memory and clock are shared, nothing is sent.
+            alone[stage].append(launch(1, groups=2, **settings)["step_ms"])
+            gloo += [calls[stage]["gloo"]] if "gloo" in calls[stage] else []
+    for stage, two in calls.items():
+        predicted = statistics.median(alone[stage])
         for message in expected(stage, "fp32", 1, two["numels"]):
-            latency, speed = gloo[message.kind]
-            sent_ms += 1e3 * (two["calls"].get(message.kind, 1) * latency + message.num_bytes / speed)
+            latency, speed = (statistics.median(each[message.kind][i] for each in gloo) for i in range(2))
+            predicted += 1e3 * (two["calls"].get(message.kind, 1) * latency + message.num_bytes / speed)
+        found = statistics.median(measured[stage])
         row = {"stage": stage, "precision": "fp32", "accumulation": 1, "what": "ms per step of two processes"}
-        predicted, measured = alone_ms + sent_ms, two["step_ms"]
         rows.append(
-            row
-            | {"formula": round(predicted, 1), "measured": round(measured, 1), "ratio": round(predicted / measured, 3)}
+            row | {"formula": round(predicted, 1), "measured": round(found, 1), "ratio": round(predicted / found, 3)}
         )
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

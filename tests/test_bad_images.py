@@ -25,7 +25,7 @@ from vadit.data.images_torch import pillow_decoder
 from vadit.data.loaders import open_images, open_loader
 from vadit.data.transforms import center_crop, to_rgb
 from vadit.errors import RunError, UsageError
-from vadit.prepare import PrepareSummary, prepare_images
+from vadit.prepare.images import PrepareSummary, prepare_images
 
 SIZE = 32
 DECODERS = ("torch", "dali")

@@ -386,13 +386,6 @@ def test_published_rates_are_those_of_their_sources(load: Any) -> None:
     assert {entry.rate_origin for entry in entries.values()} == {"published"}
 
 
-def test_flops_of_masked_training(load: Any) -> None:
-    convergence = load("convergence")
-    spec = convergence.DIT_XL2
-    assert convergence.masked_flops(spec, 0.0, 0, 512) == dit_flops(spec)
-    assert 0.5 < convergence.masked_flops(spec, 0.5, 8, 512) / dit_flops(spec) < 0.6
-
-
 def test_a_cpu_never_becomes_gpus(load: Any) -> None:
     convergence = load("convergence")
     row = step_row(device="cpu", hardware="a-cpu", processes=2)

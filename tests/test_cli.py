@@ -175,6 +175,26 @@ def test_only_rank_0_tells_a_mistake_in_the_settings() -> None:
     assert (done.returncode, done.stderr) == (2, "")
 
 
+@pytest.mark.parametrize(("processes", "ends"), [("1", ["at exit", "interpreter's end"]), ("2", ["at exit"])])
+def test_one_process_of_several_leaves_before_the_interpreters_end(processes: str, ends: list[str]) -> None:
+    script = """
+import atexit, sys
+from vadit import cli
+
+class Last:
+    def __del__(self):
+        print("interpreter's end", flush=True)
+
+last = Last()
+atexit.register(print, "at exit")
+sys.argv = ["vadit", "--version"]
+cli.entry()
+"""
+    environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ends and done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [

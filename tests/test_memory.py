@@ -1,8 +1,9 @@
 """The memory that --dry-run tells, against what processes really allocate: within 15% at the fullest moment of a step.
 
-Each case trains a LightningDiT of some ten million weights in processes of its own. Torch's profiler tells of every
-allocation and release of the CPU allocator, temporaries in backward and optimizer included: the peak of their sum is
-what torch.cuda.max_memory_allocated tells on a GPU. (Resident memory rises alike, but with the libraries' own.)
+Each case trains a LightningDiT of some ten million weights, or a small VA-VAE with all its critics, in processes of its
+own, with the trainer's own networks, loader and step. Torch's profiler tells of every allocation and release of the CPU
+allocator, temporaries in backward and optimizer included: the peak of their sum is what
+torch.cuda.max_memory_allocated tells on a GPU. (Resident memory rises alike, but with the libraries' own.)
 """
 
 from __future__ import annotations
@@ -14,34 +15,39 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vadit import memory
-from vadit.config import DiTConfig, DiTSpec
+from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig
 from vadit.recipes import get_recipe
 
 TOLERANCE = 0.15
+TOKENIZER = "vavae-f16d32-dinov2"
 
 
 @dataclass(frozen=True)
 class Case:
     zero_stage: Literal[0, 1, 2, 3]
     batch: int
+    """Images per process and micro-batch."""
     processes: int = 1
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     gradient_checkpointing: bool = False
     gradient_accumulation: int = 1
+    recipe: str = "lightningdit-b"
+    perceptual: bool = True
+    """Of a tokenizer: LPIPS, on a VGG16 of random weights."""
+    aligned: bool = False
+    """Of a generator: REPA, with features of images."""
 
-    @property
-    def config(self) -> DiTConfig:
-        config = get_recipe("lightningdit-b")
-        assert isinstance(config, DiTConfig)
-        spec = DiTSpec(input_size=16, in_channels=32, patch_size=1, hidden_size=384, depth=3, num_heads=6)
-        images = self.batch * self.processes * self.gradient_accumulation
+    def config(self, folder: Path) -> Config:
+        """The recipe's, small; files that it needs are made in `folder`."""
+        config = get_recipe(self.recipe)
         engine = replace(
             config.engine,
             zero_stage=self.zero_stage,
@@ -49,7 +55,38 @@ class Case:
             gradient_checkpointing=self.gradient_checkpointing,
             gradient_accumulation=self.gradient_accumulation,
         )
-        return replace(config, model=spec, engine=engine, run=replace(config.run, device="cpu", batch_size=images))
+        images = self.batch * self.processes * self.gradient_accumulation
+        run = replace(config.run, device="cpu", batch_size=images, out=str(folder / "run"), total_images=2 * images)
+        data = replace(config.data, path=f"debug:{images}")
+        config = replace(config, engine=engine, run=run, data=data)
+        small = _small_tokenizer if isinstance(config, TokenizerConfig) else _small_generator
+        return small(self, config, folder)  # type: ignore[arg-type]
+
+
+def _small_generator(case: Case, config: DiTConfig, folder: Path) -> DiTConfig:
+    spec = DiTSpec(input_size=16, in_channels=32, patch_size=1, hidden_size=384, depth=3, num_heads=6)
+    repa = RepaSpec(weight=0.5, block=2, features="online", foundation=TINY_VIT) if case.aligned else config.repa
+    data = replace(config.data, images=config.data.path) if case.aligned else config.data
+    return replace(config, model=spec, repa=repa, data=data)
+
+
+def _small_tokenizer(case: Case, config: TokenizerConfig, folder: Path) -> TokenizerConfig:
+    vgg = folder / "vgg16.pth"
+    if case.perceptual and not vgg.is_file():
+        from vadit.models.lpips import _vgg_features
+
+        torch.save({f"features.{name}": value for name, value in _vgg_features().state_dict().items()}, vgg)
+    loss = replace(
+        config.loss,
+        disc_start_step=1,
+        perceptual_weight=config.loss.perceptual_weight if case.perceptual else 0.0,
+        vgg_weights=str(vgg) if case.perceptual else None,
+    )
+    autoencoder = replace(config.autoencoder, image_size=64, base_channels=64, attention_resolutions=(4,))
+    return replace(config, autoencoder=autoencoder, loss=loss, foundation=TINY_VIT, stages=())
+
+
+TINY_VIT = FoundationSpec(name="vit_tiny_patch16_224", weights="random", input_range="minus_one_one")
 
 
 SHORT = [
@@ -68,25 +105,34 @@ LONG = [
     Case(2, batch=2, precision="autocast"),
     Case(3, batch=1, precision="bf16", processes=2),
     Case(3, batch=1, precision="autocast", gradient_checkpointing=True),
+    Case(1, batch=2, aligned=True),
+    Case(0, batch=4, recipe=TOKENIZER),
+    Case(1, batch=2, recipe=TOKENIZER),
+    Case(2, batch=2, recipe=TOKENIZER, precision="autocast"),
+    Case(2, batch=2, recipe=TOKENIZER, processes=2),
+    Case(3, batch=2, recipe=TOKENIZER, processes=2),
+    Case(1, batch=8, recipe=TOKENIZER, perceptual=False),
+    Case(1, batch=2, recipe=TOKENIZER, precision="bf16"),
+    Case(1, batch=4, recipe=TOKENIZER, perceptual=False, gradient_checkpointing=True),
 ]
 
 
 @pytest.mark.parametrize(
     "case", [*SHORT, *(pytest.param(case, marks=pytest.mark.faults, id=str(case)) for case in LONG)], ids=str
 )
-def test_estimate_is_what_processes_hold(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = measured(case)
+def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = measured(case, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(case.processes))
-    stage = memory.estimate(case.config, case.processes).stages[case.zero_stage]
+    stage = memory.estimate(case.config(tmp_path), case.processes).stages[case.zero_stage]
     assert stage.total == pytest.approx(held, rel=TOLERANCE), (stage.peak.name, stage.total / held)
 
 
-def test_moments_of_a_step_differ_by_stage() -> None:
-    networks, activations = memory.count(Case(1, batch=1).config)
+def test_moments_of_a_step_differ_by_stage(tmp_path: Path) -> None:
+    config = Case(1, batch=1).config(tmp_path)
+    networks, activations = memory.count(config)
     none = replace(activations, per_image=0.0, fixed=0.0)
     trained = networks[0].num_trained
-    cuda = replace(Case(1, batch=1).config.run, device="cuda")
-    config = replace(Case(1, batch=1).config, run=cuda)
+    config = replace(config, run=replace(config.run, device="cuda"))
     rows = memory.stages(config, networks, none, 64, 1)
     # Without activations ZeRO 1 is fullest once its whole gradients lie beside the bucket that they go to.
     assert rows[1].peak.name == "backward" and rows[1].peak.total == 2 * 4 * trained
@@ -99,8 +145,9 @@ def test_moments_of_a_step_differ_by_stage() -> None:
 # ------------------------------------------------------------------------------------------------ in own processes
 
 
-def measured(case: Case) -> int:
+def measured(case: Case, folder: Path) -> int:
     """Bytes at the peak, in the first of the case's processes."""
+    case.config(folder)  # makes its files
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -108,7 +155,7 @@ def measured(case: Case) -> int:
     for rank in range(case.processes):
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.processes)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, json.dumps(vars(case))]
+        command = [sys.executable, __file__, json.dumps(vars(case)), str(folder)]
         workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     told = [worker.communicate(timeout=900) for worker in workers]
     for worker, (_, error) in zip(workers, told, strict=True):
@@ -116,32 +163,29 @@ def measured(case: Case) -> int:
     return int(told[0][0].split()[-1])
 
 
-def train(case: Case) -> int:
-    """Train two steps (Adam's moments come in the first) as the trainer does; bytes allocated at the peak."""
-    from vadit.models.dit import LightningDiT
+def train(config: Config) -> int:
+    """Train two steps (Adam's moments come in the first) with the trainer's own parts; bytes allocated at the peak."""
+    from vadit.train import dit, loop, tokenizer
     from vadit.train import engine as engines
-    from vadit.train.ema import ShardedEMA
+    from vadit.train.checkpoint import Position
 
     torch.set_num_threads(1)
-    config, device = case.config, torch.device("cpu")
-    engines.start(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = engines.Engine(
-            LightningDiT(config.model, gradient_checkpointing=case.gradient_checkpointing).train(),
-            optimizer=config.optimizer,
-            spec=config.engine,
-            global_batch=config.run.batch_size,
-            device=device,
-        )
-        ema = ShardedEMA(engine, config.engine.ema_decays)
-        x = torch.randn(case.batch, 32, 16, 16).to(engine.compute_dtype())
-        t, y = torch.rand(case.batch), torch.zeros(case.batch, dtype=torch.long)
-        for _ in range(2):
-            engine.begin_step(1e-4)
-            for _ in range(case.gradient_accumulation):
-                engine.backward(engine(x, t, y, with_variance=False).float().square().mean())
-                engine.step()
-            ema.update()
+    engines.start(torch.device("cpu"))
+
+    def two_steps(task: loop.Task, **_: Any) -> None:
+        stream = task.loader.stream()
+        for step in range(2):
+            for engine in task.engines.values():
+                engine.begin_step(1e-4)
+            task.step(stream, Position(step=step))
+        stream.close()
+
+    with mock.patch.object(loop, "run", two_steps):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            if isinstance(config, TokenizerConfig):
+                tokenizer.train(config)
+            else:
+                dit.train(config)
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -154,4 +198,4 @@ def train(case: Case) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    print(train(Case(**json.loads(sys.argv[1]))))
+    print(train(Case(**json.loads(sys.argv[1])).config(Path(sys.argv[2]))))

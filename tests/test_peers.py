@@ -171,7 +171,7 @@ def test_an_optimizer_that_steps_wrongly_is_refused(apex: type[FakeFusedAdam], m
     monkeypatch.setattr(apex, "scale", 0.5)
     weight = torch.nn.Parameter(torch.zeros(3))
     adam, choice = optimizers.build(
-        [weight], OptimizerSpec(kind="apex_fused"), device=CPU, fused=False, deepspeed_fused=pytest.fail
+        [weight], OptimizerSpec(kind="apex_fused"), device=CPU, deepspeed_fused=pytest.fail
     )
     assert isinstance(adam, torch.optim.AdamW) and choice.name == "adamw"
     assert "its first step is 0.05 instead of 0.1" in choice.refused

@@ -137,7 +137,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(name: str, folder: Path,
 KILLED = """
 import os, signal, sys
 from vadit.config import ImageDataSpec
-from vadit.prepare import prepare_images
+from vadit.prepare.images import prepare_images
 def progress(title, done, total):
     if done >= 64:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vadit.charts import Chart, Curve, Series, spots
-from vadit.charts import axes as axes_of
 from vadit.cli import main
 from vadit.config import Config, DiTConfig, RunSpec, StageSpec, TokenizerConfig
 from vadit.config_files import save_config
 from vadit.recipes import get_recipe
-from vadit.report_log import read_log
-from vadit.report_runs import (
+from vadit.report.charts import Chart, Curve, Series, spots
+from vadit.report.charts import axes as axes_of
+from vadit.report.log import read_log
+from vadit.report.runs import (
     REFERENCE_MSE,
     REFERENCE_STEPS,
     different_settings,
@@ -29,7 +29,7 @@ from vadit.report_runs import (
     read_runs,
     speedup,
 )
-from vadit.report_sections import run_sections, write_runs_report
+from vadit.report.sections import run_sections, write_runs_report
 
 BATCH = 1024
 

@@ -261,7 +261,7 @@ def test_muon_is_torchs_muon_at_adamws_size() -> None:
     matrix, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((256, 64), (64,)))
     spec = OptimizerSpec(kind="muon", lr=0.1)
     optimizer, choice = optimizers.build(
-        [matrix, bias], spec, device=torch.device("cpu"), fused=False, deepspeed_fused=lambda: None, matrices=[matrix]
+        [matrix, bias], spec, device=torch.device("cpu"), deepspeed_fused=lambda: None, matrices=[matrix]
     )
     assert choice.name == "muon"
     generator = torch.Generator().manual_seed(0)

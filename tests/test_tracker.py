@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_plain import tiny_dit, tiny_tokenizer
 
 from vadit import flops, metrics
-from vadit.config import DiTConfig, EvaluationSpec, SampleSpec
+from vadit.config import DiTConfig, EvaluationSpec, MaskSpec, SampleSpec
 from vadit.errors import RunError, UsageError
 from vadit.models.dit import LightningDiT
+from vadit.models.masked import build_generator
 from vadit.recipes import get_recipe
 from vadit.train import dit, evaluation, meter, runs, tokenizer
 from vadit.train.tracker import Tracker
@@ -199,10 +200,42 @@ def test_flops_of_a_training_step_are_what_torch_counts() -> None:
     assert flops.training_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def test_a_masked_step_has_no_formula() -> None:
-    config = get_recipe("maskdit-xl2")
-    assert isinstance(config, DiTConfig) and flops.tracked_flops(config) is None
-    assert flops.tracked_flops(get_recipe("lightningdit-xl-64ep")) is not None
+@pytest.mark.parametrize(
+    ("kind", "masked"), [("maskdit", True), ("maskdit", False), ("mdt", True), ("mdt", False), ("none", False)]
+)
+@pytest.mark.parametrize("recipe", ["maskdit-xl2", "lightningdit-xl-64ep"])
+def test_flops_of_masked_passes_are_what_torch_counts(recipe: str, kind: Any, masked: bool) -> None:
+    config = get_recipe(recipe)
+    assert isinstance(config, DiTConfig)
+    spec = dataclasses.replace(config.model, depth=4)
+    mask = MaskSpec(kind=kind, ratio=0.3, decoder_depth=2)
+    options = {"masked": True} if masked else {}
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        x = torch.empty(1, spec.in_channels, spec.input_size, spec.input_size)
+        drop = torch.zeros(1, dtype=torch.bool)
+        label = torch.empty(1, dtype=torch.long)
+        build_generator(spec, mask)(x, torch.empty(1), label, drop, with_variance=True, **options)
+    assert flops.dit_flops(spec, mask, masked=masked) == counter.get_total_flops()
+
+
+def test_flops_of_a_step_count_every_pass_and_what_is_aligned() -> None:
+    maskdit, tuned, mdt = (get_recipe(name) for name in ("maskdit-xl2", "maskdit-xl2-unmasked", "mdt-xl2"))
+    assert isinstance(maskdit, DiTConfig) and isinstance(tuned, DiTConfig) and isinstance(mdt, DiTConfig)
+    assert flops.training_flops(maskdit) == 3 * flops.dit_flops(maskdit.model, maskdit.mask, masked=True)
+    assert flops.training_flops(tuned) == 3 * flops.dit_flops(tuned.model, tuned.mask)
+    passes = [flops.dit_flops(mdt.model, mdt.mask, masked=masked) for masked in (False, True)]
+    assert flops.training_flops(mdt) == 3 * sum(passes)
+    changing = dataclasses.replace(maskdit, mask=dataclasses.replace(maskdit.mask, unmasked_after_images=1024))
+    assert flops.tracked_flops(changing) is None and flops.tracked_flops(maskdit) is not None
+
+    repa = get_recipe("repa-xl2")
+    assert isinstance(repa, DiTConfig) and repa.repa.features == "cached"
+    projector = 256 * (1152 * 2048 + 2048 * 2048 + 2048 * 768)
+    assert flops.training_flops(repa) == 3 * (flops.dit_flops(repa.model) + 2 * projector)
+    online = dataclasses.replace(
+        repa, repa=dataclasses.replace(repa.repa, features="online"), data=dataclasses.replace(repa.data, images="x")
+    )
+    assert flops.training_flops(online) - flops.training_flops(repa) == pytest.approx(2 * 86.6e6 * 256, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ events

@@ -1,7 +1,5 @@
 """`python -m vadit`, and `deepspeed --module vadit`: the same as the console script."""
 
-import sys
+from vadit.cli import entry
 
-from vadit.cli import main
-
-sys.exit(main())
+entry()

@@ -6,6 +6,8 @@ This module only parses and reports; the work is in `vadit.commands`, imported w
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import errno
 import importlib
@@ -14,6 +16,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from vadit.errors import RunError, UsageError, leave_for_torchrun
 
@@ -52,6 +55,23 @@ def main(argv: list[str] | None = None) -> int:
         if debug and not isinstance(error, SystemExit):
             traceback.print_exc()
         return _report(error, debug)
+
+
+def entry() -> NoReturn:
+    """`main` as a process of its own.
+
+    One of several leaves without the interpreter's end: DeepSpeed keeps groups of gloo alive that were destroyed, and a
+    thread of theirs that lets go of a message's tensor while the interpreter ends takes the process down ("terminate
+    called without an active exception"): a run that is done would look as if it had failed.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader has left, or it is closed
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -167,4 +187,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

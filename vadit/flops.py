@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch import nn
 
 from vadit import memory
-from vadit.config import AutoencoderSpec, Config, DiTConfig, DiTSpec, TokenizerConfig
-from vadit.models.dit import mlp_width
+from vadit.config import AutoencoderSpec, Config, DiTConfig, DiTSpec, MaskSpec, TokenizerConfig
+from vadit.models.dit import TIME_FREQUENCIES, mlp_width
 
 TRAINING = 3
 """FLOPs of forward and backward over those of the forward pass: a gradient of inputs and one of weights."""
 
 
-def dit_flops(spec: DiTSpec) -> int:
-    """FLOPs of one image's forward pass: products only, a multiplication and an addition each."""
+def dit_flops(spec: DiTSpec, mask: MaskSpec | None = None, *, masked: bool = False) -> int:
+    """FLOPs of one image's forward pass; `masked`: of a pass of the mask's network that sees a part of the tokens."""
+    mask = mask or MaskSpec()
+    tokens = (spec.input_size // spec.patch_size) ** 2
+    seen = int(tokens * (1 - mask.ratio)) if masked else tokens
+    if mask.kind == "maskdit":
+        decoder = dataclasses.replace(spec, hidden_size=mask.decoder_width)
+        narrowing = seen * spec.hidden_size * decoder.hidden_size + 2 * spec.hidden_size**2
+        through = _blocks(spec, spec.depth, seen) + narrowing
+        through += _blocks(decoder, mask.decoder_depth, tokens, condition=spec.hidden_size)
+        return 2 * (through + _ends(spec, last_width=decoder.hidden_size))
+    if mask.kind == "mdt":
+        first, last = spec.depth - mask.decoder_depth, mask.decoder_depth
+        side = _blocks(spec, 1, tokens) if masked else 0
+        return 2 * (_blocks(spec, first, seen) + side + _blocks(spec, last, tokens) + _ends(spec))
+    return 2 * (_blocks(spec, spec.depth, tokens) + _ends(spec))
+
+
+def _blocks(spec: DiTSpec, depth: int, tokens: int, condition: int | None = None) -> int:
+    """Multiplications of `depth` blocks; their modulation comes from `condition` numbers, their own width's if None."""
+    D = spec.hidden_size
+    mlp = (3 if spec.swiglu else 2) * D * mlp_width(spec)
+    modulation = (4 if spec.shift_free else 6) * D * (condition or D)
+    return depth * (tokens * (4 * D * D + mlp + 2 * tokens * D) + modulation)
+
+
+def _ends(spec: DiTSpec, last_width: int | None = None) -> int:
+    """Multiplications of patches in and out, of the last modulation, and of the time's two layers."""
     D, tokens = spec.hidden_size, (spec.input_size // spec.patch_size) ** 2
+    last = last_width or D
     patch = spec.patch_size**2 * spec.in_channels
     out = patch * (2 if spec.learn_sigma else 1)
-    mlp = (3 if spec.swiglu else 2) * D * mlp_width(spec)
-    block = tokens * (4 * D * D + mlp + 2 * tokens * D) + (4 if spec.shift_free else 6) * D * D
-    ends = tokens * D * (patch + out) + 2 * D * D  # patches in and out, the last modulation
-    return 2 * (spec.depth * block + ends + 256 * D + D * D)  # and the time's two layers
+    return tokens * (D * patch + last * out) + 2 * D * last + TIME_FREQUENCIES * D + D * D
 
 
 def autoencoder_flops(spec: AutoencoderSpec) -> int:
@@ -58,10 +85,22 @@ def autoencoder_flops(spec: AutoencoderSpec) -> int:
 
 
 def training_flops(config: Config) -> float:
-    """FLOPs per image of a training step: the network, and with a tokenizer its critics."""
-    if isinstance(config, DiTConfig):
-        return TRAINING * dit_flops(config.model)
-    return TRAINING * autoencoder_flops(config.autoencoder) + _critics_flops(config)
+    """FLOPs per image of a training step: the network, what is trained beside it, and what is frozen.
+
+    MaskDiT's is the masked step, unless the run begins without masks.
+    """
+    if isinstance(config, TokenizerConfig):
+        return TRAINING * autoencoder_flops(config.autoencoder) + _critics_flops(config)
+    spec, mask = config.model, config.mask
+    passes = {"none": (False,), "maskdit": (mask.unmasked_after_images != 0,), "mdt": (False, True)}[mask.kind]
+    total = TRAINING * sum(dit_flops(spec, mask, masked=masked) for masked in passes)
+    return total + (_alignment_flops(config) if config.repa.weight > 0 else 0)
+
+
+def tracked_flops(config: Config) -> float | None:
+    """`training_flops`; None where they change in mid-run: with mask.unmasked_after_images."""
+    changes = isinstance(config, DiTConfig) and config.mask.kind == "maskdit" and config.mask.unmasked_after_images
+    return None if changes else training_flops(config)
 
 
 PEAK_TFLOPS = {
@@ -119,9 +158,19 @@ def named_peak(name: str) -> float | None:
     return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
-def tracked_flops(config: Config) -> float | None:
-    """`training_flops`; None for a step that sees a part of the tokens, whose number is not the formula's."""
-    return None if isinstance(config, DiTConfig) and config.mask.kind != "none" else training_flops(config)
+def _alignment_flops(config: DiTConfig) -> float:
+    """REPA's projector, forward and backward, and where features are made online, the foundation model forward."""
+    repa, tokens = config.repa, (config.model.input_size // config.model.patch_size) ** 2
+    foundation = memory.meta_foundation(repa.foundation, config.model.input_size // config.model.patch_size)
+    width = repa.projector_width
+    projector = config.model.hidden_size * width + width * width + width * foundation.feature_dim
+    total: float = TRAINING * 2 * tokens * projector
+    return total + (_foundation_flops(foundation, tokens) if repa.features == "online" else 0)
+
+
+def _foundation_flops(foundation: nn.Module, tokens: int) -> float:
+    """Products with weights; attention would be a few percent more."""
+    return 2.0 * sum(parameter.numel() for parameter in foundation.parameters()) * tokens
 
 
 def _critics_flops(config: TokenizerConfig) -> float:
@@ -143,7 +192,7 @@ def _critics_flops(config: TokenizerConfig) -> float:
             with FlopCounterMode(display=False) as counter:
                 PatchDiscriminator(spec.in_channels, loss.disc_channels, loss.disc_layers)(images)
             total += (2 + 2 * TRAINING) * counter.get_total_flops()
-    if (foundation := memory._foundation(config)) is not None:
-        weights = sum(parameter.numel() for parameter in foundation.parameters())
-        total += 2.0 * weights * spec.latent_size**2  # products with weights; its attention is a few percent more
+    if loss.vf_weight > 0:
+        foundation = memory.meta_foundation(config.foundation, spec.latent_size)
+        total += _foundation_flops(foundation, spec.latent_size**2)
     return total

@@ -7,22 +7,23 @@ forward with fake tensors, which have shapes and no storage, and a hook on every
 These do not all exist at once, activations go while gradients come: what counts is the fullest moment of a step.
 
 Not counted: the CUDA context (0.3-0.6 GiB) and NCCL's buffers, workspace of cuDNN and cuBLAS, fragmentation, the
-batches that a loader keeps ready, what torch.compile changes, and the temporaries of a single operation. A weight
-below 100,000 elements stays whole under ZeRO 3 and is counted as cut.
+batches that a loader keeps ready, what torch.compile changes, the temporaries of a single operation, and of an
+evaluation during training all but its network's weights. A weight below 100,000 elements stays whole under ZeRO 3 and
+is counted as cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vadit.config import Config, DiTConfig, EngineSpec, TokenizerConfig
+from vadit.config import Config, DiTConfig, EngineSpec, FoundationSpec, TokenizerConfig
 from vadit.train.engine import MAX_BUCKET, deepspeed_config
 
 if TYPE_CHECKING:
@@ -138,12 +139,16 @@ def estimate(config: Config, world_size: int) -> Estimate:
 
 def count(config: Config) -> tuple[tuple[Network, ...], Activations]:
     """The networks of a run, and what their backward pass keeps."""
+    foundation = None
     if isinstance(config, TokenizerConfig):
-        foundation = _foundation(config)
+        if config.loss.vf_weight > 0:
+            foundation = meta_foundation(config.foundation, config.autoencoder.latent_size)
         with FakeTensorMode():
             return _tokenizer(config, foundation)
+    if config.repa.weight > 0:
+        foundation = meta_foundation(config.repa.foundation, config.model.input_size // config.model.patch_size)
     with FakeTensorMode():
-        return _generator(config)
+        return _generator(config, foundation)
 
 
 def stages(
@@ -176,7 +181,11 @@ def _stage_memory(
         + FP32 * frozen,
         optimizer=0 if on_host else (masters + MOMENTS.get(config.optimizer.kind, 2 * FP32) * trained) / shards,
         averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / shards,
-        moments=_moments([n.num_trained for n in networks], config, stage, world_size, activations, micro_batch),
+        moments=(
+            *_moments([n.num_trained for n in networks], config, stage, world_size, activations, micro_batch),
+            # A look during training fills a network of its own, between two steps.
+            *([Moment("evaluation", 0, FP32 * averaged, 0)] if config.evaluation.every_images else []),
+        ),
     )
 
 
@@ -209,7 +218,7 @@ def _moments(
             forward,
             dataclasses.replace(forward, name="backward"),
             Moment("reduction", share * number, buckets + reduction, 0),
-            Moment("step", share * number, buckets + _step_copies(config, largest / world_size, flat=True), 0),
+            Moment("step", share * number, buckets + _step_copies(config, largest / world_size), 0),
         )
     whole = trained * number
     if stage == 0:
@@ -232,7 +241,7 @@ def _moments(
         Moment("forward", before, 0, kept),
         *_backward(before, after, buckets, kept, recomputed),
         Moment("reduction", max(after, sent, share * number), buckets, 0),
-        Moment("step", share * number, _step_copies(config, largest / world_size, flat=False), 0),
+        Moment("step", share * number, _step_copies(config, largest / world_size), 0),
     )
 
 
@@ -241,31 +250,35 @@ def _backward(before: float, after: float, buckets: float, kept: float, recomput
     return Moment("backward", before, buckets, kept), Moment("backward", after, buckets, recomputed)
 
 
-def _step_copies(config: Config, share: float, *, flat: bool) -> float:
-    """Bytes that the optimizer's step makes beside the gradients of `share` weights; `flat`: those lie in one piece.
-
-    ZeRO lays gradients end to end, and in bf16 makes an fp32 copy of that. Where no fused kernel steps (on a CPU),
-    torch's AdamW makes two temporaries as large, while the gradients that lay apart are gone.
-    """
+def _step_copies(config: Config, share: float) -> float:
+    """Bytes that a step makes beside gradients of `share` weights: ZeRO lays them end to end, in bf16 as fp32, too."""
     number = BF16 if config.engine.precision == "bf16" else FP32
-    copied = share * (number + (FP32 if number == BF16 else 0))
-    temporaries = 3 * FP32 * share - (0 if flat else number * share)
-    return max(copied, temporaries) if config.run.device == "cpu" else copied
+    return share * (number + (FP32 if number == BF16 else 0))
 
 
 # ------------------------------------------------------------------------------------------------ the networks
 
 
-def _generator(config: DiTConfig) -> tuple[tuple[Network, ...], Activations]:
-    from vadit.models.masked import build_generator
+def _generator(config: DiTConfig, foundation: FoundationModel | None) -> tuple[tuple[Network, ...], Activations]:
+    from vadit.models.dit import LightningDiT
+    from vadit.models.masked import MaskedDiT, build_generator
+    from vadit.models.repa import AlignedDiT
 
     spec, mask = config.model, config.mask
-    model = build_generator(spec, mask).train()
-    passes: tuple[dict[str, bool], ...] = ({},)
+    passes: tuple[dict[str, Any], ...] = ({},)
+    networks = []
+    if foundation is not None:
+        model: LightningDiT = AlignedDiT(spec, config.repa, foundation.feature_dim)
+        passes = ({"taps": (config.repa.block,)},)
+        if config.repa.features == "online":
+            networks.append(_count("foundation model", foundation))
+    else:
+        model = build_generator(spec, mask)
     if mask.kind == "mdt":
         passes = ({}, {"masked": True})
     elif mask.kind == "maskdit" and mask.unmasked_after_images is None:
         passes = ({"masked": True},)
+    model.train()
 
     def forward(batch: int) -> None:
         x_BChw = torch.zeros(batch, spec.in_channels, spec.input_size, spec.input_size)
@@ -274,36 +287,30 @@ def _generator(config: DiTConfig) -> tuple[tuple[Network, ...], Activations]:
             labels_B = torch.zeros(batch, dtype=torch.long)
             model(x_BChw, torch.zeros(batch), labels_B, drop_B, with_variance=True, **options)
 
-    kept = _measure(forward, [model], config.engine)
-    if config.engine.gradient_checkpointing:
-        # Each block keeps its input (fp32: the residual stream) and is recomputed alone.
-        stream = FP32 * spec.hidden_size * (spec.input_size // spec.patch_size) ** 2
-        block = kept.per_image / spec.depth
-        kept = Activations(block + stream * spec.depth, kept.fixed / spec.depth, recomputed_per_image=block)
-    return (_count("LightningDiT" if spec.swiglu else "DiT", model, averaged=True),), kept
+    blocks = model.compiled_blocks if isinstance(model, MaskedDiT) else list(model.blocks)
+    kept = _measure(forward, [model], config.engine, blocks)
+    generator = _count("LightningDiT" if spec.swiglu else "DiT", model, averaged=True)
+    return (generator, *networks), kept
 
 
-def _foundation(config: TokenizerConfig) -> FoundationModel | None:
-    """The foundation model on the meta device (timm reads values while it builds, which fake tensors have not)."""
-    if config.loss.vf_weight <= 0:
-        return None
+def meta_foundation(spec: FoundationSpec, grid: int) -> FoundationModel:
+    """A foundation model on the meta device (timm reads values while it builds, which fake tensors have not)."""
     from vadit.models.foundation import FoundationModel
 
     # Random weights: the count needs the shapes alone, and nothing is downloaded.
     with torch.device("meta"):
-        return FoundationModel(dataclasses.replace(config.foundation, weights="random"), config.autoencoder.latent_size)
+        return FoundationModel(dataclasses.replace(spec, weights="random"), grid)
 
 
 def _tokenizer(config: TokenizerConfig, foundation: FoundationModel | None) -> tuple[tuple[Network, ...], Activations]:
-    from vadit.models.autoencoder import Autoencoder
+    from vadit.models.autoencoder import Autoencoder, Level, Middle
+    from vadit.models.discriminator import PatchDiscriminator
 
     spec, loss = config.autoencoder, config.loss
     autoencoder = Autoencoder(spec).train()
     critics: list[nn.Module] = []
     networks = [_count("autoencoder", autoencoder, averaged=True)]
     if loss.disc_weight > 0:
-        from vadit.models.discriminator import PatchDiscriminator
-
         critics.append(PatchDiscriminator(spec.in_channels, loss.disc_channels, loss.disc_layers).train())
         networks.append(_count("discriminator", critics[-1]))
     if loss.perceptual_weight > 0:
@@ -322,15 +329,21 @@ def _tokenizer(config: TokenizerConfig, foundation: FoundationModel | None) -> t
         lambda batch: autoencoder.decode(autoencoder.encode(torch.zeros(batch, *shape)).mean),
         [autoencoder],
         config.engine,
+        [module for module in autoencoder.modules() if isinstance(module, (Level, Middle))],
     )
 
     def judge(critic: nn.Module) -> Activations:
-        return _measure(lambda batch: critic(torch.zeros(batch, *shape).requires_grad_()), [critic], config.engine)
+        images = 1 if isinstance(critic, PatchDiscriminator) else 2  # LPIPS sees both at once
+        return _measure(
+            lambda batch: critic(torch.zeros(images * batch, *shape).requires_grad_()), [critic], config.engine
+        )
 
     # A critic's graph goes once its gradient at the reconstruction is known: one is there beside the autoencoder's.
     judged = [judge(critic) for critic in critics]
     most = max(judged, key=lambda critic: critic.per_image, default=Activations(0, 0))
-    return tuple(networks), Activations(kept.per_image + most.per_image, kept.fixed + most.fixed)
+    return tuple(networks), Activations(
+        kept.per_image + most.per_image, kept.fixed + most.fixed, recomputed_per_image=kept.recomputed_per_image
+    )
 
 
 def _count(name: str, model: nn.Module, averaged: bool = False) -> Network:
@@ -338,25 +351,56 @@ def _count(name: str, model: nn.Module, averaged: bool = False) -> Network:
     return Network(name, trained, sum(p.numel() for p in model.parameters()) - trained, averaged)
 
 
-def _measure(forward: Callable[[int], object], models: list[nn.Module], spec: EngineSpec) -> Activations:
-    """Bytes that autograd saves in `forward(batch)`: the slope and the intercept over two batches."""
-    owned = {tensor.untyped_storage()._cdata for model in models for tensor in (*model.parameters(), *model.buffers())}
+def _measure(
+    forward: Callable[[int], object], models: list[nn.Module], spec: EngineSpec, blocks: Sequence[nn.Module] = ()
+) -> Activations:
+    """Bytes that autograd saves in `forward(batch)`: the slope and the intercept over two batches.
 
-    def saved(batch: int) -> int:
+    Under engine.gradient_checkpointing each of `blocks` keeps what it is given, and one at a time what it saves.
+    """
+    owned = {tensor.untyped_storage()._cdata for model in models for tensor in (*model.parameters(), *model.buffers())}
+    recomputed = set(blocks) if spec.gradient_checkpointing else set()
+
+    def saved(batch: int) -> tuple[int, int]:
+        """What is kept, and the most of what one block recomputes."""
         kept: dict[int, torch.UntypedStorage] = {}
+        inside: list[dict[int, torch.UntypedStorage]] = [{}]
+        current = kept
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in owned:
-                kept[storage._cdata] = storage
+                current[storage._cdata] = storage
             return tensor
 
+        def enter(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal current
+            for argument in arguments:
+                if isinstance(argument, Tensor):
+                    pack(argument)
+            current = {}
+            inside.append(current)
+
+        def leave(*_: object) -> None:
+            nonlocal current
+            current = kept
+
+        hooks = [
+            hook
+            for block in recomputed
+            for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
+        ]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision != "fp32"):
                 forward(batch)
-        return sum(storage.nbytes() for storage in kept.values())
+        for hook in hooks:
+            hook.remove()
+        sizes = [sum(storage.nbytes() for storage in part.values()) for part in (kept, *inside)]
+        return sizes[0], max(sizes[1:])
 
     few, many = saved(2), saved(4)
-    slope = (many - few) / 2
+    slopes = [(b - a) / 2 for a, b in zip(few, many, strict=True)]
+    rest = sum(max(value - 2 * slope, 0.0) for value, slope in zip(few, slopes, strict=True))
     # With bf16 weights there are no casts to keep; the arithmetic is the same as under autocast.
-    return Activations(per_image=slope, fixed=max(few - 2 * slope, 0.0) if spec.precision == "autocast" else 0.0)
+    fixed = rest if spec.precision == "autocast" else 0.0
+    return Activations(per_image=sum(slopes), fixed=fixed, recomputed_per_image=slopes[1])

@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> None:
 def _prepare_images(arguments: list[str]) -> None:
     options = parse(PrepareImagesOptions, arguments, command="prepare images")
     from vadit.metrics import ProgressBar
-    from vadit.prepare import prepare_images
+    from vadit.prepare.images import prepare_images
 
     spec = ImageDataSpec(
         path=options.source,
@@ -125,7 +125,7 @@ def _prepare_images(arguments: list[str]) -> None:
 def _prepare_latents(arguments: list[str]) -> None:
     options = parse(PrepareLatentsOptions, arguments, command="prepare latents")
     from vadit.metrics import ProgressBar
-    from vadit.prepare_latents import prepare_latents
+    from vadit.prepare.latents import prepare_latents
 
     with ExitStack() as stack:
         bars: list[ProgressBar] = []

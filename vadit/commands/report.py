@@ -29,7 +29,7 @@ class ReportOptions:
 def run(arguments: list[str]) -> None:
     """Read, draw and write."""
     options = parse(ReportOptions, arguments, command="report")
-    from vadit.report_sections import write_runs_report
+    from vadit.report.sections import write_runs_report
 
     out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
     written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)

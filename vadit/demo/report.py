@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from vadit.charts import Chart
 from vadit.demo.data import DemoData
 from vadit.pictures import image_grid, reconstruction_pairs
-from vadit.report import Section, write_report
-from vadit.report_log import read_log
-from vadit.report_sections import quantity_charts
+from vadit.report.charts import Chart
+from vadit.report.log import read_log
+from vadit.report.page import Section, write_report
+from vadit.report.sections import quantity_charts
 
 COLUMNS = 10
 """One column per class: labels of balanced samples go round."""

@@ -167,12 +167,10 @@ class Engine:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_weights = sum(parameter.numel() for parameter in trained)
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
-        fused = device.type == "cuda" and not spec.offload_optimizer
         adam, self.optimizer = optimizers.build(
             trained,
             optimizer,
             device=device,
-            fused=fused,
             deepspeed_fused=lambda: _fused_adam(device),
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )

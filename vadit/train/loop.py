@@ -154,7 +154,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
             )
             due = last or asked or _crossed(before, position.images_seen, spec.save_every_images)
             if due and trouble is None:
-                trouble = not_finite(_weights(task.engines, device))
+                trouble = not_finite(weight_sums(task.engines, device))
             if due and trouble is None:
                 watchdog.beat(position.step, doing="saving")
                 with tracker.pause():
@@ -211,7 +211,7 @@ def _failures(evaluation: Evaluation | None) -> dict[str, float]:
     return {"evaluations_failed": evaluation.failures} if evaluation is not None and evaluation.failures else {}
 
 
-def _weights(engines: dict[str, Engine], device: torch.device) -> dict[str, float]:
+def weight_sums(engines: dict[str, Engine], device: torch.device) -> dict[str, float]:
     """One number per network that is finite where all its weights are, on all processes: a loss can hide a NaN."""
     sums = [torch.stack([shard.abs().sum() for shard in engine.masters()]).sum() for engine in engines.values()]
     means = distributed.all_mean(torch.stack([value.to(device) for value in sums]))  # offloaded ones are on the host

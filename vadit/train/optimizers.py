@@ -51,7 +51,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._muon = torch.optim.Muon(
             matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
-        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.defaults = self._adamw.defaults
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], self.defaults)
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
@@ -71,12 +71,12 @@ def build(
     spec: OptimizerSpec,
     *,
     device: torch.device,
-    fused: bool,
     deepspeed_fused: Callable[[], Builder],
     matrices: Iterable[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
-    """AdamW over `weights`, and whose. `fused` is of torch's; `deepspeed_fused` imports DeepSpeed's. Collective.
+    """AdamW over `weights`, and whose; `deepspeed_fused` imports DeepSpeed's. Collective.
 
+    torch's is its fused one, on a CPU as well (offloaded states): one pass over the memory instead of a dozen.
     `matrices`: those of the weights that Muon takes where it is asked for.
     """
     if spec.kind == MUON:
@@ -87,7 +87,7 @@ def build(
             raise UsageError("optimizer.kind muon is for a generator's blocks, and there are none; set it to adamw")
         return MuonWithAdamW(hidden, others, **_settings(spec)), Choice(SETTING, MUON, "asked for")
     choice = Choice(SETTING, TORCH, "the default" if spec.kind == TORCH else "asked for")
-    make: Builder = functools.partial(torch.optim.AdamW, fused=fused)
+    make: Builder = functools.partial(torch.optim.AdamW, fused=True)
     if spec.kind != TORCH:
         sources = {"deepspeed_fused": deepspeed_fused, "apex_fused": _apex, "adamw_8bit": eight_bit_adamw}
         found, fault = _try_out(sources[spec.kind], spec, device)

@@ -23,7 +23,7 @@ from vadit.data.tar_index import index_path, shard_index
 from vadit.data.tar_shards import CLASSES_FILE, PREPARED_FILE, TarShardWriter, TarSource, shard_name
 from vadit.errors import RunError, UsageError, write_fault
 from vadit.files import whole_file
-from vadit.prepare_workers import VERIFY_IMAGES, Encoded, Written
+from vadit.prepare.workers import VERIFY_IMAGES, Encoded, Written
 
 NAME = "images"
 FORMAT = "vadit-prepared-images"

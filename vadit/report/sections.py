@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vadit.charts import Chart, Curve, Series, short_number
 from vadit.errors import UsageError
 from vadit.recipes.sizes import DIT_SIZES
 from vadit.recipes.tokenizers import TOKENIZERS
-from vadit.report import Section, is_picture, write_report
-from vadit.report_runs import (
+from vadit.report.charts import Chart, Curve, Series, short_number
+from vadit.report.page import Section, is_picture, write_report
+from vadit.report.runs import (
     EPOCHS,
     HEADLINE,
     REFERENCE_MSE,
@@ -125,7 +125,7 @@ def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: 
     write_report(out, title or (names if len(names) < 80 else f"{len(runs)} runs"), _lead(runs), sections)
     folder, count = out.with_name(f"{out.stem}-charts"), 0
     if pngs:
-        from vadit.chart_files import save_png
+        from vadit.report.chart_files import save_png
 
         # names of quantities come from files; as names of files they must be plain, and each its own
         named = {re.sub(r"[^\w.-]+", "_", chart.file): chart

@@ -21,8 +21,8 @@ from vadit.config import ImageDataSpec
 from vadit.data.images import ImageSource
 from vadit.data.loaders import open_images
 from vadit.errors import RunError, UsageError
-from vadit.prepare_files import Beton, Progress, Shards, Task, write_text
-from vadit.prepare_workers import (
+from vadit.prepare.files import Beton, Progress, Shards, Task, write_text
+from vadit.prepare.workers import (
     Encode,
     Encoded,
     Format,

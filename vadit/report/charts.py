@@ -1,4 +1,4 @@
-"""Charts: what is drawn, its axes, and the drawing as inline SVG; `vadit.chart_files` draws the same ones as PNGs.
+"""Charts: what is drawn, its axes, and the drawing as inline SVG; `chart_files` draws the same ones as PNGs.
 
 A curve of any length becomes at most `MAX_POINTS` points: the mean of each of so many equal stretches of the log,
 over a pale band from minimum to maximum, so that a single spike stays visible.
@@ -65,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on one pair of axes; drawn by `svg` and by `vadit.chart_files.save_png`."""
+    """Curves on one pair of axes; drawn by `svg` and by `chart_files.save_png`."""
 
     title: str
     series: tuple[Series, ...]
