@@ -53,7 +53,8 @@ def test_unknown_setting_names_the_variable() -> None:
 @pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
 def test_missing_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     place = dispatch.BACKENDS[name].device
-    monkeypatch.setitem(dispatch.BACKENDS, name, dispatch.Backend("vadit", place, "it is not there"))
+    for each in {"cuda", "triton"} if place == "cuda" else {name}:
+        monkeypatch.setitem(dispatch.BACKENDS, each, dispatch.Backend("vadit", place, "it is not there"))
     monkeypatch.setitem(dispatch.AUTO, place, dict.fromkeys(dispatch.OPS, name))
     with dispatch.setting("auto"):
         assert set(kernels.backends(place).values()) == {"reference"}
@@ -62,6 +63,23 @@ def test_missing_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for call in calls().values():
         with dispatch.setting(name), pytest.raises(ValueError, match=f"VADIT_KERNELS is '{name}', but it is not there"):
             call()
+
+
+def test_on_a_gpu_other_kernels_take_the_place_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", dispatch.Backend("vadit", "cuda", None))
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", dispatch.Backend("vadit_triton", "cuda", None))
+    monkeypatch.setattr(dispatch, "_distrusted", {})
+    with dispatch.setting("auto"):
+        assert kernels.backends("cuda") == dispatch.AUTO["cuda"] == dict.fromkeys(dispatch.OPS, "triton")
+        dispatch.distrust("rope", "triton", "it is wrong")
+        assert kernels.backends("cuda") == dispatch.AUTO["cuda"] | {"rope": "cuda"}
+        dispatch.distrust("rope", "cuda", "so is this one")
+        assert kernels.backends("cuda")["rope"] == "reference"
+        assert "it is wrong" in kernels.reasons("cuda")["rope"]
+        monkeypatch.setitem(dispatch.BACKENDS, "triton", dispatch.Backend("vadit_triton", "cuda", "no compiler"))
+        assert kernels.backends("cuda")["swiglu"] == "cuda"
+    with dispatch.setting("triton"), pytest.raises(ValueError, match="no compiler"):
+        kernels.backends("cuda")
 
 
 @needs_extension
@@ -152,6 +170,18 @@ def test_self_check_leaves_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch, op
         assert list(failures) == [op] and failures[op].startswith("cpp failed its self-check (")
         assert kernels.backends() == dispatch.AUTO["cpu"] | {op: "reference"}
         assert "failed its self-check" in kernels.reasons()[op]
+
+
+@needs_extension
+def test_a_kernel_that_breaks_the_device_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    module = sys.modules[self_check.__module__]
+    monkeypatch.setattr(module, "_deviation", broken)
+    monkeypatch.setattr(module.torch, "zeros", broken)
+    with dispatch.setting("auto"), pytest.raises(RuntimeError, match="cpp's rms_norm broke the GPU's context"):
+        self_check(torch.device("cpu"))
 
 
 def test_self_check_passes(backend: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_worker import assert_same_end
+from launched import free_port
 from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 from training_worker import LOOK
@@ -29,14 +29,12 @@ STAGES = (1, 2, 3)
 
 def launch(task: str, out: Path) -> None:
     """Let two processes do a task of the worker."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     alone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in alone}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
-    command = [*launcher, "--master_port", str(port), str(WORKER), task, str(out)]
+    command = [*launcher, "--master_port", port, str(WORKER), task, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -75,6 +73,17 @@ def test_zero_stages_agree(network: str, runs: Path) -> None:
     curves = [logged(runs / f"{network}-{zero_stage}") for zero_stage in STAGES]
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
     assert curves[2] == pytest.approx(curves[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_many_buckets_are_as_one(zero_stage: int, runs: Path) -> None:
+    found, expected = (logged(runs / f"dit-{zero_stage}{name}") for name in ("-buckets", ""))
+    assert found == pytest.approx(expected, rel=1e-6)
+    sizes = [
+        json.loads((runs / f"dit-{zero_stage}{name}" / "deepspeed.json").read_text()) for name in ("-buckets", "")
+    ]
+    few, many = (size["model"]["zero_optimization"]["reduce_bucket_size"] for size in sizes)
+    assert few == 5_000 and many > 10 * few
 
 
 # ------------------------------------------------------------------------------------------------ going on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from guard_help import events, newest
+from launched import free_port
 from training_plain import BATCH, logged
 
 from vadit.train import runs
@@ -24,11 +24,9 @@ WORKER = Path(__file__).parent / "guard_worker.py"
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The run folders of two processes, one of which meets faults, from one launch; the last run of it fails."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
-    command = [*launcher, "--master_port", str(port), str(WORKER), str(out)]
+    command = [*launcher, "--master_port", port, str(WORKER), str(out)]
     return out, subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=900)
 
 

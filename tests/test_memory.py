@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -147,10 +146,10 @@ def test_moments_of_a_step_differ_by_stage(tmp_path: Path) -> None:
 
 def measured(case: Case, folder: Path) -> int:
     """Bytes at the peak, in the first of the case's processes."""
+    from launched import free_port  # not where this file is a process of its own
+
     case.config(folder)  # makes its files
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     workers = []
     for rank in range(case.processes):
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.processes)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import checkpoint_worker as worker
 import pytest
 import torch
+from launched import free_port
 from safetensors.torch import load_file
 
 from vadit import rng
@@ -50,12 +50,10 @@ OFFLOADED = {2: {"offload_optimizer": True}, 3: {"offload_optimizer": True, "off
 
 def launch(folder: Path, script: list[list[Any]]) -> None:
     """Let two processes do what `checkpoint_worker.main` is told."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = folder / "script.json"
     path.write_text(json.dumps(script))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     started = []
     for rank in ("0", "1"):
         environment = os.environ | shared | {"DS_ACCELERATOR": "cpu", "RANK": rank, "LOCAL_RANK": rank}

@@ -294,6 +294,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
             "mask.kind": "mdt",
             "mask.ratio": 0.3,
             "mask.decoder_depth": 2,
+            "optimizer.lr": 3e-4,
             "run.total_images": 6_500_000 * 256,
             "sample.cfg_scale": 3.8,
             "sample.cfg_power": 4.0,

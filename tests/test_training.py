@@ -20,7 +20,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.train import checkpoint, dit, export, loop, runs, tokenizer
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine, deepspeed_config
+from vadit.train.engine import MAX_BUCKET, Engine, deepspeed_config
 from vadit.train.shard_layout import Shares
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_deepspeed_is_told_what_its_releases_disagree_on() -> None:
     assert summed["zero_optimization"]["stage"] == 2
     config = deepspeed_config(EngineSpec(precision="autocast"), global_batch=8, num_weights=10**12)
     assert config["torch_autocast"]["enabled"] and not config["bf16"]["enabled"]
-    assert config["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert config["zero_optimization"]["reduce_bucket_size"] == MAX_BUCKET
 
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32")])

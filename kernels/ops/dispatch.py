@@ -96,7 +96,7 @@ def _backend_of(op: str, device: str) -> tuple[str, str]:
         raise ValueError(f"VADIT_KERNELS is {_setting!r}; set it to one of {', '.join(SETTINGS)}")
     if _setting == "reference":
         return "reference", "VADIT_KERNELS=reference"
-    name = AUTO.get(device, {}).get(op, "reference") if _setting == "auto" else _setting
+    name = _auto(op, device) if _setting == "auto" else _setting
     if name == "reference":
         return name, f"no kernels for {device} tensors"
     backend = BACKENDS[name]
@@ -109,6 +109,18 @@ def _backend_of(op: str, device: str) -> tuple[str, str]:
     if (op, name) in _distrusted:
         return "reference", f"{name} failed its self-check: {_distrusted[op, name]}"
     return name, f"VADIT_KERNELS={name}" if _setting == name else EVIDENCE[device]
+
+
+def _auto(op: str, device: str) -> str:
+    """AUTO's choice; on a GPU, where it is missing or distrusted, the other kernels, if they are there."""
+    first = AUTO.get(device, {}).get(op, "reference")
+    if first == "reference" or device != "cuda":
+        return first
+    for name in (first, *BACKENDS):
+        backend = BACKENDS[name]
+        if backend.device == device and backend.missing is None and (op, name) not in _distrusted:
+            return name
+    return first
 
 
 def kernels_for(op: str, *tensors: Tensor | None) -> Any | None:

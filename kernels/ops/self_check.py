@@ -19,28 +19,46 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest deviation from plain torch over the largest value: far above rounding, far below a wrong formula."""
 
 
-def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[..., object], list[Tensor]]]:
-    """Per op a call and its differentiated inputs: sizes of the models, few rows, none a multiple of a tile."""
+Case = tuple[Callable[..., object], list[Tensor]]
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
+    """Per op calls and their differentiated inputs: sizes of the models, few rows.
+
+    Triton compiles each combination of optional arguments, and of sizes that are multiples of 16 or not, by itself.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    cos, sin = (normal(33, 72, dtype=torch.float32) for _ in range(2))
     latent, features = normal(2, 32, 65, dtype=torch.float32), normal(2, 768, 65)
 
     def vf(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return vf_loss(z, weight, features, cos_margin=0.5, distmat_margin=0.1)
 
-    def rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = rope_qkv(qkv, cos, sin, q_weight, k_weight)
+    def packed(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        tokens, width = qkv.shape[1], qkv.shape[-1]
+        angle = torch.arange(tokens * width, device=device, dtype=torch.float32).view(tokens, width)
+        q, k, v = rope_qkv(qkv, angle.cos(), angle.sin(), *weights)
         return q, k, v * 1
 
     return {
-        "rms_norm": (rms_norm, [normal(2, 33, 1152), normal(1152), normal(2, 1152), normal(2, 1152)]),
-        "rope": (rope, [normal(2, 33, 3, 4, 72), normal(72), normal(72)]),
-        "swiglu": (swiglu, [normal(2, 33, 6144)]),
-        "vf_loss": (vf, [latent, normal(768, 32, dtype=torch.float32)]),
+        "rms_norm": [
+            (rms_norm, [normal(2, 33, 1152), normal(1152), normal(2, 1152), normal(2, 1152)]),
+            (rms_norm, [normal(2, 32, 1152), normal(1152), normal(2, 1152)]),  # without a shift
+            (rms_norm, [normal(2, 33, 72), normal(72)]),  # of a head
+        ],
+        "rope": [
+            (packed, [normal(2, 33, 3, 4, 72), normal(72), normal(72)]),
+            (packed, [normal(2, 32, 3, 16, 72)]),
+            (packed, [normal(2, 33, 3, 12, 64)]),
+        ],
+        "swiglu": [
+            (swiglu, [normal(2, 33, 6144)]),
+            (swiglu, [normal(2, 32, 5460)]),
+        ],  # half a row: 2730, LightningDiT-L
+        "vf_loss": [(vf, [latent, normal(768, 32, dtype=torch.float32)])],
     }
 
 
@@ -58,20 +76,39 @@ def _deviation(call: Callable[..., object], inputs: list[Tensor], dtype: torch.d
 def self_check(device: torch.device) -> dict[str, str]:
     """Run every op that would run on kernels on `device` against plain torch, results and gradients, both dtypes.
 
-    Returns: per op that failed, why. It runs on plain torch from then on.
+    Returns: per op that failed, why. From then on it runs on the next kernels that pass, or on plain torch.
+
+    Raises RuntimeError where a kernel has left the GPU unusable: nothing can go on in this process.
     """
     failures: dict[str, str] = {}
-    for op, backend in dispatch.backends(device.type).items():
-        if backend == "reference":
-            continue
-        for dtype in dispatch.DTYPES:
-            call, inputs = _cases(device, dtype)[op]
+    for op in dispatch.OPS:
+        while (backend := dispatch.backends(device.type)[op]) != "reference":
+            why = _fault(op, backend, device)
+            if why is None:
+                break
+            dispatch.distrust(op, backend, why)
+            told = f"{backend} failed its self-check ({why})"
+            failures[op] = f"{failures[op]}; {told}" if op in failures else told
+    return failures
+
+
+def _fault(op: str, backend: str, device: torch.device) -> str | None:
+    """What is wrong with the kernels of `op`, or None."""
+    for dtype in dispatch.DTYPES:
+        for call, inputs in _cases(device, dtype)[op]:
             try:
                 why = _deviation(call, inputs, dtype)
             except Exception as error:  # whatever a compiler or driver raises: the run goes on without the kernel
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
+                _assert_alive(device, f"{backend}'s {op}", why)
             if why is not None:
-                dispatch.distrust(op, backend, why)
-                failures[op] = f"{backend} failed its self-check ({why})"
-                break
-    return failures
+                return why
+    return None
+
+
+def _assert_alive(device: torch.device, what: str, why: str) -> None:
+    """A kernel that has read or written where it must not takes the whole CUDA context with it."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise RuntimeError(f"{what} broke the GPU's context ({why}); set VADIT_KERNELS=reference") from error

@@ -157,7 +157,7 @@ def evaluate_tokenizer(
         restored, clamped, original = to_pixels(decoded), decoded.clamp(-1, 1), to_unit_range(filled)
         scores = [psnr(filled, restored), ssim(clamped, original)]
         if lpips is not None:
-            scores.append(lpips(clamped, original).reshape(GROUP))
+            scores.append(lpips(decoded, original).reshape(GROUP))  # not clamped: the authors' numbers are so
         rows.append(torch.stack([score.double().cpu() for score in scores], dim=1)[: len(group)])
         if features is not None:
             pairs.append(torch.stack([features(filled).float(), features(restored).float()], dim=1)[: len(group)].cpu())

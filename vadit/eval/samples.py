@@ -378,15 +378,21 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
     source: ImageSource = open_images(path)
     if stored is None and len(source) < 2:
         raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
-    features = _extract(source.batches(batch_size), extractor)
-    spatial: tuple[np.ndarray, np.ndarray] | None
+    # Features of a million images would take tens of gigabytes: sums, and the few that are needed one by one.
+    pool_moments, spatial_moments = FeatureMoments(), FeatureMoments()
+    wanted, rows, count = spread(len(source), REFERENCES_FOR_RECALL), [], 0
+    for images in source.batches(batch_size):
+        found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+        pool = found.pool.cpu().numpy()
+        pool_moments.update(pool)
+        spatial_moments.update(found.spatial)
+        rows.append(pool[wanted[(wanted >= count) & (wanted < count + len(pool))] - count])
+        count += len(pool)
+    features = np.concatenate(rows)
     if stored is None:
-        pool, spatial = mean_and_covariance(features.pool), features.spatial.result()
-    else:
-        # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
-        spatial = _pair(stored, "_s") if "mu_s" in stored else None
-        pool = _pair(stored, "")
-    return _Reference(pool, spatial, features.pool[spread(len(features.pool), REFERENCES_FOR_RECALL)])
+        return _Reference(pool_moments.result(), spatial_moments.result(), features)
+    # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
+    return _Reference(_pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else None, features)
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

@@ -53,9 +53,9 @@ def loss_terms(
     """The terms of a masked run for data x1 (B, C, h, w).
 
     network(x_t, t, labels, masked=...) is the trained network; ordinary(network) are the terms that an unmasked run has
-    of it. MDT: those of a pass over all tokens, and with names that begin with masked_ those of a masked one, with
-    noise and time of its own; the sum is trained on. MaskDiT: those of `training_loss`, or the ordinary ones from
-    `unmasked_after_images` images on.
+    of it. MDT: those of a pass over all tokens, and with names that begin with masked_ those of a masked one; the sum
+    is trained on. Each has noise and time of its own (in MDT's code they share the time). MaskDiT: those of
+    `training_loss`, or the ordinary ones from `unmasked_after_images` images on.
     """
     if mask.kind == "mdt":
         whole, part = ordinary(partial(network, masked=False)), ordinary(partial(network, masked=True))

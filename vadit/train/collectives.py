@@ -1,11 +1,14 @@
-"""How long a step is in DeepSpeed's collectives."""
+"""How long a step is in DeepSpeed's collectives, and how long a collective waits for the others."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
+
+from torch.distributed import distributed_c10d
 
 from vadit import distributed
 from vadit.train.meter import Stopwatch
@@ -24,6 +27,18 @@ _COLLECTIVES = (
     "all_to_all_single",
 )
 """What a step calls of DeepSpeed's backend."""
+
+
+def outlast(hang_timeout_s: float) -> None:
+    """Let no collective give up before the watchdog does, after `hang_timeout_s` seconds (0: never).
+
+    By itself NCCL aborts the process after 10 minutes, with no word about who is missing, where one of them perhaps
+    still writes a large checkpoint to a slow disk. Call it once all process groups are made.
+    """
+    limit = timedelta(seconds=2 * hang_timeout_s + 600) if hang_timeout_s else timedelta(days=7)
+    set_timeout = getattr(distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout)  # before torch 2.14
+    for group in list(distributed_c10d._world.pg_map):
+        set_timeout(limit, group)
 
 
 @contextlib.contextmanager

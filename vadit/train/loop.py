@@ -110,6 +110,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         return
     log = RunLog(folder, images_seen=position.images_seen)
     tracker = _tracker(task, spec, device)
+    collectives.outlast(spec.hang_timeout_s)
     with (
         contextlib.closing(task.loader.stream()) as stream,
         collectives.timed(communication_backend(), tracker.communication),
