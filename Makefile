@@ -13,15 +13,18 @@ export PYTHONSAFEPATH := 1
 # DeepSpeed's setup.py imports a module beside it, which that variable would hide.
 PIP := env -u PYTHONSAFEPATH python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-faults lint bench clean
+.PHONY: help install demo test test-faults lint bench clean
 
 help:
+	@echo "make install      only what vadit needs, into $(VENV)"
 	@echo "make demo         train, sample and evaluate the whole system on digits, in minutes (runs/demo)"
 	@echo "make test         lint and tests"
 	@echo "make test-faults  runs that are killed, starved and corrupted, for some minutes"
 	@echo "make lint         ruff, mypy and the layers of the package"
 	@echo "make bench        the benchmarks of this machine"
 	@echo "make clean        remove the environment and everything built (runs/ stays)"
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	vadit demo $(ARGS)

@@ -16,7 +16,7 @@ Weights of frozen networks are random, a tokenizer's discriminator counts from t
 
 share_of_matmul is FLOPs of the step's products (vadit.flops; nothing for recomputed activations) over the speed of one
 large product in the step's precision, measured in turns with the rounds: the roofline of that machine at that hour.
-share_of_peak is the same over the data sheet's speed. Both are left out for masked training, which no formula counts.
+share_of_peak is the same over the data sheet's speed. Both are left out where masks end in mid-run.
 peak_gib is what torch allocated on a GPU, on a CPU the process's resident peak. Rows: results/steps-HARDWARE.csv.
 """
 
@@ -109,7 +109,7 @@ class Row:
     data_ms: float
     peak_gib: float
     gflops_per_image: float | None
-    """None, and so are the shares, where the formula does not count the step: masked training."""
+    """None, and so are the shares, where masks end in mid-run: no one number counts the steps."""
     tflops_per_s: float | None
     """Of one process."""
     matmul_tflops_per_s: float

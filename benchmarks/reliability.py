@@ -225,7 +225,7 @@ def _row(outcome: faults.Outcome) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    """The table in Markdown, as README has it."""
+    """The table in Markdown; docs/reliability.md has it in fewer rows."""
     print("\n| fault | tries | survived | lost | how it ended |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         print(f"| {row.fault} | {row.tries} | {row.survived} | {row.lost or '-'} | {row.ended} |")

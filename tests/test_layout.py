@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 450
-FOLDERS = {"benchmarks", "csrc", "kernels", "launch", "tests", "vadit"}
+FOLDERS = {"benchmarks", "csrc", "docs", "kernels", "launch", "tests", "vadit"}
 DOCUMENTS = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 FILES = {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
 SOURCES = sorted(
