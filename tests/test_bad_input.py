@@ -74,6 +74,16 @@ def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(
     assert cli.main(arguments) == 0
 
 
+@pytest.mark.parametrize("recipe", ["lightningdit-b-debug", "vavae-f16d32-dinov2-debug"])
+def test_a_run_folder_that_was_moved_is_the_same_run(recipe: str, tmp_path: Path) -> None:
+    assert cli.main(["train", recipe, "--run.out", str(tmp_path / "run")]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "named-otherwise")
+    checkpoints = [name for name in files(tmp_path) if name.endswith(".safetensors")]
+    assert cli.main(["train", recipe, "--run.out", str(tmp_path / "elsewhere" / "named-otherwise") + "/"]) == 0
+    assert [name for name in files(tmp_path) if name.endswith(".safetensors")] == checkpoints
+
+
 def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with room_for(100):
         message = refusal(capsys, [*DEBUG, "--run.out", str(tmp_path)], 1)

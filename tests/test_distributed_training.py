@@ -79,9 +79,7 @@ def test_zero_stages_agree(network: str, runs: Path) -> None:
 def test_many_buckets_are_as_one(zero_stage: int, runs: Path) -> None:
     found, expected = (logged(runs / f"dit-{zero_stage}{name}") for name in ("-buckets", ""))
     assert found == pytest.approx(expected, rel=1e-6)
-    sizes = [
-        json.loads((runs / f"dit-{zero_stage}{name}" / "deepspeed.json").read_text()) for name in ("-buckets", "")
-    ]
+    sizes = [json.loads((runs / f"dit-{zero_stage}{name}" / "deepspeed.json").read_text()) for name in ("-buckets", "")]
     few, many = (size["model"]["zero_optimization"]["reduce_bucket_size"] for size in sizes)
     assert few == 5_000 and many > 10 * few
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from vadit.data.latent_shards import open_folder
 from vadit.data.latents import LatentDataset, LatentLoader
 from vadit.data.loaders import open_images
 from vadit.data.transforms import to_signed
-from vadit.encode import EncodeSummary, encode, weights_hash
+from vadit.encode import EncodeSummary, encode
 from vadit.errors import RunError, UsageError
 from vadit.models.autoencoder import Autoencoder
+from vadit.models.pretrained import weights_hash
 
 SIZE, NUM_IMAGES = 16, 11
 SPEC = AutoencoderSpec(
@@ -182,8 +184,13 @@ def test_another_tokenizer_is_refused(autoencoder: Autoencoder, images: ImageSet
     run(autoencoder, images, tmp_path / "out")
     with torch.no_grad():
         autoencoder.quant_conv.weight[0] += 1e-3
-    with pytest.raises(UsageError, match=r"made with tokenizer"):
+    remedy = "; set --out to an empty folder, or remove this one"
+    with pytest.raises(UsageError, match=r"of another tokenizer \(weights [0-9a-f]{16}, now [0-9a-f]{16}\)" + remedy):
         run(autoencoder, images, tmp_path / "out")
+    other = Autoencoder(dataclasses.replace(autoencoder.spec, latent_channels=autoencoder.spec.latent_channels + 1))
+    channels = rf"{autoencoder.spec.latent_channels}, not {other.spec.latent_channels}"
+    with pytest.raises(UsageError, match=rf"made with a tokenizer of latent_channels {channels}{remedy}"):
+        run(other, images, tmp_path / "out")
 
 
 def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
@@ -203,5 +210,5 @@ def test_debug_images_encode(autoencoder: Autoencoder, tmp_path: Path) -> None:
     source = open_images(ImageDataSpec(path="debug:5"), SIZE)
     assert encode(autoencoder, source, tmp_path / "out", batch_size=2).num_images == 5
     assert LatentDataset(tmp_path / "out").num_classes == 5
-    with pytest.raises(UsageError, match=r"batch_size is 0"):
+    with pytest.raises(UsageError, match="--batch-size is 0"):
         encode(autoencoder, source, tmp_path / "out", batch_size=0)

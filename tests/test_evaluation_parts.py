@@ -242,7 +242,7 @@ def test_latents_of_a_folder_are_read_where_they_are_wanted(monkeypatch: pytest.
     unchanged = {"mean": torch.zeros(2), "std": torch.ones(2)}
     np.testing.assert_array_equal(found, uniformity.latent_vectors(latents.values, 24, seed=5, **unchanged))
     assert len(latents.read) == len(set(latents.read)) == 24
-    with pytest.raises(UsageError, match="num_vectors <= 40"):
+    with pytest.raises(UsageError, match=r"--num-vectors is 41.* set --num-vectors 40 or less"):
         uniformity.folder_vectors(latents, 41, 5)
 
 

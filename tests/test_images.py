@@ -353,7 +353,7 @@ def test_auto_takes_what_works(
     if name == "dali":
         assert open_loader(wanted, open_images(wanted, SIZE), 2)[1].name == "dali"
     else:
-        with pytest.raises(UsageError, match=r"data.loader is dali, but .*; set --data.loader torch or auto"):
+        with pytest.raises(UsageError, match=r"set to dali, but .*; set --loader torch or auto \(.*--data.loader\)"):
             open_loader(wanted, open_images(wanted, SIZE), 2)
 
 

@@ -246,7 +246,7 @@ def test_pillow_takes_over_where_dali_fails_for_no_reason(
 
 def test_without_dali_the_user_is_told_what_to_do(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UsageError, match=r"pip install 'vadit\[dali\]', or set --data.loader torch"):
+    with pytest.raises(UsageError, match=r"pip install 'vadit\[dali\]', or set --loader torch"):
         DaliDecoder(photos, 2)
 
 

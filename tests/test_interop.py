@@ -117,11 +117,11 @@ def test_loading_copies_the_callers_tensors() -> None:
 
 def test_number_of_heads() -> None:
     state = dit(PLAIN).state_dict()
-    with pytest.raises(UsageError, match=r"neither RoPE nor QK-norm.*give num_heads"):
+    with pytest.raises(UsageError, match=r"neither RoPE nor QK-norm.*give --num-heads"):
         interop.load_reference_dit(state)
     with pytest.raises(UsageError, match=r"hidden_size 32 is not divisible by model\.num_heads 5"):
         interop.load_reference_dit(state, num_heads=5)
-    with pytest.raises(UsageError, match=r"num_heads is 2, but feat_rope\.freqs_cos .* says 4"):
+    with pytest.raises(UsageError, match=r"--num-heads is 2, but feat_rope\.freqs_cos .* says 4"):
         interop.load_reference_dit(dit().state_dict(), num_heads=2)
 
 

@@ -107,7 +107,7 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     save_file(
         {"latents": torch.zeros(2, 4, 3, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(UsageError, match=r"no mirrored latents; set --no-data.flip"):
+    with pytest.raises(UsageError, match=r"no mirrored latents; set --data.no-flip"):
         LatentDataset(tmp_path)
     save_file(
         {"latents": torch.zeros(2, 8, 3, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "b.safetensors"

@@ -221,7 +221,8 @@ def test_iteration_after_resume_gives_the_rest_of_the_epoch(tmp_path: Path) -> N
 
 def test_missing_statistics_name_the_remedy(tmp_path: Path) -> None:
     reference_folder(tmp_path, stats=False)
-    with pytest.raises(UsageError, match=rf"vadit encode --stats-only {tmp_path}.*--no-data.normalize"):
+    remedy = rf"vadit encode --stats-only {tmp_path}`, or set --no-normalize \(vadit train: --data.no-normalize\)"
+    with pytest.raises(UsageError, match=remedy):
         LatentDataset(tmp_path)
     assert len(LatentDataset(tmp_path, normalize=False)) == 13
 

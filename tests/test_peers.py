@@ -170,9 +170,7 @@ def test_both_engines_of_a_tokenizer_have_it(tmp_path: Path, apex: type[FakeFuse
 def test_an_optimizer_that_steps_wrongly_is_refused(apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apex, "scale", 0.5)
     weight = torch.nn.Parameter(torch.zeros(3))
-    adam, choice = optimizers.build(
-        [weight], OptimizerSpec(kind="apex_fused"), device=CPU, deepspeed_fused=pytest.fail
-    )
+    adam, choice = optimizers.build([weight], OptimizerSpec(kind="apex_fused"), device=CPU, deepspeed_fused=pytest.fail)
     assert isinstance(adam, torch.optim.AdamW) and choice.name == "adamw"
     assert "its first step is 0.05 instead of 0.1" in choice.refused
 

@@ -62,13 +62,13 @@ def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
     for out, settings, message in (
         ("a.beton", {"format": "webdataset"}, "webdataset, which needs a folder"),
         ("a", {"format": "beton"}, r"needs a name that ends in .beton"),
-        ("a", {"encode": "raw"}, "encode is raw, which webdataset cannot hold"),
-        ("a.beton", {"encode": "png"}, "encode is png, which beton cannot hold"),
+        ("a", {"encode": "raw"}, "--encode is raw, which webdataset cannot hold"),
+        ("a.beton", {"encode": "png"}, "--encode is png, which beton cannot hold"),
         ("a", {"size": 0, "encode": "png"}, "--size 0 keeps the files"),
-        ("a", {"size": -1}, "size is -1"),
-        ("a", {"quality": 101}, "quality is 101"),
-        ("a", {"shard_size": 0}, "shard_size is 0"),
-        ("a", {"num_workers": 0}, "num_workers is 0"),
+        ("a", {"size": -1}, "--size is -1"),
+        ("a", {"quality": 101}, "--quality is 101"),
+        ("a", {"shard_size": 0}, "--shard-size is 0"),
+        ("a", {"num_workers": 0}, "--num-workers is 0"),
     ):
         with pytest.raises(UsageError, match=message):
             prepare(folder, tmp_path / out, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -45,8 +46,12 @@ class SmallNet(nn.Module):
 class TinyDecoder(nn.Module):
     """Latent (n, 4, 2, 2) to pictures (n, 3, 4, 4)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
     def decode(self, z):
-        return torch.tanh(nn.functional.interpolate(z[:, :3], scale_factor=2))
+        return torch.tanh(self.scale * nn.functional.interpolate(z[:, :3], scale_factor=2))
 
 
 # ------------------------------------------------------------------------------------------------ draw
@@ -111,9 +116,9 @@ def test_bad_requests_are_refused():
         attempt(labels=[0, 2])
     with pytest.raises(UsageError, match="empty"):
         attempt(labels=[])
-    with pytest.raises(UsageError, match="number of samples is 0"):
+    with pytest.raises(UsageError, match="--num-samples is 0"):
         attempt(num_samples=0)
-    with pytest.raises(UsageError, match=r"ddpm does not fit a generator of flow\.objective flow"):
+    with pytest.raises(UsageError, match=r"--method ddpm does not fit this generator \(flow\.objective flow\)"):
         attempt(SampleSpec(method="ddpm"))
 
 
@@ -136,7 +141,7 @@ def _write(out, num_samples=20, **settings):
         settings.pop("autoencoder", TinyDecoder()),
         spec,
         num_samples=num_samples,
-        mean=torch.full((1, 4, 1, 1), 0.1),
+        mean=settings.pop("mean", torch.full((1, 4, 1, 1), 0.1)),
         std=torch.full((1, 4, 1, 1), 2.0),
         **settings,
     )
@@ -202,18 +207,51 @@ def test_other_settings_are_refused(tmp_path):
     before = _bytes(out)
     with pytest.raises(UsageError, match=r"sampler\.cfg_scale 2\.0, now it is 3\.0"):
         _write(out, num_samples=2, spec=dataclasses.replace(SampleSpec(num_steps=4), cfg_scale=3.0))
-    with pytest.raises(UsageError, match="source"):
-        _write(out, num_samples=2, source="another checkpoint")
+    with pytest.raises(UsageError, match=r"drawn with mean \[0\.1.*now it is \[0\.0"):
+        _write(out, num_samples=2, mean=torch.zeros(4))
+    _write(out, num_samples=2, source={"generator": "the same, elsewhere"})
     assert _bytes(out) == before
+
+
+def test_samples_of_a_later_checkpoint_do_not_mix_with_those_of_an_earlier(tmp_path):
+    networks = {"model": SmallNet(), "autoencoder": TinyDecoder(), "guide": SmallNet()}
+    _write(tmp_path, num_samples=2, **networks)
+    before = _bytes(tmp_path)
+    for name, told in (("model", "generator"), ("autoencoder", "tokenizer"), ("guide", "guide")):
+        trained = copy.deepcopy(networks[name])
+        with torch.no_grad():
+            next(trained.parameters()).add_(1e-3)
+        with pytest.raises(UsageError, match=f"holds samples of another {told} .weights"):
+            _write(tmp_path, num_samples=4, **networks | {name: trained})
+    assert _bytes(tmp_path) == before
+    _write(tmp_path, num_samples=4, **networks)
+
+
+def test_latents_that_are_not_finite_become_no_images(tmp_path):
+    model = SmallNet()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(RunError, match=r"samples 0 to \d+ are not finite"):
+        _write(tmp_path, num_samples=2, model=model)
+    assert not list((tmp_path / "images").iterdir())
+
+
+def test_a_damaged_folder_is_named(tmp_path):
+    out = tmp_path / "out"
+    _write(out, num_samples=2)
     (out / "settings.json").write_text("{")
     with pytest.raises(RunError, match="damaged"):
         _write(out, num_samples=2)
 
 
 def test_settings_are_saved(tmp_path):
-    _write(tmp_path, num_samples=2, labels=[1], source="run 7")
+    _write(tmp_path, num_samples=2, labels=[1], source={"generator": "run 7"})
     settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["sampler"]["cfg_scale"] == 2.0 and settings["label_list"] == [1] and settings["source"] == "run 7"
+    assert (
+        settings["sampler"]["cfg_scale"] == 2.0
+        and settings["label_list"] == [1]
+        and settings["source"] == {"generator": "run 7"}
+    )
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [1, 1]
 
 

@@ -69,15 +69,41 @@ def test_the_newest_and_every_so_many_images_stay(
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
+def test_damaged_checkpoints_of_later_steps_take_nobodys_place(tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"images_seen": 8 * step}))
+    checkpoint.prune(tmp_path, 1, last="step-00000002")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000009"]
+
+
+def test_room_is_needed_for_the_parts_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    (tmp_path / "step-00000001.partial").mkdir()
+    (tmp_path / "step-00000001.partial" / "another").write_bytes(bytes(100))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, 1000))
+    faults: list[Exception] = []
+    calls: dict[str, Any] = {"published": lambda: None, "failed": faults.append, "timeout_s": 5.0, "state": {}}
+    for needed, fits in ((1200, False), (1100, True)):
+        files = [TensorFile(SHARE, {"x": torch.ones(2)}, {})]
+        Saving(tmp_path / "step-00000001", files, token="", needed=needed, **calls).join()
+        assert (not faults) is fits
+        if not fits:
+            assert "1,100 bytes are needed, 1,000 are free" in str(faults.pop())
+            (tmp_path / "step-00000001.partial").mkdir(exist_ok=True)
+            (tmp_path / "step-00000001.partial" / "another").write_bytes(bytes(100))
+
+
 def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: list[list[str]] = []
     original = checkpoint.prune
 
-    def prune(folder: Path, *rest: Any) -> None:
+    def prune(folder: Path, *rest: Any, last: str) -> None:
         before.append(names(tmp_path))
-        original(folder, *rest)
+        original(folder, *rest, last=last)
 
     monkeypatch.setattr(checkpoint, "prune", prune)
     dit.train(
@@ -195,7 +221,7 @@ def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pyt
     def save(token: str, timeout_s: float) -> None:
         (partial / "part-00001.json").write_text(json.dumps({"token": "one", "files": {}}))
         files = [TensorFile(SHARE, {"x": torch.ones(2)}, {})]
-        calls: dict[str, Any] = {"published": lambda: None, "failed": faults.append}
+        calls: dict[str, Any] = {"published": lambda: None, "failed": faults.append, "needed": 8}
         Saving(tmp_path / "step-00000001", files, token=token, state={}, timeout_s=timeout_s, **calls).join()
 
     save("two", 0.2)
@@ -260,6 +286,7 @@ def _save_and_die(folder: Path, point: int) -> None:
         state=state,
         published=lambda: None,
         failed=lambda error: os._exit(4),
+        needed=200,
         timeout_s=5,
     )
     made.join()

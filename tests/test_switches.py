@@ -222,7 +222,7 @@ def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> N
         ({"flow": FlowSpec(time_shift=0.0)}, "flow.time_shift is 0.0; it must be above 0"),
         ({"repa": RepaSpec(weight=0.5, block=1, projector_width=0)}, "repa.projector_width is 0"),
         ({"flow": FlowSpec(contrastive_weight=-1.0)}, "flow.contrastive_weight is -1.0"),
-        ({"flow": FlowSpec(contrastive_weight=0.1, prediction="noise")}, "flow.prediction velocity"),
+        ({"flow": FlowSpec(contrastive_weight=0.1, prediction="noise")}, "flow.prediction noise"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, object], match: str) -> None:

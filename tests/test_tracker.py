@@ -186,6 +186,15 @@ def test_peaks_by_name() -> None:
         dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=0.0))
 
 
+def test_a_term_that_begins_late_is_a_mean_of_its_own_steps() -> None:
+    means = meter.Meter()
+    for step in range(4):
+        means.add({"loss": torch.tensor(float(step))} | ({"gan": torch.tensor(5.0)} if step == 3 else {}))
+    assert means.read() == {"loss": 1.5, "gan": 5.0}
+    means.add({"loss": torch.tensor(2.0)})
+    assert means.read() == {"loss": 2.0}
+
+
 def test_flops_of_a_training_step_are_what_torch_counts() -> None:
     config = get_recipe("lightningdit-xl-64ep")
     assert isinstance(config, DiTConfig)

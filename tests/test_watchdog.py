@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vadit.errors import UsageError
+from vadit.train import watchdog
 from vadit.train.watchdog import HANG_CODE, Watchdog, judge
 from vadit.train.watchdog_peers import Standing
 
@@ -99,6 +101,34 @@ def test_the_one_that_lags_is_named() -> None:
     busy = [Standing(rank, step=8, idle_s=61.0) for rank in range(3, 20)]
     text = sentence(*waiting, *busy)
     assert text is not None and "rank 0" not in text and "rank 10 does" in text and text.endswith("; and 9 more")
+
+
+@pytest.mark.parametrize(
+    ("file", "waits"),
+    [
+        ("vadit/train/meter.py", True),  # reads on the host what NCCL is to deliver
+        ("vadit/distributed.py", True),
+        ("site-packages/deepspeed/runtime/utils.py", True),
+        ("torch/distributed/distributed_c10d.py", True),
+        ("vadit/data/latents.py", False),
+        ("threading.py", False),
+    ],
+)
+def test_a_process_that_waits_for_others_is_told_from_one_that_is_stuck(file: str, waits: bool) -> None:
+    names: dict[str, Any] = {}
+    exec(compile("def stand(lock):\n    lock.acquire()\n", f"/env/{file}", "exec"), names)
+    lock = threading.Lock()
+    lock.acquire()
+    thread = threading.Thread(target=names["stand"], args=(lock,))
+    thread.start()
+    assert thread.ident is not None
+    while True:  # until it stands still
+        where, found = watchdog._whereabouts(thread.ident)
+        if where.startswith("stand"):
+            break
+    lock.release()
+    thread.join()
+    assert found is waits
 
 
 def test_a_failed_collective_shortens_the_wait_for_the_dead() -> None:

@@ -129,7 +129,7 @@ def plain_dit(config: DiTConfig, *, world_size: int = 1) -> tuple[list[float], d
 
 
 class PlainTokenizer:
-    """VA-VAE's losses as reference.md section 2 writes them: gradients at the two last layers, one summed loss."""
+    """VA-VAE's losses as the paper's section 3 writes them: gradients at the two last layers, one summed loss."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.loss = config.loss

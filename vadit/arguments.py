@@ -82,10 +82,13 @@ def _unknown(kind: type, token: str, command: str) -> str:
     if not token.startswith("-"):
         return f"unexpected argument {token!r}; write settings as --name value (`vadit {command} --help` lists them)"
     given = token.split("=")[0].replace("_", "-")
+    if given.startswith("--no-") and "." in given:  # as other programs have it; here the no stands before the last part
+        group, _, last = given.removeprefix("--no-").rpartition(".")
+        given = f"--{group}.no-{last}"
     flags = list(_flags(kind))
     # Someone who writes --lr means --optimizer.lr: the last part counts before the spelling of the whole.
     same_end = [flag for flag in flags if flag.rsplit(".", 1)[-1].lstrip("-") == given.rsplit(".", 1)[-1].lstrip("-")]
-    near = same_end or difflib.get_close_matches(given, flags, n=1)
+    near = [given] if given in flags else same_end or difflib.get_close_matches(given, flags, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown setting {token.split('=')[0]}; {hint}`vadit {command} --help` lists them"
 
@@ -95,8 +98,11 @@ def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        unnamed = any(getattr(note, "name", None) == "" for note in getattr(hint, "__metadata__", ()))
-        plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        notes = getattr(hint, "__metadata__", ())
+        if tyro.conf.Positional in notes:
+            continue
+        unnamed = any(getattr(note, "name", None) == "" for note in notes)
+        plain = typing.get_args(hint)[0] if notes else hint
         name = f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(plain):
             yield from _flags(plain, prefix if unnamed else f"{name}.")

@@ -38,6 +38,15 @@ COMMANDS = {
 SHARED_MODULES = {"import": "convert", "export": "convert", "doctor": "about", "recipes": "about"}
 """Commands that share a module of `vadit.commands`, as `NAME_command`; the others have their own, as `run`."""
 
+OUT_OF_MEMORY = {
+    "train": "raise --engine.gradient-accumulation (the batch stays as it is), set --engine.gradient-checkpointing, or "
+    "use more processes (--dry-run estimates the need)",
+    "encode": "lower --batch-size",
+    "evaluate": "lower --batch-size",
+    "sample": "free it of other programs, use a GPU with more memory, or set --device cpu",
+}
+"""What helps a command that the GPU is too small for."""
+
 USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130
 
 
@@ -54,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:  # every way out of a command becomes an exit code here
         if debug and not isinstance(error, SystemExit):
             traceback.print_exc()
-        return _report(error, debug)
+        return _report(error, debug, next(iter(arguments), ""))
 
 
 def entry() -> NoReturn:
@@ -113,7 +122,7 @@ def _without_common_flags(arguments: list[str]) -> tuple[list[str], bool]:
     return kept, debug
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def _report(error: BaseException, debug: bool, command: str) -> int:
     """Tell a failure in one sentence and return its exit code; a mistake of ours keeps its traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0
@@ -124,7 +133,8 @@ def _report(error: BaseException, debug: bool) -> int:
         # The reader of our output left (`vadit recipes | head`): point stdout elsewhere, or Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(error, UsageError):
+    # A wish that the kernels cannot meet is the user's mistake, too; they are below the package and its UsageError.
+    if isinstance(error, UsageError) or (isinstance(error, ValueError) and str(error).startswith("VADIT_KERNELS is ")):
         _say(f"error: {_sentence(error)}")
         return USAGE_CODE
     if isinstance(error, RunError):
@@ -140,10 +150,8 @@ def _report(error: BaseException, debug: bool) -> int:
         # A scheduler that asked for the stop should see success, and not try the job elsewhere as a failed one.
         return STOP_CODE if getattr(error, "interrupted", False) else 0
     if type(error).__name__ == "OutOfMemoryError":  # of torch
-        _say(
-            "error: the GPU's memory is used up; lower --run.batch-size, raise --engine.gradient-accumulation or "
-            "--engine.zero-stage, or set --engine.gradient-checkpointing (--dry-run estimates the need)"
-        )
+        remedy = OUT_OF_MEMORY.get(command, "free it of other programs, or use a GPU with more memory")
+        _say(f"error: the GPU's memory is used up; {remedy}")
         return RUN_CODE
     if not debug:
         traceback.print_exception(error)

@@ -6,15 +6,19 @@ One process needs no launcher; under `deepspeed` or `torchrun` the environment s
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from vadit.errors import UsageError
+from vadit.errors import RunError, UsageError
 
 T = TypeVar("T")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""A folder of Linux with an entry per GPU, also of one that CUDA cannot use."""
 
 
 def rank() -> int:
@@ -33,13 +37,28 @@ def is_main() -> bool:
 
 
 def device(choice: str = "auto") -> torch.device:
-    """The device of this process: auto takes this process's GPU where there is one."""
+    """The device of this process: auto takes this process's GPU where there is one.
+
+    UsageError for auto where this is one process of several on a machine whose GPUs torch does not see: it would take
+    the CPU and wait, without a word, for processes that meet on GPUs.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    lost = not hidden and not torch.cuda.is_available() and any(NVIDIA_GPUS.glob("*"))
+    if choice == "auto" and world_size() > 1 and lost:
+        raise UsageError(
+            f"{socket.gethostname()} has GPUs that torch does not see (`vadit doctor` there says why); mend that, or "
+            "set --device cpu (vadit train: --run.device cpu)"
+        )
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError("run.device is cuda but torch sees no GPU; set --run.device cpu, or see `vadit doctor`")
+        raise UsageError(
+            "the device is set to cuda but torch sees no GPU; set --device cpu (vadit train: --run.device cpu), or see "
+            "`vadit doctor`"
+        )
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
     return torch.device("cuda", index)
 
 
@@ -92,11 +111,24 @@ def all_rows(ids: torch.Tensor, rows: torch.Tensor, on: torch.device) -> tuple[t
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, where alone it is called (every process must call this)."""
-    values: list[Any] = [make()] if is_main() else [None]
+    """What `make` returns on the main process, where alone it is called (every process must call this).
+
+    An error there is raised on all: none is left waiting for the main process.
+    """
+    outcome: list[Any] = [None, None]
+    fault: Exception | None = None
+    if is_main():
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            fault = error
+            known = isinstance(error, (UsageError, RunError))
+            outcome[1] = error if known else RunError(f"the main process failed ({type(error).__name__}: {error})")
     if dist.is_initialized() and world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return cast(T, values[0])
+        dist.broadcast_object_list(outcome, src=0)
+    if fault is not None or outcome[1] is not None:
+        raise fault or outcome[1]
+    return cast(T, outcome[0])
 
 
 def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:

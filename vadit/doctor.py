@@ -68,8 +68,8 @@ OPTIONAL_PACKAGES = (
     OptionalPackage(
         "DALI",
         r"nvidia[-_]dali[-_]cuda\d+",
-        "JPEG decoding on the GPU",
-        "pip install --extra-index-url https://pypi.nvidia.com nvidia-dali-cuda130",
+        "decoding of JPEGs: data.loader dali, or auto",
+        "pip install -c constraints.txt nvidia-dali-cuda130",
     ),
     OptionalPackage(
         "FFCV",

@@ -6,7 +6,6 @@ is there is not made again, so the same command continues an interrupted one, al
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -14,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from vadit import distributed, rng
 from vadit.config import ImageDataSpec
@@ -36,6 +35,7 @@ from vadit.data.latent_statistics import compute_statistics
 from vadit.data.transforms import to_signed
 from vadit.errors import RunError, UsageError
 from vadit.models.autoencoder import Autoencoder
+from vadit.models.pretrained import weights_hash
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -94,9 +94,9 @@ def encode(
     out = Path(out)
     if shard_size is None:
         shard_size = SHARD_SIZE if features is None else SHARD_SIZE_WITH_FEATURES
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+    for flag, value in (("--batch-size", batch_size), ("--shard-size", shard_size)):
         if value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
+            raise UsageError(f"{flag} is {value}; it must be at least 1")
     joined = rank is None and _join()
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
@@ -206,15 +206,6 @@ def shard_path(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.safetensors"
 
 
-def weights_hash(module: nn.Module) -> str:
-    """16 hex digits that name a module's weights: SHA-256 over names, types, shapes and bytes of its state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def describe_features(model: FoundationModel) -> str:
     """What a foundation model's features depend on, as JSON: readers compare name, size and range with a run's."""
     from vadit.models.foundation import TIMM_NAMES
@@ -281,7 +272,9 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
         out.mkdir(parents=True, exist_ok=True)
         present = sorted(out.glob("*.safetensors"))
     except OSError as error:
-        raise UsageError(f"the output folder {out} cannot be used ({error.strerror}); choose another one") from None
+        raise UsageError(
+            f"the output folder {out} cannot be used ({error.strerror}); set --out to another one"
+        ) from None
     expected = {shard_path(out, number): number for number in range(num_shards)}
     finished: set[int] = set()
     for path in present:
@@ -300,14 +293,24 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
 
 def _refuse_other_settings(path: Path, found: LatentSettings | None, settings: LatentSettings) -> None:
     if found is None:
-        raise UsageError(f"{path} is not from `vadit encode`; choose an empty output folder")
-    for name, value in asdict(settings).items():
-        old = getattr(found, name)
-        if old != value:
-            raise UsageError(
-                f"{path.parent} holds latents made with {name} {old}, not {value}; "
-                "choose another output folder or remove this one"
-            )
+        raise UsageError(f"{path} is not from `vadit encode`; set --out to an empty folder")
+    fields = asdict(settings)
+    for name in ("config", *fields):  # the tokenizer's shape tells more than the hash of its weights
+        if (old := getattr(found, name)) != fields[name]:
+            told = _difference(name, old, fields[name])
+            raise UsageError(f"{path.parent} holds latents {told}; set --out to an empty folder, or remove this one")
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """What latents were made of, and what they should be made of, in few words."""
+    if name == "tokenizer":
+        return f"of another tokenizer (weights {old}, now {new})"
+    if name not in ("config", "features"):
+        return f"made with {name} {old}, not {new}"
+    before, now = (json.loads(text) if text else {} for text in (old, new))
+    first = next((key for key in (*before, *now) if before.get(key) != now.get(key)), "")
+    what = "a tokenizer" if name == "config" else "features"
+    return f"made with {what} of {first} {before.get(first, 'none')}, not {now.get(first, 'none')}"
 
 
 def _complete(

@@ -3,7 +3,7 @@
 Tokenizers of the diffusers library come in, too (`vadit.interop_diffusers`).
 
 Hyper-parameters are read off names and shapes of tensors, because their files carry none that can be relied on.
-Tensor names are the same on both sides (reference.md section 4), so nothing is renamed on the way.
+Tensor names are the same on both sides, so nothing is renamed on the way.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) 
     if not told_by:
         if num_heads is None:
             raise UsageError(
-                f"{origin} has neither RoPE nor QK-norm, so its tensors do not tell the number of heads; give num_heads"
+                f"{origin} has neither RoPE nor QK-norm, so its tensors do not tell the number of heads; give "
+                "--num-heads (the paper: B 12, L 16, XL 16)"
             )
         return num_heads
     head_dim = state[told_by[0]].shape[-1]
@@ -255,7 +256,7 @@ def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) 
         raise UsageError(f"{origin}: tensor {told_by[0]} is {head_dim} wide, which does not divide the width {hidden}")
     if num_heads is not None and num_heads != hidden // head_dim:
         raise UsageError(
-            f"num_heads is {num_heads}, but {told_by[0]} of {origin} says {hidden // head_dim}; leave num_heads out"
+            f"--num-heads is {num_heads}, but {told_by[0]} of {origin} says {hidden // head_dim}; leave it out"
         )
     return hidden // head_dim
 

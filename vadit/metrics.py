@@ -85,7 +85,7 @@ class RunLog:
         self._log = (folder / "log.jsonl").open("a")
         self._evaluations_path = folder / "evaluations.jsonl"
         self._evaluations: IO[str] | None = None  # most runs have none
-        self._events = _Events(folder / "tensorboard", images_seen + 1 if images_seen else None)
+        self._events = _Events(folder / "tensorboard", images_seen + 1)
         self._open = True
 
     def write(self, *, images: int, step: int, values: dict[str, float]) -> None:
@@ -102,9 +102,12 @@ class RunLog:
         self._events.scalars({f"evaluation/{name}": value for name, value in numbers.items()}, line["images"])
         if picture is not None:
             self._events.picture("evaluation", picture, line["images"])
-        if self._evaluations is None:
-            self._evaluations = self._evaluations_path.open("a")
-        self._put(self._evaluations, line)
+        try:
+            self._evaluations = self._evaluations or self._evaluations_path.open("a")
+        except OSError as error:
+            _tell(error)
+        else:
+            self._put(self._evaluations, line)
 
     def _put(self, file: IO[str], line: dict[str, Any]) -> None:
         try:
@@ -112,7 +115,7 @@ class RunLog:
             file.flush()
             self._events.flush()
         except OSError as error:  # a full disk: Python keeps what could not be written, and a later flush goes on there
-            console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
+            _tell(error)
 
     def close(self) -> None:
         """Flush and close all."""
@@ -132,7 +135,7 @@ class _Events:
     """Bytes that wait for room, at most; what comes on top is lost."""
     _counter = itertools.count()
 
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
+    def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -144,9 +147,8 @@ class _Events:
         self._records: Any = RecordWriter(self._buffer)
         self._event: Any = event_pb2
         self._add(file_version="brain.Event:2")
-        if purge_step is not None:
-            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=purge_step, session_log=started)
+        # Points of an earlier start from there on are not shown any more.
+        self._add(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers by name at so many images."""
@@ -186,9 +188,19 @@ def _cut(path: Path, images_seen: int) -> None:
     """Leave the lines of a log up to so many images, where there is one."""
     if not path.exists():
         return
-    kept = [line for line in _lines(path) if json.loads(line)["images"] <= images_seen]
-    with whole_file(path) as partial:
-        partial.write_text("".join(line + "\n" for line in kept))
+    lines = _lines(path)
+    kept = [line for line in lines if json.loads(line)["images"] <= images_seen]
+    if len(kept) == len(lines) and path.stat().st_size == sum(len(line.encode()) + 1 for line in lines):
+        return
+    try:
+        with whole_file(path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
+    except OSError as error:
+        _tell(error)
+
+
+def _tell(error: OSError) -> None:
+    console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
 
 
 def _lines(path: Path) -> list[str]:

@@ -25,6 +25,7 @@ from vadit import distributed, rng
 from vadit.config import FlowSpec, SampleSpec
 from vadit.errors import RunError, UsageError
 from vadit.files import whole_file
+from vadit.models.pretrained import weights_hash
 from vadit.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
 __all__ = [
@@ -82,12 +83,16 @@ def spare_points(spec: SampleSpec) -> int:
     return 0 if spec.method == "ddpm" or closes else 1
 
 
-def sampler_name(spec: SampleSpec, *, autoguidance: bool = False) -> str:
+def sampler_name(spec: SampleSpec, *, autoguidance: bool = False, listed: bool = False) -> str:
     """How samples were drawn, for the name of a metric: euler249_shift0.3_cfg10_from0.11_ch3_random.
 
-    The number is that of steps: linspace(0, 1, 250) has 249, though the authors' tables say euler250.
+    The number is that of steps: linspace(0, 1, 250) has 249, though the authors' tables say euler250. The last word is
+    the law of the labels; `listed`: they were given.
     """
     parts = [spec.method if spec.method == "dopri5" else f"{spec.method}{spec.num_steps - spare_points(spec)}"]
+    if spec.method == "euler_maruyama":
+        parts += [spec.sde_diffusion] * (spec.sde_diffusion != SampleSpec.sde_diffusion)
+        parts += [spec.sde_last_step] * (spec.sde_last_step != SampleSpec.sde_last_step)
     if spec.timestep_shift > 0:
         parts.append(f"shift{spec.timestep_shift:g}")
     if spec.cfg_scale != 1:
@@ -96,7 +101,7 @@ def sampler_name(spec: SampleSpec, *, autoguidance: bool = False) -> str:
         parts += [f"from{low:g}"] * (low > 0) + [f"to{high:g}"] * (high < 1)
         parts += [f"ch{spec.cfg_channels}"] * (spec.cfg_channels is not None)
         parts += [f"power{spec.cfg_power:g}"] if spec.cfg_power is not None else []
-    return "_".join([*parts, spec.labels])
+    return "_".join([*parts, "listed" if listed else spec.labels])
 
 
 def sample_labels(
@@ -220,14 +225,15 @@ def _check_request(
     model: Any, spec: SampleSpec, flow: FlowSpec | None, num_samples: int, batch_size: int, labels: Sequence[int] | None
 ) -> None:
     if num_samples < 1:
-        raise UsageError(f"the number of samples is {num_samples}; it must be at least 1")
+        raise UsageError(f"--num-samples is {num_samples}; it must be at least 1")
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}; it must be at least 1")
     objective = (flow or FlowSpec()).objective
     if (spec.method == "ddpm") != (objective == "ddpm"):
         remedy = "ddpm" if objective == "ddpm" else "euler, heun, dopri5 or euler_maruyama"
         raise UsageError(
-            f"sample.method {spec.method} does not fit a generator of flow.objective {objective}; set it to {remedy}"
+            f"--method {spec.method} does not fit this generator (flow.objective {objective}); set --method {remedy} "
+            "(vadit train: --sample.method)"
         )
     if labels is not None and not labels:
         raise UsageError("the list of labels is empty; name at least one class or leave it out")
@@ -271,7 +277,7 @@ def write_samples(
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
     latent_shape: tuple[int, int, int] | None = None,
-    source: str = "",
+    source: dict[str, Any] | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -279,14 +285,21 @@ def write_samples(
     """Draw and decode samples 0..num_samples-1 into out/images/000000.png ..., out/samples.npz and out/grid.png.
 
     z * std / multiplier + mean (LatentDataset's statistics, (C,) or (1, C, 1, 1)) is what the decoder gets. Files are
-    whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, flow, labels and `source`,
-    which should name the checkpoints) matches; num_samples may grow. Each process draws its share; the first one
-    writes .npz and grid once all are done. progress(n) gets how many of this process's images are there.
+    whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, flow, labels, statistics and
+    hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a reader. Each
+    process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how many of this
+    process's images are there.
+
+    Raises:
+        UsageError: the folder holds samples of other weights or settings.
+        RunError: latents that are not finite, a damaged folder, a full disk.
     """
     _check_request(model, spec, flow, num_samples, GROUP, labels)
     out, shape = Path(out), latent_shape or _latent_shape(model)
     rank = distributed.rank() if rank is None else rank
+    networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
+        "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
         "sampler": dataclasses.asdict(spec),
         "flow": dataclasses.asdict(flow or FlowSpec()),
         "label_list": None if labels is None else list(labels),
@@ -294,10 +307,10 @@ def write_samples(
         "latent_shape": shape,
         "autoguidance": guide is not None,
         "multiplier": multiplier,
-        "source": source,
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
     }
-    _claim_folder(out, settings, write=rank == 0)
-    distributed.barrier()
+    distributed.from_main(lambda: _claim_folder(out, settings, source or {}, write=rank == 0))
     device = _device(model)
     mean, std = (values.reshape(1, -1, 1, 1).to(device) for values in (mean, std))
     done = 0
@@ -306,6 +319,11 @@ def write_samples(
         missing = [index for index in wanted if not _is_whole(_png(out, index))]
         if missing:
             latents = _draw_group(model, spec, group, shape, flow, guide, labels).latents
+            if not latents.isfinite().all():  # they would become black images, and a number
+                raise RunError(
+                    f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's "
+                    "log, and sample from an earlier checkpoint or an average (--ema)"
+                )
             with evaluation(autoencoder):
                 parts = (latents * std / multiplier + mean).split(DECODE_BATCH)
                 pixels = torch.cat([to_uint8(autoencoder.decode(part)) for part in parts]).cpu().numpy()
@@ -324,7 +342,7 @@ def write_samples(
     return files
 
 
-def _claim_folder(out: Path, settings: dict[str, Any], *, write: bool) -> None:
+def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], *, write: bool) -> None:
     """Make the folder and its settings.json, or check that what is there was drawn with the same settings."""
     file = out / "settings.json"
     try:
@@ -334,17 +352,18 @@ def _claim_folder(out: Path, settings: dict[str, Any], *, write: bool) -> None:
     settings = json.loads(json.dumps(settings))
     if file.is_file():
         try:
-            before = dict(_flat(json.loads(file.read_text())))
+            noted = json.loads(file.read_text())
         except json.JSONDecodeError:
             raise RunError(f"{file} is damaged; delete {out} or choose another folder") from None
+        before = dict(_flat(noted))
         for key, value in _flat(settings):
-            if before.get(key) != value:
-                raise UsageError(
-                    f"{out} holds samples drawn with {key} {before.get(key)!r}, now it is {value!r}; choose another "
-                    f"folder or delete this one"
-                )
+            if (old := before.get(key)) != value:
+                network = key.removeprefix("weights.")
+                what = f"drawn with {key} {old!r}, now it is {value!r}" if network == key else f"of another {network}"
+                now = f" (weights {old}, now {value})" if network != key else ""
+                raise UsageError(f"{out} holds samples {what}{now}; set --out to another folder, or delete this one")
     elif write:
-        _write_whole(file, lambda stream: stream.write(json.dumps(settings, indent=2).encode()))
+        _write_whole(file, lambda stream: stream.write(json.dumps(settings | {"source": source}, indent=2).encode()))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,8 @@ class EncodeOptions:
     """Encode a folder of images to latent shards with their statistics; the same command continues."""
 
     tokenizer: str = ""
-    """Tokenizer: a run folder, one from `vadit export` or `vadit import`, or an AutoencoderKL of diffusers."""
+    """Tokenizer: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers, or a file of
+    the authors."""
     images: str = ""
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
     labels_file: str | None = None
@@ -54,7 +55,7 @@ class EncodeOptions:
     features_grid: int | None = None
     """Side of the grid of features, which is that of the generator's tokens; default: image size / 16."""
     loader: Literal["torch", "dali", "auto"] = "torch"
-    """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 40 dB from them)."""
+    """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 50 dB from them)."""
     num_workers: int = ImageDataSpec.num_workers
     """Decoding threads per process."""
     on_error: Literal["raise", "skip"] = ImageDataSpec.on_error

@@ -52,7 +52,8 @@ class EvaluateTokenizerOptions:
     """PSNR, SSIM, and with weights LPIPS and rFID, of a tokenizer's reconstructions."""
 
     tokenizer: str
-    """Tokenizer: a run folder, or one from `vadit export` or `vadit import`."""
+    """Tokenizer: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers, or a file of
+    the authors."""
     images: str
     """Folder of images (the paper: the 50,000 of ImageNet's validation set)."""
     image_size: int | None = None
@@ -221,7 +222,8 @@ def _sampler_of(sampler: str, samples: str) -> str:
             file = folder / "settings.json"
             noted = json.loads(file.read_text())
             spec = from_dict(SampleSpec, noted["sampler"], origin=str(file))
-            return sampler_name(spec, autoguidance=noted.get("autoguidance", False))
+            listed = noted.get("label_list") is not None
+            return sampler_name(spec, autoguidance=noted.get("autoguidance", False), listed=listed)
     return sampler
 
 

@@ -23,7 +23,8 @@ class SampleOptions:
     generator: str
     """Generator: a run folder, or one from `vadit export` or `vadit import`."""
     tokenizer: str
-    """Tokenizer that decodes: a run folder, or one from `vadit export` or `vadit import`."""
+    """Tokenizer that decodes: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers,
+    or a file of the authors."""
     out: str
     """Folder for the images."""
     latents: str = ""
@@ -102,7 +103,9 @@ def run(arguments: list[str]) -> None:
                 flow=options.flow,
                 guide=guide,
                 labels=options.classes or None,
-                source=f"{options.generator} {options.ema} {options.tokenizer} {options.guide} {options.guide_ema}",
+                source={
+                    name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
+                },
                 progress=bar.update,
             )
     tell(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")

@@ -90,9 +90,15 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _check_run(self.run, self.engine)
         _check_guard(self.run, self.guard)
+        if self.engine.float8 is not None:
+            raise UsageError(
+                f"engine.float8 is {self.engine.float8}, which is for generators; leave out --engine.float8"
+            )
+        if self.engine.attention != "auto":
+            raise UsageError(
+                f"engine.attention is {self.engine.attention}, which is for generators; set --engine.attention auto"
+            )
         _check_peers(self.optimizer, self.engine)
-        if self.engine.float8 is not None or self.engine.attention != "auto":
-            raise UsageError("engine.float8 and engine.attention are a generator's; leave them out for a tokenizer")
         if self.engine.compile and self.engine.zero_stage == 3:
             raise UsageError(
                 "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
@@ -101,7 +107,8 @@ class TokenizerConfig:
         _check_evaluation(self.evaluation)
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
-                "loss.vf_weight is above 0 but foundation.name is none; set --loss.vf-weight 0 or name a model"
+                f"loss.vf_weight is {self.loss.vf_weight} but foundation.name is none; set --loss.vf-weight 0, or "
+                "--foundation.name dinov2"
             )
 
 
@@ -164,7 +171,8 @@ def _check_switches(model: DiTSpec, flow: FlowSpec, repa: RepaSpec) -> None:
     velocity = flow.objective == "flow" and flow.prediction == "velocity"
     if flow.contrastive_weight > 0 and not velocity:
         raise UsageError(
-            "flow.contrastive_weight is for flow.objective flow with flow.prediction velocity; set it to 0"
+            f"flow.contrastive_weight is {flow.contrastive_weight}, but flow.objective is {flow.objective} and "
+            f"flow.prediction {flow.prediction}; it needs flow and velocity: set --flow.contrastive-weight 0"
         )
     for name, block, is_on in (
         ("repa.block", repa.block, repa.weight > 0),
@@ -183,7 +191,10 @@ def _check_run(run: RunSpec, engine: EngineSpec) -> None:
     if any(not 0 <= decay < 1 for decay in engine.ema_decays):
         raise UsageError(f"engine.ema_decays {engine.ema_decays}: every decay must be in [0, 1)")
     if engine.precision == "bf16" and engine.zero_stage == 0:
-        raise UsageError("engine.precision bf16 keeps its fp32 weights in ZeRO; set --engine.zero-stage 1, 2 or 3")
+        raise UsageError(
+            "engine.precision is bf16 and engine.zero_stage 0; bf16 needs stage 1, 2 or 3 (its fp32 weights lie in "
+            "ZeRO): set --engine.zero-stage 1, or --engine.precision autocast"
+        )
     if engine.offload_weights and engine.zero_stage != 3:
         raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
 
@@ -221,7 +232,7 @@ def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
     if optimizer.kind != "adamw" and engine.offload_optimizer:
         raise UsageError(
             f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
-            "set --optimizer.kind adamw or --no-engine.offload-optimizer"
+            "set --optimizer.kind adamw or --engine.no-offload-optimizer"
         )
     if optimizer.kind == "adamw_8bit" and engine.zero_stage == 0:
         raise UsageError(

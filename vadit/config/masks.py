@@ -18,15 +18,17 @@ def check_masks(mask: MaskSpec, model: DiTSpec, flow: FlowSpec, repa: RepaSpec, 
         )
     if mask.decoder_depth < 1:
         raise UsageError(f"mask.decoder_depth is {mask.decoder_depth}; it must be at least 1")
-    for name, is_on in (
-        ("repa.weight", repa.weight > 0),
-        ("flow.dispersive_weight", flow.dispersive_weight > 0),
-        ("flow.contrastive_weight", flow.contrastive_weight > 0),
-        ("model.value_residual", model.value_residual),
-        ("engine.float8", engine.float8 is not None),
+    for name, is_on, off in (
+        ("repa.weight", repa.weight > 0, "--repa.weight 0"),
+        ("flow.dispersive_weight", flow.dispersive_weight > 0, "--flow.dispersive-weight 0"),
+        ("flow.contrastive_weight", flow.contrastive_weight > 0, "--flow.contrastive-weight 0"),
+        ("model.value_residual", model.value_residual, "--model.no-value-residual"),
+        ("engine.float8", engine.float8 is not None, "--engine.float8 None"),
     ):
         if is_on:
-            raise UsageError(f"{name} is on with mask.kind {mask.kind}; neither paper has both: switch one off")
+            raise UsageError(
+                f"mask.kind is {mask.kind} and {name} is on; they cannot be combined: set --mask.kind none, or {off}"
+            )
     if mask.kind == "maskdit":
         _check_maskdit(mask, model, flow)
     else:

@@ -102,7 +102,7 @@ class DiTSpec:
         if self.rope and self.hidden_size // self.num_heads % 4:
             raise UsageError(
                 f"model.rope needs a head width divisible by 4, found {self.hidden_size}/{self.num_heads}; "
-                "change model.num_heads or set --no-model.rope"
+                "change model.num_heads or set --model.no-rope"
             )
         if self.input_size % self.patch_size:
             raise UsageError(

@@ -10,7 +10,7 @@ from vadit.config.networks import FoundationSpec
 
 @dataclass(frozen=True)
 class TokenizerLossSpec:
-    """The generator and discriminator losses of VA-VAE (reference.md section 2)."""
+    """The generator and discriminator losses of VA-VAE (arXiv 2501.01423, section 3): VQGAN's and the VF loss."""
 
     perceptual_weight: float = 1.0
     """Weight of LPIPS (VGG); 0 leaves it out and needs no VGG file."""
@@ -39,7 +39,8 @@ class TokenizerLossSpec:
     distmat_weight: float = 1.0
     """Weight of the marginal distance matrix similarity loss inside the VF loss."""
     vf_projection: Literal["latent_up", "features_down"] = "latent_up"
-    """latent_up: z' = W z at the features' width (the paper); features_down: features projected to d."""
+    """latent_up: z' = W z at the features' width (the paper); features_down: features projected to d (without the
+    bias that the authors' has there)."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ class RunSpec:
     hang_timeout_s: float = 1800.0
     """Seconds without a finished step after which a process ends the run with a message; 0: never."""
     init_from: str | None = None
-    """Weights to start from: a run, an exported folder or a checkpoint of the authors (optimizer starts anew)."""
+    """Weights to start from: a run (its plain weights, not its average), an exported or imported folder, or a
+    .safetensors file; for the authors' files `vadit import` first (the optimizer starts anew)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the run."""
     peak_tflops: float | None = None
@@ -123,7 +124,8 @@ class EvaluationSpec:
     every_images: int = 0
     """Images between two looks, and one at the end; 0: none."""
     tokenizer: str | None = None
-    """Tokenizer that decodes a generator's samples: a run folder, or one from `vadit export` or `vadit import`."""
+    """Tokenizer that decodes a generator's samples: a run folder, one from `vadit export` or `vadit import`, an
+    AutoencoderKL of diffusers, or a file of the authors."""
     grid_images: int = 36
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
     steps: int = 50

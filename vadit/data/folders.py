@@ -14,6 +14,8 @@ from vadit.errors import RunError, UsageError
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 DEBUG_CLASSES = 10
 MAX_CLASSES = 1_000_000
+SET_FOLDER = "set --data.path (vadit encode and evaluate: --images)"
+GIVE_LABELS = "--labels-file (of vadit encode and prepare; vadit train: --data.labels-file)"
 
 
 class FolderSource:
@@ -26,7 +28,7 @@ class FolderSource:
     def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
         self.name = str(path)
         if not self.name:
-            raise UsageError("data.path is empty; set --data.path to a folder of images")
+            raise UsageError(f"data.path is empty; {SET_FOLDER} to a folder of images")
         root = _folder(Path(path))
         if labels_file is None:
             self.classes, self.paths, labels = _scan(root)
@@ -90,9 +92,7 @@ def ppm(width: int, height: int, pixels: bytes) -> bytes:
 def _folder(root: Path) -> Path:
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise UsageError(
-            f"data.path {root} {problem}; set --data.path (vadit encode and evaluate: --images) to a folder of images"
-        )
+        raise UsageError(f"data.path {root} {problem}; {SET_FOLDER} to a folder of images")
     return root
 
 
@@ -104,16 +104,18 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
         by_class = {folder.name: _walk(folder) for folder in folders}
     except OSError as error:
         raise UsageError(
-            f"data.path {root} cannot be read ({error}); give read permission or set another folder"
+            f"data.path {root} cannot be read ({error}); give read permission, or {SET_FOLDER} to another folder"
         ) from None
     if not any(by_class.values()):
         if not flat:
-            raise UsageError(f"data.path {root} holds no images ({' '.join(EXTENSIONS)}); set it to a folder of images")
+            raise UsageError(
+                f"data.path {root} holds no images ({' '.join(EXTENSIONS)}); {SET_FOLDER} to a folder of images"
+            )
         return ["all"], flat, [0] * len(flat)
     if flat:
         raise UsageError(
             f"data.path {root} holds images beside its class folders (such as {Path(flat[0]).name}); "
-            "move them into a class folder, or give --data.labels-file"
+            f"move them into a class folder, or give {GIVE_LABELS}"
         )
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
@@ -128,7 +130,7 @@ def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.labels_file {file} cannot be read ({error}); set another one") from None
+        raise UsageError(f"data.labels_file {file} cannot be read ({error}); set another {GIVE_LABELS}") from None
     names: list[str] = []
     words: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -137,17 +139,23 @@ def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int
         name, separator, word = line.rpartition(",") if "," in line else line.strip().rpartition(" ")
         name, word = name.strip(), word.strip()
         if not separator or not name or not word:
-            raise UsageError(f"data.labels_file {file}, line {number}: {line!r} is not NAME LABEL or NAME,LABEL")
+            raise UsageError(
+                f"data.labels_file {file}, line {number}: {line!r} is not NAME LABEL or NAME,LABEL; correct the line, "
+                f"or set another {GIVE_LABELS}"
+            )
         names.append(name)
         words.append(word)
     if not names:
-        raise UsageError(f"data.labels_file {file} names no images; set another one")
+        raise UsageError(f"data.labels_file {file} names no images; set another {GIVE_LABELS}")
     if len(set(names)) != len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise UsageError(f"data.labels_file {file} names {twice} twice; remove one of the lines")
+        raise UsageError(f"data.labels_file {file} names {twice} twice; remove a line, or set another {GIVE_LABELS}")
     largest = max((int(word) for word in words if word.isdecimal()), default=0)
     if largest >= MAX_CLASSES:
-        raise UsageError(f"data.labels_file {file} holds the label {largest}; the highest is {MAX_CLASSES - 1}")
+        raise UsageError(
+            f"data.labels_file {file} holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes "
+            f"from 0, or set another {GIVE_LABELS}"
+        )
     classes, labels = _number(words)
     return classes, [str(root / name) for name in names], labels
 

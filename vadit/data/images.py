@@ -153,7 +153,8 @@ class ImageSet:
             names = ", ".join(list(self.bad_files)[:10])
             raise RunError(
                 f"{len(self.bad)} of {len(self)} images of {self.source.name} do not decode, more than "
-                f"data.max_bad_share {self.max_bad_share:g} allows: {names}; replace them, or set --data.max-bad-share"
+                f"data.max_bad_share {self.max_bad_share:g} allows: {names}; replace them, or raise "
+                "--max-bad-share (vadit train: --data.max-bad-share)"
             ) from error
 
     def warn_of_bad_files(self) -> None:

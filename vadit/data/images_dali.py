@@ -184,8 +184,8 @@ class _JpegPipeline:
             from nvidia.dali.types import DALIDataType
         except ImportError as error:
             raise UsageError(
-                f"data.loader is dali, but NVIDIA DALI cannot be imported ({error}); pip install 'vadit[dali]', "
-                "or set --data.loader torch"
+                f"the loader is set to dali, but NVIDIA DALI cannot be imported ({error}); pip install 'vadit[dali]', "
+                "or set --loader torch (vadit train: --data.loader torch)"
             ) from error
 
         @pipeline_def(**self._settings)

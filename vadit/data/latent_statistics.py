@@ -48,8 +48,8 @@ def load_statistics(folder: str | Path, channels: int) -> ChannelStatistics:
     path = statistics_path(folder)
     if not path.exists():
         raise UsageError(
-            f"data.path {folder} has no {STATISTICS_FILE}; run `vadit encode --stats-only {folder}`, "
-            "or set --no-data.normalize"
+            f"{folder} has no {STATISTICS_FILE}; run `vadit encode --stats-only {folder}`, or set --no-normalize "
+            "(vadit train: --data.no-normalize)"
         )
     remedy = f"remove it and run `vadit encode --stats-only {folder}`"
     try:

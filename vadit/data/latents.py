@@ -118,7 +118,9 @@ class LatentDataset:
         if self.size != width:
             raise UsageError(f"data.path {folder} holds latents of {self.size} x {width}; the generator needs squares")
         if flip and any(shard.flipped is None for shard in self.shards):
-            raise UsageError(f"data.path {folder} holds no mirrored latents; set --no-data.flip, or encode with flip")
+            raise UsageError(
+                f"data.path {folder} holds no mirrored latents; set --data.no-flip, or encode anew with --flip"
+            )
         self.labels = torch.cat([shard.labels for shard in self.shards])
         if found.faults:
             names = "; ".join(list(found.faults.values())[:10])

@@ -118,7 +118,10 @@ def _pick(
     if spec.loader != "auto":
         problem = _problem(spec.loader, spec, images, device, in_order=in_order)
         if problem:
-            raise UsageError(f"{SETTING} is {spec.loader}, but {problem}; set --data.loader torch or auto")
+            raise UsageError(
+                f"the loader is set to {spec.loader}, but {problem}; set --loader torch or auto (vadit train: "
+                "--data.loader)"
+            )
         return spec.loader, "as the setting says", ""
     if begun_with is not None:
         problem = _problem(begun_with, spec, images, device, in_order=in_order)

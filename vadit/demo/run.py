@@ -211,8 +211,8 @@ class Demo:
         with ProgressBar(_title("sample", name), self.sizes.samples) as bar:
             files = write_samples(
                 self.out / name, load_generator(generator), load_autoencoder(tokenizer_run), spec,
-                num_samples=self.sizes.samples, mean=dataset.mean, std=dataset.std, source=str(generator),
-                progress=bar.update,
+                num_samples=self.sizes.samples, mean=dataset.mean, std=dataset.std,
+                source={"generator": str(generator)}, progress=bar.update,
             )  # fmt: skip
         return files.npz
 

@@ -277,8 +277,11 @@ def count_name(count: int) -> str:
 
 def _finite(values: Array, name: str) -> np.ndarray:
     array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
-    if not np.isfinite(array).all():
-        raise UsageError(f"{name} holds NaN or infinity; evaluate at least 2 images and look for NaN in the samples")
+    if num_bad := int((~np.isfinite(array)).sum()):
+        raise UsageError(
+            f"{name} holds {num_bad} NaN or infinite values of {array.size}; a covariance of fewer than 2 images gives "
+            "them, or samples that are NaN: evaluate more images, or look at the samples"
+        )
     return array
 
 

@@ -78,7 +78,8 @@ def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: 
     """Different images and a position in each, int64 (num_vectors,)."""
     if not 1 <= num_vectors <= num_images:
         raise UsageError(
-            f"{num_vectors} latent vectors need as many images, found {num_images}; pass num_vectors <= {num_images}"
+            f"--num-vectors is {num_vectors}, and there are latents of {num_images} images, one vector from each; set "
+            f"--num-vectors {num_images} or less (t-SNE needs more than {3 * PERPLEXITY:g})"
         )
     generator = np.random.default_rng(seed)
     images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
@@ -113,8 +114,8 @@ def embed(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
         )
     if len(vectors) <= 3 * PERPLEXITY:
         raise UsageError(
-            f"t-SNE with perplexity {PERPLEXITY:g} needs more than {3 * PERPLEXITY:g} latent vectors, "
-            f"found {len(vectors)}; pass a larger num_vectors"
+            f"--num-vectors is {len(vectors)}; t-SNE with perplexity {PERPLEXITY:g} needs more than "
+            f"{3 * PERPLEXITY:g} latent vectors: raise --num-vectors, or name latents of more images"
         )
     if vectors.std(axis=0).max() == 0:
         raise UsageError("all latent vectors are equal; the tokenizer has collapsed")

@@ -67,17 +67,18 @@ class LPIPS(nn.Module):
         return ((x_BEhw - y_BEhw).square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
     def _load_backbone(self, path: str | None) -> None:
-        remedy = f"download {VGG_FILE} from {VGG_PUBLISHED_AT} and set --loss.vgg-weights to its path"
+        flag = "--vgg-weights to its path (vadit train: --loss.vgg-weights)"
+        remedy = f"download {VGG_FILE} from {VGG_PUBLISHED_AT} and set {flag}"
         if path is None:
             raise UsageError(f"LPIPS needs torchvision's VGG16 weights and loss.vgg_weights is not set; {remedy}")
         if not Path(path).is_file():
-            raise UsageError(f"loss.vgg_weights {path} does not exist; {remedy}")
+            raise UsageError(f"vgg_weights {path} does not exist; {remedy}")
         state = read_weights(path)
         for name, parameter in self.features.named_parameters():
             found = state.get(f"features.{name}") if isinstance(state, dict) else None
             if not isinstance(found, Tensor) or found.shape != parameter.shape:
                 raise UsageError(
-                    f"loss.vgg_weights {path} has no tensor features.{name} of shape {tuple(parameter.shape)}; {remedy}"
+                    f"vgg_weights {path} has no tensor features.{name} of shape {tuple(parameter.shape)}; {remedy}"
                 )
             parameter.data.copy_(found)
 

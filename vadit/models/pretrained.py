@@ -5,6 +5,7 @@ Foreign files are read here, too (`read_weights`), and never with code that the 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -149,3 +150,12 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     for name, tensor in state.items():
         if name not in own:
             raise UsageError(f"{origin}: unexpected tensor {name} of shape {tuple(tensor.shape)}; use a matching file")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """16 hex digits that name a module's weights: SHA-256 over names, types, shapes and bytes of its state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -88,9 +88,9 @@ def prepare_images(
     """
     out = Path(out)
     job = _job(spec, out, format, size, encode, quality)
-    for name, value, lowest in (("shard_size", shard_size, 1), ("num_workers", num_workers, 1)):
-        if value is not None and value < lowest:
-            raise UsageError(f"{name} is {value}; it must be at least {lowest}")
+    for flag, value in (("--shard-size", shard_size), ("--num-workers", num_workers)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}; it must be at least 1")
     num_workers = num_workers or len(os.sched_getaffinity(0))
     source = open_images(spec, max(size, 1)).source
     settings = _settings(job, source, shard_size)
@@ -154,15 +154,15 @@ def _job(spec: ImageDataSpec, out: Path, format: Format | None, size: int, encod
     if (out.is_file() and not is_beton) or (out.is_dir() and is_beton):
         raise UsageError(f"{out} is a {'folder' if is_beton else 'file'}; choose another name for the result")
     if size < 0:
-        raise UsageError(f"size is {size}; it must be at least 1 pixel, or 0 for images as they are")
+        raise UsageError(f"--size is {size}; it must be at least 1 pixel, or 0 for images as they are")
     if not 1 <= quality <= 100:
-        raise UsageError(f"quality is {quality}; it must be from 1 to 100")
+        raise UsageError(f"--quality is {quality}; it must be from 1 to 100")
     refused = {"beton": "png", "webdataset": "raw"}[format]
     if encode == refused:
-        raise UsageError(f"encode is {encode}, which {format} cannot hold; set --encode jpeg or another --format")
+        raise UsageError(f"--encode is {encode}, which {format} cannot hold; set --encode jpeg or another --format")
     if format == "webdataset" and size == 0:
         if encode is not None:
-            raise UsageError(f"encode is {encode}, but --size 0 keeps the files of webdataset; leave out one of both")
+            raise UsageError(f"--encode is {encode}, but --size 0 keeps the files of webdataset; leave out one of both")
         encode = "keep"
     chosen = encode or ("raw" if format == "beton" else "jpeg")
     return Job(spec, format, size, chosen, quality if chosen == "jpeg" else 0)

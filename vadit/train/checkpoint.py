@@ -90,20 +90,18 @@ class Checkpoints:
         """
         self._settle()
         # The main process alone looks, and hashes: hundreds of processes would read everything hundreds of times.
-        self._token, name, fault = distributed.from_main(self._choose)
-        if fault is not None:
-            raise fault
+        self._token, name = distributed.from_main(self._choose)
         if name is None:
             return None
-        path = self.folder / name
-        values = json.loads((path / "state.json").read_text())
-        self._check(path, values)
+        path, values = self.folder / name, {}
         error: Exception | None = None
         try:
+            values = json.loads((path / "state.json").read_text())
+            self._check(path, values)
             with torch.no_grad():
                 for network, engine in self.engines.items():
                     Shares(path, network).load(engine, self._averages(engine))
-        except (UsageError, RunError) as found:
+        except Exception as found:  # whatever it is: the others wait to hear of it
             error = found
         if distributed.any_rank(error is not None, self._device()):
             raise error or RunError(f"another process could not restore {path}; its own message says why")
@@ -112,20 +110,16 @@ class Checkpoints:
         self._restore_random(path, values)
         return Position(values["step"], values["images_seen"]), values["loader"], values["guard"]
 
-    def _choose(self) -> tuple[str, str | None, Exception | None]:
-        """On the main process: a token for saves, the checkpoint to take, or what is in the way."""
-        token = secrets.token_hex(8)
-        try:
-            _clear_up(self.folder)
-            path = newest(self.folder)
-            if path is None and (there := _checkpoints(self.folder)):
-                raise RunError(
-                    f"none of the {len(there)} checkpoints in {self.folder} is whole; put a copy of one in its place, "
-                    "or delete them to start anew"
-                )
-        except (UsageError, RunError) as error:
-            return token, None, error
-        return token, None if path is None else path.name, None
+    def _choose(self) -> tuple[str, str | None]:
+        """On the main process: a token for saves, and the checkpoint to take."""
+        _clear_up(self.folder)
+        path = newest(self.folder)
+        if path is None and (there := _checkpoints(self.folder)):
+            raise RunError(
+                f"none of the {len(there)} checkpoints in {self.folder} is whole; put a copy of one in its place, "
+                "or delete them to start anew"
+            )
+        return secrets.token_hex(8), None if path is None else path.name
 
     def _check(self, path: Path, values: dict[str, Any]) -> None:
         kind, choice = values["optimizer"], next(iter(self.engines.values())).optimizer
@@ -174,7 +168,8 @@ class Checkpoints:
             files,
             token=f"{self._token}-{self._count}",
             state=self._state(position, loader_state, guard_state) if distributed.is_main() else {},
-            published=lambda: prune(self.folder, self.keep, self.keep_every_images),
+            published=lambda: prune(self.folder, self.keep, self.keep_every_images, last=final.name),
+            needed=self._bytes_of_all(files),
             failed=(lambda error: None) if wait else functools.partial(self._tell, final),
             timeout_s=PART_TIMEOUT_S,
         )
@@ -240,6 +235,11 @@ class Checkpoints:
             files.append(TensorFile(name, tensors, {"vadit": header.to_json()}))
         return files
 
+    def _bytes_of_all(self, files: list[TensorFile]) -> int:
+        """What the parts of all processes take on disk. Collective."""
+        own = torch.tensor(float(sum(file.num_bytes() for file in files)), dtype=torch.float64, device=self._device())
+        return round(distributed.all_mean(own).item() * distributed.world_size())
+
     def _state(self, position: Position, loader_state: dict[str, Any], guard_state: dict[str, Any]) -> dict[str, str]:
         """The text files, which the main process writes."""
         engine = self.engines[self._main_network()]
@@ -289,12 +289,13 @@ def newest(folder: Path, *, hashes: bool = True) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int, keep_every_images: int | None = None) -> None:
+def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last: str | None = None) -> None:
     """Delete all checkpoints but the newest `keep` and the first at or past each multiple of `keep_every_images`.
 
-    Called after a new one exists. What cannot be deleted is told, and stays.
+    Called after a new one exists, `last`: those of later steps were damaged, or the run would not be here again, and
+    take nobody's place. What cannot be deleted is told, and stays.
     """
-    paths = _checkpoints(folder)
+    paths = [path for path in _checkpoints(folder) if last is None or path.name <= last]
     kept = set(paths[: max(keep, 1)])
     if keep_every_images:
         first: dict[int, Path] = {}

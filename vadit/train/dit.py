@@ -25,7 +25,7 @@ from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine
+from vadit.train.engine import Engine, start
 from vadit.train.evaluation import generator_evaluation
 from vadit.train.guard import Guard
 
@@ -48,6 +48,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     model = training_network(config, None if features is None else features.width)
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
+    start(device)  # the processes agree on what there is
     chosen = _equip(model, config, batch_size, device)
     engine = Engine(
         model.train(),

@@ -14,7 +14,6 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ from torch import nn
 from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.errors import UsageError
-from vadit.train import optimizers
+from vadit.train import collectives, optimizers
 from vadit.train.shard_layout import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
-START_TIMEOUT = timedelta(hours=2)
-"""Of collectives until the loop runs (`collectives.outlast`): rank 0 may list a large data set while others wait."""
+START_S = 3600.0
+"""What a process may take to get ready, while no watchdog looks after it yet."""
 
 
 def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -> dict[str, Any]:
@@ -75,7 +74,6 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
 def start(device: torch.device) -> None:
     """Join the process group (alone, without a launcher, as one process) and quieten DeepSpeed."""
     _hush()
-    torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
 
@@ -97,9 +95,8 @@ def start(device: torch.device) -> None:
         # Without this DeepSpeed compiles an extension at the first start on a CPU, for up to a minute and silently, to
         # speed up sums between processes of one machine: gloo serves for what runs there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=START_TIMEOUT
-        )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        collectives.outlast(START_S)  # the processes have met; one may now look through much data while others wait
 
 
 def _hush() -> None:

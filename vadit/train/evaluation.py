@@ -240,13 +240,9 @@ def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleS
         cache = folder / "evaluations"
         return SampleScorer(spec.reference, inception_weights=spec.inception_weights, device=device, cache=cache)
 
-    if distributed.is_main():
-        scorer = make()
-        distributed.barrier()
-    else:
-        distributed.barrier()
-        scorer = make()
-    return scorer
+    first: list[SampleScorer] = []
+    distributed.from_main(lambda: first.append(make()))
+    return first[0] if first else make()
 
 
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vadit import distributed
 from vadit.choices import Choice, first_line, quiet_torchao
 
 SETTING = "engine.float8"
@@ -36,7 +37,9 @@ def convert(
     if recipe is None:
         return Choice(SETTING, "none", "the default")
     fault = _fault(recipe, rows, device, emulate)
-    if fault is not None:
+    # Gradients of float8 layers are reduced in other buckets: all processes must have the same.
+    if distributed.any_rank(fault is not None, device):
+        fault = fault or "another process cannot"
         return Choice(SETTING, "bf16", "what is always there", refused=f"{recipe} cannot be had here ({fault})")
     from torchao.float8 import convert_to_float8_training
 

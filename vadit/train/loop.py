@@ -108,7 +108,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         guard.load_state_dict(guard_state)
     if position.images_seen >= spec.total_images:
         return
-    log = RunLog(folder, images_seen=position.images_seen)
+    log = _open_log(folder, position)
     tracker = _tracker(task, spec, device)
     collectives.outlast(spec.hang_timeout_s)
     with (
@@ -160,7 +160,8 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 watchdog.beat(position.step, doing="saving")
                 with tracker.pause():
                     checkpoints.save(position, task.loader.state_dict(), guard.state_dict(), wait=last or asked)
-                guard.saved()
+                if not checkpoints.failures:  # a background save that failed is known at the next one
+                    guard.saved()
                 watchdog.beat(position.step)
             if asked and not last and trouble is None:
                 log.close()
@@ -185,13 +186,20 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
                 position, _, guard_state = restored  # the loader stays where it is: past the data that led here
                 guard.load_state_dict(guard_state, rollback=True)
                 log.close()
-                log = RunLog(folder, images_seen=position.images_seen)
+                log = _open_log(folder, position)
                 tracker.restart()
                 bar.update(position.images_seen)
                 watchdog.beat(position.step)
     log.close()
     if distributed.is_main():
         console.print(f"  [dim]run folder {folder}[/dim]")
+
+
+def _open_log(folder: Path, position: Position) -> RunLog:
+    """The main process's log; where it cannot be opened, no process waits for another. Collective."""
+    opened: list[RunLog] = []
+    distributed.from_main(lambda: opened.append(RunLog(folder, images_seen=position.images_seen)))
+    return opened[0] if opened else RunLog(folder)
 
 
 def _tracker(task: Task, spec: RunSpec, device: torch.device) -> Tracker:

@@ -18,6 +18,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}  # a term may begin between two log points
         self.steps = 0
         """Steps since the last log point."""
 
@@ -27,15 +28,16 @@ class Meter:
             self._sums[name] = (
                 self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
             )
+            self._counts[name] = self._counts.get(name, 0) + 1
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means over steps and processes, and a fresh start; waits for the device. Collective."""
+        """Means over processes and the steps that had the term, and a fresh start; waits for the device. Collective."""
         if not self.steps:
             return {}
-        means = distributed.all_mean(torch.stack(list(self._sums.values())) / self.steps)
-        values = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self.steps = {}, 0
+        own = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        values = dict(zip(self._sums, distributed.all_mean(own).tolist(), strict=True))
+        self._sums, self._counts, self.steps = {}, {}, 0
         return values
 
 

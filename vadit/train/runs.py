@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from vadit.choices import Choice
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig
 from vadit.config_files import load_run_config, save_config, to_dict
 from vadit.errors import UsageError
+from vadit.metrics import console
 from vadit.train import checkpoint
 from vadit.train.shard_layout import Shares, average_name, has_network
 
 # Settings that may change between two starts of the same run.
 _FREE = (
+    "out",
     "log_every_images",
     "save_every_images",
     "keep_checkpoints",
@@ -53,12 +57,16 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
     path = folder / "config.json"
     if path.exists() and has_checkpoint(final_folder(folder)):
         before = load_run_config(folder)
+        if before.kind != config.kind:
+            raise UsageError(
+                f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
+            )
         difference = _first_difference(_fixed(before), _fixed(config))
         if difference is not None:
             name, old, new = difference
             raise UsageError(
                 f"{folder} holds a run with {name} {old!r}, this command says {new!r}; "
-                f"give --{name.replace('_', '-')} {old} to continue it, or another --run.out"
+                f"{_as_it_was(config, *difference)} to continue it, or another --run.out"
             )
     elif distributed.is_main():
         save_config(config, path)
@@ -66,12 +74,29 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
 
 
 def _fixed(config: Any) -> dict[str, Any]:
+    """What a checkpoint is bound to: not where the folder lies, nor what the recipe says of its source."""
     values = to_dict(config)
-    for looked_on in ("guard", "evaluation"):
+    for looked_on in ("guard", "evaluation", "paper"):
         values.pop(looked_on)
+    start, out = Path(config.run.init_from or ""), Path(config.run.out)
+    if start.parent == out.parent and start.name.startswith("stage-"):  # a stage's is the one before, beside it
+        values["run"]["init_from"] = start.name
     for part, free in (("run", _FREE), ("engine", _FREE_ENGINE)):
         values[part] = {name: value for name, value in values[part].items() if name not in free}
     return json.loads(json.dumps(values))
+
+
+def _as_it_was(config: Any, name: str, old: Any, new: Any) -> str:
+    """How to give a setting its old value: the flag to be typed, where there is one."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = getattr(config, group, None)
+    values, others = (value if isinstance(value, list) else [value] for value in (old, new))
+    if not hasattr(config, last) or any(isinstance(value, dict) for value in (*values, *others)):
+        return "set it as the run's config.json has it"
+    no = "no_" if old is False else ""
+    flag = "--" + ".".join([*groups, no + last]).replace("_", "-")
+    return " ".join(["give", flag, *([] if isinstance(old, bool) else [shlex.quote(str(value)) for value in values])])
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
@@ -95,16 +120,27 @@ def seed_everything(spec: RunSpec) -> None:
 
 
 def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
-    """Keep what DeepSpeed was told, per network."""
-    if distributed.is_main():
-        (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n")
+    """Keep what DeepSpeed was told, per network. Collective."""
+    distributed.from_main(lambda: (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n"))
 
 
 def save_choices(folder: Path, chosen: list[Choice]) -> None:
-    """Tell of wishes that could not be met, and keep what was chosen."""
+    """Tell of wishes that could not be met, and of processes that compute otherwise; keep what was chosen. Collective.
+
+    Another kernel on one machine is slower there and rounds otherwise: worth a line, not an end.
+    """
     for choice in chosen:
         choices.tell(choice)
-    choices.save(folder, chosen)
+    main = distributed.from_main(lambda: [(choice.setting, choice.name) for choice in chosen])
+    own = [(choice.setting, choice.name) for choice in chosen]
+    if own != main:
+        console.print(
+            f"rank {distributed.rank()} on {socket.gethostname()} computes with other parts than rank 0: "
+            + ", ".join(f"{setting} {name}" for setting, name in own if (setting, name) not in main),
+            style="yellow",
+            markup=False,
+        )
+    distributed.from_main(lambda: choices.save(folder, chosen))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -127,7 +163,8 @@ def read_weights(
     They are put together from the processes' shares on this machine, in one process: no more memory than they need.
     """
     folder = final_folder(run) / "checkpoints"
-    path = checkpoint.newest(folder)
+    # In training all read, and one looks for damage: what they start from is broadcast from there.
+    path = checkpoint.newest(folder, hashes=distributed.is_main())
     if path is None:
         raise UsageError(f"{run} has no whole checkpoint under {folder}; train it first (`vadit train`)")
     shares = Shares(path, network)
@@ -144,6 +181,12 @@ def initialise(module: nn.Module, source: str) -> None:
     from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
 
     path = Path(source)
+    if path.is_file() and path.suffix != ".safetensors":
+        kind = f"of {path.suffix}" if path.suffix else "without a suffix"
+        raise UsageError(
+            f"run.init_from {source} is a file {kind}; needed: a run, an exported folder or a .safetensors file: "
+            f"turn it into one with `vadit import {source} --out FOLDER`, and set --run.init-from FOLDER"
+        )
     if path.is_file():
         state, origin = read_safetensors(path), path
     elif (path / WEIGHTS_NAME).is_file():

@@ -7,6 +7,7 @@ whole. No collective is called here, so training goes on meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -84,8 +85,8 @@ def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
 class Saving:
     """One process's share in writing the checkpoint `final`; all processes make one with the same `token`.
 
-    state: what the main process adds, by file name. published: called there, in the thread, once `final` exists;
-    failed: called in the thread of a process that could not do its share.
+    state: what the main process adds, by file name; needed: bytes of all processes' parts. published: called there, in
+    the thread, once `final` exists; failed: called in the thread of a process that could not do its share.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Saving:
         state: Mapping[str, str],
         published: Callable[[], None],
         failed: Callable[[Exception], None],
+        needed: int,
         timeout_s: float,
     ) -> None:
         self.final = final
@@ -108,7 +110,7 @@ class Saving:
         self.cancelled = threading.Event()
         """Set where another process has failed: the main one need not wait for its part."""
         self._files, self._token, self._state, self._timeout_s = files, token, state, timeout_s
-        self._published, self._failed = published, failed
+        self._published, self._failed, self._needed = published, failed, needed
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -135,7 +137,8 @@ class Saving:
 
     def _write(self) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(file.num_bytes() for file in self._files), shutil.disk_usage(self.partial).free
+        # Less what is there of processes that were faster.
+        needed, free = self._needed - _size(self.partial), shutil.disk_usage(self.partial).free
         if free < needed:  # not to fill the disk first, on which the run's log may lie, too
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
         written = {file.name: write_tensors(self.partial / file.name, file) for file in self._files}
@@ -166,6 +169,15 @@ class Saving:
                 (self.partial / name).unlink(missing_ok=True)
             except OSError:  # what made it fail may stand in the way here, too; the next start clears up
                 return
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, others of which may come and go."""
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def publish(partial: Path, final: Path, marks: list[Path]) -> None:

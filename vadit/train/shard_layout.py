@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 24
 """Elements that are read in one go."""
+REMEDY = "delete this checkpoint's folder, and the same command goes on from the one before it"
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """States with one number per weight, which may be cut otherwise."""
 
@@ -177,7 +178,7 @@ class _File:
             self.header = Header.from_json(self._handle.metadata()["vadit"])
             self.names = set(self._handle.keys())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{path} cannot be read as a part of a checkpoint ({error})") from error
+            raise RunError(f"{path} cannot be read as a part of a checkpoint ({error}); {REMEDY}") from error
 
     def tensor(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self._handle.get_tensor(name)
@@ -205,7 +206,9 @@ class Shares:
         self.folder = folder
         paths = sorted(folder.glob(f"{network}-*-of-*.safetensors"))
         if not paths:
-            raise UsageError(f"{folder} holds no network called {network}; use another --run.out")
+            raise UsageError(
+                f"{folder} holds no network called {network}; name another run (vadit train: set another --run.out)"
+            )
         self.files = [_File(path) for path in paths]
         self.shapes = self.files[0].header.shapes
         # weight -> (start, stop, file, index of the flat tensor, offset in it)
@@ -242,7 +245,7 @@ class Shares:
         for name, shape in self.shapes.items():
             row = torch.empty(_numel(shape))
             if not (self.fill(kind, name, 0, row) if name in self._pieces else self._fill_frozen(name, row)):
-                raise RunError(f"{self.folder} lacks a part of {name}; take an earlier checkpoint")
+                raise RunError(f"{self.folder} lacks a part of {name}; {REMEDY}")
             state[name] = row.view(shape)
         for key in sorted(self.files[0].names):
             if key.startswith("buffer."):

@@ -1,9 +1,10 @@
 """Ends a run whose processes wait for one that is dead or stuck, and says which one.
 
-A collective that waits for a lost process cannot be interrupted, and DeepSpeed's ZeRO groups have no time limit. So
-each process has a thread that goes round them: every few seconds it tells rank 0, over a TCP connection of its own,
-the last step that the main thread has told and for how long it has told nothing. Rank 0 ends the run for all once no
-process gets on any more; the others end it by themselves where rank 0 is the one that is lost.
+A collective that waits for a lost process cannot be interrupted, and when its own time limit ends it, nobody knows for
+whom it waited (`collectives.outlast` moves that limit out of the way). So each process has a thread that goes round
+them: every few seconds it tells rank 0, over a TCP connection of its own, the last step that the main thread has told
+and for how long it has told nothing. Rank 0 ends the run for all once no process gets on any more; the others end it by
+themselves where rank 0 is the one that is lost.
 
 How the threads talk is in `watchdog_peers.py`.
 """
@@ -34,6 +35,9 @@ GIL_S = 60.0
 """What the thread that needs no GIL waits longer than the one that can tell more."""
 
 STDERR = 2
+_COLLECTIVES = tuple(f"{os.sep}{name}{os.sep}" for name in (f"torch{os.sep}distributed", "deepspeed"))
+_READERS = (f"{os.sep}vadit{os.sep}train{os.sep}", f"{os.sep}vadit{os.sep}distributed.py")
+"""Where the main thread stands still for numbers of the device alone: it loads, saves and computes in other files."""
 MAX_NAMED = 8
 """Processes that a message describes one by one."""
 
@@ -225,8 +229,10 @@ def _whereabouts(thread: int) -> tuple[str, bool]:
     while frame is not None:
         file = frame.f_code.co_filename
         place = f"{frame.f_code.co_name} ({os.path.basename(file)}:{frame.f_lineno})"
-        waits |= depth < 6 and f"{os.sep}torch{os.sep}distributed{os.sep}" in file
         ours = f"{os.sep}vadit{os.sep}" in file
+        # Gloo waits inside the collective. NCCL's return at once: what waits is the host, for a number on the device.
+        waits |= depth < 6 and any(part in file for part in _COLLECTIVES)
+        waits |= depth == 0 and ours and any(part in file for part in _READERS)
         if depth == 0 or ours:
             places.append(place)
         if ours:

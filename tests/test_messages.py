@@ -1,0 +1,268 @@
+"""What messages advise: flags that there are, written as they can be typed, for the command that failed."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vadit
+from vadit import cli
+from vadit.arguments import _flags, parse
+from vadit.commands import convert, encode, evaluate, prepare, report, sample, train
+from vadit.config import (
+    DiTConfig,
+    DiTSpec,
+    EngineSpec,
+    FlowSpec,
+    FoundationSpec,
+    MaskSpec,
+    RepaSpec,
+    StageSpec,
+    TokenizerConfig,
+    TokenizerLossSpec,
+)
+from vadit.config_files import save_config
+from vadit.demo.options import DemoOptions
+from vadit.errors import UsageError
+from vadit.kernels import dispatch
+from vadit.recipes import get_recipe
+from vadit.train import runs
+
+PACKAGE = Path(vadit.__file__).parent
+OPTIONS = (
+    *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
+    *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
+    *(evaluate.MakeReferenceOptions, prepare.PrepareImagesOptions, prepare.PrepareLatentsOptions, DemoOptions),
+    *(convert.ImportOptions, convert.ExportOptions),
+)
+COMMON = {"--help", "--version", "--debug", "--local_rank", "--local-rank"}
+EXAMPLES = {"--setting", "--name"}
+"""They stand for any flag."""
+OF_OTHERS = {
+    *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext", "--force-reinstall"),
+    *("--dereference", "--hard-dereference", "--concatenate", "--module"),
+}
+"""pip's and apex's; tar's; deepspeed's."""
+HOLE = "\0"
+"""Where an f-string puts something in."""
+
+
+# ------------------------------------------------------------------------------------------------ flags in messages
+
+
+def literals(source: str) -> Iterator[str]:
+    """Every string of a module, those in pieces put together."""
+    tree = ast.parse(source)
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.value
+
+
+def named_flags(text: str) -> Iterator[str]:
+    """The flags in a text; of one that goes on in an f-string's hole or in a pattern, its beginning and HOLE.
+
+    CSS has variables that look like flags: `var(--ink)`, and `--ink:#123`.
+    """
+    for match in re.finditer(rf"(?<![\w-])(?<!var\()--[a-z][\w.{HOLE}\[-]*(?![\w.-]*:#)", text):
+        head, goes_on, _ = re.match(rf"([^{HOLE}\[]*)([{HOLE}\[]?)(.*)", match[0]).groups()  # type: ignore[union-attr]
+        yield head + HOLE if goes_on or head.endswith("-") else head.rstrip(".")
+
+
+def unknown_flags(source: str, known: set[str]) -> list[str]:
+    found = [flag for text in literals(source) for flag in named_flags(text)]
+    begun = {flag for flag in found if flag.endswith(HOLE) and any(each.startswith(flag[:-1]) for each in known)}
+    return [flag for flag in found if flag not in known and flag not in begun]
+
+
+def known_flags() -> set[str]:
+    return {flag for options in OPTIONS for flag in _flags(options)} | COMMON
+
+
+def test_every_flag_that_a_message_names_is_one_of_a_command() -> None:
+    known = known_flags() | EXAMPLES | OF_OTHERS
+    assert {"--data.no-flip", "--no-normalize", "--dry-run", "--cfg-scale", "--stats-only"} <= known
+    assert "--source" not in known  # it is told by its place
+    wrong = {str(file.relative_to(PACKAGE)): unknown_flags(file.read_text(), known) for file in PACKAGE.rglob("*.py")}
+    assert {file: flags for file, flags in wrong.items() if flags} == {}
+
+
+def test_a_flag_that_is_not_there_would_be_found() -> None:
+    source = r"""
+'''Set --data.path. Not a --flag.'''
+fail(f"{x} is on; set --no-data.flip, or (vadit train: --data.{name}), or --nowhere.{name} "
+     "or --data.no-flip.")
+re.match(r"--local[_-]rank", "var(--ink) --ink:#123 a--b ---c --{x}")
+"""
+    assert sorted(unknown_flags(source, known_flags())) == ["--flag", "--no-data.flip", "--nowhere." + HOLE]
+
+
+# ------------------------------------------------------------------------------------------------ settings of a run
+
+
+def refused(before: Any, now: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said where a run in `folder` was begun with other settings."""
+    before, now = (
+        dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(folder))) for config in (before, now)
+    )
+    save_config(before, folder / "config.json")
+    monkeypatch.setattr(runs, "has_checkpoint", lambda folder: True)
+    with pytest.raises(UsageError) as caught:
+        runs.open_folder(now)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "old", "new", "typed"),
+    [
+        ("lightningdit-b", "data.flip", True, False, "--data.flip"),
+        ("lightningdit-b", "data.normalize", False, True, "--data.no-normalize"),
+        ("lightningdit-b", "optimizer.betas", (0.9, 0.95), (0.5, 0.9), "--optimizer.betas 0.9 0.95"),
+        ("lightningdit-b", "engine.ema_decays", (), (0.9,), "--engine.ema-decays"),
+        ("lightningdit-b", "engine.float8", None, "rowwise", "--engine.float8 None"),
+        ("lightningdit-b", "data.path", "my latents", "x", "--data.path 'my latents'"),
+        ("lightningdit-b", "data.path", "", "x", "--data.path ''"),
+        ("lightningdit-b", "optimizer.weight_decay", 1e-5, 0.0, "--optimizer.weight-decay 1e-05"),
+        ("vavae-f16d32-dinov2", "loss.vf_adaptive", False, True, "--loss.no-vf-adaptive"),
+        ("vavae-f16d32-dinov2", "foundation.model_args", {"depth": 2}, {"depth": 3}, ""),
+        ("vavae-f16d32-dinov2", "stages", (), (StageSpec(total_images=1),), ""),
+        ("vavae-f16d32-dinov2", "stages", (StageSpec(total_images=1),), (), ""),
+    ],
+)
+def test_the_old_value_can_be_typed(
+    recipe: str, name: str, old: Any, new: Any, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, _, last = name.rpartition(".")
+
+    def with_value(value: Any) -> Any:
+        config = get_recipe(recipe)
+        if not group:
+            return dataclasses.replace(config, **{last: value})
+        return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{last: value})})
+
+    before, now = with_value(old), with_value(new)
+    told = refused(before, now, tmp_path, monkeypatch)
+    assert f"holds a run with {name}" in told
+    if not typed:
+        assert "; set it as the run's config.json has it to continue it, or another --run.out" in told
+        return
+    assert f"; give {typed} to continue it, or another --run.out" in told
+    kind = train.TrainGenerator if isinstance(now, DiTConfig) else train.TrainTokenizer
+    assert parse(kind, shlex.split(typed), command="train", default=kind(config=now)).config == before  # type: ignore
+
+
+def test_a_run_of_another_kind_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refused(get_recipe("vavae-f16d32-dinov2"), get_recipe("lightningdit-b"), tmp_path, monkeypatch)
+    assert told == f"{tmp_path} holds a run of kind tokenizer, this one is dit; set another --run.out"
+
+
+def test_a_file_of_the_authors_is_no_damaged_one(tmp_path: Path) -> None:
+    torch.save({"ema": {}}, tmp_path / "theirs.pt")
+    with pytest.raises(UsageError, match=r"is a file of \.pt; needed: a run, .* `vadit import .*theirs\.pt --out"):
+        runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))
+
+
+# ------------------------------------------------------------------------------------------------ settings that clash
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (
+            lambda: TokenizerConfig(engine=EngineSpec(float8="rowwise")),
+            ["engine.float8 is rowwise, which is for generators", "leave out --engine.float8"],
+        ),
+        (
+            lambda: TokenizerConfig(engine=EngineSpec(attention="flash")),
+            ["engine.attention is flash, which is for generators", "set --engine.attention auto"],
+        ),
+        (
+            lambda: TokenizerConfig(foundation=FoundationSpec(name="none"), loss=TokenizerLossSpec(vf_weight=0.3)),
+            ["loss.vf_weight is 0.3 but", "set --loss.vf-weight 0, or --foundation.name dinov2"],
+        ),
+        (
+            lambda: DiTConfig(flow=FlowSpec(contrastive_weight=0.1, prediction="noise")),
+            ["is 0.1, but flow.objective is flow and flow.prediction noise", "set --flow.contrastive-weight 0"],
+        ),
+        (
+            lambda: DiTConfig(engine=EngineSpec(precision="bf16", zero_stage=0)),
+            ["engine.zero_stage 0; bf16 needs", "set --engine.zero-stage 1, or --engine.precision autocast"],
+        ),
+        (
+            lambda: DiTConfig(mask=MaskSpec(kind="maskdit"), repa=RepaSpec(weight=0.5)),
+            ["mask.kind is maskdit and repa.weight is on", "set --mask.kind none, or --repa.weight 0"],
+        ),
+        (
+            lambda: DiTConfig(mask=MaskSpec(kind="mdt"), model=DiTSpec(value_residual=True)),
+            ["model.value_residual is on", "or --model.no-value-residual"],
+        ),
+    ],
+)
+def test_settings_that_clash_are_told_with_what_to_set(make: Callable[[], object], parts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ per command
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "never"),
+    [
+        ("train", "raise --engine.gradient-accumulation", "--run.batch-size"),
+        ("encode", "lower --batch-size", "--engine"),
+        ("evaluate", "lower --batch-size", "--engine"),
+        ("sample", "set --device cpu", "--batch-size"),
+        ("demo", "use a GPU with more memory", "--"),
+    ],
+)
+def test_a_full_gpu_is_told_with_the_flags_of_the_command(
+    command: str, words: str, never: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"vadit.commands.{command}.run", fail)
+    assert cli.main([command]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the GPU's memory is used up; ") and words in told and never not in told
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["train", "lightningdit-b-debug", "--run.out", "run"]])
+def test_a_wrong_choice_of_kernels_is_a_mistake_in_a_setting(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with dispatch.setting("turbo"):
+        assert cli.main(arguments) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("error: VADIT_KERNELS is 'turbo'; set it to one of auto, ")
+    assert "Traceback" not in "".join(told)
+
+
+def test_any_other_value_error_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise ValueError("of VADIT_KERNELS is said nothing here")
+
+    monkeypatch.setattr("vadit.commands.train.run", fail)
+    assert cli.main(["train"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_no_of_a_flag_stands_before_its_last_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "lightningdit-b", "--no-data.normalize"]) == 2
+    assert "unknown setting --no-data.normalize; did you mean --data.no-normalize?" in capsys.readouterr().err
