@@ -5,6 +5,7 @@ A limit on the size of files (RLIMIT_FSIZE) stands for the full disk: the writes
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_a_run_folder_that_was_moved_is_the_same_run(recipe: str, tmp_path: Path
     checkpoints = [name for name in files(tmp_path) if name.endswith(".safetensors")]
     assert cli.main(["train", recipe, "--run.out", str(tmp_path / "elsewhere" / "named-otherwise") + "/"]) == 0
     assert [name for name in files(tmp_path) if name.endswith(".safetensors")] == checkpoints
+
+
+def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(out: str, images: int, *more: str) -> list[str]:
+        return [*DEBUG, "--run.out", str(tmp_path / out), "--run.total-images", str(images), *more]
+
+    assert cli.main(train("straight", 16)) == 0
+    assert cli.main(train("longer", 8)) == 0
+    assert cli.main(train("longer", 16, "--data.path", "debug:8")) == 0
+    name = "checkpoints/step-00000004/model-00000-of-00001.safetensors"
+    assert (tmp_path / "longer" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert json.loads((tmp_path / "longer" / "config.json").read_text())["run"]["total_images"] == 16
+    message = refusal(capsys, train("longer", 16, "--data.path", "debug:12"), 2)
+    assert "12" in message and "8" in message
+    assert cli.main(train("decays", 8, "--optimizer.schedule", "linear")) == 0
+    message = refusal(capsys, train("decays", 16, "--optimizer.schedule", "linear"), 2)
+    assert "run.total_images 8, this command says 16" in message
 
 
 def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,11 +45,12 @@ _FREE = (
 )
 # How the work is spread over processes: a checkpoint serves all of it.
 _FREE_ENGINE = ("zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
+_FREE_DATA = ("path", "images", "num_workers")
 _PROJECTION = ("linear_proj.", "projector.")
 
 
 def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
-    """Make the run folder, or check that the one there belongs to the same config.
+    """Make the run folder, or check that the one there belongs to the same config, but for what may change.
 
     Where nothing was saved yet there is nothing to continue, and the new config takes the old one's place.
     """
@@ -68,20 +69,27 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
                 f"{folder} holds a run with {name} {old!r}, this command says {new!r}; "
                 f"{_as_it_was(config, *difference)} to continue it, or another --run.out"
             )
-    elif distributed.is_main():
+        if before == config:
+            return folder
+    if distributed.is_main():
         save_config(config, path)
     return folder
 
 
 def _fixed(config: Any) -> dict[str, Any]:
-    """What a checkpoint is bound to: not where the folder lies, nor what the recipe says of its source."""
+    """What a checkpoint is bound to: not where folder and data lie, nor what the recipe says of its source.
+
+    A longer run is the same one where no schedule depends on the length; a loader refuses data of another size.
+    """
     values = to_dict(config)
     for looked_on in ("guard", "evaluation", "paper"):
         values.pop(looked_on)
     start, out = Path(config.run.init_from or ""), Path(config.run.out)
     if start.parent == out.parent and start.name.startswith("stage-"):  # a stage's is the one before, beside it
         values["run"]["init_from"] = start.name
-    for part, free in (("run", _FREE), ("engine", _FREE_ENGINE)):
+    if config.optimizer.schedule == "constant":
+        values["run"].pop("total_images")
+    for part, free in (("run", _FREE), ("engine", _FREE_ENGINE), ("data", _FREE_DATA)):
         values[part] = {name: value for name, value in values[part].items() if name not in free}
     return json.loads(json.dumps(values))
 
