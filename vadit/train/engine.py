@@ -27,8 +27,8 @@ from vadit.train.shard_layout import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
-START_S = 3600.0
-"""What a process may take to get ready, while no watchdog looks after it yet."""
+START_S = 600.0
+"""What a process may take to get ready, while no watchdog looks after it yet; the others wait for three times that."""
 
 
 def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -> dict[str, Any]:
