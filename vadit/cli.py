@@ -122,7 +122,7 @@ def _without_common_flags(arguments: list[str]) -> tuple[list[str], bool]:
     return kept, debug
 
 
-def _report(error: BaseException, debug: bool, command: str) -> int:
+def _report(error: BaseException, debug: bool, command: str = "") -> int:
     """Tell a failure in one sentence and return its exit code; a mistake of ours keeps its traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0

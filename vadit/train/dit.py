@@ -48,7 +48,8 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     model = training_network(config, None if features is None else features.width)
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
-    start(device)  # the processes agree on what there is
+    if config.engine.float8 is not None:
+        start(device)  # for the processes to agree on whether they have it
     chosen = _equip(model, config, batch_size, device)
     engine = Engine(
         model.train(),
