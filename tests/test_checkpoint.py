@@ -236,8 +236,8 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         UsageError, match=r"engine\.precision 'fp32', this command says 'bf16'; give --engine\.precision"
     ):
         dit.train(tiny_dit(tmp_path, steps=1, precision="bf16"))
-    with pytest.raises(UsageError, match=r"run\.total_images 4, this command says 8"):
-        dit.train(tiny_dit(tmp_path, steps=2))
+    with pytest.raises(UsageError, match=r"run\.seed \d+, this command says 77"):
+        dit.train(tiny_dit(tmp_path, steps=1, run={"seed": 77}))
     # What only says when to tell and keep, or how the work is spread, may change.
     dit.train(tiny_dit(tmp_path, steps=1, run={"log_every_images": 100, "keep_checkpoints": 7}))
     dit.train(tiny_dit(tmp_path, steps=1, zero_stage=3))
