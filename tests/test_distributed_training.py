@@ -22,6 +22,7 @@ from vadit.sample import DECODE_BATCH, draw, to_uint8
 from vadit.train.evaluation import quick_sampler
 from vadit.train.export import load_autoencoder, load_generator
 from vadit.train.runs import read_weights
+from vadit.train.watchdog import HANG_CODE
 
 WORKER = Path(__file__).parent / "training_worker.py"
 STAGES = (1, 2, 3)
@@ -90,6 +91,22 @@ def test_many_buckets_are_as_one(zero_stage: int, runs: Path) -> None:
 @pytest.mark.parametrize("network", ["dit", "tokenizer"])
 def test_two_processes_go_on_to_the_bit(network: str, runs: Path) -> None:
     assert_same_end(runs / f"{network}-resumed" / "killed", runs / f"{network}-resumed" / "straight")
+
+
+def test_a_process_that_dies_between_two_stages_is_named(tmp_path: Path) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), "dies_between_stages", str(tmp_path)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=600)[1] for process in processes]
+    assert processes[0].returncode in (1, HANG_CODE) and processes[1].returncode == -9, said[0]
+    assert "rank 1 is gone" in said[0]
 
 
 @pytest.mark.faults

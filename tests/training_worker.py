@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
-from vadit.config import EvaluationSpec
+from vadit.config import EvaluationSpec, StageSpec
 from vadit.train import dit, engine, tokenizer
 
 
@@ -63,6 +63,24 @@ def killed_and_resumed(network: str, folder: Path, **settings: Any) -> None:
     module.train(config)
 
 
+def dies_between_stages(out: Path) -> None:
+    """A tokenizer in stages, whose second process is killed while it builds the networks of the second stage."""
+    config = dataclasses.replace(
+        tiny_tokenizer(out / "run"), stages=tuple(StageSpec(total_images=2 * BATCH) for _ in range(2))
+    )
+    build, calls = tokenizer._build, 0
+
+    def build_once(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return build(*args)
+
+    with mock.patch.object(tokenizer, "_build", build_once):
+        tokenizer.train(config)
+
+
 RESUMED = [
     (network, stage, precision)
     for network in ("dit", "tokenizer")
@@ -105,4 +123,5 @@ def resume(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ranks": ranks, "resumed": resumed, "crash": crash, "resume": resume}[sys.argv[1]](Path(sys.argv[2]))
+    tasks = {task.__name__: task for task in (ranks, dies_between_stages, resumed, crash, resume)}
+    tasks[sys.argv[1]](Path(sys.argv[2]))

@@ -82,10 +82,19 @@ class Stopped(Exception):
         """Whether Ctrl-C asked for it, rather than a scheduler."""
 
 
-def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, device: torch.device) -> None:
+def run(
+    task: Task,
+    *,
+    spec: RunSpec,
+    optimizer: OptimizerSpec,
+    folder: Path,
+    device: torch.device,
+    watchdog: Watchdog | None = None,
+) -> None:
     """Train `task` to `spec.total_images`, going on from the newest checkpoint under `folder`.
 
     A step that the guard leaves out does not count: `position` counts what was trained, the loader what was read.
+    `watchdog`: one that already watches, and goes on to; else one for this loop.
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
@@ -115,7 +124,7 @@ def run(task: Task, *, spec: RunSpec, optimizer: OptimizerSpec, folder: Path, de
         contextlib.closing(task.loader.stream()) as stream,
         collectives.timed(communication_backend(), tracker.communication),
         StopRequest() as stop,
-        Watchdog(spec.hang_timeout_s) as watchdog,
+        contextlib.nullcontext(watchdog) if watchdog else Watchdog(spec.hang_timeout_s) as watchdog,
         ProgressBar(task.title, spec.total_images, done=position.images_seen) as bar,
         contextlib.closing(checkpoints),
     ):

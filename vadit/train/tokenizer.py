@@ -30,9 +30,10 @@ from vadit.objectives import tokenizer as objective
 from vadit.train import loop, runs
 from vadit.train.checkpoint import Position
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine
+from vadit.train.engine import Engine, start
 from vadit.train.evaluation import tokenizer_evaluation
 from vadit.train.guard import Guard
+from vadit.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
         return _train_stage(config, title)
     open_images(config.data, config.autoencoder.image_size)  # a wrong path must not leave a run folder behind
     folder = runs.open_folder(config)
-    for index in range(len(config.stages)):
-        _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})")
+    start(distributed.device(config.run.device))
+    with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
+        for index in range(len(config.stages)):
+            watchdog.beat(0, doing=f"getting ready for stage {index + 1}")
+            _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})", watchdog)
     return folder
 
 
-def _train_stage(config: TokenizerConfig, title: str) -> Path:
+def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None = None) -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     images = open_images(config.data, config.autoencoder.image_size)
@@ -106,7 +110,7 @@ def _train_stage(config: TokenizerConfig, title: str) -> Path:
         peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
     )
-    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
+    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device, watchdog=watchdog)
     return folder
 
 
