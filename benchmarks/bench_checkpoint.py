@@ -40,13 +40,9 @@ ROUND_OF_WRITER = 1.5
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Stamp):
     """One line of the CSV; medians over rounds, times in milliseconds."""
 
-    date: str
-    commit: str
-    hardware: str
-    versions: str
     threads: int
     model: str
     zero_stage: int

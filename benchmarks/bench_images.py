@@ -52,13 +52,9 @@ Stream = Callable[[], contextlib.AbstractContextManager[Iterator[Tensor]]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Stamp):
     """One line of the CSV. Times of first batches in seconds, sizes in bytes."""
 
-    date: str
-    commit: str
-    hardware: str
-    versions: str
     num_images: int
     pixels: str
     batch: int

@@ -56,13 +56,9 @@ Stream = Callable[[], contextlib.AbstractContextManager[Iterator[object]]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Stamp):
     """One line of the CSV."""
 
-    date: str
-    commit: str
-    hardware: str
-    versions: str
     num_latents: int
     kind: str
     shape: str

@@ -56,6 +56,16 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What the rows of most benchmarks begin with."""
+
+    date: str
+    commit: str
+    hardware: str
+    versions: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the CSV: times in milliseconds, per call."""
 

@@ -84,10 +84,9 @@ def recorded(folder: Path, setting: str) -> str | None:
 
 
 def save(folder: Path, choices: list[Choice]) -> None:
-    """Write the choices of a run into its folder."""
-    if distributed.is_main():
-        values = {choice.setting: dataclasses.asdict(choice) for choice in choices}
-        for value in values.values():
-            del value["setting"]
-        with whole_file(folder / FILE) as path:
-            path.write_text(json.dumps(values, indent=2) + "\n")
+    """Write the choices of a run into its folder: for one process of a run."""
+    values = {choice.setting: dataclasses.asdict(choice) for choice in choices}
+    for value in values.values():
+        del value["setting"]
+    with whole_file(folder / FILE) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")

@@ -131,6 +131,13 @@ def from_main(make: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
+def main_first(make: Callable[[], T]) -> T:
+    """What `make` returns, on the main process first (every process must call this); its error is raised on all."""
+    made: list[T] = []
+    from_main(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
 def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:
     """Images per process and micro-batch; refuses a batch that does not divide."""
     parts = world_size() * accumulation

@@ -384,8 +384,9 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
     for images in source.batches(batch_size):
         found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
         pool = found.pool.cpu().numpy()
-        pool_moments.update(pool)
-        spatial_moments.update(found.spatial)
+        if stored is None:
+            pool_moments.update(pool)
+            spatial_moments.update(found.spatial)
         rows.append(pool[wanted[(wanted >= count) & (wanted < count + len(pool))] - count])
         count += len(pool)
     features = np.concatenate(rows)

@@ -240,9 +240,7 @@ def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleS
         cache = folder / "evaluations"
         return SampleScorer(spec.reference, inception_weights=spec.inception_weights, device=device, cache=cache)
 
-    first: list[SampleScorer] = []
-    distributed.from_main(lambda: first.append(make()))
-    return first[0] if first else make()
+    return distributed.main_first(make)
 
 
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:

@@ -206,9 +206,7 @@ def run(
 
 def _open_log(folder: Path, position: Position) -> RunLog:
     """The main process's log; where it cannot be opened, no process waits for another. Collective."""
-    opened: list[RunLog] = []
-    distributed.from_main(lambda: opened.append(RunLog(folder, images_seen=position.images_seen)))
-    return opened[0] if opened else RunLog(folder)
+    return distributed.main_first(lambda: RunLog(folder, images_seen=position.images_seen))
 
 
 def _tracker(task: Task, spec: RunSpec, device: torch.device) -> Tracker:

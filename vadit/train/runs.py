@@ -139,16 +139,19 @@ def save_choices(folder: Path, chosen: list[Choice]) -> None:
     """
     for choice in chosen:
         choices.tell(choice)
-    main = distributed.from_main(lambda: [(choice.setting, choice.name) for choice in chosen])
     own = [(choice.setting, choice.name) for choice in chosen]
-    if own != main:
+
+    def keep() -> list[tuple[str, str]]:
+        choices.save(folder, chosen)
+        return own
+
+    if own != (main := distributed.from_main(keep)):
         console.print(
             f"rank {distributed.rank()} on {socket.gethostname()} computes with other parts than rank 0: "
             + ", ".join(f"{setting} {name}" for setting, name in own if (setting, name) not in main),
             style="yellow",
             markup=False,
         )
-    distributed.from_main(lambda: choices.save(folder, chosen))
 
 
 def has_checkpoint(folder: Path) -> bool:
