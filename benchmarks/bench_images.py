@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vadit.config import ImageDataSpec
-from vadit.data.loaders import open_images, open_loader
-from vadit.data.transforms import to_signed
 from vadit.demo.data import PHOTOS, photograph
-from vadit.prepare.images import prepare_images
+from vadit.images.backends import open_images, open_loader
+from vadit.images.prepare.images import prepare_images
+from vadit.images.transforms import to_signed
 
 WIDTH, HEIGHT = 500, 375
 FILL = 5
@@ -222,7 +222,7 @@ def measure(pictures: Path, options: argparse.Namespace) -> list[Row]:
         rows.append(
             Row(
                 date=datetime.date.today().isoformat(),
-                commit=harness.commit("../vadit/data", "../benchmarks/*.py"),
+                commit=harness.commit("../vadit/images", "../benchmarks/*.py"),
                 hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
                 versions=versions(),
                 num_images=options.num_images,

@@ -38,9 +38,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vadit.data.beton_latents import write_latents
-from vadit.data.latent_shards import LatentShard, open_folder
-from vadit.data.latents import LatentDataset, LatentLoader
+from vadit.latents.beton import write_latents
+from vadit.latents.dataset import LatentDataset, LatentLoader
+from vadit.latents.shards import LatentShard, open_folder
 
 CHANNELS, SIDE, CLASSES = 32, 16, 1000
 SHARD_SIZE = 10_000
@@ -338,7 +338,7 @@ def row(options: argparse.Namespace, values: list[float], **changes: object) -> 
     q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     fields: dict = {
         "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../vadit/data", "../vadit/rng.py", "../benchmarks/*.py"),
+        "commit": harness.commit("../vadit/latents", "../vadit/runtime/rng.py", "../benchmarks/*.py"),
         "hardware": f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
         "versions": versions(),
         "batch": options.batch,

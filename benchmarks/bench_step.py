@@ -14,8 +14,8 @@ noise, networks, losses, frozen networks. By default one batch stays in the devi
 is waited for. --data loader reads made-up data through the run's loader, --data PATH real data.
 Weights of frozen networks are random, a tokenizer's discriminator counts from the first step, stages are left out.
 
-share_of_matmul is FLOPs of the step's products (vadit.flops; nothing for recomputed activations) over the speed of one
-large product in the step's precision, measured in turns with the rounds: the roofline of that machine at that hour.
+share_of_matmul is FLOPs of the step's products (vadit.estimate.flops; nothing for recomputed activations) over the
+speed of one large product in the step's precision, measured in turns with the rounds: the roofline of that machine at that hour.
 share_of_peak is the same over the data sheet's speed. Both are left out where masks end in mid-run.
 peak_gib is what torch allocated on a GPU, on a CPU the process's resident peak. Rows: results/steps-HARDWARE.csv.
 """
@@ -42,11 +42,11 @@ import harness
 import torch
 from step_timing import SIDE, Measured, measure
 
-from vadit import distributed
 from vadit.config import Config, DiTConfig, TokenizerConfig
-from vadit.flops import named_peak, tracked_flops
+from vadit.estimate.flops import named_peak, tracked_flops
 from vadit.kernels import dispatch
 from vadit.recipes import get_recipe
+from vadit.runtime import distributed
 
 RECIPES = {
     "cpu": ("lightningdit-b-debug", "vavae-f16d32-dinov2-debug"),

@@ -31,8 +31,8 @@ from pathlib import Path
 import scaling
 import torch
 
-from vadit import flops, memory
 from vadit.config import DiTConfig, DiTSpec, MaskSpec
+from vadit.estimate import flops, memory
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 

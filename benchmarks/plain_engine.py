@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vadit import distributed
-from vadit.choices import Choice
 from vadit.config import EngineSpec, OptimizerSpec
-from vadit.errors import UsageError
+from vadit.runtime import distributed
+from vadit.runtime.choices import Choice
+from vadit.runtime.errors import UsageError
 
 
 class PlainEngine:

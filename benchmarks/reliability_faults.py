@@ -21,10 +21,11 @@ from reliability_pairs import BATCH, EVERY, STEPS, Hook, Pair, Variant, compared
 from reliability_pairs import assert_same_end as assert_same_stage
 from safetensors.torch import save_file
 
-from vadit import distributed
 from vadit.config import DiTConfig, GuardSpec
-from vadit.data.stream import sample_ids
-from vadit.train import checkpoint, dit
+from vadit.runtime import distributed
+from vadit.runtime.stream import sample_ids
+from vadit.train import dit
+from vadit.train.checkpoint import folder as checkpoint
 from vadit.train.guard import Guard
 from vadit.train.watchdog import HANG_CODE
 

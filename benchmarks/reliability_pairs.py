@@ -36,7 +36,9 @@ from training_plain import BATCH, tiny_dit, tiny_tokenizer
 from vadit import cli
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.recipes import get_recipe
-from vadit.train import checkpoint, dit, engine, saving, tokenizer
+from vadit.train import dit, engine, tokenizer
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import save as saving
 
 __all__ = ["BATCH", "assert_same_end", "flip", "log"]  # of the tests, for those who import this module
 

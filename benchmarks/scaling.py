@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vadit import memory
 from vadit.config import Config
-from vadit.flops import training_flops
+from vadit.estimate import memory
+from vadit.estimate.flops import training_flops
 from vadit.recipes import get_recipe
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from scaling import PERSISTENT, Message, messages
 
-from vadit import distributed
 from vadit.config import DiTSpec, EngineSpec, OptimizerSpec
+from vadit.runtime import distributed
 
 SPEC = DiTSpec(input_size=8, patch_size=1, in_channels=8, hidden_size=192, depth=3, num_heads=4)
 BATCH = 4

@@ -12,8 +12,8 @@ from typing import Any
 import harness
 import torch
 
-from vadit import distributed
-from vadit.train.checkpoint import Position
+from vadit.runtime import distributed
+from vadit.train.checkpoint.folder import Position
 
 ROUND_S = 0.05
 """A round is as many steps as last so long."""

@@ -9,16 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadit.data.beton import (
-    FIELD,
-    FOOTER,
-    HEADER,
-    MIN_PAGE_SIZE,
-    BetonWriter,
-    encode_image,
-    row_type,
-)
-from vadit.data.beton_source import BetonSource
+from vadit.images.beton import BetonSource
+from vadit.images.beton_writer import FIELD, FOOTER, HEADER, MIN_PAGE_SIZE, BetonWriter, encode_image, row_type
 
 COUNT = 9
 FRONT = HEADER.itemsize + 3 * FIELD.itemsize

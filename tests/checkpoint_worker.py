@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
-from vadit.errors import RunError
-from vadit.train import checkpoint, engine, saving
-from vadit.train.checkpoint import Checkpoints, Position
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError
+from vadit.train import engine
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import save as saving
+from vadit.train.checkpoint.folder import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.tracker import MEASURED
 

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
-from vadit import cli, distributed
+from vadit import cli
 from vadit.config import GuardSpec
-from vadit.errors import RunError
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError
 from vadit.train import dit, engine, loop, tokenizer
 
 EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vadit.data.latent_shards import LatentSettings, LatentShardWriter, save_index
-from vadit.data.latents import compute_statistics
+from vadit.latents.dataset import compute_statistics
+from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
 
 CHANNELS, SIDE, CLASSES = 4, 3, 5
 COUNTS = (7, 5, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from vadit.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 NUM_CASES = {
     "jpeg": 240,

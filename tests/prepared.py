@@ -8,7 +8,7 @@ from typing import Any
 from image_files import photo
 
 from vadit.config import ImageDataSpec
-from vadit.prepare.images import PrepareSummary, prepare_images
+from vadit.images.prepare.images import PrepareSummary, prepare_images
 
 SIZE = 32
 SHAPES = ((90, 70), (64, 200), (33, 32), (20, 30), (300, 260))

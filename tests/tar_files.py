@@ -7,8 +7,8 @@ import random
 import tarfile
 from pathlib import Path
 
-from vadit.data.tar_index import BLOCK
-from vadit.data.tar_shards import TarShardWriter, TarSource
+from vadit.images.tar import TarShardWriter, TarSource
+from vadit.images.tar_index import BLOCK
 
 Members = list[tuple[str, bytes]]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from training_plain import logged, tiny_dit
 
 from vadit.config import DiTConfig, EngineSpec, TokenizerConfig
-from vadit.config_files import load_run_config
-from vadit.errors import UsageError
+from vadit.config.files import load_run_config
 from vadit.models import attention
 from vadit.models.dit import Attention, Block, LightningDiT
+from vadit.runtime.errors import UsageError
 from vadit.train import dit
 
 CPU = torch.device("cpu")

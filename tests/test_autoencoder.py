@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vadit.config import AutoencoderSpec
-from vadit.errors import UsageError
 from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
+from vadit.runtime.errors import UsageError
 
 BASE = AutoencoderSpec(
     image_size=16,

@@ -17,15 +17,15 @@ import torch
 from image_files import EXACT, bad_files, bad_places, jpeg, odd_files, psnr, write_folder
 from PIL import Image
 
-from vadit import rng
 from vadit.config import ImageDataSpec
-from vadit.data.folders import FolderSource
-from vadit.data.images import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
-from vadit.data.images_torch import pillow_decoder
-from vadit.data.loaders import open_images, open_loader
-from vadit.data.transforms import center_crop, to_rgb
-from vadit.errors import RunError, UsageError
-from vadit.prepare.images import PrepareSummary, prepare_images
+from vadit.images.backends import open_images, open_loader
+from vadit.images.folders import FolderSource
+from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
+from vadit.images.pillow import pillow_decoder
+from vadit.images.prepare.images import PrepareSummary, prepare_images
+from vadit.images.transforms import center_crop, to_rgb
+from vadit.runtime import rng
+from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 32
 DECODERS = ("torch", "dali")
@@ -61,7 +61,7 @@ def open_set(loader: str, folder: Path, **settings: object) -> ImageSet:
     """The images of a flat folder as the loader gets them."""
     source: ImageSource = FolderSource(folder)
     if loader == "webdataset":
-        from vadit.data.tar_shards import TarSource
+        from vadit.images.tar import TarSource
 
         shard = folder.with_name(folder.name + ".tar")
         source = TarSource(str(shard if shard.exists() else pack(folder, shard)))
@@ -73,7 +73,7 @@ def decoder_of(loader: str, images: ImageSet) -> Decoder:
     if loader != "dali":
         return pillow_decoder(images, 2)
     pytest.importorskip("nvidia.dali")
-    from vadit.data.images_dali import dali_decoder
+    from vadit.images.dali import dali_decoder
 
     return dali_decoder(images, 2, "cpu")
 

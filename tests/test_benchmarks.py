@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from vadit.config import DiTConfig, DiTSpec, EngineSpec, OptimizerSpec, TokenizerConfig
-from vadit.flops import dit_flops
+from vadit.estimate.flops import dit_flops
 from vadit.models.dit import LightningDiT
 from vadit.train.engine import Engine
 

@@ -14,17 +14,10 @@ import pytest
 import torch
 from beton_files import COUNT, decoded, picture, without_checksums, write
 
-from vadit.data.beton import (
-    IMAGE_FIELDS,
-    MIN_PAGE_SIZE,
-    BetonWriter,
-    EncodedImage,
-    Field,
-    encode_image,
-)
-from vadit.data.beton_latents import BetonLatents, write_latents
-from vadit.data.beton_source import BetonFile, BetonSource
-from vadit.errors import RunError, UsageError
+from vadit.images.beton import BetonFile, BetonSource
+from vadit.images.beton_writer import IMAGE_FIELDS, MIN_PAGE_SIZE, BetonWriter, EncodedImage, Field, encode_image
+from vadit.latents.beton import BetonLatents, write_latents
+from vadit.runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")

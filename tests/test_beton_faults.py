@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from beton_files import COUNT, FRONT, picture, without_checksums, write
 
-from vadit.data.beton import (
+from vadit.images.beton import BetonSource, jpeg_size
+from vadit.images.beton_writer import (
     ALLOCATION,
     FIELD,
     FOOTER,
@@ -24,9 +25,8 @@ from vadit.data.beton import (
     encode_image,
     row_type,
 )
-from vadit.data.beton_latents import BetonLatents
-from vadit.data.beton_source import BetonSource, jpeg_size
-from vadit.errors import RunError, UsageError
+from vadit.latents.beton import BetonLatents
+from vadit.runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from checkpoint_worker import SHARE, assert_same_end, flip, log, names
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit.config import OptimizerSpec
-from vadit.errors import RunError, UsageError
-from vadit.train import checkpoint, dit, loop, runs, tokenizer
+from vadit.runtime.errors import RunError, UsageError
+from vadit.train import dit, loop, runs, tokenizer
+from vadit.train.checkpoint import folder as checkpoint
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 

@@ -14,7 +14,7 @@ import pytest
 
 from vadit import cli
 from vadit.commands import train as train_command
-from vadit.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from guard_help import events, faulty, newest, same
 from torch import Tensor, nn
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 from vadit.train import dit, tokenizer
 from vadit.train.engine import Engine
 from vadit.train.guard import Guard

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from vadit.errors import UsageError
 from vadit.objectives import ddpm
-from vadit.solvers import sample_ddpm
+from vadit.runtime.errors import UsageError
+from vadit.sampling.solvers import sample_ddpm
 
 
 def _data(*shape: int, seed: int = 0) -> torch.Tensor:

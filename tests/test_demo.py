@@ -11,7 +11,7 @@ import pytest
 from vadit.demo import compare, run
 from vadit.demo.data import prepare
 from vadit.demo.options import DemoOptions
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 from vadit.train import dit
 
 TINY = run.Sizes(foundation=2, judge=2, tokenizer=4, generator=4, samples=64)

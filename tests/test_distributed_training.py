@@ -17,10 +17,10 @@ from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 from training_worker import LOOK
 
-from vadit.pictures import image_grid
-from vadit.sample import DECODE_BATCH, draw, to_uint8
+from vadit.images.grids import image_grid
+from vadit.sampling.draw import DECODE_BATCH, draw, to_uint8
+from vadit.train.checkpoint.export import load_autoencoder, load_generator
 from vadit.train.evaluation import quick_sampler
-from vadit.train.export import load_autoencoder, load_generator
 from vadit.train.runs import read_weights
 from vadit.train.watchdog import HANG_CODE
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vadit.config import DiTSpec
-from vadit.errors import RunError, UsageError
 from vadit.models.dit import LightningDiT
+from vadit.runtime.errors import RunError, UsageError
 
 BASE = DiTSpec(
     input_size=6, patch_size=1, in_channels=3, hidden_size=48, depth=2, num_heads=4, num_classes=5, class_dropout=0.1

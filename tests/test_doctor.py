@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vadit import cli, doctor
+from vadit import cli
+from vadit.runtime import doctor
 
 
 def install(folder: Path, name: str, version: str, packages: tuple[str, ...]) -> None:

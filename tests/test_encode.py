@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 
 from vadit.config import AutoencoderSpec, ImageDataSpec
-from vadit.data import safetensors_file
-from vadit.data.folders import FolderSource
-from vadit.data.images import ImageSet, Request
-from vadit.data.images_torch import decode
-from vadit.data.latent_shards import open_folder
-from vadit.data.latents import LatentDataset, LatentLoader
-from vadit.data.loaders import open_images
-from vadit.data.transforms import to_signed
-from vadit.encode import EncodeSummary, encode
-from vadit.errors import RunError, UsageError
+from vadit.images.backends import open_images
+from vadit.images.folders import FolderSource
+from vadit.images.loader import ImageSet, Request
+from vadit.images.pillow import decode
+from vadit.images.transforms import to_signed
+from vadit.latents.dataset import LatentDataset, LatentLoader
+from vadit.latents.encode import EncodeSummary, encode
+from vadit.latents.shards import open_folder
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
+from vadit.runtime import safetensors_file
+from vadit.runtime.errors import RunError, UsageError
 
 SIZE, NUM_IMAGES = 16, 11
 SPEC = AutoencoderSpec(

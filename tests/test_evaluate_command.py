@@ -15,14 +15,17 @@ from launched import free_port
 from PIL import Image
 from torch import Tensor
 
-from vadit import cli, distributed
+from vadit import cli
 from vadit.commands import evaluate
 from vadit.config import FoundationSpec
-from vadit.errors import RunError, UsageError
-from vadit.eval import reconstruction, samples, uniformity
+from vadit.eval import latents as uniformity
+from vadit.eval import samples
+from vadit.eval import tokenizer as reconstruction
 from vadit.eval.inception import InceptionFeatures
 from vadit.eval.metrics import frechet_distance, mean_and_covariance, squared_mmd
 from vadit.models.foundation import ImageSummary
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError, UsageError
 
 
 class SmallExtractor:

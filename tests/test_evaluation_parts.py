@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vadit import cli
 from vadit.config import FoundationSpec
-from vadit.errors import RunError, UsageError
-from vadit.eval import image_files, inception, metrics, samples, uniformity
+from vadit.eval import image_files, inception, metrics, samples
+from vadit.eval import latents as uniformity
 from vadit.eval.inception import InceptionFeatures
 from vadit.models.foundation import ImageSummary
+from vadit.runtime.errors import RunError, UsageError
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:

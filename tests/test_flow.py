@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vadit.config import FlowSpec
-from vadit.errors import UsageError
 from vadit.objectives import flow
+from vadit.runtime.errors import UsageError
 
 PATHS = ("linear", "gvp", "vp")
 

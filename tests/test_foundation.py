@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vadit.config import FoundationSpec
-from vadit.errors import RunError, UsageError
 from vadit.models import foundation
 from vadit.models.foundation import TIMM_NAMES, FoundationModel
+from vadit.runtime.errors import RunError, UsageError
 
 TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 DINO = "vit_small_patch14_dinov2"

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data.beton import FIELD, FOOTER, HEADER, IMAGE_FIELDS, BetonWriter, EncodedImage
-from vadit.data.beton_source import BetonSource
-from vadit.data.latent_shards import LatentSettings, LatentShardWriter, save_index
-from vadit.data.latents import compute_statistics, open_latents
-from vadit.data.tar_index import index_path
-from vadit.data.tar_shards import TarShardWriter, TarSource
-from vadit.errors import RunError, UsageError
+from vadit.images.beton import BetonSource
+from vadit.images.beton_writer import FIELD, FOOTER, HEADER, IMAGE_FIELDS, BetonWriter, EncodedImage
+from vadit.images.tar import TarShardWriter, TarSource
+from vadit.images.tar_index import index_path
+from vadit.latents.dataset import compute_statistics, open_latents
+from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
+from vadit.runtime.errors import RunError, UsageError
 
 
 def test_there_are_500_cases() -> None:

@@ -20,12 +20,12 @@ from image_files import encode, jpeg, photo, psnr
 from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases, in_time
 from PIL import Image
 
-from vadit.data.beton import IMAGE_FIELDS, BetonWriter, EncodedImage
-from vadit.data.beton_source import BetonSource
-from vadit.data.folders import FolderSource
-from vadit.data.images import Decoded, ImageSet, Request
-from vadit.data.images_torch import pillow_decoder
-from vadit.data.transforms import center_crop, to_rgb
+from vadit.images.beton import BetonSource
+from vadit.images.beton_writer import IMAGE_FIELDS, BetonWriter, EncodedImage
+from vadit.images.folders import FolderSource
+from vadit.images.loader import Decoded, ImageSet, Request
+from vadit.images.pillow import pillow_decoder
+from vadit.images.transforms import center_crop, to_rgb
 
 SIZE = 32
 JPEG_OPTIONS: list[dict[str, Any]] = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}]
@@ -178,12 +178,12 @@ def native_pixels(mode: str, path: Path, found: list[Case]) -> tuple[list[Any], 
 def native_worker(mode: str, path: str) -> None:
     """Decode every image of a folder or beton; said on the way: which one is begun."""
     if mode == "dali":
-        from vadit.data.images_dali import dali_decoder
+        from vadit.images.dali import dali_decoder
 
         images = ImageSet(FolderSource(path), SIZE)
         start = dali_decoder(images, 2, "cpu")
     else:
-        from vadit.data.images_ffcv import FfcvImageLoader
+        from vadit.images.ffcv import FfcvImageLoader
 
         images = ImageSet(BetonSource(path), SIZE)
         start = FfcvImageLoader(images, 4, num_workers=2)._decoder

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
 from vadit.config import DiTConfig, EngineSpec, GuardSpec, OptimizerSpec
-from vadit.data.stream import sample_ids
-from vadit.errors import RunError, UsageError
 from vadit.models.discriminator import _BatchNorm as BatchNorm
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.stream import sample_ids
 from vadit.train import dit, loop, tokenizer
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine

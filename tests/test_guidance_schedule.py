@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vadit import rng
 from vadit.config import SampleSpec
-from vadit.errors import UsageError
 from vadit.objectives import ddpm
-from vadit.sample import draw, sampler_name
-from vadit.solvers import Guidance, sample_ddpm, sample_ode, sample_sde
+from vadit.runtime import rng
+from vadit.runtime.errors import UsageError
+from vadit.sampling.draw import draw, sampler_name
+from vadit.sampling.solvers import Guidance, sample_ddpm, sample_ode, sample_sde
 
 
 class Net(nn.Module):

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from vadit.config import ImageDataSpec
-from vadit.data import loaders
-from vadit.data.folders import FolderSource
-from vadit.data.images import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
-from vadit.data.images_torch import decode, pillow_decoder
-from vadit.data.loaders import open_images, open_loader
-from vadit.data.transforms import center_crop
-from vadit.errors import RunError, UsageError
+from vadit.images import backends as loaders
+from vadit.images.backends import open_images, open_loader
+from vadit.images.folders import FolderSource
+from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
+from vadit.images.pillow import decode, pillow_decoder
+from vadit.images.transforms import center_crop
+from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 8
 

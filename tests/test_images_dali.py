@@ -18,16 +18,16 @@ from image_files import encode, jpeg, odd_files, photo, psnr, write_folder
 from PIL import Image
 
 from vadit.config import ImageDataSpec
-from vadit.data.folders import FolderSource, ppm
-from vadit.data.images import Decoded, ImageBatch, ImageLoader, ImageSet, Request
-from vadit.data.images_torch import decode
-from vadit.data.transforms import CropKind, apply_crop, plan_crop, to_rgb
-from vadit.errors import RunError, UsageError
+from vadit.images.folders import FolderSource, ppm
+from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request
+from vadit.images.pillow import decode
+from vadit.images.transforms import CropKind, apply_crop, plan_crop, to_rgb
+from vadit.runtime.errors import RunError, UsageError
 
 pytest.importorskip("nvidia.dali")
 
-from vadit.data import images_dali
-from vadit.data.images_dali import DaliDecoder, dali_decoder, jpeg_area, read_rgb, resample
+from vadit.images import dali as images_dali
+from vadit.images.dali import DaliDecoder, dali_decoder, jpeg_area, read_rgb, resample
 
 SIZE = 64
 MIN_PSNR = 50
@@ -325,9 +325,9 @@ def test_every_image_comes_once_per_epoch_with_its_pixels(photos: ImageSet) -> N
 
 def test_the_interpreter_ends_with_batches_in_flight(photos: ImageSet) -> None:
     program = f"""
-from vadit.data.folders import FolderSource
-from vadit.data.images import ImageLoader, ImageSet, Request
-from vadit.data.images_dali import DaliDecoder, dali_decoder
+from vadit.images.folders import FolderSource
+from vadit.images.loader import ImageLoader, ImageSet, Request
+from vadit.images.dali import DaliDecoder, dali_decoder
 images = ImageSet(FolderSource({photos.source.name!r}), 32)
 stream = ImageLoader(images, 4, decoder=dali_decoder(images, 2)).stream()
 next(stream)

@@ -19,15 +19,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vadit.data.beton import MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
-from vadit.data.beton_source import BetonSource
-from vadit.data.folders import DebugSource
-from vadit.data.images import ImageBatch, ImageLoader, ImageSet, Request
-from vadit.data.images_ffcv import FfcvImageLoader, why_not
-from vadit.data.images_torch import pillow_decoder
-from vadit.data.page_order import PageOrder
-from vadit.data.stream import sample_ids
-from vadit.errors import RunError, UsageError
+from vadit.images.beton import BetonSource
+from vadit.images.beton_writer import MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
+from vadit.images.ffcv import FfcvImageLoader, why_not
+from vadit.images.folders import DebugSource
+from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request
+from vadit.images.page_order import PageOrder
+from vadit.images.pillow import pillow_decoder
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.stream import sample_ids
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="ffcv is not installed")
 SIZE = 40
@@ -165,9 +165,9 @@ def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "torch.set_num_threads(2)\n"
-        "from vadit.data.beton_source import BetonSource\n"
-        "from vadit.data.images import ImageSet\n"
-        "from vadit.data.images_ffcv import FfcvImageLoader\n"
+        "from vadit.images.beton import BetonSource\n"
+        "from vadit.images.loader import ImageSet\n"
+        "from vadit.images.ffcv import FfcvImageLoader\n"
         f"loader = FfcvImageLoader(ImageSet(BetonSource(sys.argv[1]), {SIZE}), 5, num_workers=2)\n"
         "batches = loader.stream()\n"
         "print(next(batches).images.shape[0], torch.get_num_threads())\n"

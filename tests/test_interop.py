@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from vadit import interop
 from vadit.config import AutoencoderSpec, DiTSpec
-from vadit.errors import RunError, UsageError
+from vadit.models import interop
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
+from vadit.runtime.errors import RunError, UsageError
 
 LIGHTNING = DiTSpec(input_size=4, patch_size=1, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=6)
 PLAIN = dataclasses.replace(LIGHTNING, patch_size=2, swiglu=False, rope=False, rmsnorm=False)

@@ -11,12 +11,12 @@ from diffusers_files import GROUPS, LATENT, NEW_NAMES, OLD_NAMES, make_state, wr
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vadit import interop
 from vadit.commands import convert
 from vadit.commands.common import load_tokenizer
 from vadit.config import AutoencoderSpec
-from vadit.errors import RunError, UsageError
+from vadit.models import interop
 from vadit.models.autoencoder import Autoencoder
+from vadit.runtime.errors import RunError, UsageError
 
 
 def images(size: int = 16) -> Tensor:

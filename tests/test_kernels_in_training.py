@@ -9,8 +9,8 @@ import pytest
 import torch
 from training_plain import BATCH, PlainTokenizer, tiny_tokenizer
 
-from vadit.data.loaders import open_images, open_loader
-from vadit.data.transforms import to_signed
+from vadit.images.backends import open_images, open_loader
+from vadit.images.transforms import to_signed
 from vadit.kernels import dispatch
 from vadit.models.dit import LightningDiT
 from vadit.objectives import flow

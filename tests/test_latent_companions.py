@@ -16,17 +16,17 @@ from torch import Tensor
 
 from vadit.commands import encode as encode_command
 from vadit.config import AutoencoderSpec, DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
-from vadit.data.folders import FolderSource
-from vadit.data.images import ImageSet, Request
-from vadit.data.images_torch import decode
-from vadit.data.latent_companions import DEBUG_WIDTH
-from vadit.data.latent_shards import LatentShardWriter, open_folder, save_index
-from vadit.data.latents import LatentDataset, LatentLoader, LatentSource, compute_statistics, open_latents
-from vadit.data.transforms import to_signed
-from vadit.encode import encode
-from vadit.errors import RunError, UsageError
+from vadit.images.folders import FolderSource
+from vadit.images.loader import ImageSet, Request
+from vadit.images.pillow import decode
+from vadit.images.transforms import to_signed
+from vadit.latents.companions import DEBUG_WIDTH
+from vadit.latents.dataset import LatentDataset, LatentLoader, LatentSource, compute_statistics, open_latents
+from vadit.latents.encode import encode
+from vadit.latents.shards import LatentShardWriter, open_folder, save_index
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
+from vadit.runtime.errors import RunError, UsageError
 
 COUNT, SIDE, WIDTH, IMAGE_SIDE = 11, 4, 3, 16
 MODEL = DiTSpec(input_size=SIDE, patch_size=2, in_channels=CHANNELS, num_classes=CLASSES)

@@ -15,12 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vadit import rng
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data import safetensors_file
-from vadit.data.latent_shards import LatentShardWriter
-from vadit.data.latents import DebugLatents, LatentDataset, LatentLoader, compute_statistics, open_latents
-from vadit.errors import RunError, UsageError
+from vadit.latents.dataset import DebugLatents, LatentDataset, LatentLoader, compute_statistics, open_latents
+from vadit.latents.shards import LatentShardWriter
+from vadit.runtime import rng, safetensors_file
+from vadit.runtime.errors import RunError, UsageError
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from latent_files import moments_folder, reference_folder
 
-from vadit import rng
-from vadit.data.latent_noise import NoiseScratch, row_keys
-from vadit.data.latents import LatentDataset, LatentLoader
-from vadit.data.order import Order
-from vadit.data.stream import sample_ids
+from vadit.latents.dataset import LatentDataset, LatentLoader
+from vadit.latents.noise import NoiseScratch, row_keys
+from vadit.runtime import rng
+from vadit.runtime.order import Order
+from vadit.runtime.stream import sample_ids
 
 
 def test_posterior_noise_is_standard_normal_and_independent() -> None:
@@ -88,9 +88,9 @@ def test_memory_of_batches_is_used_again(tmp_path: Path) -> None:
 
 def test_many_files_are_mapped_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = reference_folder(tmp_path)[0]
-    monkeypatch.setattr("vadit.data.latent_rows.MAX_MAPS", 2)
-    monkeypatch.setattr("vadit.data.latent_rows.MAX_MAPPED_BYTES", 500)  # and let go of again and again
-    monkeypatch.setattr("vadit.data.latent_rows.COLD_ROW_S", 0.0)  # as if from a slow disk
+    monkeypatch.setattr("vadit.latents.rows.MAX_MAPS", 2)
+    monkeypatch.setattr("vadit.latents.rows.MAX_MAPPED_BYTES", 500)  # and let go of again and again
+    monkeypatch.setattr("vadit.latents.rows.COLD_ROW_S", 0.0)  # as if from a slow disk
     dataset = LatentDataset(tmp_path, normalize=False, flip=False)
     for seed in range(3):
         ids = torch.randperm(13, generator=torch.Generator().manual_seed(seed))
@@ -99,7 +99,7 @@ def test_many_files_are_mapped_a_few_at_a_time(tmp_path: Path, monkeypatch: pyte
 
 
 def test_order_worked_out_ahead_is_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vadit.data.order.ORDER_AHEAD", 7)
+    monkeypatch.setattr("vadit.runtime.order.ORDER_AHEAD", 7)
     order, n = Order(23), 23
     for start, stop, step in ((0, 6, 2), (6, 12, 2), (12, 18, 2), (18, 30, 2), (3, 4, 1), (40, 52, 3), (22, 23, 1)):
         positions = torch.arange(start, stop, step)

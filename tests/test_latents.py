@@ -12,12 +12,10 @@ from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_fold
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vadit import rng
 from vadit.commands import encode
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.data.beton_latents import write_latents
-from vadit.data.latent_shards import open_shard
-from vadit.data.latents import (
+from vadit.latents.beton import write_latents
+from vadit.latents.dataset import (
     DebugLatents,
     LatentDataset,
     LatentLoader,
@@ -25,7 +23,9 @@ from vadit.data.latents import (
     load_statistics,
     open_latents,
 )
-from vadit.errors import UsageError
+from vadit.latents.shards import open_shard
+from vadit.runtime import rng
+from vadit.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -93,7 +93,7 @@ def test_our_shards_are_plain_safetensors_with_metadata(tmp_path: Path) -> None:
 
 def test_statistics_are_those_of_all_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents, flipped, _ = reference_folder(tmp_path, stats=False)
-    monkeypatch.setattr("vadit.data.latent_statistics.STATISTICS_CHUNK", 3)
+    monkeypatch.setattr("vadit.latents.statistics.STATISTICS_CHUNK", 3)
     statistics = compute_statistics(tmp_path)
     everything = torch.cat([latents, flipped]).double()
     mean = everything.mean(dim=(0, 2, 3), keepdim=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES = 450
+MAX_LINES = 550
 FOLDERS = {"benchmarks", "csrc", "docs", "kernels", "launch", "tests", "vadit"}
 DOCUMENTS = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 FILES = {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vadit.errors import RunError, UsageError
 from vadit.models.lpips import LPIPS, _vgg_features
+from vadit.runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
-from vadit.errors import UsageError
 from vadit.models.dit import LightningDiT
 from vadit.models.masked import (
     MDT,
@@ -27,6 +26,7 @@ from vadit.models.masked import (
 )
 from vadit.objectives import flow, masked
 from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
 
 SPEC = DiTSpec(
     input_size=8, patch_size=2, in_channels=3, hidden_size=48, depth=3, num_heads=4, num_classes=5, class_dropout=0.0

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from training_plain import BATCH, logged, tiny_dit
 
-from vadit import rng
 from vadit.config import DiTConfig, MaskSpec
-from vadit.data.latents import LatentLoader, open_latents
-from vadit.errors import UsageError
-from vadit.interop import save_reference
+from vadit.latents.dataset import LatentLoader, open_latents
+from vadit.models.interop import save_reference
 from vadit.models.masked import MDT, MaskDiT, build_generator
 from vadit.objectives import ddpm, flow, masked
-from vadit.solvers import sample_ode
-from vadit.train import dit, export, runs
+from vadit.runtime import rng
+from vadit.runtime.errors import UsageError
+from vadit.sampling.solvers import sample_ode
+from vadit.train import dit, runs
+from vadit.train.checkpoint import export
 
 MASKDIT = MaskSpec(kind="maskdit", ratio=0.5, decoder_depth=1, decoder_width=32, decoder_heads=2)
 MDT_MASK = MaskSpec(kind="mdt", ratio=0.3, decoder_depth=1)

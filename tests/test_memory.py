@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vadit import memory
 from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig
+from vadit.estimate import memory
 from vadit.recipes import get_recipe
 
 TOLERANCE = 0.15
@@ -166,7 +166,7 @@ def train(config: Config) -> int:
     """Train two steps (Adam's moments come in the first) with the trainer's own parts; bytes allocated at the peak."""
     from vadit.train import dit, loop, tokenizer
     from vadit.train import engine as engines
-    from vadit.train.checkpoint import Position
+    from vadit.train.checkpoint.folder import Position
 
     torch.set_num_threads(1)
     engines.start(torch.device("cpu"))

@@ -15,8 +15,8 @@ import torch
 
 import vadit
 from vadit import cli
-from vadit.arguments import _flags, parse
 from vadit.commands import convert, encode, evaluate, prepare, report, sample, train
+from vadit.commands.arguments import _flags, parse
 from vadit.config import (
     DiTConfig,
     DiTSpec,
@@ -29,11 +29,11 @@ from vadit.config import (
     TokenizerConfig,
     TokenizerLossSpec,
 )
-from vadit.config_files import save_config
+from vadit.config.files import save_config
 from vadit.demo.options import DemoOptions
-from vadit.errors import UsageError
 from vadit.kernels import dispatch
 from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
 from vadit.train import runs
 
 PACKAGE = Path(vadit.__file__).parent

@@ -7,7 +7,6 @@ import pytest
 import scipy.linalg
 import torch
 
-from vadit.errors import UsageError
 from vadit.eval.metrics import (
     FeatureMoments,
     frechet_distance,
@@ -17,6 +16,7 @@ from vadit.eval.metrics import (
     precision_recall,
     softmax,
 )
+from vadit.runtime.errors import UsageError
 
 
 def random_covariance(width: int, seed: int) -> np.ndarray:

@@ -18,12 +18,13 @@ import pytest
 import torch
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
-from vadit import memory
 from vadit.config import DiTConfig, EngineSpec, OptimizerSpec
-from vadit.errors import UsageError
+from vadit.estimate import memory
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
-from vadit.train import dit, engine, export, float8, optimizers, runs, tokenizer
+from vadit.runtime.errors import UsageError
+from vadit.train import dit, engine, float8, optimizers, runs, tokenizer
+from vadit.train.checkpoint import export
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ import torch
 from launched import free_port
 from safetensors.torch import load_file
 
-from vadit import rng
-from vadit.train import checkpoint
-from vadit.train.shard_layout import Shares, average_name, gaps
+from vadit.runtime import rng
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint.shares import Shares, average_name, gaps
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
 Layout = tuple[int, int]

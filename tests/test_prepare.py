@@ -19,14 +19,14 @@ from prepared import SIZE, content, fill, prepare
 from tar_files import write_tar
 
 from vadit.config import ImageDataSpec
-from vadit.data.beton_source import BetonSource
-from vadit.data.folders import FolderSource
-from vadit.data.images import ImageSet, ImageSource
-from vadit.data.images_torch import decode
-from vadit.data.loaders import open_images
-from vadit.data.tar_shards import TarSource
-from vadit.data.transforms import to_rgb
-from vadit.errors import RunError, UsageError
+from vadit.images.backends import open_images
+from vadit.images.beton import BetonSource
+from vadit.images.folders import FolderSource
+from vadit.images.loader import ImageSet, ImageSource
+from vadit.images.pillow import decode
+from vadit.images.tar import TarSource
+from vadit.images.transforms import to_rgb
+from vadit.runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(name: str, folder: Path,
 KILLED = """
 import os, signal, sys
 from vadit.config import ImageDataSpec
-from vadit.prepare.images import prepare_images
+from vadit.images.prepare.images import prepare_images
 def progress(title, done, total):
     if done >= 64:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -230,7 +230,7 @@ def test_what_was_written_is_compared_with_the_source(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification finds what a bug of the writers would do."""
-    from vadit.data.tar_shards import TarShardWriter
+    from vadit.images.tar import TarShardWriter
 
     original = TarShardWriter.add
     change: Callable[[bytes, int], tuple[bytes, int]]

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from tar_files import write_tar
 
 from vadit import cli
-from vadit.data.latent_statistics import compute_statistics
-from vadit.data.latents import LatentDataset
-from vadit.errors import RunError, UsageError
-from vadit.prepare import images as prepare_module
+from vadit.images.prepare import images as prepare_module
+from vadit.latents.dataset import LatentDataset
+from vadit.latents.statistics import compute_statistics
+from vadit.runtime.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 
 from vadit import cli
 from vadit.config import Config, DiTConfig, TokenizerConfig
-from vadit.config_files import from_dict, load_run_config, to_dict
-from vadit.errors import UsageError
+from vadit.config.files import from_dict, load_run_config, to_dict
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, RECIPES, SHORT_NAMES, get_recipe
+from vadit.runtime.errors import UsageError
 
 SIZES = {
     "model": {"input_size", "hidden_size", "depth", "num_heads", "num_classes"},
@@ -348,7 +348,7 @@ def test_switches_beyond_the_paper_are_off_in_its_recipes() -> None:
 
 
 def test_metrics_are_named_after_the_recipes_own_sampler() -> None:
-    from vadit.sample import sampler_name
+    from vadit.sampling.draw import sampler_name
 
     unnamed = set()
     for name in PAPER_RECIPES:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadit.errors import UsageError
-from vadit.eval import reconstruction
+from vadit.eval import tokenizer as reconstruction
 from vadit.eval.metrics import frechet_distance, mean_and_covariance
+from vadit.runtime.errors import UsageError
 
 
 @dataclass

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vadit.errors import UsageError
-from vadit.pictures import image_grid, reconstruction_pairs
+from vadit.images.grids import image_grid, reconstruction_pairs
 from vadit.report.charts import Chart, Curve, Series, reduce_curve, short_number, svg
 from vadit.report.log import read_log
 from vadit.report.page import Section, write_report
 from vadit.report.sections import quantity_charts
+from vadit.runtime.errors import UsageError
 
 
 def write_log(path: Path, count: int) -> Path:

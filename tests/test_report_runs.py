@@ -14,7 +14,7 @@ from PIL import Image
 
 from vadit.cli import main
 from vadit.config import Config, DiTConfig, RunSpec, StageSpec, TokenizerConfig
-from vadit.config_files import save_config
+from vadit.config.files import save_config
 from vadit.recipes import get_recipe
 from vadit.report.charts import Chart, Curve, Series, spots
 from vadit.report.charts import axes as axes_of

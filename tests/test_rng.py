@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vadit import rng
+from vadit.runtime import rng
 
 
 @pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 100, 1000, 1023, 1024, 1025, 20_001])

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import vadit.sample as sampling
+import vadit.sampling.draw as sampling
 from vadit.config import DiTSpec, SampleSpec
-from vadit.errors import RunError, UsageError
-from vadit.sample import draw, sample_labels, sampler_name, to_uint8, write_samples
+from vadit.runtime.errors import RunError, UsageError
+from vadit.sampling.draw import draw, sample_labels, sampler_name, to_uint8, write_samples
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vadit.errors import RunError, UsageError
 from vadit.eval import inception as inception_module
 from vadit.eval import samples
 from vadit.eval.inception import Inception, InceptionFeatures
 from vadit.eval.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
+from vadit.runtime.errors import RunError, UsageError
 
 
 def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:

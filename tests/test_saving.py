@@ -20,10 +20,12 @@ from checkpoint_worker import SHARE, log, names
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
-from vadit.errors import RunError
-from vadit.metrics import RunLog
-from vadit.train import checkpoint, dit, saving
-from vadit.train.saving import Saving, TensorFile
+from vadit.runtime.errors import RunError
+from vadit.runtime.run_log import RunLog
+from vadit.train import dit
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import save as saving
+from vadit.train.checkpoint.save import Saving, TensorFile
 
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
 

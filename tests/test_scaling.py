@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vadit import flops as vadit_flops
 from vadit.config import DiTConfig, TokenizerConfig
+from vadit.estimate import flops as vadit_flops
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe

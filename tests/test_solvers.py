@@ -11,9 +11,9 @@ from torch import nn
 
 from vadit import kernels
 from vadit.config import FlowSpec
-from vadit.errors import RunError, UsageError
 from vadit.objectives import flow
-from vadit.solvers import sample_ode, sample_sde, time_grid
+from vadit.runtime.errors import RunError, UsageError
+from vadit.sampling.solvers import sample_ode, sample_sde, time_grid
 
 MEAN, STD = 1.5, 0.5
 

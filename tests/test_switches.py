@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec
-from vadit.errors import UsageError
 from vadit.models.dit import LightningDiT
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import flow, regularisers
 from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
 from vadit.train import dit as trainer
-from vadit.train import export, optimizers, runs
+from vadit.train import optimizers, runs
+from vadit.train.checkpoint import export
 
 SPEC = DiTSpec(input_size=4, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5, class_dropout=0.0)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tar_files import Members, blob, bytes_of, samples, with_checksum, write_shard, write_tar
 
-from vadit.data.tar_index import BLOCK, index_path
-from vadit.data.tar_shards import TarSource
-from vadit.errors import RunError, UsageError
+from vadit.images.tar import TarSource
+from vadit.images.tar_index import BLOCK, index_path
+from vadit.runtime.errors import RunError, UsageError
 
 
 def link(name: str) -> tarfile.TarInfo:

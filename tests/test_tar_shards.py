@@ -17,10 +17,11 @@ import pytest
 from full_disk import room_for
 from tar_files import blob, bytes_of, samples, with_checksum, write_shard, write_tar
 
-from vadit.data import tar_index, tar_shards
-from vadit.data.tar_index import BLOCK, index_path, split_name
-from vadit.data.tar_shards import TarShardWriter, TarSource, expand, find_shards, shard_name
-from vadit.errors import RunError, UsageError
+from vadit.images import tar as tar_shards
+from vadit.images import tar_index
+from vadit.images.tar import TarShardWriter, TarSource, expand, find_shards, shard_name
+from vadit.images.tar_index import BLOCK, index_path, split_name
+from vadit.runtime.errors import RunError, UsageError
 
 # ------------------------------------------------------------------------------------------------ what is read
 

@@ -17,12 +17,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from training_plain import tiny_dit, tiny_tokenizer
 
-from vadit import flops, metrics
 from vadit.config import DiTConfig, EvaluationSpec, MaskSpec, SampleSpec
-from vadit.errors import RunError, UsageError
+from vadit.estimate import flops
 from vadit.models.dit import LightningDiT
 from vadit.models.masked import build_generator
 from vadit.recipes import get_recipe
+from vadit.runtime import run_log as metrics
+from vadit.runtime.errors import RunError, UsageError
 from vadit.train import dit, evaluation, meter, runs, tokenizer
 from vadit.train.tracker import Tracker
 
@@ -365,11 +366,11 @@ def test_looks_change_no_bit_of_a_tokenizers_training(straight: Path, tmp_path: 
     same_training(tmp_path, straight / "tokenizer")
     found = lines(tmp_path)
     assert [line["images"] for line in found] == [4, 8, 12]
-    from vadit.data.images import Request
-    from vadit.data.images_torch import decode
-    from vadit.data.loaders import open_images
-    from vadit.eval.reconstruction import psnr, reconstruct, to_pixels
-    from vadit.train.export import load_autoencoder
+    from vadit.eval.tokenizer import psnr, reconstruct, to_pixels
+    from vadit.images.backends import open_images
+    from vadit.images.loader import Request
+    from vadit.images.pillow import decode
+    from vadit.train.checkpoint.export import load_autoencoder
 
     images, network = open_images(config.data, config.autoencoder.image_size), load_autoencoder(tmp_path)
     values = []

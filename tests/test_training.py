@@ -18,10 +18,12 @@ from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_to
 from vadit.config import EngineSpec, OptimizerSpec, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
-from vadit.train import checkpoint, dit, export, loop, runs, tokenizer
+from vadit.train import dit, loop, runs, tokenizer
+from vadit.train.checkpoint import export
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint.shares import Shares
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import MAX_BUCKET, Engine, deepspeed_config
-from vadit.train.shard_layout import Shares
 
 CPU = torch.device("cpu")
 

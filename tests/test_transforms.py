@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vadit.data import transforms
+from vadit.images import transforms
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

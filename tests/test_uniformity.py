@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vadit.errors import UsageError
-from vadit.eval import uniformity
+from vadit.eval import latents as uniformity
+from vadit.runtime.errors import UsageError
 
 
 def test_equal_densities_are_perfectly_uniform() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 from vadit.train import watchdog
 from vadit.train.watchdog import HANG_CODE, Watchdog, judge
 from vadit.train.watchdog_peers import Standing
@@ -107,10 +107,10 @@ def test_the_one_that_lags_is_named() -> None:
     ("file", "waits"),
     [
         ("vadit/train/meter.py", True),  # reads on the host what NCCL is to deliver
-        ("vadit/distributed.py", True),
+        ("vadit/runtime/distributed.py", True),
         ("site-packages/deepspeed/runtime/utils.py", True),
         ("torch/distributed/distributed_c10d.py", True),
-        ("vadit/data/latents.py", False),
+        ("vadit/latents/dataset.py", False),
         ("threading.py", False),
     ],
 )

@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit import rng
 from vadit.config import DiTConfig, TokenizerConfig
-from vadit.data.latents import LatentLoader, open_latents
-from vadit.data.loaders import open_images, open_loader
-from vadit.data.transforms import to_signed
+from vadit.images.backends import open_images, open_loader
+from vadit.images.transforms import to_signed
+from vadit.latents.dataset import LatentLoader, open_latents
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.dit import LightningDiT
 from vadit.models.foundation import FoundationModel
 from vadit.objectives import flow
 from vadit.recipes import get_recipe
+from vadit.runtime import rng
 from vadit.train import runs
 from vadit.train.engine import Engine
 

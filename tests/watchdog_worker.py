@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vadit.errors import RunError
+from vadit.runtime.errors import RunError
 from vadit.train import watchdog
 from vadit.train.watchdog import Watchdog
 

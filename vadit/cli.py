@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from vadit.errors import RunError, UsageError, leave_for_torchrun
+from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
 
 COMMANDS = {
     "demo": "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes",
@@ -169,7 +169,7 @@ def _sentence(error: BaseException) -> str:
 def _say(text: str) -> None:
     """One line on stderr, from every process that has something to say, with its rank where there are several.
 
-    Mistakes in settings are the same on all processes; `vadit.arguments.told_once` lets only rank 0 tell them.
+    Mistakes in settings are the same on all processes; `vadit.commands.arguments.told_once` lets only rank 0 tell them.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 from vadit.commands.common import print_table
 from vadit.config import Config, TokenizerConfig
-from vadit.errors import UsageError
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
 from vadit.recipes.measured import best, throughputs
+from vadit.runtime.errors import UsageError
 
 RECIPES_HELP = "List the recipes and what they reproduce; with words, those that hold each of them (table1, xl, mae)."
 NUM_GPUS = 8
@@ -20,7 +20,7 @@ METRIC_WIDTH = 36
 def doctor_command(arguments: list[str]) -> None:
     """Print what the doctor finds."""
     _no_settings("doctor", arguments, "Say which accelerations this machine has, and how to get the others.")
-    from vadit.doctor import examine, report
+    from vadit.runtime.doctor import examine, report
 
     print_table(report(examine()))
 

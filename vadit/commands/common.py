@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ Device = Literal["auto", "cuda", "cpu"]
 
 def load_tokenizer(path: str, device: torch.device) -> Autoencoder:
     """The autoencoder of a run or an exported folder, for use and not for training."""
-    from vadit.train.export import load_autoencoder
+    from vadit.train.checkpoint.export import load_autoencoder
 
     return load_autoencoder(path).to(device).eval().requires_grad_(False)
 
@@ -38,7 +38,7 @@ def image_size(autoencoder: Autoencoder, size: int | None) -> int:
 @contextlib.contextmanager
 def processes(choice: str) -> Iterator[Any]:
     """The device of this process, its kernels tried out; under a launcher, inside a process group."""
-    from vadit import choices, distributed
+    from vadit.runtime import choices, distributed
 
     device = distributed.device(choice)
     for kernel in choices.kernels(device):
@@ -68,7 +68,7 @@ def print_table(renderable: Any) -> None:
 
 def tell(text: str) -> None:
     """Print from the first process alone."""
-    from vadit import distributed
+    from vadit.runtime import distributed
 
     if distributed.is_main():
         print(text)

@@ -8,10 +8,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 from vadit.config import DiTConfig
-from vadit.config_files import load_run_config
-from vadit.errors import UsageError
+from vadit.config.files import load_run_config
+from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class ExportOptions:
 def import_command(arguments: list[str]) -> None:
     """Turn somebody else's checkpoint into a folder of ours."""
     options = parse(ImportOptions, arguments, command="import")
-    from vadit.interop import import_checkpoint
-    from vadit.interop_diffusers import published_scale
+    from vadit.models.interop import import_checkpoint
+    from vadit.models.interop_diffusers import published_scale
 
     kind = import_checkpoint(
         options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
@@ -60,9 +60,9 @@ def import_command(arguments: list[str]) -> None:
 def export_command(arguments: list[str]) -> None:
     """Write a run's network, or turn an exported one into the authors' format."""
     options = parse(ExportOptions, arguments, command="export")
-    from vadit.interop import export_reference, save_reference
+    from vadit.models.interop import export_reference, save_reference
     from vadit.models.pretrained import WEIGHTS_NAME
-    from vadit.train.export import export_run, load_autoencoder, load_generator
+    from vadit.train.checkpoint.export import export_run, load_autoencoder, load_generator
 
     exported = (Path(options.run) / WEIGHTS_NAME).is_file()
     if exported and options.format == "vadit":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 
 
 def run(arguments: list[str]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes, tell
 from vadit.config import FoundationSpec, ImageDataSpec
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> None:
     """Encode, or compute statistics alone."""
     options = parse(EncodeOptions, arguments, command="encode")
     if options.stats_only is not None:
-        from vadit.data.latent_statistics import compute_statistics, statistics_path
+        from vadit.latents.statistics import compute_statistics, statistics_path
 
         statistics = compute_statistics(
             options.stats_only,
@@ -88,11 +88,11 @@ def run(arguments: list[str]) -> None:
     for name in ("tokenizer", "images", "out"):
         if not getattr(options, name):
             raise UsageError(f"vadit encode needs --{name}; `vadit encode --help` explains")
-    from vadit import choices
-    from vadit.data.images import describe_classes
-    from vadit.data.loaders import open_decoder, open_images
-    from vadit.encode import encode
-    from vadit.metrics import ProgressBar
+    from vadit.images.backends import open_decoder, open_images
+    from vadit.images.loader import describe_classes
+    from vadit.latents.encode import encode
+    from vadit.runtime import choices
+    from vadit.runtime.run_log import ProgressBar
 
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)

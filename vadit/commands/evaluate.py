@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec, SampleSpec
-from vadit.config_files import from_dict
-from vadit.errors import RunError, UsageError, write_fault
-from vadit.files import whole_file
+from vadit.config.files import from_dict
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,8 @@ def run(arguments: list[str]) -> None:
 
 def _evaluate_samples(arguments: list[str]) -> None:
     options = parse(EvaluateSamplesOptions, arguments, command="evaluate samples")
-    from vadit import distributed
     from vadit.eval.samples import SampleEvaluator
+    from vadit.runtime import distributed
 
     sets = _sample_sets(options)
     device = distributed.device(options.device)
@@ -217,7 +217,7 @@ def _sampler_of(sampler: str, samples: str) -> str:
         return sampler
     for folder in (Path(samples), Path(samples).parent):
         if (folder / "settings.json").is_file():
-            from vadit.sample import sampler_name
+            from vadit.sampling.draw import sampler_name
 
             file = folder / "settings.json"
             noted = json.loads(file.read_text())
@@ -229,11 +229,11 @@ def _sampler_of(sampler: str, samples: str) -> str:
 
 def _evaluate_tokenizer(arguments: list[str]) -> None:
     options = parse(EvaluateTokenizerOptions, arguments, command="evaluate tokenizer")
-    from vadit.data.images import load_in_order
-    from vadit.data.images_torch import pillow_decoder
-    from vadit.data.loaders import open_images
     from vadit.eval.inception import Inception
-    from vadit.eval.reconstruction import evaluate_tokenizer, share_of_images
+    from vadit.eval.tokenizer import evaluate_tokenizer, share_of_images
+    from vadit.images.backends import open_images
+    from vadit.images.loader import load_in_order
+    from vadit.images.pillow import pillow_decoder
 
     seeds = _seeds(options.seed, options.seeds)
     if len(seeds) > 1 and options.posterior == "mode":
@@ -283,13 +283,13 @@ def _evaluate_latents(arguments: list[str]) -> None:
     options = parse(EvaluateLatentsOptions, arguments, command="evaluate latents")
     from functools import partial
 
-    from vadit.eval.uniformity import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
+    from vadit.eval.latents import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
 
     draw: Callable[[int, int], Any]
     if Path(options.latents).is_file() and Path(options.latents).suffix != ".beton":
         draw = partial(draw_vectors, read_vectors(options.latents))
     else:
-        from vadit.data.latents import LatentDataset
+        from vadit.latents.dataset import LatentDataset
 
         # The channel statistics of the whole folder are divided out by the data set itself.
         draw = partial(folder_vectors, LatentDataset(options.latents, flip=False))
@@ -311,11 +311,11 @@ def _evaluate_latents(arguments: list[str]) -> None:
 
 def _make_reference(arguments: list[str]) -> None:
     options = parse(MakeReferenceOptions, arguments, command="evaluate make-reference")
-    from vadit import distributed
-    from vadit.data.images import load_in_order
-    from vadit.data.images_torch import pillow_decoder
-    from vadit.data.loaders import open_images
     from vadit.eval.samples import write_reference
+    from vadit.images.backends import open_images
+    from vadit.images.loader import load_in_order
+    from vadit.images.pillow import pillow_decoder
+    from vadit.runtime import distributed
 
     device = distributed.device(options.device)
     images = open_images(ImageDataSpec(path=options.images), options.image_size)
@@ -339,7 +339,7 @@ def _tell(
     out: str | None,
 ) -> None:
     """Print a table of means over seeds from the first process, and write metrics.json where one is wanted."""
-    from vadit import distributed
+    from vadit.runtime import distributed
 
     if not distributed.is_main():
         return

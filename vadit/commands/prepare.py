@@ -9,9 +9,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 from vadit.config import ImageDataSpec
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 NAMED_BAD = 10
 NAMED_CLASSES = 5
@@ -76,8 +76,8 @@ def run(arguments: list[str]) -> None:
 
 def _prepare_images(arguments: list[str]) -> None:
     options = parse(PrepareImagesOptions, arguments, command="prepare images")
-    from vadit.metrics import ProgressBar
-    from vadit.prepare.images import prepare_images
+    from vadit.images.prepare.images import prepare_images
+    from vadit.runtime.run_log import ProgressBar
 
     spec = ImageDataSpec(
         path=options.source,
@@ -124,8 +124,8 @@ def _prepare_images(arguments: list[str]) -> None:
 
 def _prepare_latents(arguments: list[str]) -> None:
     options = parse(PrepareLatentsOptions, arguments, command="prepare latents")
-    from vadit.metrics import ProgressBar
-    from vadit.prepare.latents import prepare_latents
+    from vadit.latents.prepare import prepare_latents
+    from vadit.runtime.run_log import ProgressBar
 
     with ExitStack() as stack:
         bars: list[ProgressBar] = []

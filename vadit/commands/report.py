@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 
 
 @dataclass(frozen=True, kw_only=True)

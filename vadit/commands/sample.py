@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from vadit.arguments import parse
+from vadit.commands.arguments import parse
 from vadit.commands.common import Device, load_tokenizer, processes, tell
 from vadit.config import DiTConfig, FlowSpec, SampleSpec
-from vadit.config_files import load_run_config
-from vadit.errors import UsageError
+from vadit.config.files import load_run_config
+from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ def run(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, command="sample", default=default)
     import torch
 
-    from vadit.data.latents import load_statistics
-    from vadit.metrics import ProgressBar
-    from vadit.sample import write_samples
-    from vadit.train.export import load_generator
+    from vadit.latents.dataset import load_statistics
+    from vadit.runtime.run_log import ProgressBar
+    from vadit.sampling.draw import write_samples
+    from vadit.train.checkpoint.export import load_generator
 
     if options.guide and options.sampler.cfg_scale == 1:
         raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> None:
                 raise UsageError("vadit sample needs --latents, a folder with latents_stats.pt, or --no-normalize")
             statistics = load_statistics(options.latents, channels)
             mean, std = statistics.mean, statistics.std
-        from vadit import distributed
+        from vadit.runtime import distributed
 
         with ProgressBar("sample", -(-options.num_samples // distributed.world_size())) as bar:
             files = write_samples(

@@ -11,13 +11,13 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from vadit.arguments import parse, told_once
 from vadit.commands.about import recipe_table
+from vadit.commands.arguments import parse, told_once
 from vadit.commands.common import print_table
 from vadit.config import DiTConfig, TokenizerConfig
-from vadit.config_files import to_dict
-from vadit.errors import UsageError
+from vadit.config.files import to_dict
 from vadit.recipes import RECIPES, get_recipe
+from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
             f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
         )
     else:
-        from vadit import distributed
+        from vadit.runtime import distributed
 
         with told_once():  # by one process for all
             distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
@@ -102,8 +102,8 @@ def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
-    from vadit import distributed
-    from vadit.memory import estimate
+    from vadit.estimate.memory import estimate
+    from vadit.runtime import distributed
 
     if options.world_size is not None and options.world_size < 1:
         raise UsageError(f"--world-size is {options.world_size}; it must be at least 1")

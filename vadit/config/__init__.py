@@ -15,7 +15,7 @@ from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
 from vadit.config.training import EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 __all__ = [
     "AutoencoderSpec",

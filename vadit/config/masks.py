@@ -5,7 +5,7 @@ from __future__ import annotations
 from vadit.config.networks import DiTSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec
 from vadit.config.training import EngineSpec
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 
 def check_masks(mask: MaskSpec, model: DiTSpec, flow: FlowSpec, repa: RepaSpec, engine: EngineSpec) -> None:

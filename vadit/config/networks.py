@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from vadit import rng
 from vadit.config import (
     AutoencoderSpec,
     DiTConfig,
@@ -33,22 +32,23 @@ from vadit.config import (
     TokenizerConfig,
     TokenizerLossSpec,
 )
-from vadit.data.latents import LatentDataset
-from vadit.data.loaders import open_images
 from vadit.demo import networks, report
 from vadit.demo.compare import run_comparison
 from vadit.demo.data import SIZE, DemoData, prepare
 from vadit.demo.options import DemoOptions
-from vadit.encode import encode
-from vadit.errors import UsageError
-from vadit.eval.reconstruction import evaluate_tokenizer, reconstruct, to_pixels
+from vadit.eval.latents import latent_uniformity
 from vadit.eval.samples import feature_metrics
-from vadit.eval.uniformity import latent_uniformity
-from vadit.metrics import ProgressBar, console
+from vadit.eval.tokenizer import evaluate_tokenizer, reconstruct, to_pixels
+from vadit.images.backends import open_images
+from vadit.latents.dataset import LatentDataset
+from vadit.latents.encode import encode
 from vadit.models.foundation import FoundationModel
-from vadit.sample import sampler_name, write_samples
+from vadit.runtime import rng
+from vadit.runtime.errors import UsageError
+from vadit.runtime.run_log import ProgressBar, console
+from vadit.sampling.draw import sampler_name, write_samples
 from vadit.train import dit, tokenizer
-from vadit.train.export import load_autoencoder, load_generator
+from vadit.train.checkpoint.export import load_autoencoder, load_generator
 
 GUIDED_SCALE = 2.5
 UNIFORMITY_VECTORS = 800

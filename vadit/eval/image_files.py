@@ -14,7 +14,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vadit.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 # Left out in silence, they would leave the scores of a part of a set.
 _OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")

@@ -16,7 +16,7 @@ from scipy.linalg.lapack import dpstrf
 from scipy.special import logsumexp, xlogy
 from torch import Tensor
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 Array = np.ndarray | Tensor
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.errors import RunError, UsageError, write_fault
 from vadit.eval.image_files import ImageSource, open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
@@ -35,7 +34,8 @@ from vadit.eval.metrics import (
     precision_recall,
     squared_mmd,
 )
-from vadit.files import whole_file
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
 
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
@@ -67,7 +67,7 @@ class SampleMetrics:
     """Frechet distance in DINOv2 ViT-L/14 features of the class token (Stein et al. 2023)."""
 
     def named(self, sampler: str) -> dict[str, float]:
-        """The numbers by names that carry count and sampler (`vadit.sample.sampler_name`): fid50k_euler249_..."""
+        """The numbers by names that carry count and sampler (`sampler_name`): fid50k_euler249_..."""
         values = {
             "fid": self.fid,
             "sfid": self.sfid,

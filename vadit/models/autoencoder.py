@@ -1,7 +1,7 @@
 """The LDM / VQGAN-KL autoencoder (Rombach et al. 2022), which VA-VAE trains with the VF loss.
 
 State-dict names are LDM's (encoder.down.0.block.0.norm1, decoder.mid.attn_1, quant_conv, ...), so the released
-tokenizers load without renaming (`vadit.interop`).
+tokenizers load without renaming (`vadit.models.interop`).
 
 Shapes: B batch, C image channels, H W image rows and columns, E features of a level, h w a level's rows and columns,
 N = h w, d latent channels.
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vadit.config import AutoencoderSpec
-from vadit.errors import UsageError
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
+from vadit.runtime.errors import UsageError
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)

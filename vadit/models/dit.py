@@ -1,6 +1,6 @@
 """LightningDiT (Yao et al. 2025, arXiv 2501.01423) and, with its switches off, the plain DiT (Peebles & Xie 2023).
 
-State-dict names are those of the authors' code, so their checkpoints load without renaming (`vadit.interop`).
+State-dict names are those of the authors' code, so their checkpoints load without renaming (`vadit.models.interop`).
 
 Shapes: B batch, C latent channels, h w latent rows and columns, N tokens, p patch side, D hidden size, H heads,
 K head width, F MLP width, S 256 timestep frequencies.
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vadit.config import DiTSpec
-from vadit.errors import UsageError
 from vadit.kernels import is_exact, rms_norm, rope, rope_qkv, swiglu
 from vadit.models.attention import Attend, torch_attention
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
+from vadit.runtime.errors import UsageError
 
 TIME_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vadit.config import FoundationSpec
-from vadit.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 TIMM_NAMES = {
     "dinov2": "vit_large_patch14_dinov2.lvd142m",

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vadit.errors import UsageError
 from vadit.models.pretrained import read_weights
+from vadit.runtime.errors import UsageError
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_PUBLISHED_AT = "https://download.pytorch.org/models/"

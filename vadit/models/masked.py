@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vadit.config import DiTSpec, MaskSpec
-from vadit.config_files import load_config, save_config
-from vadit.errors import RunError, write_fault
+from vadit.config.files import load_config, save_config
 from vadit.kernels import rope_qkv
 from vadit.models.dit import (
     Attention,
@@ -35,6 +34,7 @@ from vadit.models.dit import (
     sincos_positions,
 )
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec
+from vadit.runtime.errors import RunError, write_fault
 
 MASK_NAME = "mask.json"
 """File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vadit.config_files import load_config, save_config
-from vadit.errors import RunError, UsageError, write_fault
-from vadit.files import whole_file
+from vadit.config.files import load_config, save_config
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

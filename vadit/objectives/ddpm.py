@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 NUM_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vadit.config import FlowSpec
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 Path = Literal["linear", "gvp", "vp"]
 Prediction = Literal["velocity", "noise", "score"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit.errors import UsageError
+from vadit.runtime.errors import UsageError
 
 
 def alignment_loss(projected_BNF: Tensor, features_BFhw: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import partial
 
 from vadit.config import Config
-from vadit.errors import UsageError
 from vadit.recipes import beyond, generators, peers, table1, tokenizers
 from vadit.recipes.debug import debug_twin
 from vadit.recipes.sizes import DIT_SIZES
+from vadit.runtime.errors import UsageError
 
 __all__ = ["DIT_SIZES", "PAPER_RECIPES", "RECIPES", "SHORT_NAMES", "get_recipe"]
 

@@ -1,7 +1,7 @@
 """Recipes of LightningDiT (arXiv 2501.01423): the system of Table 3, and the generators of Tables 2, 4 and 5.
 
-A metric's name holds the count of samples and the sampler as `vadit.sample.sampler_name` writes it. The authors call
-the sampler of Table 3 "250 steps": linspace(0, 1, 250), which is 249 of them, and so euler249 here.
+A metric's name holds the count of samples and the sampler as `vadit.sampling.draw.sampler_name` writes it. The authors
+call the sampler of Table 3 "250 steps": linspace(0, 1, 250), which is 249 of them, and so euler249 here.
 """
 
 from __future__ import annotations

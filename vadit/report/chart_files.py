@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vadit.files import whole_file
 from vadit.report.charts import MAX_POINTS, Axes, Chart, axes, spots
+from vadit.runtime.files import whole_file
 
 _DPI = 150
 _POINTS = 0.75

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vadit.errors import UsageError
 from vadit.report.charts import Curve
+from vadit.runtime.errors import UsageError
 
 _NOT_CURVES = ("images", "step")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vadit.errors import UsageError
-from vadit.files import whole_file
 from vadit.report.charts import Chart, short_number, svg
+from vadit.runtime.errors import UsageError
+from vadit.runtime.files import whole_file
 
 MAX_PICTURE_BYTES = 2_400_000
 """All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from vadit.config import Config, DiTConfig, RepaSpec
-from vadit.config_files import load_run_config
-from vadit.errors import UsageError
+from vadit.config.files import load_run_config
 from vadit.recipes import get_recipe
 from vadit.report.charts import Curve
 from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
+from vadit.runtime.errors import UsageError
 
 HEADLINE = "lightningdit-xl-64ep"
 EPOCHS = 64

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vadit.errors import UsageError
 from vadit.recipes.sizes import DIT_SIZES
 from vadit.recipes.tokenizers import TOKENIZERS
 from vadit.report.charts import Chart, Curve, Series, short_number
@@ -30,6 +29,7 @@ from vadit.report.runs import (
     read_runs,
     speedup,
 )
+from vadit.runtime.errors import UsageError
 
 GRIDS_PER_RUN = 4
 """Sample grids of a run on the page: the first, the last, and between them."""

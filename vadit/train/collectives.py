@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-from vadit import distributed
+from vadit.runtime import distributed
 from vadit.train.meter import Stopwatch
 
 _COLLECTIVES = (

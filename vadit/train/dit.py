@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadit import choices, distributed, flops, rng
-from vadit.choices import Choice
 from vadit.config import DiTConfig
-from vadit.data.latent_companions import Companion
-from vadit.data.latents import LatentLoader, open_latents
-from vadit.data.transforms import to_signed
+from vadit.estimate import flops
+from vadit.images.transforms import to_signed
+from vadit.latents.companions import Companion
+from vadit.latents.dataset import LatentLoader, open_latents
 from vadit.models import attention
 from vadit.models.dit import Attention, LightningDiT
 from vadit.models.foundation import FoundationModel
 from vadit.models.masked import MaskedDiT, build_generator
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import ddpm, flow, masked, regularisers
+from vadit.runtime import choices, distributed, rng
+from vadit.runtime.choices import Choice
 from vadit.train import float8, loop, runs
-from vadit.train.checkpoint import Position
+from vadit.train.checkpoint.folder import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import generator_evaluation

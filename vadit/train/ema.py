@@ -2,7 +2,7 @@
 
 ema <- decay * ema + (1 - decay) * weights, on this process's share only: no communication, 4 bytes per weight and
 decay over the number of processes. The network's bf16 copies are never the source: their rounding would swallow
-steps of 1e-4. Checkpoints keep each process's share as it is; `vadit.train.shard_layout` puts them together.
+steps of 1e-4. Checkpoints keep each process's share as it is; `vadit.train.checkpoint.shares` puts them together.
 """
 
 from __future__ import annotations

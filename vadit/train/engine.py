@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit import distributed
 from vadit.config import EngineSpec, OptimizerSpec
-from vadit.errors import UsageError
+from vadit.runtime import distributed
+from vadit.runtime.errors import UsageError
 from vadit.train import collectives, optimizers
-from vadit.train.shard_layout import Piece, cut_each, cut_row, gaps
+from vadit.train.checkpoint.shares import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""

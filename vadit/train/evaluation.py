@@ -23,24 +23,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vadit import distributed
 from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
-from vadit.data.images import ImageSet
-from vadit.errors import RunError, UsageError, write_fault
 from vadit.eval.metrics import count_name
-from vadit.eval.reconstruction import psnr, reconstruct, to_pixels
 from vadit.eval.samples import SampleScorer, spread
-from vadit.files import whole_file
-from vadit.metrics import RunLog, console
+from vadit.eval.tokenizer import psnr, reconstruct, to_pixels
+from vadit.images.grids import image_grid, reconstruction_pairs
+from vadit.images.loader import ImageSet
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
-from vadit.pictures import image_grid, reconstruction_pairs
-from vadit.sample import DECODE_BATCH, GROUP, draw, sampler_name, spare_points
-from vadit.train.checkpoint import Position
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
+from vadit.runtime.run_log import RunLog, console
+from vadit.sampling.draw import DECODE_BATCH, GROUP, draw, sampler_name, spare_points
+from vadit.train.checkpoint.export import load_autoencoder
+from vadit.train.checkpoint.folder import Position
+from vadit.train.checkpoint.shares import Piece
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
-from vadit.train.export import load_autoencoder
-from vadit.train.shard_layout import Piece
 
 Beat = Callable[[], None]
 
@@ -329,7 +329,7 @@ class _Reconstructions:
     """Images and what becomes of them, and their PSNR; the posterior's mean is decoded."""
 
     def __init__(self, config: TokenizerConfig, images: ImageSet, device: torch.device) -> None:
-        from vadit.data.loaders import open_decoder
+        from vadit.images.backends import open_decoder
 
         self._config, self._images, self._device = config, images, device
         self._count = min(config.evaluation.grid_images, len(images))
@@ -339,7 +339,7 @@ class _Reconstructions:
         return Autoencoder(self._config.autoencoder)
 
     def make(self, network: nn.Module, beat: Beat) -> Made:
-        from vadit.data.images import load_in_order
+        from vadit.images.loader import load_in_order
 
         assert isinstance(network, Autoencoder), "made by network()"
         places = spread(len(self._images), self._count).tolist()

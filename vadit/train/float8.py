@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit import distributed
-from vadit.choices import Choice, first_line, quiet_torchao
+from vadit.runtime import distributed
+from vadit.runtime.choices import Choice, first_line, quiet_torchao
 
 SETTING = "engine.float8"
 LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")

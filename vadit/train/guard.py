@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadit import distributed
 from vadit.config import GuardSpec
-from vadit.errors import RunError, write_fault
-from vadit.metrics import console
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.run_log import console
 from vadit.train.engine import Engine
 
 QUANTILE = 0.9

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from vadit import distributed
 from vadit.config import OptimizerSpec, RunSpec
-from vadit.errors import RunError
-from vadit.metrics import ProgressBar, RunLog, console
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError
+from vadit.runtime.run_log import ProgressBar, RunLog, console
 from vadit.train import collectives
-from vadit.train.checkpoint import Checkpoints, Position
+from vadit.train.checkpoint.folder import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
 from vadit.train.guard import Guard, StopRequest, not_finite
@@ -67,9 +67,9 @@ class Task:
     step: Callable[[Iterator[Any], Position], dict[str, torch.Tensor]]
     """Take batches, step through the guard; returns the terms of the loss as scalars on the device."""
     flops_per_image: float | None = None
-    """Of a step (`vadit.flops.training_flops`)."""
+    """Of a step (`vadit.estimate.flops.training_flops`)."""
     peak_flops: float | None = None
-    """Of one GPU, per second (`vadit.flops.peak_flops`); None where nobody knows it."""
+    """Of one GPU, per second (`vadit.estimate.flops.peak_flops`); None where nobody knows it."""
     evaluation: Evaluation | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vadit import distributed
+from vadit.runtime import distributed
 
 
 class Meter:

@@ -2,7 +2,7 @@
 
 Each is tried at start-up (built, and one step on a small tensor of the run's device). Where that fails, torch's AdamW
 takes its place and one line says why. The state of one kind is of no use to another: a checkpoint records which kind
-wrote it, and a resumed run that would end up with another one is refused (`vadit.train.checkpoint`).
+wrote it, and a resumed run that would end up with another one is refused (`vadit.train.checkpoint.folder`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from vadit import distributed
-from vadit.choices import Choice, first_line, quiet_torchao
 from vadit.config import OptimizerSpec
-from vadit.errors import UsageError
+from vadit.runtime import distributed
+from vadit.runtime.choices import Choice, first_line, quiet_torchao
+from vadit.runtime.errors import UsageError
 
 SETTING = "optimizer.kind"
 TORCH = "adamw"

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit import choices, distributed, rng
-from vadit.choices import Choice
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig
-from vadit.config_files import load_run_config, save_config, to_dict
-from vadit.errors import UsageError
-from vadit.metrics import console
-from vadit.train import checkpoint
-from vadit.train.shard_layout import Shares, average_name, has_network
+from vadit.config.files import load_run_config, save_config, to_dict
+from vadit.runtime import choices, distributed, rng
+from vadit.runtime.choices import Choice
+from vadit.runtime.errors import UsageError
+from vadit.runtime.run_log import console
+from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint.shares import Shares, average_name, has_network
 
 # Settings that may change between two starts of the same run.
 _FREE = (

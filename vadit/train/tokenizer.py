@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vadit import choices, distributed, flops, rng
 from vadit.config import TokenizerConfig, TokenizerLossSpec
-from vadit.data.loaders import SETTING, open_images, open_loader
-from vadit.data.transforms import to_signed
-from vadit.metrics import console
+from vadit.estimate import flops
+from vadit.images.backends import SETTING, open_images, open_loader
+from vadit.images.transforms import to_signed
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.autoencoder import AttentionBlock, ResBlock
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
 from vadit.objectives import tokenizer as objective
+from vadit.runtime import choices, distributed, rng
+from vadit.runtime.run_log import console
 from vadit.train import loop, runs
-from vadit.train.checkpoint import Position
+from vadit.train.checkpoint.folder import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import tokenizer_evaluation

@@ -21,8 +21,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from vadit import distributed
-from vadit.errors import RunError, UsageError, leave_for_torchrun
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
 from vadit.train.watchdog_peers import Hub, Link, Peers, Standing, master_address
 
 HANG_CODE = 75

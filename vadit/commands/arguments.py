@@ -1,0 +1,112 @@
+"""Settings from the command line: tyro reads them, this module turns every refusal into one sentence.
+
+Each settings dataclass gives a flag per field (`--optimizer.lr`), its docstring the help and its default the default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from vadit.runtime.errors import UsageError
+
+T = TypeVar("T")
+
+
+def parse(
+    kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = ""
+) -> T:
+    """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits."""
+    with told_once(), _one_sentence(kind, command):
+        options: dict[str, Any] = {} if default is None else {"default": default}
+        return tyro.cli(
+            kind,
+            prog=f"vadit {command}",
+            description=description or kind.__doc__,
+            args=list(arguments),
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Let only the first process tell a mistake that all of them see."""
+    try:
+        yield
+    except UsageError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+@contextlib.contextmanager
+def _one_sentence(kind: type, command: str) -> Iterator[None]:
+    """Raise a UsageError where tyro would print a box and exit; under a tyro without that hook the box stays."""
+    try:
+        from tyro import _errors as events
+    except ImportError:
+        yield
+        return
+
+    def refuse(event: Any) -> None:
+        argument: Any = getattr(event, "argument", None)
+        flag = "" if argument is None else argument.lowered.name_or_flags[-1]
+        match event:
+            case events.UnrecognizedArgs():
+                raise UsageError(_unknown(kind, event.tokens[0], command))
+            case events.MissingArgs():
+                missing = [each.arg for each in event.missing_arguments]
+                names = ", ".join(each.lowered.name_or_flags[-1] for each in missing)
+                raise UsageError(f"vadit {command} needs {names}; `vadit {command} --help` explains")
+            case events.InvalidChoice():
+                near = difflib.get_close_matches(event.value, event.choices, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"{flag} is {event.value!r}; it must be one of {', '.join(event.choices)}{hint}")
+            case events.BadValue():
+                raise UsageError(f"{flag} needs {argument.lowered.metavar} after it; `vadit {command} --help` explains")
+            case events.InstantiationFailure():
+                raise UsageError(f"{flag}: {event.message}" if flag else event.message)
+
+    with events.on_parse_error(refuse):
+        yield
+
+
+def _unknown(kind: type, token: str, command: str) -> str:
+    if not token.startswith("-"):
+        return f"unexpected argument {token!r}; write settings as --name value (`vadit {command} --help` lists them)"
+    given = token.split("=")[0].replace("_", "-")
+    if given.startswith("--no-") and "." in given:  # as other programs have it; here the no stands before the last part
+        group, _, last = given.removeprefix("--no-").rpartition(".")
+        given = f"--{group}.no-{last}"
+    flags = list(_flags(kind))
+    # Someone who writes --lr means --optimizer.lr: the last part counts before the spelling of the whole.
+    same_end = [flag for flag in flags if flag.rsplit(".", 1)[-1].lstrip("-") == given.rsplit(".", 1)[-1].lstrip("-")]
+    near = [given] if given in flags else same_end or difflib.get_close_matches(given, flags, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown setting {token.split('=')[0]}; {hint}`vadit {command} --help` lists them"
+
+
+def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every flag that the fields of dataclass `kind` give."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        notes = getattr(hint, "__metadata__", ())
+        if tyro.conf.Positional in notes:
+            continue
+        unnamed = any(getattr(note, "name", None) == "" for note in notes)
+        plain = typing.get_args(hint)[0] if notes else hint
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(plain):
+            yield from _flags(plain, prefix if unnamed else f"{name}.")
+        elif plain is bool:
+            yield from (f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}")
+        else:
+            yield f"--{name}"

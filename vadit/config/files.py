@@ -1,0 +1,81 @@
+"""Configs on disk: JSON written whole or not at all, read with every unknown key and wrong type named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a config as JSON, whole or not at all."""
+    path = Path(path)
+    try:
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
+
+
+def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
+    """A config of type `kind` from plain values; unknown keys and wrong types are named, together with `origin`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _refuse_unknown(kind, values, origin, prefix="")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{origin}: {where}: {first['msg']} (found {first['input']!r})") from None
+
+
+def load_config(kind: type[T], path: str | Path) -> T:
+    """Read what `save_config` wrote."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; name a folder that holds {path.name}") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    return from_dict(kind, values, origin=str(path))
+
+
+def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
+    """The config of a run folder, tokenizer or generator."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{run} is no run folder: {path} does not exist")
+    kind = json.loads(path.read_text()).get("kind")
+    if kind not in ("tokenizer", "dit"):
+        raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")
+    return load_config(TokenizerConfig, path) if kind == "tokenizer" else load_config(DiTConfig, path)
+
+
+def _refuse_unknown(kind: Any, values: Any, origin: str, prefix: str) -> None:
+    if not dataclasses.is_dataclass(kind) or not isinstance(values, dict):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise UsageError(f"{origin}: unknown setting {prefix}{key}{hint}")
+        _refuse_unknown(hints[key], value, origin, prefix=f"{prefix}{key}.")

@@ -1,0 +1,234 @@
+"""How evenly a tokenizer spreads its latents: the three numbers of the paper's Table 6.
+
+Protocol: latent vectors (one random position of each of n random images, channels normalised) go to two dimensions by
+t-SNE (perplexity 30, 1000 iterations); a Gaussian kernel density (Scott's rule) is evaluated at the points themselves;
+of these n densities: coefficient of variation, Gini coefficient, entropy over log2 n; mean over draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.stats import gaussian_kde
+from torch import Tensor
+
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import whole_file
+
+PERPLEXITY = 30.0
+ITERATIONS = 1000
+READ_AT_ONCE = 256
+"""Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
+
+
+@dataclass(frozen=True)
+class Uniformity:
+    """Lower cv and gini, higher entropy: more uniform."""
+
+    density_cv: float
+    gini: float
+    normalized_entropy: float
+    """1 for equal densities."""
+
+
+def coefficient_of_variation(values: np.ndarray) -> float:
+    """Standard deviation over mean of positive values (n,)."""
+    return float(values.std() / values.mean())
+
+
+def gini_coefficient(values: np.ndarray) -> float:
+    """Mean absolute difference of all pairs over twice the mean, of values >= 0 (n,): 0 equal, (n-1)/n all in one."""
+    n = len(values)
+    ranks = np.arange(1, n + 1)
+    return float(2 * (ranks * np.sort(values)).sum() / (n * values.sum()) - (n + 1) / n)
+
+
+def normalized_entropy(values: np.ndarray) -> float:
+    """Entropy of values >= 0 (n,), scaled to sum 1, over log2 n: 1 equal, 0 all in one."""
+    shares = values / values.sum()
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum() / np.log2(len(values)))
+
+
+def latent_vectors(
+    latents: Tensor, num_vectors: int, *, mean: Tensor | None = None, std: Tensor | None = None, seed: int = 0
+) -> np.ndarray:
+    """One random position of each of `num_vectors` random images of `latents` (N, C, h, w): float64 (num_vectors, C).
+
+    Channels are normalised by `mean` and `std` (C values each, of the latent data set), by default those of `latents`.
+    """
+    if latents.ndim != 4:
+        raise UsageError(f"latents must have shape (N, C, h, w), found {tuple(latents.shape)}")
+    num_images, channels, height, width = latents.shape
+    images, positions = _random_places(num_images, height * width, num_vectors, seed)
+    vectors = latents.flatten(2)[images, :, positions].double().cpu()
+    if mean is None:
+        mean = latents.double().mean(dim=(0, 2, 3))
+    if std is None:
+        std = latents.double().std(dim=(0, 2, 3))
+        std = torch.where(std == 0, 1.0, std)  # a channel that never changes says nothing, and divides nothing
+    return ((vectors - mean.cpu().double().reshape(1, channels)) / std.cpu().double().reshape(1, channels)).numpy()
+
+
+def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Different images and a position in each, int64 (num_vectors,)."""
+    if not 1 <= num_vectors <= num_images:
+        raise UsageError(
+            f"--num-vectors is {num_vectors}, and there are latents of {num_images} images, one vector from each; set "
+            f"--num-vectors {num_images} or less (t-SNE needs more than {3 * PERPLEXITY:g})"
+        )
+    generator = np.random.default_rng(seed)
+    images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
+    return images, torch.from_numpy(generator.integers(num_positions, size=num_vectors))
+
+
+def point_densities(points: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density (Scott's rule) of points (n, 2) at the points themselves, (n,)."""
+    return gaussian_kde(points.T, bw_method="scott")(points.T)
+
+
+def uniformity(points_2d: np.ndarray) -> Uniformity:
+    """The three numbers of points (n, 2), from their densities at the points themselves."""
+    points = np.asarray(points_2d, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+        raise UsageError(f"uniformity needs at least 3 finite points (n, 2), found shape {points.shape}")
+    if np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
+        raise UsageError("the points lie on a line or on one another, where a density in two dimensions has no value")
+    densities = point_densities(points)
+    return Uniformity(coefficient_of_variation(densities), gini_coefficient(densities), normalized_entropy(densities))
+
+
+def embed(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE (Table 6's settings) of latent vectors (n, C) to points (n, 2), float64."""
+    from sklearn.manifold import TSNE  # a second to import
+
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise UsageError(
+            f"latent vectors must be finite and of shape (n, C), found {vectors.shape} with "
+            f"{int((~np.isfinite(vectors)).sum())} values that are NaN or infinite; look at the tokenizer"
+        )
+    if len(vectors) <= 3 * PERPLEXITY:
+        raise UsageError(
+            f"--num-vectors is {len(vectors)}; t-SNE with perplexity {PERPLEXITY:g} needs more than "
+            f"{3 * PERPLEXITY:g} latent vectors: raise --num-vectors, or name latents of more images"
+        )
+    if vectors.std(axis=0).max() == 0:
+        raise UsageError("all latent vectors are equal; the tokenizer has collapsed")
+    tsne = TSNE(n_components=2, perplexity=PERPLEXITY, max_iter=ITERATIONS, random_state=seed)
+    return tsne.fit_transform(vectors).astype(np.float64)
+
+
+def evaluate_latents(vectors: np.ndarray, seed: int = 0) -> Uniformity:
+    """The three numbers of one draw of latent vectors (n, C), t-SNE included."""
+    return uniformity(embed(vectors, seed))
+
+
+def mean_uniformity(results: Sequence[Uniformity]) -> Uniformity:
+    """Mean of each number over draws."""
+    return Uniformity(
+        density_cv=float(np.mean([result.density_cv for result in results])),
+        gini=float(np.mean([result.gini for result in results])),
+        normalized_entropy=float(np.mean([result.normalized_entropy for result in results])),
+    )
+
+
+def latent_uniformity(
+    latents: Tensor,
+    *,
+    num_vectors: int = 10_000,
+    draws: int = 10,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    seed: int = 0,
+) -> Uniformity:
+    """Mean over `draws` of the three numbers of `num_vectors` vectors of latents (N, C, h, w).
+
+    The defaults are Table 6's; latents of fewer images need a smaller `num_vectors`.
+    """
+    if draws < 1:
+        raise UsageError(f"draws is {draws}; it must be at least 1")
+    return mean_uniformity(
+        [
+            evaluate_latents(latent_vectors(latents, num_vectors, mean=mean, std=std, seed=number), number)
+            for number in range(seed, seed + draws)
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read_vectors(path: str | Path) -> Tensor:
+    """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
+    path = Path(path)
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+            found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            value = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = value if isinstance(value, dict) else {path.stem: value}
+    except Exception as error:  # each of the formats fails in its own ways on damaged bytes
+        raise RunError(f"{path} cannot be read as a tensor ({str(error).splitlines()[0]}); write it again") from None
+    two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
+    if len(two) != 1:
+        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+        raise UsageError(f"{path} must hold one tensor of shape (N, C), found {shapes}")
+    return next(iter(two.values()))
+
+
+def draw_vectors(vectors: Tensor, num_vectors: int, seed: int) -> np.ndarray:
+    """`num_vectors` of vectors (N, C) at random, normalised by channel."""
+    return latent_vectors(vectors[:, :, None, None], num_vectors, seed=seed)
+
+
+class LatentImages(Protocol):
+    """A set of latents that can be read in part, normalised by channel: `vadit.latents.dataset.LatentDataset`."""
+
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, ...]: ...
+
+
+def folder_vectors(latents: LatentImages, num_vectors: int, seed: int) -> np.ndarray:
+    """One random position of each of `num_vectors` random latents, which alone are read: float64 (num_vectors, C)."""
+    images, positions = _random_places(len(latents), latents.size**2, num_vectors, seed)
+    parts = []
+    for ids, places in zip(images.split(READ_AT_ONCE), positions.split(READ_AT_ONCE), strict=True):
+        flat = latents.batch(ids, epoch=0, seed=seed)[0].flatten(2)
+        parts.append(flat[torch.arange(len(ids)), :, places].double().cpu())
+    return torch.cat(parts).numpy()
+
+
+def draw_picture(points: np.ndarray, path: str | Path) -> None:
+    """A PNG of t-SNE points (n, 2), coloured by their density (as the paper's figure of the latents)."""
+    from matplotlib.figure import Figure
+
+    densities = point_densities(points)
+    order = np.argsort(densities)  # the densest on top
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        points[order, 0],
+        points[order, 1],
+        c=densities[order],
+        s=max(1.0, 4000 / len(points)),
+        cmap="viridis",
+        linewidths=0,
+    )
+    axes.set(xticks=[], yticks=[], aspect="equal")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(path)) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -1,0 +1,207 @@
+"""How well a tokenizer gives images back: PSNR, SSIM, LPIPS and rFID, as the paper's Table 2 states them.
+
+The latent is one posterior sample per image (as the authors evaluate); its noise is a function of the image's position
+alone. Networks see groups of GROUP images, whole ones always, and scores are summed in the images' order, so that the
+numbers depend on no batch size and no number of processes, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vadit.eval.metrics import FeatureMoments, count_name, frechet_distance
+from vadit.runtime import distributed, rng
+from vadit.runtime.errors import UsageError
+
+
+class _Posterior(Protocol):
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def std(self) -> Tensor: ...
+
+
+class Tokenizer(Protocol):
+    """What is evaluated: `vadit.models.autoencoder.Autoencoder`, or anything with the same two methods."""
+
+    def encode(self, x: Tensor, /) -> _Posterior: ...
+
+    def decode(self, z: Tensor, /) -> Tensor: ...
+
+
+GROUP = 32
+"""Images that the networks see together."""
+SSIM_WINDOW = 11
+"""Side of SSIM's Gaussian window in pixels (sigma 1.5)."""
+
+
+@dataclass(frozen=True)
+class ReconstructionMetrics:
+    """Means over images."""
+
+    num_images: int
+    psnr: float
+    """dB, per image, on uint8 pixels (range 0..255) of all channels; infinite where an image came back exactly."""
+    ssim: float
+    """Gaussian window 11x11, sigma 1.5, on images clamped to [-1, 1] (range 2)."""
+    lpips: float | None
+    """On images clamped to [-1, 1]; the network is the caller's (the paper: VGG)."""
+    rfid: float | None
+    """Frechet distance to the very images given, in the caller's features (the paper: Inception's pool_3)."""
+
+    def named(self) -> dict[str, float | None]:
+        """The numbers by name; a distance carries its number of images: rfid50k."""
+        return {
+            "psnr": self.psnr,
+            "ssim": self.ssim,
+            "lpips": self.lpips,
+            f"rfid{count_name(self.num_images)}": self.rfid,
+        }
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8: 127.5 x + 128, clamped and truncated; the inverse of `to_unit_range` on every pixel value."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstruct(
+    autoencoder: Tokenizer,
+    pixels: Tensor,
+    first: int,
+    *,
+    posterior: Literal["sample", "mode"] = "sample",
+    seed: int = 0,
+) -> Tensor:
+    """Reconstructions, about in [-1, 1], of images uint8 (B, 3, H, W) at positions first, first + 1, ... of a set."""
+    encoded = autoencoder.encode(to_unit_range(pixels))
+    latent = encoded.mean
+    if posterior == "sample":
+        ids = range(first, first + len(pixels))
+        noise = rng.normal(rng.fold(seed, "reconstruction"), list(ids), latent.shape[1:])
+        latent = latent + encoded.std * noise.to(latent)
+    return autoencoder.decode(latent).float()
+
+
+def psnr(pixels: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each of B pairs of uint8 images (B, ...), shape (B,), float64."""
+    errors = (pixels.double() - others.double()).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(255.0**2 / errors)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each of B pairs of images in [-1, 1] (B, C, H, W), shape (B,)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
+
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise UsageError(
+            f"SSIM's window has {SSIM_WINDOW} pixels, the images are {images.shape[-1]}x{images.shape[-2]}; "
+            f"evaluate images of at least {SSIM_WINDOW} pixels"
+        )
+    values = structural_similarity_index_measure(
+        images, others, kernel_size=SSIM_WINDOW, sigma=1.5, data_range=(-1.0, 1.0), reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(len(images))
+
+
+def share_of_images(num_images: int) -> list[int]:
+    """The images that this process evaluates: whole groups, which go to the processes in turn."""
+    groups = range(distributed.rank(), -(-num_images // GROUP), distributed.world_size())
+    return [index for group in groups for index in range(group * GROUP, min((group + 1) * GROUP, num_images))]
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    autoencoder: Tokenizer,
+    batches: Iterable[Tensor],
+    *,
+    ids: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    posterior: Literal["sample", "mode"] = "sample",
+    seed: int = 0,
+) -> ReconstructionMetrics:
+    """Encode and decode uint8 images (B, 3, H, W) in batches of any size, and compare.
+
+    `ids` names the images by their places in the whole set: a process's `share_of_images`, by default 0, 1, ...
+    `lpips(x, y)` takes images in [-1, 1] and gives B values; `features(uint8 images)` gives (B, D). The autoencoder and
+    both functions are on `device` and in evaluation mode. Under a launcher every process gets the numbers of all.
+    """
+    places: list[int] = []
+    rows: list[Tensor] = []
+    pairs: list[Tensor] = []
+    for number, group in enumerate(_groups(batches)):
+        first = number * GROUP if ids is None else ids[number * GROUP]
+        # The last bits of a convolution depend on how many images it gets: the last group is filled up.
+        filled = torch.cat([group, group[-1:].expand(GROUP - len(group), -1, -1, -1)]).to(device)
+        decoded = reconstruct(autoencoder, filled, first, posterior=posterior, seed=seed)
+        if decoded.shape != filled.shape:
+            raise UsageError(
+                f"images of shape {tuple(group.shape)} came back as {(len(group), *decoded.shape[1:])}; "
+                "their side must be a multiple of the tokenizer's downsample ratio"
+            )
+        restored, clamped, original = to_pixels(decoded), decoded.clamp(-1, 1), to_unit_range(filled)
+        scores = [psnr(filled, restored), ssim(clamped, original)]
+        if lpips is not None:
+            scores.append(lpips(decoded, original).reshape(GROUP))  # not clamped: the authors' numbers are so
+        rows.append(torch.stack([score.double().cpu() for score in scores], dim=1)[: len(group)])
+        if features is not None:
+            pairs.append(torch.stack([features(filled).float(), features(restored).float()], dim=1)[: len(group)].cpu())
+        places += range(first, first + len(group))
+    scores_NS = _all_rows(places, rows, device)
+    if not len(scores_NS):
+        raise UsageError("there are no images to evaluate; name a folder that holds some")
+    rfid = None
+    if features is not None:
+        pairs_N2D = _all_rows(places, pairs, device)
+        rfid = frechet_distance(*_moments(pairs_N2D[:, 0]), *_moments(pairs_N2D[:, 1]))
+    means = scores_NS.mean(dim=0).tolist()
+    return ReconstructionMetrics(
+        num_images=len(scores_NS),
+        psnr=means[0],
+        ssim=means[1],
+        lpips=None if lpips is None else means[2],
+        rfid=rfid,
+    )
+
+
+def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The images of batches of any size in groups of GROUP; the last one may be shorter."""
+    waiting: Tensor | None = None
+    for batch in batches:
+        if batch.dtype != torch.uint8 or batch.ndim != 4:
+            raise UsageError(f"evaluation needs uint8 images (B, 3, H, W), found {batch.dtype} {tuple(batch.shape)}")
+        waiting = batch if waiting is None else torch.cat([waiting, batch])
+        while len(waiting) >= GROUP:
+            yield waiting[:GROUP]
+            waiting = waiting[GROUP:]
+    if waiting is not None and len(waiting):
+        yield waiting
+
+
+def _all_rows(places: list[int], rows: list[Tensor], device: str | torch.device) -> Tensor:
+    """Rows (n, ...) of all processes in the order of their places in the set."""
+    own = torch.cat(rows) if rows else torch.zeros(0)
+    order, values = distributed.all_rows(torch.tensor(places, dtype=torch.int64), own, torch.device(device))
+    return values[order.argsort()]
+
+
+def _moments(features_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    moments = FeatureMoments()
+    for part in features_ND.split(1024):
+        moments.update(part)
+    return moments.result()

@@ -1,0 +1,187 @@
+"""Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vadit.config import ImageDataSpec
+from vadit.images.folders import DebugSource, FolderSource
+from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
+from vadit.images.pillow import decode, pillow_decoder
+from vadit.runtime.choices import Choice, first_line
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.stream import PositionedLoader, debug_count
+
+logger = logging.getLogger(__name__)
+
+SETTING = "data.loader"
+PACKAGES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+TRIAL_IMAGES = 4
+TRIAL_ERROR = 4.0
+"""Largest root mean square difference, in levels of 255, between a decoder's pixels and Pillow's (36 dB)."""
+
+
+def open_images(spec: ImageDataSpec, size: int) -> ImageSet:
+    """The images that the settings name; `size` is the side in pixels that the network needs."""
+    return ImageSet(_open_source(spec, size), size, spec.crop, spec.flip, spec.on_error, spec.max_bad_share)
+
+
+def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:
+    if spec.path.startswith("debug:"):
+        return DebugSource(debug_count(spec.path), size)
+    if spec.labels_file is not None:
+        return FolderSource(spec.path, spec.labels_file)
+    if spec.path.endswith(".beton"):
+        from vadit.images.beton import BetonSource
+
+        return BetonSource(spec.path)
+    if spec.path.endswith(".tar") or (Path(spec.path).is_dir() and any(Path(spec.path).glob("*.tar"))):
+        from vadit.images.tar import TarSource
+
+        source = TarSource(spec.path, on_error=spec.on_error)
+        if source.bad_files:
+            names = "; ".join(f"{place} {why}" for place, why in list(source.bad_files.items())[:10])
+            logger.warning("%d damaged places of %s are left out: %s", len(source.bad_files), source.name, names)
+        return source
+    return FolderSource(spec.path)
+
+
+def open_loader(
+    spec: ImageDataSpec,
+    images: ImageSet,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    begun_with: str | None = None,
+) -> tuple[PositionedLoader[ImageBatch], Choice]:
+    """A loader of training batches, and which it is.
+
+    `begun_with` is the loader of the run that is continued: `auto` stays with it, since any two loaders give pixels
+    that are alike but not equal. UsageError where the settings ask for what cannot be had here.
+    """
+    name, reason, refused = _pick(spec, images, torch.device(device), begun_with)
+    if spec.order == "quasi_random" and name != "ffcv":
+        raise UsageError(
+            f"data.order quasi_random is FFCV's, with a .beton file; the loader is {name} here ({reason}); "
+            "set --data.order random"
+        )
+    choice = Choice(SETTING, name, reason, refused=refused)
+    if name == "ffcv":
+        from vadit.images.ffcv import FfcvImageLoader
+
+        return (
+            FfcvImageLoader(
+                images,
+                batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                num_workers=spec.num_workers,
+                device=device,
+                order=spec.order,
+            ),
+            choice,
+        )
+    decoder = _decoder(name, images, spec.num_workers, device)
+    return ImageLoader(images, batch_size, seed, rank, world_size, decoder=decoder), choice
+
+
+def open_decoder(
+    name: str, images: ImageSet, num_workers: int, device: torch.device | str = "cpu"
+) -> tuple[Decoder, Choice]:
+    """A decoder for reading images in order: torch, dali, or auto."""
+    spec = ImageDataSpec(loader=name, num_workers=num_workers)  # type: ignore[arg-type]
+    chosen, reason, refused = _pick(spec, images, torch.device(device), None, in_order=True)
+    return _decoder(chosen, images, num_workers, device), Choice(SETTING, chosen, reason, refused=refused)
+
+
+def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device | str) -> Decoder:
+    if name == "dali":
+        from vadit.images.dali import dali_decoder
+
+        return dali_decoder(images, num_workers, device)
+    return pillow_decoder(images, num_workers, device)
+
+
+def _pick(
+    spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_with: str | None, *, in_order: bool = False
+) -> tuple[str, str, str]:
+    """Name of the loader, why it is this one, and what was wished instead and why it cannot be had."""
+    if spec.loader != "auto":
+        problem = _problem(spec.loader, spec, images, device, in_order=in_order)
+        if problem:
+            raise UsageError(
+                f"the loader is set to {spec.loader}, but {problem}; set --loader torch or auto (vadit train: "
+                "--data.loader)"
+            )
+        return spec.loader, "as the setting says", ""
+    if begun_with is not None:
+        problem = _problem(begun_with, spec, images, device, in_order=in_order)
+        if not problem:
+            return begun_with, "the run began with it", ""
+        return "torch", "always there", f"the run began with {begun_with}, but {problem}"
+    if isinstance(images.source, DebugSource):
+        return "torch", "debug images need no decoder", ""
+    wished = "ffcv" if images.source.name.endswith(".beton") and not in_order else "dali"
+    problem = _problem(wished, spec, images, device, in_order=in_order)
+    if problem:
+        return "torch", f"not {wished}: {problem}", ""
+    return wished, f"installed, and it reads {images.source.name}", ""
+
+
+def _problem(name: str, spec: ImageDataSpec, images: ImageSet, device: torch.device, *, in_order: bool) -> str:
+    """Why a loader cannot be had here; empty where it can."""
+    if name == "torch":
+        return ""
+    if not _installed(PACKAGES[name]):
+        extra = {"dali": "vadit[dali]", "ffcv": "vadit[ffcv]"}[name]
+        return f"{PACKAGES[name]} is not installed (pip install '{extra}')"
+    if name == "dali":
+        return _trial(images, device)
+    if in_order:
+        return "FFCV loads training batches only"
+    from vadit.images.ffcv import why_not
+
+    return why_not(images)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _trial(images: ImageSet, device: torch.device) -> str:
+    """What goes wrong where DALI decodes some images of the set, compared with Pillow."""
+    step = max(len(images) // TRIAL_IMAGES, 1)
+    expected: list[np.ndarray] = []
+    requests: list[Request] = []
+    for index in list(range(0, len(images), step))[:TRIAL_IMAGES]:
+        try:
+            expected.append(decode(images, Request(index)))
+        except RunError:  # the loader will meet it, and tell
+            continue
+        requests.append(Request(index))
+    if not requests:
+        return ""
+    try:
+        with _decoder("dali", images, 1, device)() as decoder:
+            decoded = decoder.submit(requests)()
+    except Exception as error:  # a package that imports may still not run on this machine
+        return f"it does not run here ({first_line(error)})"
+    if decoded.failures:
+        return f"it does not decode what Pillow does ({first_line(next(iter(decoded.failures.values())))})"
+    differences = decoded.pixels.cpu().numpy().astype(np.float64) - np.stack(expected)
+    worst = float(np.sqrt((differences**2).mean(axis=(1, 2, 3))).max())
+    if worst > TRIAL_ERROR:
+        return f"its pixels are not Pillow's here (root mean square difference {worst:.1f} of 255)"
+    return ""

@@ -1,0 +1,349 @@
+"""Decoding with NVIDIA DALI: JPEGs on a CPU (libjpeg-turbo, as in Pillow) or on a GPU (nvJPEG).
+
+DALI decodes whole, ordinary JPEGs, in small pipelines that are fed with bytes, so that order, position, ranks, crops
+and mirroring stay those of every other loader. What it decoded is cut and scaled by torch, whose filters for uint8
+follow Pillow's and are several times as fast as Pillow's, and as DALI's own on a CPU. Files of any other kind (PNG,
+CMYK, GIF, ...) and damaged ones are Pillow's to decode or to refuse: it is the rule, and DALI is not shown a file about
+which the two may disagree.
+
+On a CPU the decoded pixels are Pillow's, bit for bit, and the scaled ones differ by rounding. On a GPU nvJPEG's
+arithmetic differs a little, too. The GPU branch has not been run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vadit.images.loader import Decoded, Decoder, ImageSet, Request, undecodable
+from vadit.images.transforms import Crop, open_image, plan_crop, to_rgb
+from vadit.runtime.errors import RunError, UsageError
+
+CHUNK = 8
+"""Most images of one run of a pipeline on a CPU; where one is damaged, Pillow decodes them all."""
+GPU_CHUNK = 64
+GPU_PIPELINES = 2
+"""One reads files while the other decodes."""
+MAX_AREA = 1 << 25
+"""Pixels of one run of a pipeline. A larger image is Pillow's, which refuses the absurd ones."""
+
+logger = logging.getLogger(__name__)
+
+
+class DaliDecoder:
+    """An ImageDecoder over DALI pipelines, and the context manager that ends its threads.
+
+    On a CPU `num_workers` threads read, decode and scale, each with a pipeline of its own. On a GPU the workers are
+    the threads of two pipelines, and the pixels stay on the device.
+
+    Raises:
+        UsageError: DALI cannot be imported.
+    """
+
+    def __init__(self, images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> None:
+        self._images = images
+        self._device = torch.device(device)
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._num_pipelines = GPU_PIPELINES if on_gpu else max(1, num_workers)
+        self._chunk = GPU_CHUNK if on_gpu else CHUNK
+        # A stream of its own: it does not wait for the training step. None is no stream, on a CPU.
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        Image.init()  # register all of Pillow's formats before threads need them
+        self._pipelines: SimpleQueue[_JpegPipeline] = SimpleQueue()
+        for _ in range(self._num_pipelines):
+            self._pipelines.put(_JpegPipeline(self._chunk, -(-num_workers // self._num_pipelines), self._device))
+        self._pool = ThreadPoolExecutor(self._num_pipelines, thread_name_prefix="vadit-data")
+        self._warned = False
+
+    def __enter__(self) -> DaliDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while not self._pipelines.empty():
+            self._pipelines.get()
+
+    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
+        """Threads decode chunks of the batch into their places."""
+        size, num_images = self._images.size, len(requests)
+        with torch.cuda.stream(self._stream):
+            pixels = torch.empty((num_images, size, size, 3), dtype=torch.uint8, device=self._device)
+        chunk = max(1, min(self._chunk, -(-num_images // self._num_pipelines)))
+        starts = range(0, num_images, chunk)
+        futures: list[Future[dict[int, RunError]]] = [
+            self._pool.submit(self._decode, requests[start : start + chunk], pixels[start : start + chunk])
+            for start in starts
+        ]
+
+        def wait() -> Decoded:
+            failures: dict[int, RunError] = {}
+            for start, future in zip(starts, futures, strict=True):
+                failures |= {start + place: error for place, error in future.result().items()}
+            if self._stream is not None:
+                pixels.record_stream(torch.cuda.current_stream(self._device))
+            return Decoded(pixels, failures)
+
+        return wait
+
+    def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
+        """Some images into uint8 (n, size, size, 3); returned is place -> why it does not decode."""
+        contents: dict[int, bytes] = {}
+        failures: dict[int, RunError] = {}
+        for place, request in enumerate(requests):
+            try:
+                contents[place] = self._images.source.read(request.index)
+            except RunError as error:
+                failures[place] = error
+        with torch.cuda.stream(self._stream):
+            for places, is_jpeg in _groups({place: jpeg_area(data) for place, data in contents.items()}):
+                by_dali, refusal = self._run([contents[place] for place in places]) if is_jpeg else ([], "")
+                for place, image in itertools.zip_longest(places, by_dali):
+                    request = requests[place]
+                    try:
+                        pixels[place] = self._finish(read_rgb(contents[place]) if image is None else image, request)
+                    except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
+                        failures[place] = undecodable(self._images, request.index, error)
+                if refusal and failures.keys().isdisjoint(places):
+                    self._warn([requests[place] for place in places], refusal)
+                if self._stream is not None:
+                    self._stream.synchronize()  # before DALI's memory is let go
+        return failures
+
+    def _finish(self, image: Tensor, request: Request) -> Tensor:
+        """uint8 (H, W, 3) as it is wanted: uint8 (size, size, 3)."""
+        height, width, _ = image.shape
+        crop = plan_crop(request.crop, width, height, self._images.size, request.crop_seed)
+        window = resample(image.to(self._device), crop, as_float=self._device.type == "cuda")
+        return window.flip(1) if request.mirror else window
+
+    def _run(self, jpegs: Sequence[bytes]) -> tuple[list[Tensor], str]:
+        """The images as DALI decodes them, or none and what it says where it refuses one (Pillow will tell which)."""
+        pipeline = self._pipelines.get()
+        try:
+            return pipeline.run(jpegs), ""
+        except Exception as error:  # of whatever type: these are for Pillow to decode, or to name
+            return [], f"{type(error).__name__}: {error}"  # as text: the error itself would keep the pipeline alive
+        finally:
+            self._pipelines.put(pipeline)
+
+    def _warn(self, requests: Sequence[Request], refusal: str) -> None:
+        """Say once that DALI fails where Pillow does not: nothing is lost but time."""
+        if not self._warned:
+            self._warned = True
+            names = ", ".join(self._images.source.describe(request.index) for request in requests)
+            logger.warning("DALI refuses one of these images, so Pillow decoded them: %s\n%s", names, refusal)
+
+
+def dali_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
+    """Starts DaliDecoders."""
+    return lambda: DaliDecoder(images, num_workers, device)
+
+
+class _JpegPipeline:
+    """A pipeline from the bytes of JPEGs to RGB, which outlives its errors; for one thread at a time."""
+
+    def __init__(self, max_images: int, num_threads: int, device: torch.device) -> None:
+        self._settings: dict[str, Any] = {
+            "batch_size": max_images,
+            "num_threads": max(1, num_threads),
+            "device_id": device.index if device.type == "cuda" else None,
+            "prefetch_queue_depth": 1,
+        }
+        self._backend = "mixed" if device.type == "cuda" else "cpu"
+        self._pipeline = self._build()
+
+    def run(self, jpegs: Sequence[bytes]) -> list[Tensor]:
+        """Images uint8 (H, W, 3), valid for as long as they are held; any error where one does not decode."""
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        pipeline, self._pipeline = self._pipeline, None  # no use after an error
+        (images,) = pipeline.run(encoded=[np.frombuffer(data, np.uint8) for data in jpegs])
+        tensors = [torch.from_dlpack(images[place]) for place in range(len(jpegs))]
+        self._pipeline = pipeline
+        return tensors
+
+    def _build(self) -> Any:
+        try:
+            from nvidia.dali import fn, pipeline_def
+            from nvidia.dali.types import DALIDataType
+        except ImportError as error:
+            raise UsageError(
+                f"the loader is set to dali, but NVIDIA DALI cannot be imported ({error}); pip install 'vadit[dali]', "
+                "or set --loader torch (vadit train: --data.loader torch)"
+            ) from error
+
+        @pipeline_def(**self._settings)
+        def decode() -> Any:
+            encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
+            return fn.decoders.image(
+                encoded,
+                device=self._backend,
+                adjust_orientation=False,  # EXIF rotation is not applied, as everywhere
+                jpeg_fancy_upsampling=True,  # chroma is interpolated, as in Pillow
+                # On a GPU: an image's decoder must not depend on the batch that it comes in, and the ranks of a machine
+                # must not tie their threads to the same cores.
+                hw_decoder_load=1.0,
+                affine=False,
+            )
+
+        pipeline = decode()
+        pipeline.build()
+        return pipeline
+
+
+def _groups(areas: dict[int, int]) -> Iterator[tuple[list[int], bool]]:
+    """Places of ordinary JPEGs (True) for as many runs as their areas in pixels ask for, then the others' (False)."""
+    group: list[int] = []
+    total = 0
+    for place, area in areas.items():
+        if area == 0:
+            continue
+        if group and total + area > MAX_AREA:
+            yield group, True
+            group, total = [], 0
+        group.append(place)
+        total += area
+    if group:
+        yield group, True
+    if others := [place for place, area in areas.items() if area == 0]:
+        yield others, False
+
+
+def resample(image: Tensor, crop: Crop, *, as_float: bool = False) -> Tensor:
+    """The four steps of a Crop on uint8 (H, W, 3): uint8 (size, size, 3), within rounding of apply_crop's.
+
+    On a CPU uint8 is filtered as such, rounded after each pass, as in Pillow; a GPU needs float32 (`as_float`).
+    """
+    if crop.cut is not None:
+        left, top, right, bottom = crop.cut
+        image = image[top:bottom, left:right]
+    planes = image[None].permute(0, 3, 1, 2)
+    if as_float:
+        planes = planes.float()
+    for _ in range(crop.halvings):
+        planes = _halve(planes)
+    width, height = crop.scaled
+    if planes.shape[2:] != (height, width):
+        planes = interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    left, top = crop.window
+    planes = planes[:, :, top : top + crop.size, left : left + crop.size]
+    if as_float:
+        planes = planes.round().clamp(0, 255).to(torch.uint8)
+    return planes[0].permute(1, 2, 0)
+
+
+def _halve(planes: Tensor) -> Tensor:
+    """Pillow's box filter from (1, 3, H, W) to (1, 3, H // 2, W // 2), columns first.
+
+    Windows average pairs of pixels; those of an odd side jump over its middle, or there is one that averages three.
+    """
+    for axis in (3, 2):
+        side = planes.shape[axis]
+        half, pairs, three = side // 2, planes, None
+        if side % 2:
+            pairs = torch.cat([planes.narrow(axis, 0, half), planes.narrow(axis, half + 1, half)], axis)
+            three = _window_of_three(side)
+        size = (half, planes.shape[3]) if axis == 2 else (planes.shape[2], half)
+        # Between two pixels, linear interpolation is their mean.
+        halved = interpolate(pairs, size=size, mode="bilinear", antialias=False, align_corners=False)
+        if halved.is_floating_point():
+            halved = (halved + 0.5).floor()  # to levels of 8 bits after each pass, as Pillow and as uint8 here
+        if three is not None:
+            halved.select(axis, three).copy_((planes.narrow(axis, 2 * three, 3).float().mean(axis) + 0.5).floor())
+        planes = halved
+    return planes
+
+
+def _window_of_three(side: int) -> int | None:
+    """Which window holds three pixels when Pillow halves an odd side, if one does.
+
+    Where two windows meet in the middle of a pixel, its rounding errors decide: they are repeated here.
+    """
+    half = side // 2
+    scale = side / half
+    for window in {(half - 1) // 2, half // 2}:
+        centre = (window + 0.5) * scale
+        pixels = range(int(centre - scale / 2 + 0.5), int(centre + scale / 2 + 0.5))
+        if sum(-0.5 < (pixel - centre + 0.5) * (1 / scale) <= 0.5 for pixel in pixels) == 3:
+            return window
+    return None
+
+
+def read_rgb(data: bytes) -> Tensor:
+    """Any image file as uint8 (H, W, 3); raises whatever Pillow does where it is damaged."""
+    if header := _PPM_HEADER.match(data):
+        width, height = int(header[1]), int(header[2])
+        if len(data) - header.end() == 3 * width * height > 0:
+            pixels = np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
+            return torch.from_numpy(pixels.copy())  # a writable one
+    return torch.from_numpy(np.array(to_rgb(open_image(data))))
+
+
+_PPM_HEADER = re.compile(rb"P6\s([0-9]{1,9})\s([0-9]{1,9})\s255\s")
+
+# ------------------------------------------------------------------------------------------------ JPEG's structure
+
+_START, _END = b"\xff\xd8", b"\xff\xd9"
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
+_SCAN, _ADOBE = 0xDA, 0xEE
+_SEGMENTS = frozenset([*_SEQUENTIAL, _PROGRESSIVE, 0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
+"""Markers of frames (Huffman-coded only), Huffman tables, scans, quantisation tables, restart intervals, applications
+and comments."""
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+"""The first marker after entropy-coded data, which may hold stuffed bytes and restart markers."""
+
+
+def jpeg_area(data: bytes) -> int:
+    """Pixels of an ordinary JPEG that is whole as far as its structure tells; 0 for anything else.
+
+    Ordinary: 8 bits; grey, or Y, Cb and Cr; every marker from the first to the end of the image is one that belongs
+    there. With what this leaves out, DALI is more forgiving than Pillow, or reads it in another way.
+    """
+    if not data.startswith(_START):
+        return 0
+    area, frame, num_scans = 0, 0, 0
+    place, in_scan = 2, False
+    while data[place : place + 2] != _END:
+        # Slices, since data may end anywhere; what is missing then fails one of these tests.
+        marker = int.from_bytes(data[place + 1 : place + 2])
+        length = int.from_bytes(data[place + 2 : place + 4])
+        end = place + 2 + length
+        if data[place : place + 1] != b"\xff" or marker not in _SEGMENTS or length < 2 or end > len(data):
+            return 0
+        body, place, in_scan = data[place + 4 : end], end, False
+        if marker in _SEQUENTIAL or marker == _PROGRESSIVE:
+            if frame or not _is_ordinary_frame(body):
+                return 0
+            frame, area = marker, int.from_bytes(body[1:3]) * int.from_bytes(body[3:5])
+        elif marker == _ADOBE and body.startswith(b"Adobe") and body[11:12] != b"\x01":
+            return 0  # not Y, Cb and Cr
+        elif marker == _SCAN:
+            found = _AFTER_SCAN.search(data, place)
+            is_second = num_scans > 0 and frame != _PROGRESSIVE
+            if not frame or not found or is_second or not body or len(body) != 4 + 2 * body[0]:
+                return 0
+            place, in_scan, num_scans = found.start(), True, num_scans + 1
+    return area if in_scan and area <= MAX_AREA else 0
+
+
+def _is_ordinary_frame(body: bytes) -> bool:
+    """Whether a frame header tells of 8 bits and of the components that a JFIF file has."""
+    if len(body) < 6 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
+        return False
+    return body[6::3] in (b"\x01", b"\x01\x02\x03")

@@ -1,0 +1,342 @@
+"""Images of a .beton through FFCV's Loader: its reader, compiled pipeline and turbojpeg; order and position are ours.
+
+`ffcv.loader.Loader` reads the tables and compiles the pipeline once. What iterates it is ours: FFCV's own iterator
+knows no position inside an epoch, leaks its threads where it is left early (ffcv issues 345 and 393), and hands out
+buffers that it writes again. So order, ranks, position and bad images are those of every other loader, exactly.
+
+Images are stored with the short side that is wanted, so that both square crops are parts of them and nothing is scaled:
+the pixels equal Pillow's, for raw pixels and for JPEG (the same inverse DCT and upsampling; FFCV's own decoder asks
+for a faster, less exact one). FFCV follows addresses without a check: it gets files that BetonFile took, and a
+sample only after its checksum (where the file has them) and its JPEG's own size were compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vadit.images.beton import BetonSource
+from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, undecodable
+from vadit.images.page_order import PageOrder
+from vadit.images.pillow import decode
+from vadit.images.transforms import plan_crop
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.stream import split_epochs
+
+CHUNK = 16
+"""Most images that a thread takes at a time."""
+TJ_FLAGS = 0
+"""Of turbojpeg, whose pixel format 0 is RGB: neither the fast inverse DCT nor the fast upsampling."""
+_PLAN = np.dtype("<i8")
+
+
+def why_not(images: ImageSet) -> str:
+    """Why FFCV cannot load these images; empty where it can."""
+    source = images.source
+    if not isinstance(source, BetonSource):
+        return f"FFCV reads .beton files, and {source.name} is none (vadit prepare images makes one)"
+    if images.crop == "random_resized":
+        return "FFCV takes parts of stored images, and data.crop random_resized scales them"
+    other = np.flatnonzero(np.minimum(source.widths, source.heights) != images.size)
+    if len(other):
+        index = int(other[0])
+        return (
+            f"FFCV takes images whose short side is {images.size} pixels, and {source.describe(index)} has "
+            f"{source.widths[index]} x {source.heights[index]} (vadit prepare images --size {images.size} scales them)"
+        )
+    try:
+        with _torch_threads_kept():
+            import ffcv.libffcv  # noqa: F401
+    except Exception as error:  # a native library that is missing shows in many ways
+        return f"ffcv does not import ({type(error).__name__}: {error}); pip install 'vadit[ffcv]'"
+    return ""
+
+
+class FfcvImageLoader(ImageLoader):
+    """Training batches of a BetonSource, loaded by FFCV; see ImageLoader for order, position, ranks and bad images.
+
+    order="quasi_random" is for files larger than memory: see PageOrder. The constructor compiles, for some seconds.
+    UsageError where FFCV cannot load these images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 8,
+        device: torch.device | str = "cpu",
+        order: Literal["random", "quasi_random"] = "random",
+    ) -> None:
+        reason = why_not(images)
+        source = images.source
+        if reason or not isinstance(source, BetonSource):
+            raise UsageError(f"data.loader is ffcv, but {reason}; set --data.loader torch")
+        pipeline = _Pipeline(source, images.size)
+        pinned = torch.device(device).type == "cuda"
+
+        @contextlib.contextmanager
+        def start() -> Iterator[FfcvDecoder]:
+            with pipeline.benches(max(1, num_workers)) as benches:
+                yield FfcvDecoder(images, pipeline, benches, pinned=pinned)
+
+        super().__init__(images, batch_size, seed, rank, world_size, decoder=start)
+        self.page_order = PageOrder(source) if order == "quasi_random" else None
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], ImageBatch]]]:
+        with super()._session() as start:
+            if self.page_order is None:
+                yield start
+                return
+            with self.page_order.reading_ahead() as touch:
+
+                def start_and_read_ahead(positions: Tensor) -> Callable[[], ImageBatch]:
+                    for epoch, places in split_epochs(positions, self.num_samples):
+                        touch(places, epoch, self.seed)
+                    return start(positions)
+
+                yield start_and_read_ahead
+
+    def _ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
+        if self.page_order is None:
+            return super()._ids(places, epoch, seed)
+        return self.page_order.ids(places, epoch, seed)
+
+
+@dataclass
+class _Bench:
+    """What a thread needs while it decodes."""
+
+    handle: int
+    """Of turbojpeg."""
+    scratch: np.ndarray
+    """Room for the largest JPEG's pixels, uint8 (1, bytes).
+
+    Of two dimensions: FFCV makes numba's one type of writable rows of bytes a read-only one, for the whole process.
+    """
+
+
+class _Benches:
+    """Threads, and a bench for each."""
+
+    def __init__(self, pool: ThreadPoolExecutor, benches: Sequence[_Bench]) -> None:
+        self.pool = pool
+        self.count = len(benches)
+        self._free: SimpleQueue[_Bench] = SimpleQueue()
+        for bench in benches:
+            self._free.put(bench)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[_Bench]:
+        """A bench that no other thread has."""
+        bench = self._free.get()
+        try:
+            yield bench
+        finally:
+            self._free.put(bench)
+
+
+class FfcvDecoder:
+    """An ImageDecoder over FFCV's compiled pipeline: threads decode parts of a batch straight into it."""
+
+    def __init__(self, images: ImageSet, pipeline: _Pipeline, benches: _Benches, *, pinned: bool) -> None:
+        self._images = images
+        self._pipeline = pipeline
+        self._benches = benches
+        self._pinned = pinned
+
+    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
+        """Begin with some requests; the function that is returned waits for them."""
+        size = self._images.size
+        pixels = torch.empty((len(requests), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        places = pixels.numpy()
+        step = max(1, min(CHUNK, -(-len(requests) // (2 * self._benches.count))))
+        parts: list[tuple[int, Future[dict[int, RunError]]]] = [
+            (
+                start,
+                self._benches.pool.submit(self._decode, requests[start : start + step], places[start : start + step]),
+            )
+            for start in range(0, len(requests), step)
+        ]
+
+        def wait() -> Decoded:
+            failures = {start + place: error for start, part in parts for place, error in part.result().items()}
+            return Decoded(pixels, failures)
+
+        return wait
+
+    def _decode(self, requests: Sequence[Request], pixels: np.ndarray) -> dict[int, RunError]:
+        """Decode into `pixels` (len(requests), size, size, 3); place -> why it failed."""
+        failures: dict[int, RunError] = {}
+        plan = np.zeros((len(requests), 3), _PLAN)
+        good: list[int] = []
+        self._pipeline.source.file.check_size()
+        for place, request in enumerate(requests):
+            try:
+                image = self._pipeline.source.check(request.index, self._pipeline.mapped)
+                crop = plan_crop(request.crop, image.width, image.height, self._images.size, request.crop_seed)
+            except (RunError, ValueError) as error:  # ValueError: it is too long
+                failures[place] = undecodable(self._images, request.index, error)
+                continue
+            plan[place] = (*crop.window, request.mirror)
+            good.append(place)
+        indices = np.array([requests[place].index for place in good], np.int64)
+        with self._benches.one() as bench:
+            statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels, plan, bench)
+        for place, status in zip(good, statuses.tolist(), strict=True):
+            if status:  # turbojpeg refuses or warns: Pillow has the last word, as with every other loader
+                try:
+                    pixels[place] = decode(self._images, requests[place])
+                except RunError as error:
+                    failures[place] = error
+        return failures
+
+
+_COMPILED: dict[tuple[str, int], tuple[Callable[..., Any], int]] = {}
+"""Type of the rows and number of the image's column -> the pipeline and its node: files are arguments of it."""
+
+
+class _Pipeline:
+    """FFCV's Loader of a file, with a decoder that takes each image's crop and mirroring from us."""
+
+    def __init__(self, source: BetonSource, size: int) -> None:
+        self.source = source
+        with _torch_threads_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated syntax trees, from inside FFCV
+            import ffcv._libffcv
+            from ffcv.loader import Loader, OrderOption
+            from ffcv.pipeline import PipelineSpec
+
+            others = {field.name: None for field in source.file.fields}
+            self._loader = Loader(
+                source.name,
+                batch_size=1,
+                num_workers=1,  # the threads are ours
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,  # never iterated
+                pipelines={**others, source.image_field: PipelineSpec(source.image_field, _operation())},
+            )
+        manager = self._loader.memory_manager
+        manager.sample_to_pages = manager.page_to_samples = manager.ptr_to_size = {}  # a kilobyte per sample, unused
+        context = manager.schedule_epoch([])
+        context.__enter__()
+        self._storage = context.state
+        self.mapped = memoryview(self._storage[0])
+        ((code, _),) = self._loader.code[0]
+        (node,) = (node.id for node in self._loader.graph.root_nodes)
+        key = (str(source.file.rows.dtype), self._loader.field_name_to_f_ix[source.image_field])
+        self._code, self._node = _COMPILED.setdefault(key, (code, node))
+        self._library = ctypes.CDLL(ffcv._libffcv.__file__)
+        self._library.tjInitDecompress.restype = ctypes.c_void_p
+        self._library.tjDestroy.argtypes = [ctypes.c_void_p]
+        jpegs = source.widths * source.heights * source.is_jpeg
+        self._scratch_bytes = max(int(jpegs.max()) * 3, 1)
+        with self.benches(1) as benches, benches.one() as bench:  # compiles
+            none = np.zeros(0, np.int64)
+            self.run(none, none, np.zeros((1, size, size, 3), np.uint8), np.zeros((0, 3), _PLAN), bench)
+
+    def run(
+        self, indices: np.ndarray, places: np.ndarray, pixels: np.ndarray, plan: np.ndarray, bench: _Bench
+    ) -> np.ndarray:
+        """Decode images `indices` into pixels[places]; plan[place] is left, top, mirror. Statuses (n,), 0: good."""
+        statuses = np.zeros(len(indices), np.int64)
+        numbers = np.array([bench.handle, pixels.shape[1]], np.int64)
+        memory = (pixels.reshape(len(pixels), -1), bench.scratch, places, plan, statuses, numbers)
+        self._code(
+            batch_indices=indices,
+            metadata=self._loader.reader.metadata,
+            storage_state=self._storage,
+            **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
+        )
+        return statuses
+
+    @contextlib.contextmanager
+    def benches(self, count: int) -> Iterator[_Benches]:
+        """Threads and benches, which end with the context."""
+        handles = [self._library.tjInitDecompress() for _ in range(count)]
+        pool = ThreadPoolExecutor(count, thread_name_prefix="vadit-data")
+        try:
+            yield _Benches(pool, [_Bench(handle, np.empty((1, self._scratch_bytes), np.uint8)) for handle in handles])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for handle in handles:
+                self._library.tjDestroy(handle)
+
+
+@contextlib.contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """FFCV sets torch's number of threads, for the whole process, when it is imported and when a Loader is made."""
+    count = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def _operation() -> Any:
+    """The decoder in FFCV's pipeline (its base class is there only with FFCV)."""
+    import ffcv._libffcv
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.state import State
+
+    # Of the turbojpeg that FFCV links. Addresses as integers: numba passes arrays' addresses so.
+    decompress = ctypes.CDLL(ffcv._libffcv.__file__).tjDecompress2
+    address, number = ctypes.c_int64, ctypes.c_int32
+    decompress.argtypes = [address, address, ctypes.c_uint64, address, number, number, number, number, number]
+    decompress.restype = number
+
+    class CropDecoder(Operation):  # type: ignore[misc, unused-ignore]
+        """Cuts the planned square out of each image; its memory is what `_Pipeline.run` passes."""
+
+        def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery | None]:
+            return previous_state, None
+
+        def generate_code(self) -> Callable[..., Any]:
+            read = self.memory_read
+
+            # Plain loops over flat bytes: numba compiles them in a fraction of the time that slices take it.
+            def crop(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
+                pixels, scratch, places, plan, statuses, numbers = memory
+                handle, size = numbers[0], numbers[1]
+                for number in range(len(batch_indices)):
+                    field = metadata[batch_indices[number]]
+                    width, height = np.int64(field["width"]), np.int64(field["height"])
+                    source = read(field["data_ptr"], storage_state)
+                    if field["mode"] == 0:
+                        statuses[number] = decompress(
+                            handle, source.ctypes.data, source.size, scratch.ctypes.data, width, 0, height, 0, TJ_FLAGS
+                        )
+                        source = scratch[0]
+                    place = places[number]
+                    left, top, mirror = plan[place, 0], plan[place, 1], plan[place, 2]
+                    for row in range(size):
+                        begin = ((top + row) * width + left) * 3
+                        if mirror:
+                            for column in range(size):
+                                for channel in range(3):
+                                    pixels[place, (row * size + size - 1 - column) * 3 + channel] = source[
+                                        begin + column * 3 + channel
+                                    ]
+                        else:
+                            for byte in range(3 * size):
+                                pixels[place, row * size * 3 + byte] = source[begin + byte]
+                return pixels
+
+            return crop
+
+    return CropDecoder()

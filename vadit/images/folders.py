@@ -1,0 +1,186 @@
+"""Images as files of a folder, and debug images that need no files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vadit.runtime import rng
+from vadit.runtime.errors import RunError, UsageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+DEBUG_CLASSES = 10
+MAX_CLASSES = 1_000_000
+SET_FOLDER = "set --data.path (vadit encode and evaluate: --images)"
+GIVE_LABELS = "--labels-file (of vadit encode and prepare; vadit train: --data.labels-file)"
+
+
+class FolderSource:
+    """Image files: a subfolder per class (label = rank of its name in sorted order), flat (label 0), or with labels.
+
+    `.paths` are the files, sorted by class and name. With `labels_file` the order is that of its lines, "NAME LABEL"
+    each, NAME relative to the folder; labels are integers from 0, or names, which are numbered in sorted order.
+    """
+
+    def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
+        self.name = str(path)
+        if not self.name:
+            raise UsageError(f"data.path is empty; {SET_FOLDER} to a folder of images")
+        root = _folder(Path(path))
+        if labels_file is None:
+            self.classes, self.paths, labels = _scan(root)
+        else:
+            self.classes, self.paths, labels = _read_labels(root, Path(labels_file))
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+        try:
+            with open(self.paths[index], "rb", opener=_without_waiting) as file:
+                return file.read()
+        except OSError as error:
+            raise RunError(
+                f"image {self.paths[index]} cannot be read ({error.strerror}); replace or remove it, "
+                "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
+            ) from None
+
+    def describe(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+
+class DebugSource:
+    """`num_images` smooth random pictures, made on the fly from their index; labels go round DEBUG_CLASSES."""
+
+    def __init__(self, num_images: int, size: int) -> None:
+        self.name = f"debug:{num_images}"
+        self.size = size
+        self.classes = [str(label) for label in range(min(DEBUG_CLASSES, num_images))]
+        self.labels = torch.arange(num_images) % DEBUG_CLASSES
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes:
+        """A picture of size x size pixels as PPM."""
+        coarse = rng.normal(rng.fold(0, "debug images"), [index], (3, 4, 4))
+        smooth = torch.nn.functional.interpolate(coarse, size=(self.size, self.size), mode="bilinear")[0]
+        pixels = (127.5 + 64 * smooth).clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        return ppm(self.size, self.size, pixels.contiguous().numpy().tobytes())
+
+    def describe(self, index: int) -> str:
+        """Its name."""
+        return f"{self.name}:{index}"
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe with an image's name is empty then, where it would wait for a writer for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def ppm(width: int, height: int, pixels: bytes) -> bytes:
+    """RGB pixels, rows from the top, as the bytes of a PPM file."""
+    return b"P6 %d %d 255\n" % (width, height) + pixels
+
+
+def _folder(root: Path) -> Path:
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        raise UsageError(f"data.path {root} {problem}; {SET_FOLDER} to a folder of images")
+    return root
+
+
+def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
+    """Class names, image paths and their labels."""
+    try:
+        flat = [str(path) for path in sorted(root.iterdir()) if _is_image(path.name) and not path.is_dir()]
+        folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        by_class = {folder.name: _walk(folder) for folder in folders}
+    except OSError as error:
+        raise UsageError(
+            f"data.path {root} cannot be read ({error}); give read permission, or {SET_FOLDER} to another folder"
+        ) from None
+    if not any(by_class.values()):
+        if not flat:
+            raise UsageError(
+                f"data.path {root} holds no images ({' '.join(EXTENSIONS)}); {SET_FOLDER} to a folder of images"
+            )
+        return ["all"], flat, [0] * len(flat)
+    if flat:
+        raise UsageError(
+            f"data.path {root} holds images beside its class folders (such as {Path(flat[0]).name}); "
+            f"move them into a class folder, or give {GIVE_LABELS}"
+        )
+    empty = [name for name, paths in by_class.items() if not paths]
+    if empty:
+        raise UsageError(f"data.path {root}: the class folder {empty[0]} holds no images; remove it, or fill it")
+    paths = [path for members in by_class.values() for path in members]
+    labels = [label for label, members in enumerate(by_class.values()) for _ in members]
+    return list(by_class), paths, labels
+
+
+def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int]]:
+    """Class names, image paths and labels of a file with a line "NAME LABEL" (or "NAME,LABEL") per image."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.labels_file {file} cannot be read ({error}); set another {GIVE_LABELS}") from None
+    names: list[str] = []
+    words: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, separator, word = line.rpartition(",") if "," in line else line.strip().rpartition(" ")
+        name, word = name.strip(), word.strip()
+        if not separator or not name or not word:
+            raise UsageError(
+                f"data.labels_file {file}, line {number}: {line!r} is not NAME LABEL or NAME,LABEL; correct the line, "
+                f"or set another {GIVE_LABELS}"
+            )
+        names.append(name)
+        words.append(word)
+    if not names:
+        raise UsageError(f"data.labels_file {file} names no images; set another {GIVE_LABELS}")
+    if len(set(names)) != len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise UsageError(f"data.labels_file {file} names {twice} twice; remove a line, or set another {GIVE_LABELS}")
+    largest = max((int(word) for word in words if word.isdecimal()), default=0)
+    if largest >= MAX_CLASSES:
+        raise UsageError(
+            f"data.labels_file {file} holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes "
+            f"from 0, or set another {GIVE_LABELS}"
+        )
+    classes, labels = _number(words)
+    return classes, [str(root / name) for name in names], labels
+
+
+def _number(words: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Labels as they are where all are integers from 0, else numbered in the sorted order of the names."""
+    if all(word.isdecimal() for word in words):
+        labels = [int(word) for word in words]
+        return [str(label) for label in range(max(labels) + 1)], labels
+    classes = sorted(set(words))
+    rank = {name: label for label, name in enumerate(classes)}
+    return classes, [rank[word] for word in words]
+
+
+def _walk(folder: Path) -> list[str]:
+    """All images below a folder, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[str] = []
+    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
+        found += [os.path.join(parent, name) for name in names if _is_image(name)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

@@ -1,0 +1,278 @@
+"""Images for the tokenizer and for encoding: what sources, decoders and the loader share.
+
+A source holds encoded images and their labels (folders, tar, beton). A decoder turns them into pixels under the rules
+of transforms (pillow: the rule itself; dali). `ImageLoader` puts them in order. FFCV reads and decodes in one, so it is
+a loader of its own (ffcv).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vadit.config import ImageDataSpec
+from vadit.images.transforms import CropKind
+from vadit.runtime import rng
+from vadit.runtime.errors import RunError
+from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, split_epochs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """A batch as the loaders hand it out."""
+
+    images: Tensor
+    """uint8 (B, 3, H, W), stored channels last."""
+    labels: Tensor
+    """int64 (B,): index into `classes`."""
+    ids: Tensor
+    """int64 (B,): index of the image in its source."""
+
+
+class ImageSource(Protocol):
+    """Encoded images and their labels; decodes nothing."""
+
+    @property
+    def name(self) -> str:
+        """The path that the user gave."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (n,)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """An image as the bytes of a file (raw pixels as PPM), from any thread; RunError names what is damaged."""
+
+    def describe(self, index: int) -> str:
+        """Where the image is, for people: a path, or shard:member."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image as it is wanted."""
+
+    index: int
+    crop: CropKind = "center"
+    crop_seed: int = 0
+    mirror: bool = False
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of some requests."""
+
+    pixels: Tensor
+    """uint8 (B, size, size, 3); undefined where a request failed."""
+    failures: dict[int, RunError]
+    """Place in the batch -> why that image does not decode."""
+
+
+class ImageDecoder(Protocol):
+    """Turns requests into pixels, several batches at a time."""
+
+    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
+        """Begin with some requests; the function that is returned waits for them. It may be dropped uncalled."""
+
+
+Decoder = Callable[[], AbstractContextManager[ImageDecoder]]
+"""Starts a decoder, and ends its threads and pipelines when the context ends."""
+
+
+class ImageSet:
+    """A source with the settings of a run: side, crop, mirroring, and what happens to bad images."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        size: int,
+        crop: CropKind = ImageDataSpec.crop,
+        flip: bool = ImageDataSpec.flip,
+        on_error: Literal["raise", "skip"] = ImageDataSpec.on_error,
+        max_bad_share: float = ImageDataSpec.max_bad_share,
+    ) -> None:
+        self.source = source
+        self.size = size
+        self.crop: CropKind = crop
+        self.flip = flip
+        self.on_error = on_error
+        self.max_bad_share = max_bad_share
+        self.bad: dict[int, RunError] = {}
+        """Images that did not decode so far, and why (on_error="skip")."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels."""
+        return self.source.classes
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (n,)."""
+        return self.source.labels
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        """Where the images are that did not decode so far -> why."""
+        return {self.source.describe(index): str(error) for index, error in sorted(self.bad.items())}
+
+    def requests(self, ids: Sequence[int] | Tensor, *, seed: int, epoch: int) -> list[Request]:
+        """Images as training samples: crop and mirroring are functions of (seed, id, epoch)."""
+        indices = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        centred, plain = self.crop == "center", not self.flip
+        crop_seeds = [0] * len(indices) if centred else rng.seeds(rng.fold(seed, "crop", epoch), ids)
+        mirrored = [False] * len(indices) if plain else (rng.uniform(rng.fold(seed, "flip", epoch), ids) < 0.5).tolist()
+        return [
+            Request(index, self.crop, crop_seed, mirror)
+            for index, crop_seed, mirror in zip(indices, crop_seeds, mirrored, strict=True)
+        ]
+
+    def note_bad(self, index: int, error: RunError) -> None:
+        """Count an image that does not decode; raises where that is not wanted, or where it is one too many."""
+        if self.on_error == "raise":
+            raise error
+        self.bad.setdefault(index, error)
+        if len(self.bad) > self.max_bad_share * len(self):
+            names = ", ".join(list(self.bad_files)[:10])
+            raise RunError(
+                f"{len(self.bad)} of {len(self)} images of {self.source.name} do not decode, more than "
+                f"data.max_bad_share {self.max_bad_share:g} allows: {names}; replace them, or raise "
+                "--max-bad-share (vadit train: --data.max-bad-share)"
+            ) from error
+
+    def warn_of_bad_files(self) -> None:
+        """Log how many images did not decode, with the first ten names."""
+        if self.bad:
+            names = ", ".join(list(self.bad_files)[:10])
+            logger.warning("%d images do not decode and were skipped: %s", len(self.bad), names)
+
+
+def describe_classes(classes: Sequence[str]) -> str:
+    """How many classes there are, and the first and last of them with their labels, in one line."""
+    shown = [f"{label} {name}" for label, name in enumerate(classes)]
+    if len(shown) > 4:
+        shown[2:-1] = ["..."]
+    return f"{len(classes)} class{'es' if len(classes) != 1 else ''} ({', '.join(shown)})"
+
+
+def undecodable(images: ImageSet, index: int, error: Exception) -> RunError:
+    """The error that names an image which a decoder could not read."""
+    if isinstance(error, RunError):
+        return error
+    return RunError(
+        f"image {images.source.describe(index)} does not decode ({type(error).__name__}: {error}); "
+        "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
+    )
+
+
+class ImageLoader(PositionedLoader[ImageBatch]):
+    """Shuffled training batches of an image set; see PositionedLoader for order, position and ranks.
+
+    on_error="skip": an image that does not decode gives its place to the next one of the epoch's order that does (a
+    function of the position alone), is noted in the set's `bad`, and a warning closes the iteration.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        decoder: Decoder,
+    ) -> None:
+        super().__init__(len(images), batch_size, seed, rank, world_size)
+        self.images = images
+        self._decoder = decoder
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], ImageBatch]]]:
+        try:
+            with self._decoder() as decoder:
+                yield lambda positions: self._start(decoder, positions)
+        finally:
+            self.images.warn_of_bad_files()
+
+    def _start(self, decoder: ImageDecoder, positions: Tensor) -> Callable[[], ImageBatch]:
+        seed = self.seed
+        candidates: list[Iterator[Request]] = []
+        for epoch, places in split_epochs(positions, self.num_samples):
+            own = self.images.requests(self._ids(places, epoch, seed), seed=seed, epoch=epoch)
+            candidates += [self._candidates(*one, epoch, seed) for one in zip(own, places.tolist(), strict=True)]
+        requests = [next(candidate) for candidate in candidates]
+        pending = decoder.submit(requests)
+
+        def wait() -> ImageBatch:
+            decoded = pending()
+            for place, error in sorted(decoded.failures.items()):
+                failure: RunError | None = error
+                while failure is not None:
+                    self.images.note_bad(requests[place].index, failure)
+                    requests[place] = next(candidates[place])
+                    again = decoder.submit([requests[place]])()
+                    failure = again.failures.get(0)
+                decoded.pixels[place] = again.pixels[0]
+            return assemble(self.images, decoded.pixels, [request.index for request in requests])
+
+        return wait
+
+    def _candidates(self, own: Request, place: int, epoch: int, seed: int) -> Iterator[Request]:
+        """What may stand at a place of an epoch: its own image, then those that follow, but for known bad ones."""
+        if own.index not in self.images.bad:
+            yield own
+        for ahead in range(1, self.num_samples):
+            ids = self._ids(torch.tensor([(place + ahead) % self.num_samples]), epoch, seed)
+            if int(ids[0]) not in self.images.bad:
+                yield from self.images.requests(ids, seed=seed, epoch=epoch)
+        raise RunError(
+            f"none of the {self.num_samples} images of {self.images.source.name} decodes; set data.path anew"
+        )
+
+
+def load_in_order(images: ImageSet, ids: Sequence[int], batch_size: int, decoder: ImageDecoder) -> Iterator[ImageBatch]:
+    """Centre-cropped, unmirrored batches of the given images, in order, each image once.
+
+    Images that do not decode are left out (on_error="skip") or end the iteration with a RunError ("raise").
+    """
+    pending: deque[tuple[Sequence[int], Callable[[], Decoded]]] = deque()
+    starts = iter(range(0, len(ids), batch_size))
+    while True:
+        for start in starts:
+            part = ids[start : start + batch_size]
+            pending.append((part, decoder.submit([Request(index) for index in part])))
+            if len(pending) == PREFETCH_BATCHES:
+                break
+        if not pending:
+            return
+        part, wait = pending.popleft()
+        decoded = wait()
+        for place, error in sorted(decoded.failures.items()):
+            images.note_bad(part[place], error)
+        good = [place for place in range(len(part)) if place not in decoded.failures]
+        if good:
+            pixels = decoded.pixels if len(good) == len(part) else decoded.pixels[good]
+            yield assemble(images, pixels, [part[place] for place in good])
+
+
+def assemble(images: ImageSet, pixels: Tensor, ids: Sequence[int]) -> ImageBatch:
+    """A batch of pixels uint8 (B, H, W, 3), without a copy."""
+    indices = torch.tensor(ids, dtype=torch.int64)
+    return ImageBatch(images=pixels.permute(0, 3, 1, 2), labels=images.labels[indices], ids=indices)

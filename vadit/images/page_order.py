@@ -1,0 +1,121 @@
+"""The order of an epoch for a .beton larger than memory: few of its pages at a time, in large reads.
+
+A window is WINDOW_BYTES of pages, drawn at random from the whole file without replacement; the samples of a window
+come in random order, then those of the next window. So an epoch reads every page once, as a whole, and keeps one
+window (at its end two) in the page cache, whatever the batch size and the number of processes on the machine, which
+share it. It is FFCV's QUASI_RANDOM as a function of (seed, epoch, place) alone: position, ranks and another number
+of processes are as exact as with the random order.
+
+Neighbours in the file share a page, so a file in the order of its classes (`vadit prepare` keeps the source's order)
+shows about as many classes at a time as a window has pages: 64 of 8 MiB. Smaller steps towards the uniform order of
+`random` need a file in mixed order, or a larger window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vadit.images.beton import BetonSource
+from vadit.runtime import rng
+
+WINDOW_BYTES = 512 << 20
+"""Pages that are shuffled at a time."""
+_EPOCHS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The pages of an epoch in their order."""
+
+    pages: np.ndarray
+    """Numbers into `PageOrder._pages`, int64 (P,)."""
+    ends: np.ndarray
+    """Samples in the first p + 1 pages, int64 (P,)."""
+    window_ends: np.ndarray
+    """Samples in the first w + 1 windows, int64."""
+
+
+class PageOrder:
+    """Which sample stands at which place of an epoch, so that places near each other share few pages."""
+
+    def __init__(self, source: BetonSource, window_bytes: int = WINDOW_BYTES) -> None:
+        page_size = source.file.page_size
+        self._file = source.file
+        pages = (source.ptrs // np.uint64(page_size)).astype(np.int64)
+        self._pages, self._counts = np.unique(pages, return_counts=True)
+        self._members = np.argsort(pages, kind="stable")
+        self._begins = np.cumsum(self._counts) - self._counts
+        self._window = max(1, window_bytes // page_size)
+        self._lock = threading.Lock()
+        self._layouts: dict[tuple[int, int], _Layout] = {}
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that hold samples."""
+        return len(self._pages)
+
+    def ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
+        """The samples at places of an epoch, int64 in and out; a bijection of [0, n)."""
+        layout = self._layout(epoch, seed)
+        wanted = places.numpy()
+        spot = np.empty_like(wanted)
+        windows = np.searchsorted(layout.window_ends, wanted, side="right")
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            begin = int(layout.window_ends[window - 1]) if window else 0
+            inside = torch.from_numpy(wanted[here] - begin)
+            key = rng.fold(seed, "window", epoch, window)
+            spot[here] = begin + rng.permute(inside, int(layout.window_ends[window]) - begin, key).numpy()
+        turn = np.searchsorted(layout.ends, spot, side="right")
+        page = layout.pages[turn]
+        offset = spot - (layout.ends[turn] - self._counts[page])
+        return torch.from_numpy(self._members[self._begins[page] + offset])
+
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Iterator[Callable[[Tensor, int, int], None]]:
+        """A function that is told of places as (places, epoch, seed) before their samples are read.
+
+        It has the system read the pages of their window, and of the next one, in a thread of its own.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="vadit-data")
+        asked: set[tuple[int, int, int]] = set()
+
+        def touch(places: Tensor, epoch: int, seed: int) -> None:
+            layout = self._layout(epoch, seed)
+            first, last = np.searchsorted(layout.window_ends, [int(places[0]), int(places[-1])], side="right").tolist()
+            for window in range(first, min(last + 1, len(layout.window_ends) - 1) + 1):
+                if (seed, epoch, window) in asked:
+                    continue
+                if len(asked) > 1000:
+                    asked.clear()
+                asked.add((seed, epoch, window))
+                for page in layout.pages[window * self._window : (window + 1) * self._window]:
+                    pool.submit(self._ask, int(self._pages[page]))
+
+        try:
+            yield touch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask(self, page: int) -> None:
+        self._file.will_read(page * self._file.page_size, self._file.page_size)
+
+    def _layout(self, epoch: int, seed: int) -> _Layout:
+        with self._lock:
+            if (seed, epoch) not in self._layouts:
+                while len(self._layouts) >= _EPOCHS_KEPT:
+                    self._layouts.pop(next(iter(self._layouts)))
+                count = len(self._pages)
+                pages = rng.permute(torch.arange(count), count, rng.fold(seed, "pages", epoch)).numpy()
+                ends = np.cumsum(self._counts[pages])
+                last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
+                self._layouts[seed, epoch] = _Layout(pages, ends, ends[last])
+            return self._layouts[seed, epoch]

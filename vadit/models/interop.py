@@ -1,0 +1,295 @@
+"""Exchange with the authors' code: their released checkpoints in, and our models back into their format.
+
+Tokenizers of the diffusers library come in, too (`vadit.models.interop_diffusers`).
+
+Hyper-parameters are read off names and shapes of tensors, because their files carry none that can be relied on.
+Tensor names are the same on both sides, so nothing is renamed on the way.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vadit.config import AutoencoderSpec, DiTSpec
+from vadit.models import interop_diffusers
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.dit import LightningDiT, mlp_width
+from vadit.models.interop_diffusers import DiffusersSettings
+from vadit.models.masked import MaskedDiT
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_weights
+from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import whole_file
+
+Source = str | Path | Mapping[str, Any]
+State = dict[str, Tensor]
+Model = LightningDiT | Autoencoder
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
+TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
+"""Parts of a tokenizer checkpoint that neither encode nor decode."""
+REFERENCE_IMAGE_SIZE = 256
+"""Image side at which the authors count attention resolutions."""
+DIT_MARK = "x_embedder.proj.weight"
+AUTOENCODER_MARK = "encoder.conv_in.weight"
+
+
+# ------------------------------------------------------------------------------------------------ their files to ours
+
+
+def load_reference_dit(source: Source, *, num_heads: int | None = None) -> LightningDiT:
+    """A generator from the authors' file (or what it holds): {"ema": ...} before {"model": ...} before bare tensors.
+
+    `num_heads` is needed only where neither RoPE buffers nor QK-norm tell the head width. The label table's last row
+    counts as the null class. Float32, on the CPU, in evaluation mode. Raises UsageError where tensors are missing,
+    left over or misshapen, RunError where the file is damaged.
+    """
+    state, origin = _read(source, ("ema", "model", "state_dict"), DIT_MARK)
+    spec = infer_dit_spec(state, origin, num_heads)
+    return build_model(lambda: LightningDiT(spec), state, origin)
+
+
+def load_reference_autoencoder(source: Source, *, attention_resolution: int | None = None) -> Autoencoder:
+    """A tokenizer from the authors' file (or what it holds): {"state_dict": ...}; loss and foundation model dropped.
+
+    Which levels attend is read off the tensors. `attention_resolution` is the feature-map side of the lowest of them;
+    it fixes the image size of the spec, which otherwise is 256. Float32, on the CPU, in evaluation mode.
+    """
+    state, origin = _read(source, ("state_dict", "model"), AUTOENCODER_MARK)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
+    spec = infer_autoencoder_spec(state, origin, attention_resolution)
+    return build_model(lambda: Autoencoder(spec), state, origin)
+
+
+def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, DiffusersSettings]:
+    """A tokenizer from diffusers' AutoencoderKL: its folder, a pipeline's, or the file of its weights.
+
+    Float32, on the CPU, in evaluation mode. UsageError where it is no AutoencoderKL or tensors are missing, left over
+    or misshapen, RunError where a file is damaged.
+    """
+    file = interop_diffusers.find(path) or Path(path)
+    state, settings = interop_diffusers.read(file)
+    spec = infer_autoencoder_spec(state, str(file), norm_groups=settings.norm_groups, image_size=settings.image_size)
+    return build_model(lambda: Autoencoder(spec), state, str(file)), settings
+
+
+def load_foreign_autoencoder(path: str | Path) -> Autoencoder | None:
+    """The tokenizer at `path` where that is diffusers' folder or file, or a file of the authors; else None."""
+    if interop_diffusers.find(path) is None:
+        if not Path(path).is_file():
+            return None
+        state, _ = _read(path, ("state_dict", "model"), None)
+        if interop_diffusers.MARK not in state:
+            return load_reference_autoencoder(path)
+    return load_diffusers_autoencoder(path)[0]
+
+
+def import_checkpoint(
+    source: str | Path, out: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None
+) -> Literal["dit", "autoencoder"]:
+    """Turn a file of the authors, or diffusers' AutoencoderKL, into our folder `out`; says which kind it was."""
+    of_diffusers = interop_diffusers.find(source) is not None
+    state = {} if of_diffusers else _read(source, ("ema", "state_dict", "model"), None)[0]
+    if of_diffusers or interop_diffusers.MARK in state:
+        load_diffusers_autoencoder(source)[0].save_pretrained(out)
+        return "autoencoder"
+    if DIT_MARK in state:
+        load_reference_dit(source, num_heads=num_heads).save_pretrained(out)
+        return "dit"
+    if AUTOENCODER_MARK in state:
+        load_reference_autoencoder(source, attention_resolution=attention_resolution).save_pretrained(out)
+        return "autoencoder"
+    raise UsageError(
+        f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no {AUTOENCODER_MARK}); "
+        "name a checkpoint of the authors, or an AutoencoderKL of diffusers"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ ours to theirs
+
+
+def to_reference_dit(model: LightningDiT) -> dict[str, State]:
+    """{"ema": ...}, as the authors' inference reads it; copies on the CPU."""
+    return {"ema": _copy(model)}
+
+
+def to_reference_autoencoder(model: Autoencoder) -> dict[str, State]:
+    """{"state_dict": ...}, as the authors' tokenizer reads it; copies on the CPU."""
+    return {"state_dict": _copy(model)}
+
+
+def save_reference(model: Model, path: str | Path) -> None:
+    """Write a model as a file that the authors' code loads, whole or not at all."""
+    path = Path(path)
+    if isinstance(model, MaskedDiT):
+        raise UsageError("the authors' format holds a LightningDiT, this is a masked generator; set --format vadit")
+    content = to_reference_dit(model) if isinstance(model, LightningDiT) else to_reference_autoencoder(model)
+    try:
+        with whole_file(path) as partial:
+            torch.save(content, partial)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        raise RunError(
+            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
+        ) from None
+
+
+def export_reference(folder: str | Path, out: str | Path) -> None:
+    """Turn a folder with config.json and model.safetensors, of either kind, into one of the authors' files."""
+    state = read_safetensors(Path(folder) / WEIGHTS_NAME) if (Path(folder) / WEIGHTS_NAME).is_file() else {}
+    kind: type[LightningDiT] | type[Autoencoder] = LightningDiT if DIT_MARK in state else Autoencoder
+    save_reference(kind.from_pretrained(folder), out)
+
+
+def _copy(model: Model) -> State:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _read(source: Source, keys: tuple[str, ...], mark: str | None, origin: str = "checkpoint") -> tuple[State, str]:
+    """The state dict under the first of `keys` that is there (else the source itself), wrapper prefixes stripped."""
+    if not isinstance(source, Mapping):
+        origin, source = str(source), read_weights(source)
+    if not isinstance(source, Mapping):
+        raise UsageError(f"{origin} holds a {type(source).__name__}, needed is a mapping of tensors by name")
+    content = next((source[key] for key in keys if isinstance(source.get(key), Mapping)), source)
+    state = {_strip(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    if mark is not None and mark not in state:
+        found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor"
+        raise UsageError(f"{origin}: tensor {mark} is missing ({found}); name a checkpoint of the right kind")
+    return state, origin
+
+
+def _strip(name: str) -> str:
+    while name.startswith(WRAPPER_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _shape(state: State, name: str, dimensions: int, origin: str) -> tuple[int, ...]:
+    if name not in state:
+        raise UsageError(f"{origin}: tensor {name} is missing; use a checkpoint of a matching model")
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions:
+        raise UsageError(f"{origin}: tensor {name} has shape {shape}, needed are {dimensions} dimensions")
+    return shape
+
+
+def _count(state: State, pattern: str, origin: str) -> int:
+    """How many different numbers stand where `pattern` has its group; they have to be 0, 1, 2, ..."""
+    numbers = {int(found.group(1)) for name in state if (found := re.match(pattern, name))}
+    missing = next(index for index in range(len(numbers) + 1) if index not in numbers)
+    if not numbers or missing < len(numbers):
+        where = pattern.replace("\\", "").replace("(d+)", str(missing))
+        raise UsageError(f"{origin}: tensors {where}... are missing; use a checkpoint of a matching model")
+    return len(numbers)
+
+
+# ------------------------------------------------------------------------------------------------ inference
+
+
+def infer_dit_spec(state: State, origin: str, num_heads: int | None = None) -> DiTSpec:
+    """Every hyper-parameter of a generator from its tensors (class dropout leaves no trace and keeps its default)."""
+    hidden, channels, patch, _ = _shape(state, DIT_MARK, 4, origin)
+    num_tokens = _shape(state, "pos_embed", 3, origin)[1]
+    grid = math.isqrt(num_tokens)
+    if grid * grid != num_tokens:
+        raise UsageError(f"{origin}: tensor pos_embed has {num_tokens} positions, needed is a square number")
+    outputs = _shape(state, "final_layer.linear.weight", 2, origin)[0]
+    if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
+        raise UsageError(
+            f"{origin}: tensor final_layer.linear.weight has {outputs} rows, needed are {patch**2 * channels} "
+            f"(or {2 * patch**2 * channels} with learned variance)"
+        )
+    modulation = _shape(state, "blocks.0.adaLN_modulation.1.weight", 2, origin)[0]
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    mlp_hidden = _shape(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2, origin)[1]
+
+    def make(mlp_ratio: float) -> DiTSpec:
+        return DiTSpec(
+            input_size=grid * patch,
+            patch_size=patch,
+            in_channels=channels,
+            hidden_size=hidden,
+            depth=_count(state, r"blocks\.(\d+)\.", origin),
+            num_heads=_infer_heads(state, origin, hidden, num_heads),
+            mlp_ratio=mlp_ratio,
+            num_classes=_shape(state, "y_embedder.embedding_table.weight", 2, origin)[0] - 1,
+            learn_sigma=outputs == 2 * patch**2 * channels,
+            qk_norm="blocks.0.attn.q_norm.weight" in state,
+            swiglu=swiglu,
+            rope="feat_rope.freqs_cos" in state,
+            rmsnorm="blocks.0.norm1.weight" in state,
+            shift_free=modulation == 4 * hidden,
+        )
+
+    return make(_infer_mlp_ratio(make, mlp_hidden, hidden, swiglu))
+
+
+def _infer_mlp_ratio(make: Callable[[float], DiTSpec], mlp_hidden: int, hidden: int, swiglu: bool) -> float:
+    """A ratio whose MLP has exactly `mlp_hidden` units: the shortest decimal first, the two roundings by trial."""
+    units = mlp_hidden * 1.5 if swiglu else float(mlp_hidden)
+    exact = [(units + slack) / hidden for slack in (0.0, 0.5, 1.0, 1.5)]
+    candidates = [round(exact[0], 1), round(exact[0], 2), *exact]
+    return next(ratio for ratio in candidates if mlp_width(make(ratio)) == mlp_hidden)
+
+
+def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) -> int:
+    told_by = [name for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight") if name in state]
+    if not told_by:
+        if num_heads is None:
+            raise UsageError(
+                f"{origin} has neither RoPE nor QK-norm, so its tensors do not tell the number of heads; give "
+                "--num-heads (the paper: B 12, L 16, XL 16)"
+            )
+        return num_heads
+    head_dim = state[told_by[0]].shape[-1]
+    if hidden % head_dim:
+        raise UsageError(f"{origin}: tensor {told_by[0]} is {head_dim} wide, which does not divide the width {hidden}")
+    if num_heads is not None and num_heads != hidden // head_dim:
+        raise UsageError(
+            f"--num-heads is {num_heads}, but {told_by[0]} of {origin} says {hidden // head_dim}; leave it out"
+        )
+    return hidden // head_dim
+
+
+def infer_autoencoder_spec(
+    state: State,
+    origin: str,
+    attention_resolution: int | None = None,
+    *,
+    norm_groups: int = AutoencoderSpec.norm_groups,
+    image_size: int | None = None,
+) -> AutoencoderSpec:
+    """Every hyper-parameter of a tokenizer from its tensors, but for the number of groups of its GroupNorms."""
+    base, in_channels, _, _ = _shape(state, AUTOENCODER_MARK, 4, origin)
+    num_levels = _count(state, r"encoder\.down\.(\d+)\.", origin)
+    multipliers = []
+    for level in range(num_levels):
+        name = f"encoder.down.{level}.block.0.conv1.weight"
+        width = _shape(state, name, 4, origin)[0]
+        if width % base:
+            raise UsageError(f"{origin}: tensor {name} is {width} wide, needed is a multiple of {base}")
+        multipliers.append(width // base)
+    attending = [level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in state]
+    image_size = image_size or REFERENCE_IMAGE_SIZE
+    if attention_resolution is not None and attending:
+        image_size = attention_resolution << attending[-1]
+    return AutoencoderSpec(
+        image_size=image_size,
+        in_channels=in_channels,
+        latent_channels=_shape(state, "post_quant_conv.weight", 4, origin)[0],
+        base_channels=base,
+        channel_multipliers=tuple(multipliers),
+        num_res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\.", origin),
+        attention_resolutions=tuple(image_size >> level for level in attending),
+        norm_groups=norm_groups,
+    )

@@ -1,0 +1,193 @@
+"""Tokenizers of the diffusers library (AutoencoderKL): their files, and LDM's names for their tensors.
+
+Stable Diffusion's VAE (f8d4, which DiT, SiT, REPA and others train on) is published in this form. The network is LDM's
+autoencoder under other names; nothing of diffusers is imported. Facts of the format: diffusers' documentation and its
+released files. https://huggingface.co/docs/diffusers/api/models/autoencoderkl
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vadit.models.pretrained import read_weights
+from vadit.runtime.errors import RunError, UsageError
+
+CLASS_NAME = "AutoencoderKL"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
+"""In this order: whole precision first."""
+MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"
+"""A tensor that every AutoencoderKL has."""
+
+_ATTENTION_NAMES = {
+    # those of today's diffusers, then those of its older files, which it still reads
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+}  # fmt: skip
+_ATTENTION = re.compile(rf"attentions\.(\d+)\.({'|'.join(map(re.escape, _ATTENTION_NAMES))})\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class DiffusersSettings:
+    """What the tensors of an AutoencoderKL do not tell; defaults are those of diffusers and of released VAEs."""
+
+    norm_groups: int = 32
+    """Groups of GroupNorm."""
+    image_size: int | None = None
+    """Side of the training images, in pixels (`sample_size`)."""
+    scaling_factor: float | None = None
+    """What latents are multiplied with before a generator sees them (0.18215 for Stable Diffusion 1)."""
+    shift_factor: float | None = None
+    """What is subtracted from latents before that (Stable Diffusion 3, FLUX)."""
+
+    def advice(self) -> str:
+        """How a generator's run gets the scale that its publishers used, in one line; empty where nothing is known."""
+        if self.scaling_factor is None:
+            return ""
+        if self.shift_factor:
+            return (
+                f"its latents are published as (z - {self.shift_factor:g}) * {self.scaling_factor:g}; "
+                "data.normalize (the default) does that per channel, from the latents' own statistics"
+            )
+        return (
+            f"scaling_factor {self.scaling_factor:g}: its latents are published with data.normalize off and "
+            f"--data.multiplier {self.scaling_factor:g} (the recipes on SD-VAE have 0.18215)"
+        )
+
+
+def find(path: str | Path) -> Path | None:
+    """The weights of an AutoencoderKL where `path` is its folder, a pipeline's with vae/, or the file; else None.
+
+    UsageError: a folder whose config.json is diffusers', but of another class or without weights.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path if path.name in WEIGHTS_NAMES else None
+    if (path / "model_index.json").is_file() and (path / "vae" / CONFIG_NAME).is_file():
+        path = path / "vae"
+    config = _read_config(path / CONFIG_NAME)
+    name = None if config is None else config.get("_class_name")
+    if name is None:
+        return next((path / file for file in WEIGHTS_NAMES if (path / file).is_file()), None)
+    if name != CLASS_NAME:
+        raise UsageError(f"{path / CONFIG_NAME} describes a {name} of diffusers; only its {CLASS_NAME} is a tokenizer")
+    for file in WEIGHTS_NAMES:
+        if (path / file).is_file():
+            return path / file
+    raise UsageError(f"{path} is diffusers' folder but holds no {' or '.join(WEIGHTS_NAMES[:2])}; fetch the weights")
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
+    """Tensors by LDM's names out of a file of weights, and the settings of the config.json beside it, if any.
+
+    UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
+    """
+    content = read_weights(path)
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path} holds a {type(content).__name__}, needed is a mapping of tensors by name")
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    config = _read_config(path.parent / CONFIG_NAME)
+    settings = DiffusersSettings() if config is None else _settings(config, path.parent / CONFIG_NAME)
+    return to_ldm_names(state, str(path)), settings
+
+
+def published_scale(path: str | Path) -> str:
+    """`DiffusersSettings.advice` of the AutoencoderKL at `path`; empty where it is none, or has no config.json."""
+    file = find(path) or Path(path)
+    config = _read_config(file.parent / CONFIG_NAME) if file.is_file() else None
+    return "" if config is None else _settings(config, file.parent / CONFIG_NAME).advice()
+
+
+def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The tensors of an AutoencoderKL under LDM's names, attention as 1x1 convolutions.
+
+    Without quantisation convolutions (Stable Diffusion 3, FLUX) the identity takes their place, which changes no bit.
+    """
+    if MARK not in state:
+        found = next(iter(state), "none")
+        raise UsageError(f"{origin}: tensor {MARK} is missing (its first tensor is {found}); name an {CLASS_NAME}")
+    if not any(".mid_block.attentions." in name for name in state):
+        raise UsageError(f"{origin} has no attention in the middle (mid_block_add_attention false), which is needed")
+    num_levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("decoder.up_blocks."))
+    renamed = {_ldm_name(name, num_levels): _as_convolution(name, tensor) for name, tensor in state.items()}
+    latent_channels = renamed["decoder.conv_in.weight"].shape[1]
+    for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
+        if f"{name}.weight" not in renamed:
+            renamed[f"{name}.weight"] = torch.eye(channels)[:, :, None, None]
+            renamed[f"{name}.bias"] = torch.zeros(channels)
+    return renamed
+
+
+def _ldm_name(name: str, num_levels: int) -> str:
+    """LDM's name of a tensor; one that neither knows stays as it is, and is refused where the model is filled."""
+    name = _ATTENTION.sub(lambda found: f"attentions.{found[1]}.{_ATTENTION_NAMES[found[2]]}.{found[3]}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
+    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+    # diffusers counts the decoder's levels as they come, LDM from the image's resolution
+    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{num_levels - 1 - int(found[1])}", name)
+    for theirs, ours in (
+        (".resnets.", ".block."),
+        (".attentions.", ".attn."),
+        (".downsamplers.0.", ".downsample."),
+        (".upsamplers.0.", ".upsample."),
+        (".conv_shortcut.", ".nin_shortcut."),
+        (".conv_norm_out.", ".norm_out."),
+    ):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _as_convolution(name: str, tensor: Tensor) -> Tensor:
+    """A linear layer of attention (E, E) as a 1x1 convolution (E, E, 1, 1)."""
+    is_linear = ".attentions." in name and name.endswith(".weight") and tensor.dim() == 2
+    return tensor[:, :, None, None] if is_linear else tensor
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """The content of a config.json; None where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); give read permission") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); fetch it anew") from None
+    return content if isinstance(content, dict) else None
+
+
+def _settings(config: dict[str, Any], path: Path) -> DiffusersSettings:
+    """The settings that matter, checked; a config.json that is not diffusers' says nothing."""
+    if "_class_name" not in config and "block_out_channels" not in config:
+        return DiffusersSettings()
+    for name, needed in (("act_fn", "silu"), ("mid_block_add_attention", True)):
+        if config.get(name, needed) != needed:
+            raise UsageError(f"{path}: {name} is {config[name]!r}; LDM's autoencoder has {needed!r} and no other")
+    size: Any = config.get("sample_size")
+    size = size[0] if isinstance(size, list) and size else size
+    groups = config.get("norm_num_groups", DiffusersSettings.norm_groups)
+    for name, value in (("sample_size", size), ("norm_num_groups", groups)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{path}: {name} is {value!r}; needed is a whole number above 0")
+    factors = {name: config.get(name) for name in ("scaling_factor", "shift_factor")}
+    for name, factor in factors.items():
+        if factor is not None and not isinstance(factor, int | float):
+            raise UsageError(f"{path}: {name} is {factor!r}; needed is a number")
+    return DiffusersSettings(norm_groups=groups, image_size=size, **factors)

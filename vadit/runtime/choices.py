@@ -1,0 +1,92 @@
+"""What a run computes with where several could: chosen at start-up, kept in its folder, told where a wish failed.
+
+Choices are made by trying, on small tensors of the run's device: a package that imports may still not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vadit.kernels import backends, reasons
+from vadit.kernels.self_check import self_check
+from vadit.runtime import distributed
+from vadit.runtime.files import whole_file
+from vadit.runtime.run_log import console
+
+FILE = "backends.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that was chosen."""
+
+    setting: str
+    """The setting that asks for it."""
+    name: str
+    """What runs."""
+    reason: str
+    """Why it is this one."""
+    refused: str = ""
+    """Where the setting asked for something else: what, and why it cannot be had here."""
+    left_out: str = ""
+    """What of the network it does not reach."""
+
+
+def kernels(device: torch.device) -> list[Choice]:
+    """The backend of each op on this device; on a GPU tried against plain torch first. See kernels/README.md."""
+    failures = self_check(device) if device.type == "cuda" else {}
+    return [
+        Choice(f"VADIT_KERNELS {op}", name, reasons(device.type)[op], refused=failures.get(op, ""))
+        for op, name in backends(device.type).items()
+    ]
+
+
+@contextlib.contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Its import registers something in a way that torch has since deprecated, and torch says so."""
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def first_line(error: Exception) -> str:
+    """An error of somebody else's package in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def tell(choice: Choice) -> None:
+    """One line on the main process where something else runs than was asked for, or not everywhere; else silence."""
+    told = f"{choice.refused}; using {choice.name} instead" if choice.refused else choice.left_out
+    if told and distributed.is_main():
+        console.print(f"{choice.setting}: {told}", style="yellow", markup=False, soft_wrap=True)
+
+
+def recorded(folder: Path, setting: str) -> str | None:
+    """What a run wrote down for a setting when it last started; None where it did not."""
+    try:
+        name = json.loads((folder / FILE).read_text())[setting]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
+
+
+def save(folder: Path, choices: list[Choice]) -> None:
+    """Write the choices of a run into its folder: for one process of a run."""
+    values = {choice.setting: dataclasses.asdict(choice) for choice in choices}
+    for value in values.values():
+        del value["setting"]
+    with whole_file(folder / FILE) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")

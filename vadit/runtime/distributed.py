@@ -1,0 +1,150 @@
+"""Where this process stands among the others, and the few collectives that the trainers need.
+
+One process needs no launcher; under `deepspeed` or `torchrun` the environment says the rest (RANK, WORLD_SIZE).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from vadit.runtime.errors import RunError, UsageError
+
+T = TypeVar("T")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""A folder of Linux with an entry per GPU, also of one that CUDA cannot use."""
+
+
+def rank() -> int:
+    """Index of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that logs and writes what is written once."""
+    return rank() == 0
+
+
+def device(choice: str = "auto") -> torch.device:
+    """The device of this process: auto takes this process's GPU where there is one.
+
+    UsageError for auto where this is one process of several on a machine whose GPUs torch does not see: it would take
+    the CPU and wait, without a word, for processes that meet on GPUs.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    lost = not hidden and not torch.cuda.is_available() and any(NVIDIA_GPUS.glob("*"))
+    if choice == "auto" and world_size() > 1 and lost:
+        raise UsageError(
+            f"{socket.gethostname()} has GPUs that torch does not see (`vadit doctor` there says why); mend that, or "
+            "set --device cpu (vadit train: --run.device cpu)"
+        )
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "the device is set to cuda but torch sees no GPU; set --device cpu (vadit train: --run.device cpu), or see "
+            "`vadit doctor`"
+        )
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
+    return torch.device("cuda", index)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def all_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over processes, element by element, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def any_rank(flag: bool, on: torch.device) -> bool:
+    """Whether `flag` is set on any process (every process must call)."""
+    return any_most(float(flag), on) > 0
+
+
+def any_most(value: float, on: torch.device) -> float:
+    """The largest `value` of any process (every process must call)."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    most = torch.tensor([value], dtype=torch.float64, device=on)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most.item())
+
+
+def all_rows(ids: torch.Tensor, rows: torch.Tensor, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (n,) int64 and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
+
+    Every process must call. A process without rows may give any empty tensor.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return ids.cpu(), rows.cpu()
+    shapes: list[Any] = [None] * world_size()
+    dist.all_gather_object(shapes, (len(ids), tuple(rows.shape[1:]), rows.dtype))
+    most, shape, dtype = max(shapes, key=lambda each: each[0])
+    parts = []
+    for own, size, kind in ((ids, (), torch.int64), (rows, shape, dtype)):
+        padded = torch.zeros(most, *size, dtype=kind, device=on)
+        padded[: len(own)] = own.to(on) if len(own) else padded[:0]
+        gathered = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(gathered, padded)
+        parts.append(torch.cat([part[:count].cpu() for part, (count, _, _) in zip(gathered, shapes, strict=True)]))
+    return parts[0], parts[1]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, where alone it is called (every process must call this).
+
+    An error there is raised on all: none is left waiting for the main process.
+    """
+    outcome: list[Any] = [None, None]
+    fault: Exception | None = None
+    if is_main():
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            fault = error
+            known = isinstance(error, (UsageError, RunError))
+            outcome[1] = error if known else RunError(f"the main process failed ({type(error).__name__}: {error})")
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if fault is not None or outcome[1] is not None:
+        raise fault or outcome[1]
+    return cast(T, outcome[0])
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """What `make` returns, on the main process first (every process must call this); its error is raised on all."""
+    made: list[T] = []
+    from_main(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:
+    """Images per process and micro-batch; refuses a batch that does not divide."""
+    parts = world_size() * accumulation
+    if global_batch % parts:
+        lower = max(global_batch // parts, 1) * parts
+        raise UsageError(
+            f"run.batch_size {global_batch} is not divisible by {world_size()} processes x "
+            f"{accumulation} accumulation steps; set --run.batch-size {lower} or change the number of processes"
+        )
+    return global_batch // parts

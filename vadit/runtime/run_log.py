@@ -1,0 +1,211 @@
+"""What a run tells while it runs: a progress bar, TensorBoard events, and JSON objects, one a line.
+
+log.jsonl has one per log point, evaluations.jsonl one per look at the network on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vadit.runtime import distributed
+from vadit.runtime.errors import write_fault
+from vadit.runtime.files import whole_file
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("-- img/s" if speed is None else f"{speed:,.0f} img/s", style="cyan")
+
+
+class ProgressBar:
+    """A bar with images/s and time left; silent on all processes but the main one."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        columns = (
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(
+            *columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Set the number of images done, and a short note behind the bar."""
+        self._progress.update(self._task, completed=done)
+        if note is not None:
+            self._progress.update(self._task, note=note)
+
+
+class RunLog:
+    """What one run logs, by its first process; all of it forgets what lies after a checkpoint that is resumed.
+
+    A full disk is told once a write and ends nothing: what could not be written is kept, and goes with the next.
+    """
+
+    def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
+        self._open = False
+        if not distributed.is_main():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("log.jsonl", "evaluations.jsonl"):
+            _cut(folder / name, images_seen)
+        self._log = (folder / "log.jsonl").open("a")
+        self._evaluations_path = folder / "evaluations.jsonl"
+        self._evaluations: IO[str] | None = None  # most runs have none
+        self._events = _Events(folder / "tensorboard", images_seen + 1)
+        self._open = True
+
+    def write(self, *, images: int, step: int, values: dict[str, float]) -> None:
+        """One log point: `values` by name at so many images and optimizer steps."""
+        if self._open:
+            self._events.scalars(values, images)
+            self._put(self._log, {"images": images, "step": step, **values})
+
+    def write_evaluation(self, line: dict[str, Any], picture: np.ndarray | None = None) -> None:
+        """One look on the way: images, step, numbers, and words; the picture (H, W, 3), uint8, for TensorBoard."""
+        if not self._open:
+            return
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        self._events.scalars({f"evaluation/{name}": value for name, value in numbers.items()}, line["images"])
+        if picture is not None:
+            self._events.picture("evaluation", picture, line["images"])
+        try:
+            self._evaluations = self._evaluations or self._evaluations_path.open("a")
+        except OSError as error:
+            _tell(error)
+        else:
+            self._put(self._evaluations, line)
+
+    def _put(self, file: IO[str], line: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            self._events.flush()
+        except OSError as error:  # a full disk: Python keeps what could not be written, and a later flush goes on there
+            _tell(error)
+
+    def close(self) -> None:
+        """Flush and close all."""
+        if not self._open:
+            return
+        self._open = False
+        for part in (self._log, self._evaluations, self._events):
+            with contextlib.suppress(OSError):  # told when the line was written
+                if part is not None:
+                    part.close()
+
+
+class _Events:
+    """TensorBoard's events, written where they are made: its own writer does so in a thread that a full disk ends."""
+
+    _MOST = 64 << 20
+    """Bytes that wait for room, at most; what comes on top is lost."""
+    _counter = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        ending = f"{socket.gethostname()}.{os.getpid()}.{next(self._counter)}"
+        self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("wb", buffering=0)
+        self._waiting = bytearray()
+        self._buffer = io.BytesIO()
+        self._records: Any = RecordWriter(self._buffer)
+        self._event: Any = event_pb2
+        self._add(file_version="brain.Event:2")
+        # Points of an earlier start from there on are not shown any more.
+        self._add(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers by name at so many images."""
+        from torch.utils.tensorboard.summary import scalar
+
+        for name, value in values.items():
+            self._add(step=step, summary=scalar(name, value))
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """A picture uint8 (H, W, 3) at so many images."""
+        from torch.utils.tensorboard.summary import image
+
+        self._add(step=step, summary=image(name, pixels, dataformats="HWC"))
+
+    def _add(self, **fields: Any) -> None:
+        if len(self._waiting) > self._MOST:
+            return
+        self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._waiting += self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+
+    def flush(self) -> None:
+        """Write what waits; OSError where not all of it could be, and it goes on there the next time."""
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+def _cut(path: Path, images_seen: int) -> None:
+    """Leave the lines of a log up to so many images, where there is one."""
+    if not path.exists():
+        return
+    lines = _lines(path)
+    kept = [line for line in lines if json.loads(line)["images"] <= images_seen]
+    if len(kept) == len(lines) and path.stat().st_size == sum(len(line.encode()) + 1 for line in lines):
+        return
+    try:
+        with whole_file(path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
+    except OSError as error:
+        _tell(error)
+
+
+def _tell(error: OSError) -> None:
+    console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log: one that a killed process left unfinished is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

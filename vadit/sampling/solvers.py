@@ -1,0 +1,375 @@
+"""From noise to latents: ODE and SDE solvers and the DDPM sampler, with guidance.
+
+Everything here works on one batch that the caller made; `draw` decides which samples form a batch. Latents are
+(B, C, h, w), labels (B,) int64. Times of the grid are fp32 scalars on the CPU: no fixed-step solver waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vadit.config import FlowSpec
+from vadit.kernels import exact
+from vadit.objectives import ddpm
+from vadit.objectives.flow import (
+    DiffusionForm,
+    path_point,
+    sampling_interval,
+    sde_diffusion,
+    sde_interval,
+    to_score,
+    to_velocity,
+)
+from vadit.runtime import rng
+from vadit.runtime.errors import RunError, UsageError
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+LastStep = Literal["mean", "tweedie", "euler", "none"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """output = weak + scale (strong - weak) on the first `channels` channels (Ho & Salimans 2022), strong's elsewhere.
+
+    The strong output is the conditional one. The weak one is the same network's at the null label, or, with `guide`,
+    that network's at the same label (autoguidance: Karras et al. 2024).
+    """
+
+    scale: float = 1.0
+    """1 is no guidance: the weak network does not run."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts where low <= t <= high (Kynkaanniemi et al. 2024), t = 1 being data."""
+    channels: int | None = None
+    """How many of the channels are guided; None: all."""
+    guide: Any = None
+    """A weaker network to guide with, called as the sampled one is."""
+    power: float | None = None
+    """s of the power-cosine schedule, 1 + (scale - 1) (1 - cos(pi t^s)) / 2 (Gao et al. 2023: 4); None: constant."""
+
+    def check(self, num_channels: int) -> None:
+        """Refuse settings that cannot be meant."""
+        if self.channels is not None and not 1 <= self.channels <= num_channels:
+            raise UsageError(
+                f"cfg_channels is {self.channels}; it must be from 1 to the latent's {num_channels} channels"
+            )
+        if self.power is not None and not self.power > 0:
+            raise UsageError(f"cfg_power is {self.power}; it must be above 0, or left out for a constant scale")
+        if self.interval[0] > self.interval[1]:
+            raise UsageError(f"cfg_interval is {self.interval}; its low end must not be above its high end")
+
+    def active(self, t: Tensor) -> bool:
+        """Whether guidance acts at t, an fp32 scalar (compared in fp32, as the authors' code does)."""
+        low, high = self.interval
+        # high = 1 is no limit: dopri5 steps beyond 1 and interpolates back, guided all the way
+        return self.scale != 1 and not bool(t < low) and (high >= 1 or not bool(t > high))
+
+    def at(self, t: Tensor | float) -> Guidance:
+        """The guidance at t, with the scale that its schedule has there."""
+        if self.power is None:
+            return self
+        rise = (1 - math.cos(math.pi * min(max(float(t), 0.0), 1.0) ** self.power)) / 2
+        return replace(self, scale=1 + (self.scale - 1) * rise, power=None)
+
+    def combine(self, strong: Tensor, weak: Tensor, num_channels: int) -> Tensor:
+        """The guided output; channels after the latent's `num_channels` (a variance) stay the strong one's."""
+        channels = self.channels or num_channels
+        guided = weak[:, :channels] + self.scale * (strong[:, :channels] - weak[:, :channels])
+        return torch.cat([guided, strong[:, channels:]], dim=1)
+
+
+def time_grid(num_steps: int, low: float = 0.0, high: float = 1.0, shift: float = 0.0) -> Tensor:
+    """linspace(low, high, num_steps) with t' = s t / (1 + (s - 1) t) where s > 0 (Esser et al. 2024, eq. 23); fp32."""
+    if num_steps < 2:
+        raise UsageError(f"num_steps is {num_steps}; it counts the points of the time grid and must be at least 2")
+    times = torch.linspace(low, high, num_steps)
+    return shift * times / (1 + (shift - 1) * times) if shift > 0 else times
+
+
+def sample_ode(
+    model: Any,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    method: Literal["euler", "heun", "dopri5"] | str = "euler",
+    num_steps: int = 250,
+    timestep_shift: float = 0.0,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cfg_channels: int | None = None,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    flow: FlowSpec | None = None,
+    guide: nn.Module | None = None,
+    cfg_power: float | None = None,
+) -> Tensor:
+    """Integrate the probability-flow ODE from noise (B, C, h, w) to latents of that shape.
+
+    model: callable (x, t (B,) fp32, labels (B,)) -> output, with `num_classes`, whose value is the null label.
+    num_steps counts the points of linspace(0, 1): 250 points are 249 steps. heun is the second-order Heun method
+    (torchdiffeq's heun2: two evaluations per step); dopri5 takes its steps by atol and rtol over the whole batch
+    and only the end points of the grid. flow says what the output means (default: velocity on the linear path).
+    Guidance acts on the output, before it is turned into a velocity. Outside cfg_interval, and at cfg_scale 1, only
+    the conditional pass runs; the one exception is dopri5 that guides a part of the channels (see `_DoubledField`).
+    """
+    flow = flow or FlowSpec()
+    if method not in ("euler", "heun", "dopri5"):
+        raise UsageError(f"method {method!r} is no ODE solver; choose euler, heun or dopri5")
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
+    _check_batch(noise, labels, guidance)
+    times = time_grid(num_steps, *sampling_interval(flow), timestep_shift)
+    with evaluation(model, guide):
+        if method == "dopri5":
+            return _dopri5(model, noise, labels, guidance, flow, times, atol, rtol)
+        field = _Field(model, labels, guidance, flow)
+        x = noise
+        for t, t_next in itertools.pairwise(times):
+            dt = t_next - t
+            slope = field.velocity(x, t)
+            if method == "heun":
+                # at t + dt, not at t_next: one ulp can decide on which side of cfg_interval it lies
+                slope_next = field.velocity(x + dt * slope, t + dt)
+                slope = slope * 0.5 + slope_next * 0.5
+            x = x + dt * slope
+        return x
+
+
+def sample_sde(
+    model: Any,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int = 250,
+    diffusion_form: DiffusionForm = "sigma",
+    diffusion_norm: float = 1.0,
+    last_step: LastStep = "mean",
+    last_step_size: float = 0.04,
+    timestep_shift: float = 0.0,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cfg_channels: int | None = None,
+    flow: FlowSpec | None = None,
+    guide: nn.Module | None = None,
+    cfg_power: float | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> Tensor:
+    """Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW (SiT, eq. 5), then one step without noise.
+
+    num_steps - 1 steps over linspace(0, 1 - last_step_size, num_steps), then the last one: mean (the SDE's drift),
+    euler (the ODE's velocity), tweedie (E[x1 | x_t]) or none (and no last_step_size). The shift acts on the share
+    of the interval. The noise of step k in sample i is a function of (seed, i, k); indices default to 0..B-1.
+    """
+    flow = flow or FlowSpec()
+    if last_step not in ("mean", "tweedie", "euler", "none"):
+        raise UsageError(f"last_step {last_step!r} is unknown; choose mean, tweedie, euler or none")
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
+    _check_batch(noise, labels, guidance)
+    low, high = sde_interval(flow, diffusion_form, 0.0 if last_step == "none" else last_step_size)
+    times = low + (high - low) * time_grid(num_steps, shift=timestep_shift)
+    indices = range(len(noise)) if indices is None else indices
+    with evaluation(model, guide):
+        field = _Field(model, labels, guidance, flow)
+        x = noise
+        for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+            dt = t_next - t
+            velocity, score = field.velocity_and_score(x, t)
+            w = sde_diffusion(flow.path, diffusion_form, t, norm=diffusion_norm)
+            kick = _step_noise(seed, step, indices, x)
+            x = x + dt * (velocity + w * score) + torch.sqrt(2 * w * dt) * kick
+        if last_step == "none":
+            return x
+        velocity, score = field.velocity_and_score(x, times[-1])
+        if last_step == "tweedie":
+            point = path_point(flow.path, times[-1])
+            return x / point.alpha + point.sigma**2 / point.alpha * score
+        if last_step == "mean":
+            velocity = velocity + sde_diffusion(flow.path, diffusion_form, times[-1], norm=diffusion_norm) * score
+        return x + last_step_size * velocity
+
+
+def sample_ddpm(
+    model: Any,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int = 250,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cfg_channels: int | None = None,
+    guide: nn.Module | None = None,
+    cfg_power: float | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> Tensor:
+    """Ancestral sampling in num_steps of the 1000 steps of a DDPM with learned variance (ADM, DiT).
+
+    model has `forward_with_variance(x, t, labels) -> (B, 2C, h, w)` and `num_classes`. Guidance acts on the noise
+    prediction, the variance is the conditional one's (DiT); cfg_interval counts 1 - timestep / 999, so 1 is data
+    (and cfg_power 1 - timestep / 1000, as MDT).
+    """
+    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
+    _check_batch(noise, labels, guidance)
+    schedule = ddpm.make_schedule(num_steps)
+    timesteps, schedule = schedule.timesteps.tolist(), schedule.to(noise.device)
+    indices = range(len(noise)) if indices is None else indices
+    predict = _with_variance(model)
+    weak = None if guide is None else _with_variance(guide)
+    with evaluation(model, guide):
+        x = noise
+        for step in reversed(range(num_steps)):
+            times = _fill(x, float(timesteps[step]))
+            if guidance.active(torch.tensor(1 - timesteps[step] / (ddpm.NUM_STEPS - 1))):
+                strong_output, weak_output = _both(predict, weak, x, times, labels, model.num_classes)
+                now = guidance.at(1 - timesteps[step] / ddpm.NUM_STEPS)
+                output = now.combine(strong_output, weak_output, x.shape[1])
+            else:
+                output = predict(x, times, labels)
+            kick = _step_noise(seed, step, indices, x) if step else torch.zeros_like(x)
+            x = ddpm.ancestral_step(schedule, output, x, step, kick)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------ the vector field
+
+
+class _Field:
+    """The guided velocity of one batch."""
+
+    def __init__(self, model: Any, labels: Tensor, guidance: Guidance, flow: FlowSpec) -> None:
+        self.model, self.labels, self.guidance, self.flow = model, labels, guidance, flow
+
+    def output(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's guided output; t an fp32 scalar."""
+        times = _fill(x, t)
+        if not self.guidance.active(t):
+            return self.model(x, times, self.labels).to(x.dtype)
+        strong, weak = self.strong_and_weak(x, times)
+        return self.guidance.at(t).combine(strong, weak, x.shape[1])
+
+    def strong_and_weak(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        strong, weak = _both(self.model, self.guidance.guide, x, times, self.labels, self.model.num_classes)
+        return strong.to(x.dtype), weak.to(x.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return to_velocity(self.flow.path, self.flow.prediction, self.output(x, t), x, _fill(x, t))
+
+    def velocity_and_score(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        output, times = self.output(x, t), _fill(x, t)
+        path, prediction = self.flow.path, self.flow.prediction
+        return to_velocity(path, prediction, output, x, times), to_score(path, prediction, output, x, times)
+
+
+class _DoubledField(_Field):
+    """The authors' doubled state [guided; shadow], (2B, C, h, w), for dopri5 that guides a part of the channels.
+
+    Their unconditional half integrates the guided channels together with the null label's other channels. It never
+    feeds back into the guided half, but dopri5 picks its steps by an error norm over both: equal results need it,
+    and with it the unconditional pass at every t. With all channels guided the halves are equal and so is the norm.
+    """
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        half = x.chunk(2)[0]
+        strong, weak = self.strong_and_weak(half, _fill(half, t))
+        channels = self.guidance.channels
+        guided = self.guidance.at(t).combine(strong, weak, x.shape[1]) if self.guidance.active(t) else strong
+        shadow = torch.cat([guided[:, :channels], weak[:, channels:]], dim=1)
+        output = torch.cat([guided, shadow])
+        return to_velocity(self.flow.path, self.flow.prediction, output, x, _fill(x, t))
+
+
+def _dopri5(
+    model: Any,
+    noise: Tensor,
+    labels: Tensor,
+    guidance: Guidance,
+    flow: FlowSpec,
+    times: Tensor,
+    atol: float,
+    rtol: float,
+) -> Tensor:
+    from torchdiffeq import odeint
+
+    part = guidance.channels is not None and guidance.channels < noise.shape[1]
+    doubled = part and guidance.scale != 1 and guidance.guide is None
+    field = (_DoubledField if doubled else _Field)(model, labels, guidance, flow)
+    state = torch.cat([noise, noise]) if doubled else noise
+
+    def slope(t: Tensor, x: Tensor) -> Tensor:
+        return field.velocity(x, t.float())
+
+    # points between the ends would only be interpolated and kept in memory: the steps do not depend on them
+    ends = times[[0, -1]].to(noise.device)
+    # dopri5 steps past the end and interpolates back; the vp path has no sigma past t = 1, so there a step ends with it
+    options = {"step_t": ends[1:]} if flow.path == "vp" else {}
+    # tolerances as lists, like the authors: torchdiffeq then takes the error norm in fp64, and the first steps, whose
+    # error is rounding alone, come out equal. For the same reason plain torch ops: those steps make 5e-5 of the 3e-7
+    # by which the compiled ops round otherwise
+    try:
+        with exact():
+            latents = odeint(slope, state, ends, method="dopri5", atol=[atol], rtol=[rtol], options=options)[-1]
+    except AssertionError as error:
+        if "underflow in dt" not in str(error) and "non-finite" not in str(error):
+            raise
+        raise RunError(
+            f"dopri5 found no step that meets atol {atol:g} and rtol {rtol:g}, or the latents became infinite; raise "
+            "the tolerances or take method euler"
+        ) from None
+    return latents[: len(noise)]
+
+
+def _both(
+    strong: Network, weak: Network | None, x: Tensor, times: Tensor, labels: Tensor, null_label: int
+) -> tuple[Tensor, Tensor]:
+    """Conditional output and the one to guide away from: in one pass of 2B rows, or from a network of its own."""
+    if weak is not None:
+        return strong(x, times, labels), weak(x, times, labels)
+    null = torch.full_like(labels, null_label)
+    output = strong(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null]))
+    return output.chunk(2)[0], output.chunk(2)[1]
+
+
+def _with_variance(model: Any) -> Network:
+    predict = getattr(model, "forward_with_variance", None)
+    if predict is None:
+        raise UsageError(f"method ddpm needs a generator with learned variance, found {type(model).__name__}")
+    return predict
+
+
+def _fill(x: Tensor, t: Tensor | float) -> Tensor:
+    """(B,) times on x's device: a fill, no copy from the host, where t lies on the CPU."""
+    if isinstance(t, Tensor) and t.device.type != "cpu":
+        return t.expand(len(x))
+    return torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
+
+
+def _step_noise(seed: int, step: int, indices: Sequence[int], x: Tensor) -> Tensor:
+    return rng.normal(rng.fold(seed, "step", step), indices, x.shape[1:]).to(x)
+
+
+@contextmanager
+def evaluation(*models: Any) -> Iterator[None]:
+    """No gradients, and every module in eval mode (label dropout off); the modes come back afterwards."""
+    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
+    training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+
+
+def _check_batch(noise: Tensor, labels: Tensor, guidance: Guidance) -> None:
+    if labels.shape != noise.shape[:1]:
+        raise UsageError(f"labels have shape {tuple(labels.shape)}; noise {tuple(noise.shape)} needs ({len(noise)},)")
+    guidance.check(noise.shape[1])
