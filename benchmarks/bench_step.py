@@ -15,7 +15,7 @@ is waited for. --data loader reads made-up data through the run's loader, --data
 Weights of frozen networks are random, a tokenizer's discriminator counts from the first step, stages are left out.
 
 share_of_matmul is FLOPs of the step's products (vadit.estimate.flops; nothing for recomputed activations) over the
-speed of one large product in the step's precision, measured in turns with the rounds: the roofline of that machine at that hour.
+speed of one large product in the step's precision, measured in turns with the rounds: the machine's roofline then.
 share_of_peak is the same over the data sheet's speed. Both are left out where masks end in mid-run.
 peak_gib is what torch allocated on a GPU, on a CPU the process's resident peak. Rows: results/steps-HARDWARE.csv.
 """

@@ -13,8 +13,8 @@ from vadit.config import ImageDataSpec
 from vadit.images.folders import DebugSource, FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
 from vadit.images.pillow import decode, pillow_decoder
-from vadit.runtime.choices import Choice, first_line
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.choices import Choice
+from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vadit.runtime.choices import Choice, first_line
+from vadit.runtime.choices import Choice
+from vadit.runtime.errors import first_line
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v to their attention, all (B, H, N, K)."""

@@ -61,12 +61,6 @@ def quiet_torchao() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def first_line(error: Exception) -> str:
-    """An error of somebody else's package in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def tell(choice: Choice) -> None:
     """One line on the main process where something else runs than was asked for, or not everywhere; else silence."""
     told = f"{choice.refused}; using {choice.name} instead" if choice.refused else choice.left_out

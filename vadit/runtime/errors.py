@@ -15,11 +15,17 @@ class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong by another's words, on one line of at most 200 characters; the kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
 def write_fault(error: Exception) -> str:
     """Why a file could not be written, in words for people."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = first_line(error)
     # torch's zip writer tells a full disk by the position that it did not reach
     return "the disk took only a part of it" if "unexpected pos" in text else text
 

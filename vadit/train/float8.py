@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from vadit.runtime import distributed
-from vadit.runtime.choices import Choice, first_line, quiet_torchao
+from vadit.runtime.choices import Choice, quiet_torchao
+from vadit.runtime.errors import first_line
 
 SETTING = "engine.float8"
 LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")

@@ -16,8 +16,8 @@ import torch
 
 from vadit.config import OptimizerSpec
 from vadit.runtime import distributed
-from vadit.runtime.choices import Choice, first_line, quiet_torchao
-from vadit.runtime.errors import UsageError
+from vadit.runtime.choices import Choice, quiet_torchao
+from vadit.runtime.errors import UsageError, first_line
 
 SETTING = "optimizer.kind"
 TORCH = "adamw"

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there, written while training goes on.
 
 Every process writes its own part into `step-N.partial`, nothing gathered (`shares`), in a thread (`save`); the rename
-to `step-N` is the moment the checkpoint exists. Inside: a share per network and process, `state.json` (position, loader, guard, versions), the run's `config.json`, and `manifest.json` with sizes and
-hashes. A start takes the newest checkpoint whose manifest holds, and says which ones do not.
+to `step-N` is the moment the checkpoint exists. Inside: a share per network and process, `state.json`
+(position, loader, guard, versions), the run's `config.json`, and `manifest.json` with sizes and hashes. A start takes
+the newest checkpoint whose manifest holds, and says which ones do not.
 """
 
 from __future__ import annotations
