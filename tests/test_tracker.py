@@ -22,8 +22,8 @@ from vadit.estimate import flops
 from vadit.models.dit import LightningDiT
 from vadit.models.masked import build_generator
 from vadit.recipes import get_recipe
-from vadit.runtime import run_log as metrics
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.run_log import RunLog
 from vadit.train import dit, evaluation, meter, runs, tokenizer
 from vadit.train.tracker import Tracker
 
@@ -271,7 +271,7 @@ class Full:
 def test_events_outlive_a_full_disk_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = metrics.RunLog(tmp_path)
+    log = RunLog(tmp_path)
     full = Full(log._events._file, room=200)
     log._events._file = full
     for number in range(1, 20):
@@ -288,7 +288,7 @@ def test_events_outlive_a_full_disk_in_one_file(tmp_path: Path, capsys: pytest.C
     assert [(event.step, event.value) for event in told.Scalars("evaluation/psnr5")] == [(20, 12.5)]
     assert [(image.width, image.height) for image in told.Images("evaluation")] == [(6, 4)]
     # Going on from 10 images forgets the later ones.
-    metrics.RunLog(tmp_path, images_seen=10).close()
+    RunLog(tmp_path, images_seen=10).close()
     assert (tmp_path / "evaluations.jsonl").read_text() == ""
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 10
     told = EventAccumulator(str(tmp_path / "tensorboard"))

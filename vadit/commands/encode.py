@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> None:
     from vadit.images.loader import describe_classes
     from vadit.latents.encode import encode
     from vadit.runtime import choices
-    from vadit.runtime.run_log import ProgressBar
+    from vadit.runtime.console import ProgressBar
 
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)

@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> None:
 def _prepare_images(arguments: list[str]) -> None:
     options = parse(PrepareImagesOptions, arguments, command="prepare images")
     from vadit.images.prepare.images import prepare_images
-    from vadit.runtime.run_log import ProgressBar
+    from vadit.runtime.console import ProgressBar
 
     spec = ImageDataSpec(
         path=options.source,
@@ -125,7 +125,7 @@ def _prepare_images(arguments: list[str]) -> None:
 def _prepare_latents(arguments: list[str]) -> None:
     options = parse(PrepareLatentsOptions, arguments, command="prepare latents")
     from vadit.latents.prepare import prepare_latents
-    from vadit.runtime.run_log import ProgressBar
+    from vadit.runtime.console import ProgressBar
 
     with ExitStack() as stack:
         bars: list[ProgressBar] = []

@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from vadit.latents.dataset import load_statistics
-    from vadit.runtime.run_log import ProgressBar
+    from vadit.runtime.console import ProgressBar
     from vadit.sampling.draw import write_samples
     from vadit.train.checkpoint.export import load_generator
 

@@ -14,8 +14,8 @@ import numpy as np
 from rich.table import Table
 from scipy.stats import ttest_rel
 
+from vadit.runtime.console import console
 from vadit.runtime.errors import UsageError
-from vadit.runtime.run_log import console
 
 if TYPE_CHECKING:
     from vadit.demo.networks import Judge

@@ -44,8 +44,8 @@ from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
 from vadit.models.foundation import FoundationModel
 from vadit.runtime import rng
+from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import UsageError
-from vadit.runtime.run_log import ProgressBar, console
 from vadit.sampling.draw import sampler_name, write_samples
 from vadit.train import dit, tokenizer
 from vadit.train.checkpoint.export import load_autoencoder, load_generator

@@ -18,8 +18,8 @@ import torch
 from vadit.kernels import backends, reasons
 from vadit.kernels.self_check import self_check
 from vadit.runtime import distributed
+from vadit.runtime.console import console
 from vadit.runtime.files import whole_file
-from vadit.runtime.run_log import console
 
 FILE = "backends.json"
 

@@ -1,6 +1,6 @@
-"""What a run tells while it runs: a progress bar, TensorBoard events, and JSON objects, one a line.
+"""What a run logs: TensorBoard events, and JSON objects, one a line.
 
-log.jsonl has one per log point, evaluations.jsonl one per look at the network on the way.
+log.jsonl has one per log point, evaluations.jsonl one per evaluation during training.
 """
 
 from __future__ import annotations
@@ -13,66 +13,20 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from vadit.runtime import distributed
+from vadit.runtime.console import console
 from vadit.runtime.errors import write_fault
 from vadit.runtime.files import whole_file
-
-console = Console(stderr=True, highlight=False)
-
-
-class _Rate(ProgressColumn):
-    """Images per second, over the last half minute."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("-- img/s" if speed is None else f"{speed:,.0f} img/s", style="cyan")
-
-
-class ProgressBar:
-    """A bar with images/s and time left; silent on all processes but the main one."""
-
-    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
-        columns = (
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            _Rate(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(
-            *columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30
-        )
-        self._task = self._progress.add_task(title, total=total, completed=done, note="")
-
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def update(self, done: int, note: str | None = None) -> None:
-        """Set the number of images done, and a short note behind the bar."""
-        self._progress.update(self._task, completed=done)
-        if note is not None:
-            self._progress.update(self._task, note=note)
 
 
 class RunLog:
     """What one run logs, by its first process; all of it forgets what lies after a checkpoint that is resumed.
 
-    A full disk is told once a write and ends nothing: what could not be written is kept, and goes with the next.
+    A full disk is reported once a write and ends nothing: what could not be written is kept, and goes with the next.
     """
 
     def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
@@ -95,7 +49,7 @@ class RunLog:
             self._put(self._log, {"images": images, "step": step, **values})
 
     def write_evaluation(self, line: dict[str, Any], picture: np.ndarray | None = None) -> None:
-        """One look on the way: images, step, numbers, and words; the picture (H, W, 3), uint8, for TensorBoard."""
+        """One evaluation: images, step, numbers, and words; the picture (H, W, 3), uint8, for TensorBoard."""
         if not self._open:
             return
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
@@ -105,7 +59,7 @@ class RunLog:
         try:
             self._evaluations = self._evaluations or self._evaluations_path.open("a")
         except OSError as error:
-            _tell(error)
+            _print_fault(error)
         else:
             self._put(self._evaluations, line)
 
@@ -115,7 +69,7 @@ class RunLog:
             file.flush()
             self._events.flush()
         except OSError as error:  # a full disk: Python keeps what could not be written, and a later flush goes on there
-            _tell(error)
+            _print_fault(error)
 
     def close(self) -> None:
         """Flush and close all."""
@@ -123,7 +77,7 @@ class RunLog:
             return
         self._open = False
         for part in (self._log, self._evaluations, self._events):
-            with contextlib.suppress(OSError):  # told when the line was written
+            with contextlib.suppress(OSError):  # printed when the line was written
                 if part is not None:
                     part.close()
 
@@ -196,10 +150,10 @@ def _cut(path: Path, images_seen: int) -> None:
         with whole_file(path) as partial:
             partial.write_text("".join(line + "\n" for line in kept))
     except OSError as error:
-        _tell(error)
+        _print_fault(error)
 
 
-def _tell(error: OSError) -> None:
+def _print_fault(error: OSError) -> None:
     console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
 
 

@@ -32,9 +32,10 @@ from vadit.images.loader import ImageSet
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.runtime import distributed
+from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
-from vadit.runtime.run_log import RunLog, console
+from vadit.runtime.run_log import RunLog
 from vadit.sampling.draw import DECODE_BATCH, GROUP, draw, sampler_name, spare_points
 from vadit.train.checkpoint.export import load_autoencoder
 from vadit.train.checkpoint.folder import Position

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vadit.config import GuardSpec
 from vadit.runtime import distributed
+from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, write_fault
-from vadit.runtime.run_log import console
 from vadit.train.engine import Engine
 
 QUANTILE = 0.9

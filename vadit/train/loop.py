@@ -13,8 +13,9 @@ import torch
 
 from vadit.config import OptimizerSpec, RunSpec
 from vadit.runtime import distributed
+from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import RunError
-from vadit.runtime.run_log import ProgressBar, RunLog, console
+from vadit.runtime.run_log import RunLog
 from vadit.train import collectives
 from vadit.train.checkpoint.folder import Checkpoints, Position
 from vadit.train.ema import ShardedEMA

@@ -26,8 +26,8 @@ from vadit.config import DiTConfig, RunSpec, TokenizerConfig
 from vadit.config.files import load_run_config, save_config, to_dict
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
+from vadit.runtime.console import console
 from vadit.runtime.errors import UsageError
-from vadit.runtime.run_log import console
 from vadit.train.checkpoint import folder as checkpoint
 from vadit.train.checkpoint.shares import Shares, average_name, has_network
 

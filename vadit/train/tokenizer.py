@@ -27,7 +27,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
 from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
-from vadit.runtime.run_log import console
+from vadit.runtime.console import console
 from vadit.train import loop, runs
 from vadit.train.checkpoint.folder import Position
 from vadit.train.ema import ShardedEMA

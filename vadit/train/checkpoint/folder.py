@@ -26,8 +26,8 @@ import torch
 
 import vadit
 from vadit.runtime import distributed, rng
+from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.run_log import console
 from vadit.train.checkpoint.save import MANIFEST, HostCopies, Saving, TensorFile, advice
 from vadit.train.checkpoint.shares import Shares, collect, file_name
 from vadit.train.ema import ShardedEMA
