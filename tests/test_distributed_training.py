@@ -17,8 +17,8 @@ from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 from training_worker import LOOK
 
-from vadit.images.grids import image_grid
-from vadit.sampling.draw import DECODE_BATCH, draw, to_uint8
+from vadit.images.pixels import channels_last, image_grid, to_uint8
+from vadit.sampling.draw import DECODE_BATCH, draw
 from vadit.train.checkpoint.export import load_autoencoder, load_generator
 from vadit.train.evaluation import quick_sampler
 from vadit.train.runs import read_weights
@@ -130,7 +130,7 @@ def test_the_look_of_two_processes_is_what_the_checkpoint_draws(zero_stage: int,
         cuts = [cut for part in parts for cut in part.latents.split(DECODE_BATCH)]
         images = torch.cat([to_uint8(autoencoder.decode(cut)) for cut in cuts])
     found = np.asarray(Image.open(run / line["grid"])).astype(int)
-    expected = np.asarray(image_grid(images.numpy())).astype(int)
+    expected = np.asarray(image_grid(channels_last(images).numpy())).astype(int)
     assert found.shape == expected.shape and np.abs(found - expected).max() <= 1  # attention of other kernels, perhaps
     assert np.mean(found == expected) > 0.999
     shares = [json.loads(line)["comm_share"] for line in (run / "log.jsonl").read_text().splitlines()]

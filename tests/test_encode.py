@@ -16,7 +16,7 @@ from vadit.images.backends import open_images
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import decode
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.latents.dataset import LatentDataset, LatentLoader
 from vadit.latents.encode import EncodeSummary, encode
 from vadit.latents.shards import open_folder

@@ -10,7 +10,7 @@ import torch
 from training_plain import BATCH, PlainTokenizer, tiny_tokenizer
 
 from vadit.images.backends import open_images, open_loader
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.kernels import dispatch
 from vadit.models.dit import LightningDiT
 from vadit.objectives import flow

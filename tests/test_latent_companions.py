@@ -19,7 +19,7 @@ from vadit.config import AutoencoderSpec, DiTSpec, FoundationSpec, LatentDataSpe
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import decode
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.latents.companions import DEBUG_WIDTH
 from vadit.latents.dataset import LatentDataset, LatentLoader, LatentSource, compute_statistics, open_latents
 from vadit.latents.encode import encode

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vadit.eval import tokenizer as reconstruction
 from vadit.eval.metrics import frechet_distance, mean_and_covariance
+from vadit.images.pixels import to_signed, to_uint8
 from vadit.runtime.errors import UsageError
 
 
@@ -40,10 +41,10 @@ def images(count: int, size: int = 16, seed: int = 0) -> Tensor:
     )
 
 
-def test_pixels_and_unit_range_are_inverse_on_every_value() -> None:
-    pixels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(reconstruction.to_pixels(reconstruction.to_unit_range(pixels)), pixels)
-    assert reconstruction.to_pixels(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
+def test_to_uint8_and_to_signed_are_inverse_on_every_value() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_signed(pixels)), pixels)
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
 
 
 def test_psnr_by_hand_is_per_image() -> None:
@@ -56,7 +57,7 @@ def test_psnr_by_hand_is_per_image() -> None:
 
 
 def test_ssim_of_equal_and_of_constant_images() -> None:
-    x = reconstruction.to_unit_range(images(2))
+    x = to_signed(images(2))
     assert reconstruction.ssim(x, x).tolist() == pytest.approx([1, 1])
     # Constants a, b have no variance: only (2ab + c1) / (a^2 + b^2 + c1) is left, c1 = (0.01 * 2)^2.
     a, b, c1 = 0.5, -0.25, 0.02**2
@@ -110,7 +111,7 @@ def test_rfid_compares_with_the_very_images() -> None:
         return x.float().mean(dim=(2, 3))
 
     result = reconstruction.evaluate_tokenizer(PixelCodec(offset=0.2), [pixels], features=features)
-    moved = reconstruction.to_pixels(reconstruction.to_unit_range(pixels) + 0.2)
+    moved = to_uint8(to_signed(pixels) + 0.2)
     expected = frechet_distance(*mean_and_covariance(features(pixels)), *mean_and_covariance(features(moved)))
     assert result.rfid == pytest.approx(expected)
     assert expected > 100

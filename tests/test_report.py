@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vadit.images.grids import image_grid, reconstruction_pairs
+from vadit.images.pixels import image_grid, reconstruction_pairs
 from vadit.report.charts import Chart, Curve, Series, reduce_curve, short_number, svg
 from vadit.report.log import read_log
 from vadit.report.page import Section, write_report

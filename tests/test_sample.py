@@ -16,8 +16,9 @@ from torch import nn
 
 import vadit.sampling.draw as sampling
 from vadit.config import DiTSpec, SampleSpec
+from vadit.images.pixels import channels_last, to_uint8
 from vadit.runtime.errors import RunError, UsageError
-from vadit.sampling.draw import draw, sample_labels, sampler_name, to_uint8, write_samples
+from vadit.sampling.draw import draw, sample_labels, sampler_name, write_samples
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def _bytes(folder) -> dict[str, bytes]:
 
 def test_uint8_rule():
     values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 0.99, 1.0, 3.0]).reshape(1, 1, 1, 8).expand(1, 3, 1, 8)
-    assert to_uint8(values)[0, 0, :, 1].tolist() == [0, 0, 64, 128, 191, 254, 255, 255]
+    assert to_uint8(values)[0, 1, 0].tolist() == [0, 0, 64, 128, 191, 254, 255, 255]
 
 
 def test_files_hold_the_decoded_samples(tmp_path):
@@ -161,7 +162,7 @@ def test_files_hold_the_decoded_samples(tmp_path):
     files = _write(tmp_path / "out", multiplier=0.5, progress=seen.append)
     spec = SampleSpec(num_steps=4, cfg_scale=2.0)
     (drawn,) = draw(SmallNet(), spec, num_samples=20, batch_size=20)
-    expected = to_uint8(TinyDecoder().decode(drawn.latents * 2.0 / 0.5 + 0.1)).numpy()
+    expected = channels_last(to_uint8(TinyDecoder().decode(drawn.latents * 2.0 / 0.5 + 0.1))).numpy()
     archive = np.load(files.npz)
     assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], expected)
     assert np.array_equal(archive["labels"], drawn.labels.numpy())
@@ -169,7 +170,7 @@ def test_files_hold_the_decoded_samples(tmp_path):
     for index in (0, 19):
         assert np.array_equal(np.asarray(Image.open(files.images / f"{index:06d}.png")), expected[index])
     grid = np.asarray(Image.open(files.grid))
-    assert grid.shape == (16, 20, 3) and np.array_equal(grid[4:8, 8:12], expected[7])
+    assert grid.shape == (22, 28, 3) and np.array_equal(grid[6:10, 12:16], expected[7])
     assert seen == [16, 20]
 
 
@@ -280,7 +281,7 @@ def test_a_damaged_image_stops_the_archive_whole(tmp_path):
     content = png.read_bytes()
     png.write_bytes(content[:20] + b"\0" * (len(content) - 32) + content[-12:])
     (tmp_path / "samples.npz").unlink()
-    with pytest.raises(RunError, match=r"000001\.png is missing or damaged"):
+    with pytest.raises(RunError, match=r"000001\.png does not decode"):
         _write(tmp_path, num_samples=2)
     assert not list(tmp_path.glob("samples.npz*"))
 

@@ -366,17 +366,18 @@ def test_looks_change_no_bit_of_a_tokenizers_training(straight: Path, tmp_path: 
     same_training(tmp_path, straight / "tokenizer")
     found = lines(tmp_path)
     assert [line["images"] for line in found] == [4, 8, 12]
-    from vadit.eval.tokenizer import psnr, reconstruct, to_pixels
+    from vadit.eval.tokenizer import psnr, reconstruct
     from vadit.images.backends import open_images
     from vadit.images.loader import Request
     from vadit.images.pillow import decode
+    from vadit.images.pixels import to_uint8
     from vadit.train.checkpoint.export import load_autoencoder
 
     images, network = open_images(config.data, config.autoencoder.image_size), load_autoencoder(tmp_path)
     values = []
     for index in (0, 2, 4, 5, 7):  # 5 of 8, evenly
         pixels = torch.tensor(decode(images, Request(index)).copy()).permute(2, 0, 1)[None]
-        values.append(float(psnr(pixels, to_pixels(reconstruct(network, pixels, 0, posterior="mode")))))
+        values.append(float(psnr(pixels, to_uint8(reconstruct(network, pixels, 0, posterior="mode")))))
     assert found[-1]["psnr5"] == pytest.approx(np.mean(values), rel=1e-5)
     assert "evaluations_failed" not in lines(tmp_path, "log.jsonl")[-1]
 

@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from vadit.images import transforms
@@ -99,11 +98,3 @@ def test_palette_with_transparency_keeps_its_colours() -> None:
     image.putpalette([0, 0, 0, 10, 200, 30])
     image.info["transparency"] = 0
     assert transforms.to_rgb(image).getpixel((0, 0)) == (10, 200, 30)
-
-
-def test_to_signed_spans_minus_one_to_one() -> None:
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    signed = transforms.to_signed(levels)
-    assert signed.dtype == torch.float32 and levels.max() == 255
-    reference = (levels.double() / 255 - 0.5) / 0.5
-    assert (signed - reference).abs().max() < 1e-6

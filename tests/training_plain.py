@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.images.backends import open_images, open_loader
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.latents.dataset import LatentLoader, open_latents
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vadit.config import FoundationSpec
 from vadit.demo.data import SIZE
+from vadit.images.pixels import to_signed
 from vadit.models.pretrained import read_safetensors, write_safetensors
 
 BATCH = 64
@@ -59,7 +60,7 @@ class Judge(nn.Module):
 
 def as_input(pixels: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def fit(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vadit.demo.data import DemoData
-from vadit.images.grids import image_grid, reconstruction_pairs
+from vadit.images.pixels import image_grid, reconstruction_pairs
 from vadit.report.charts import Chart
 from vadit.report.log import read_log
 from vadit.report.page import Section, write_report

@@ -38,8 +38,9 @@ from vadit.demo.data import SIZE, DemoData, prepare
 from vadit.demo.options import DemoOptions
 from vadit.eval.latents import latent_uniformity
 from vadit.eval.samples import feature_metrics
-from vadit.eval.tokenizer import evaluate_tokenizer, reconstruct, to_pixels
+from vadit.eval.tokenizer import evaluate_tokenizer, reconstruct
 from vadit.images.backends import open_images
+from vadit.images.pixels import channels_last, to_uint8
 from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
 from vadit.models.foundation import FoundationModel
@@ -305,7 +306,7 @@ def reconstruction_pixels(demo: Demo, tokenizer_run: Path, count: int) -> np.nda
     pixels = torch.from_numpy(demo.data.held_out_images[:count]).permute(0, 3, 1, 2)
     with torch.no_grad():
         decoded = reconstruct(load_autoencoder(tokenizer_run), pixels, 0, posterior="mode", seed=0)
-    return to_pixels(decoded).permute(0, 2, 3, 1).numpy()
+    return channels_last(to_uint8(decoded)).numpy()
 
 
 def _print_results(out: Path, metrics: dict[str, Any]) -> None:

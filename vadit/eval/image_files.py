@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from vadit.images.pixels import read_png
 from vadit.runtime.errors import RunError, UsageError
 
 # Left out in silence, they would leave the scores of a part of a set.
@@ -50,7 +50,7 @@ class PngFolder:
             raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
         if (self.path.parent / "settings.json").is_file():
             _check_complete(self.files)
-        height, width, _ = _read_png(self.files[0]).shape
+        height, width, _ = read_png(self.files[0]).shape
         self.size = (height, width)
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class PngFolder:
     def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
         files = self.files[first:][:limit]
         for start in range(0, len(files), batch_size):
-            images = [_read_png(file) for file in files[start : start + batch_size]]
+            images = [read_png(file) for file in files[start : start + batch_size]]
             for file, image in zip(files[start:], images, strict=False):
                 if image.shape[:2] != self.size:
                     raise UsageError(
@@ -131,21 +131,6 @@ def open_images(path: str | Path) -> ImageSource:
     if path.suffix != ".npz":
         raise UsageError(f"{path} is neither a folder nor an .npz file; name a folder of PNGs or an .npz with arr_0")
     return NpzImages(path)
-
-
-def _read_png(path: Path) -> np.ndarray:
-    """A PNG as uint8 (H, W, 3); grey is repeated, which loses nothing."""
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                raise UsageError(f"{path} is a JPEG by its content, whose losses change every score; draw it as PNG")
-            if image.mode not in ("RGB", "L"):
-                raise UsageError(
-                    f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise RunError(f"{path} does not decode ({error}); draw this sample again") from None
 
 
 def _check_complete(files: list[Path]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vadit.eval.metrics import FeatureMoments, count_name, frechet_distance
+from vadit.images.pixels import to_signed, to_uint8
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import UsageError
 
@@ -66,16 +67,6 @@ class ReconstructionMetrics:
         }
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8: 127.5 x + 128, clamped and truncated; the inverse of `to_unit_range` on every pixel value."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def reconstruct(
     autoencoder: Tokenizer,
@@ -86,7 +77,7 @@ def reconstruct(
     seed: int = 0,
 ) -> Tensor:
     """Reconstructions, about in [-1, 1], of images uint8 (B, 3, H, W) at positions first, first + 1, ... of a set."""
-    encoded = autoencoder.encode(to_unit_range(pixels))
+    encoded = autoencoder.encode(to_signed(pixels))
     latent = encoded.mean
     if posterior == "sample":
         ids = range(first, first + len(pixels))
@@ -154,7 +145,7 @@ def evaluate_tokenizer(
                 f"images of shape {tuple(group.shape)} came back as {(len(group), *decoded.shape[1:])}; "
                 "their side must be a multiple of the tokenizer's downsample ratio"
             )
-        restored, clamped, original = to_pixels(decoded), decoded.clamp(-1, 1), to_unit_range(filled)
+        restored, clamped, original = to_uint8(decoded), decoded.clamp(-1, 1), to_signed(filled)
         scores = [psnr(filled, restored), ssim(clamped, original)]
         if lpips is not None:
             scores.append(lpips(decoded, original).reshape(GROUP))  # not clamped: the authors' numbers are so

@@ -1,4 +1,4 @@
-"""The pixel rules, once: how an image becomes RGB, how it is cropped, and how uint8 becomes [-1, 1].
+"""The pixel rules, once: how an image becomes RGB, and how it is cropped.
 
 EXIF rotation is left unapplied and transparency is dropped, as in ADM's and the authors' preprocessing: the
 statistics that FID is measured against were made that way.
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 CropKind = Literal["center", "random", "random_resized"]
 
@@ -116,12 +114,3 @@ def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop of an RGB image."""
     return apply_crop(image, plan_crop("center", *image.size, size))
-
-
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) as float32 in [-1, 1], on the device where they are.
-
-    The layout is the one that convolutions are fast with there: channels last on a GPU, else channels first.
-    """
-    layout = torch.channels_last if images.is_cuda else torch.contiguous_format
-    return images.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from vadit.config import ImageDataSpec
 from vadit.images.loader import Decoder, ImageDecoder, ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.latents.shards import INDEX_FILE, STATISTICS_FILE, LatentSettings, LatentShardWriter, open_shard, save_index
 from vadit.latents.statistics import compute_statistics
 from vadit.models.autoencoder import Autoencoder

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vadit.config import FlowSpec, SampleSpec
+from vadit.images.pixels import channels_last, image_grid, read_png, to_uint8
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
@@ -38,7 +39,6 @@ __all__ = [
     "sample_ode",
     "sample_sde",
     "sampler_name",
-    "to_uint8",
     "write_samples",
 ]
 
@@ -257,12 +257,6 @@ def _device(model: Any) -> torch.device:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images (B, 3 or 1, H, W) around [-1, 1] as uint8 (B, H, W, 3): clamp(127.5 x + 128, 0, 255), truncated."""
-    pixels = torch.clamp(127.5 * images.float() + 128, 0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-
-
 def write_samples(
     out: str | Path,
     model: Any,
@@ -326,9 +320,10 @@ def write_samples(
                 )
             with evaluation(autoencoder):
                 parts = (latents * std / multiplier + mean).split(DECODE_BATCH)
-                pixels = torch.cat([to_uint8(autoencoder.decode(part)) for part in parts]).cpu().numpy()
+                images = torch.cat([to_uint8(autoencoder.decode(part)) for part in parts])
+                pixels = channels_last(images).cpu().numpy()
             for index in missing:
-                _write_png(_png(out, index), pixels[index - group.start])
+                _write_png(_png(out, index), Image.fromarray(pixels[index - group.start]))
         done += len(wanted)
         if progress is not None:
             progress(done)
@@ -337,7 +332,8 @@ def write_samples(
     if rank == 0:
         all_labels = sample_labels(range(num_samples), spec.seed, model.num_classes, spec.labels, labels)
         _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
-        _write_grid(files.grid, [_png(out, index) for index in range(min(num_samples, GRID_IMAGES))])
+        shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
+        _write_png(files.grid, image_grid(shown, scale=1))
     distributed.barrier()
     return files
 
@@ -388,21 +384,13 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    _write_whole(path, lambda stream: Image.fromarray(pixels).save(stream, format="png"))
-
-
-def _read_png(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise RunError(f"{path} is missing or damaged ({error}); delete it and run the same command again") from None
+def _write_png(path: Path, image: Image.Image) -> None:
+    _write_whole(path, lambda stream: image.save(stream, format="png"))
 
 
 def _write_npz(path: Path, images: Sequence[Path], labels: np.ndarray) -> None:
     """One image in memory at a time: 50,000 of 256 pixels are 9.8 GB."""
-    first = _read_png(images[0])
+    first = read_png(images[0])
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first.shape)}
 
     def write(stream: IO[bytes]) -> None:
@@ -411,22 +399,11 @@ def _write_npz(path: Path, images: Sequence[Path], labels: np.ndarray) -> None:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for image in images:
-                    member.write(_read_png(image).tobytes())
+                    member.write(read_png(image).tobytes())
             with archive.open(zipfile.ZipInfo("labels.npy"), "w") as member:
                 np.lib.format.write_array(member, labels)
 
     _write_whole(path, write)
-
-
-def _write_grid(path: Path, images: Iterable[Path]) -> None:
-    pixels = [_read_png(image) for image in images]
-    height, width, _ = pixels[0].shape
-    columns = math.ceil(math.sqrt(len(pixels)))
-    grid = np.zeros((math.ceil(len(pixels) / columns) * height, columns * width, 3), np.uint8)
-    for number, image in enumerate(pixels):
-        row, column = divmod(number, columns)
-        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
-    _write_png(path, grid)
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

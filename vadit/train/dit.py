@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vadit.config import DiTConfig
 from vadit.estimate import flops
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
 from vadit.latents.dataset import LatentLoader, open_latents
 from vadit.models import attention

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
 from vadit.eval.metrics import count_name
 from vadit.eval.samples import SampleScorer, spread
-from vadit.eval.tokenizer import psnr, reconstruct, to_pixels
-from vadit.images.grids import image_grid, reconstruction_pairs
+from vadit.eval.tokenizer import psnr, reconstruct
 from vadit.images.loader import ImageSet
+from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.runtime import distributed
@@ -288,11 +288,11 @@ class _Samples:
         for part in drawn:
             # Decoders are large; the last bits must not depend on how many there are, as in `vadit sample`.
             cuts = self._dataset.denormalize(part.latents).split(DECODE_BATCH)
-            pixels = torch.cat([to_pixels(self._autoencoder.decode(cut)) for cut in cuts])
+            pixels = torch.cat([to_uint8(self._autoencoder.decode(cut)) for cut in cuts])
             own = torch.tensor(part.indices)
             grid, counted = own < spec.grid_images, own < scored
             shown_ids.append(own[grid])
-            shown.append(pixels.cpu()[grid].permute(0, 2, 3, 1).expand(-1, -1, -1, 3))
+            shown.append(channels_last(pixels.cpu()[grid]))
             if self._scorer is not None and counted.any():
                 ids.append(own[counted])
                 features.append(self._scorer.features(pixels[counted.to(pixels.device)].expand(-1, 3, -1, -1)))
@@ -351,10 +351,10 @@ class _Reconstructions:
             # One at a time, so that a picture is the same on any number of processes.
             for batch in load_in_order(self._images, list(ids), 1, decoder):
                 pixels = batch.images.to(self._device)
-                again = to_pixels(reconstruct(network, pixels, 0, posterior="mode"))
+                again = to_uint8(reconstruct(network, pixels, 0, posterior="mode"))
                 found.append(ids[int(batch.ids[0])])
                 values.append(psnr(pixels, again).float().cpu())
-                pairs.append(torch.cat([pixels, again], dim=3).cpu().permute(0, 2, 3, 1))
+                pairs.append(channels_last(torch.cat([pixels, again], dim=3).cpu()))
                 beat()
         kept = torch.tensor(found, dtype=torch.int64)
         if not pairs:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vadit.config import TokenizerConfig, TokenizerLossSpec
 from vadit.estimate import flops
 from vadit.images.backends import SETTING, open_images, open_loader
-from vadit.images.transforms import to_signed
+from vadit.images.pixels import to_signed
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.autoencoder import AttentionBlock, ResBlock
 from vadit.models.discriminator import PatchDiscriminator

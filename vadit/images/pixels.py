@@ -1,18 +1,55 @@
-"""Pictures for people: grids of images, and originals above their reconstructions."""
+"""Pixels and what networks take: both formulas, PNG files of evaluation, and pictures for people."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 _GAP = 2
 """Pixels between tiles."""
 _BACKGROUND = (255, 255, 255)
 _INK = (90, 98, 110)
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 images (B, 3, H, W) as float32 in [-1, 1], on the device where they are.
+
+    The layout is the one that convolutions are fast with there: channels last on a GPU, else channels first.
+    """
+    layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
+    return pixels.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8: 127.5 x + 128, clamped and truncated; the inverse of `to_signed` on every pixel value."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images (B, 3 or 1, H, W) as files and pictures hold them: (B, H, W, 3), grey repeated."""
+    return images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A PNG of an evaluation, which no loss may have changed, as uint8 (H, W, 3); grey is repeated."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise UsageError(f"{path} is a JPEG by its content, whose losses change every score; draw it as PNG")
+            if image.mode not in ("RGB", "L"):
+                raise UsageError(
+                    f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
+                )
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise RunError(f"{path} does not decode ({error}); delete it and draw this sample again") from None
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> Image.Image:
