@@ -7,12 +7,9 @@ from typing import Any
 from vadit.commands.common import print_table
 from vadit.config import Config, TokenizerConfig
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
-from vadit.recipes.measured import best, throughputs
 from vadit.runtime.errors import UsageError
 
 RECIPES_HELP = "List the recipes and what they reproduce; with words, those that hold each of them (table1, xl, mae)."
-NUM_GPUS = 8
-"""GPUs that the table's hours are for."""
 METRIC_WIDTH = 36
 """Characters of most metrics with their protocol's name."""
 
@@ -40,13 +37,12 @@ def recipes_command(arguments: list[str]) -> None:
     shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
     print(
         "Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.\n"
-        f"{NUM_GPUS} GPUs: hours by the images/s per GPU of the fastest row that benchmarks/bench_step.py measured.\n"
         f"Short names: {shorts}."
     )
 
 
 def recipe_table(words: list[str]) -> Any:
-    """Name, what it reproduces, model, tokenizer, images, the paper's number and hours of each recipe with all `words`.
+    """Name, what it reproduces, model, tokenizer, images and the paper's number of each recipe with all `words`.
 
     A word is looked for in all columns, whatever its case.
     """
@@ -57,16 +53,13 @@ def recipe_table(words: list[str]) -> Any:
     table.add_column("name", no_wrap=True)  # to be copied
     table.add_column("reproduces", overflow="fold")
     table.add_column("model, latents of", overflow="fold")
-    table.add_column(f"images, {NUM_GPUS} GPUs", justify="right")
+    table.add_column("images", justify="right")
     table.add_column("the paper's number", overflow="fold", min_width=METRIC_WIDTH)
-    rows = throughputs()
     for name, recipe in PAPER_RECIPES.items():
         config = recipe()
-        paper, images = config.paper, config.run.total_images
-        measured = best(config, rows)
-        hours = f"{measured.hours(images, NUM_GPUS):,.0f} h {measured.hardware}" if measured else "not measured"
+        paper = config.paper
         model = model_name(config) + f"\non {paper.tokenizer}" * bool(paper.tokenizer)
-        row = (name, paper.source, model, f"{images:,}\n{hours}", paper.metric.replace(", fid", "\nfid"))
+        row = (name, paper.source, model, f"{config.run.total_images:,}", paper.metric.replace(", fid", "\nfid"))
         if all(word.lower() in " ".join(row).lower() for word in words):
             table.add_row(*row)
     return table
