@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vadit.demo import compare, run
+from vadit.demo import run
 from vadit.demo.data import prepare
 from vadit.demo.options import DemoOptions
 from vadit.runtime.errors import UsageError
@@ -55,40 +55,6 @@ def test_another_demo_in_the_same_folder_is_refused(tiny: None, tmp_path: Path) 
     run.Demo(DemoOptions(out=str(tmp_path), quick=True))
     with pytest.raises(UsageError, match="another --out"):
         run.Demo(DemoOptions(out=str(tmp_path), quick=False))
-
-
-def test_comparison_runs_and_resumes(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = DemoOptions(out=str(tmp_path), quick=True, compare=True, seeds=2)
-    run.run_demo(options)
-    rows = json.loads((tmp_path / "comparison.json").read_text())["quantities"]
-    assert {"tokenizer psnr", "tokenizer gini", "generator loss", "samples frechet"} <= rows.keys()
-    for row in rows.values():
-        assert len(row["values"]["plain"]) == len(row["values"]["vf"]) == 2
-        assert row["p_holm"] >= 0.05 or row["verdict"] != "not told apart by these seeds"
-    plain, vf = (json.loads((tmp_path / f"tokenizer-{name}-0/config.json").read_text()) for name in ("plain", "vf"))
-    assert plain["loss"].pop("vf_weight") == 0.0 and vf["loss"].pop("vf_weight") > 0
-    for config in (plain, vf):
-        config["run"].pop("out")
-    assert plain == vf, "the two must be equal in all else"
-    monkeypatch.setattr(run.Demo, "tokenizer", lambda *_, **__: pytest.fail("a finished seed was trained again"))
-    run.run_demo(options)
-
-
-def test_a_comparison_needs_a_spread(tiny: None, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--seeds"):
-        run.run_demo(DemoOptions(out=str(tmp_path), quick=True, compare=True, seeds=1))
-
-
-def test_no_winner_without_evidence() -> None:
-    assert compare.verdict({"plain": (1.0, 0.1), "vf": (1.3, 0.2)}, p=0.2) == "not told apart by these seeds"
-    assert compare.verdict({"plain": (1.0, 0.1), "vf": (3.0, 0.1)}, p=0.01) == "higher with VF"
-    assert compare.verdict({"plain": (3.0, 0.1), "vf": (1.0, 0.1)}, p=0.01) == "lower with VF"
-
-
-def test_holm_correction() -> None:
-    # Sorted 0.01, 0.02, 0.04: times 3, 2, 1, never falling.
-    assert compare.holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["digits", "photos"])

@@ -16,7 +16,3 @@ class DemoOptions:
     """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""
     quick: bool = False
     """A quarter of the training steps: everything runs, the pictures are worse."""
-    compare: bool = False
-    """Train tokenizers with and without the VF loss, equal in all else, and print both with their spread."""
-    seeds: int = 3
-    """Seeds of the comparison."""

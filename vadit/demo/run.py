@@ -33,7 +33,6 @@ from vadit.config import (
     TokenizerLossSpec,
 )
 from vadit.demo import networks, report
-from vadit.demo.compare import run_comparison
 from vadit.demo.data import SIZE, DemoData, prepare
 from vadit.demo.options import DemoOptions
 from vadit.eval.latents import latent_uniformity
@@ -276,9 +275,6 @@ def run_demo(options: DemoOptions) -> None:
     demo = Demo(options)
     demo.foundation()
     judge = demo.judge()
-    if options.compare:
-        run_comparison(demo, judge)
-        return
     tokenizer_run = demo.tokenizer()
     latents = demo.latents(tokenizer_run)
     generator = demo.generator(latents)
