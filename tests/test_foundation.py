@@ -92,8 +92,6 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
 
 
 def test_usage_errors(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"3x3 grid for foundation\.input_size 48.*set --foundation\.input-size 64"):
-        build(VIT, latent_size=4, input_size=48)
     with pytest.raises(UsageError, match=r"foundation\.weights \S+ is no file.*vit_large_patch14_dinov2\.lvd142m"):
         build("dinov2", weights=str(tmp_path / "absent.pth"))
     with pytest.raises(UsageError, match=r"foundation\.name vit_tinny_patch16_224 .*did you mean vit_tiny_patch16_224"):

@@ -17,8 +17,9 @@ from vadit.train import dit as trainer
 def test_each_loss_gets_its_own_block(aligned: int, dispersed: int) -> None:
     start = get_recipe("lightningdit-b-debug")
     assert isinstance(start, DiTConfig)
-    flow = dataclasses.replace(start.flow, dispersive_weight=0.5, dispersive_block=dispersed)
-    config = dataclasses.replace(start, flow=flow, repa=RepaSpec(weight=0.25, block=aligned))
+    flow = dataclasses.replace(start.flow, dispersive_weight=0.5)
+    model = dataclasses.replace(start.model, depth=4 * dispersed)
+    config = dataclasses.replace(start, model=model, flow=flow, repa=RepaSpec(weight=0.25, block=aligned))
     generator = torch.Generator().manual_seed(0)
     outputs = {block: torch.randn(3, 4, 8, generator=generator) for block in (1, 2)}
     projected, features = (torch.randn(3, 4, 6, generator=generator) for _ in range(2))
@@ -27,7 +28,7 @@ def test_each_loss_gets_its_own_block(aligned: int, dispersed: int) -> None:
     terms = trainer._with_regularisers(
         config, {"loss": torch.tensor(1.0)}, hidden, [features], trainer.Features(6, None)
     )
-    dispersive = regularisers.dispersive_loss(outputs[dispersed], flow.dispersive_temperature)
+    dispersive = regularisers.dispersive_loss(outputs[dispersed], 0.5)
     alignment = regularisers.alignment_loss(projected, features)
     assert torch.equal(terms["dispersive"], dispersive) and torch.equal(terms["alignment"], alignment)
     torch.testing.assert_close(terms["loss"], 1 + 0.5 * dispersive + 0.25 * alignment)

@@ -219,7 +219,6 @@ def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> N
     ("changes", "match"),
     [
         ({"repa": RepaSpec(weight=0.5, block=8)}, "repa.block is 8; the generator has blocks 1 to 2"),
-        ({"flow": FlowSpec(dispersive_weight=0.5, dispersive_block=0)}, "flow.dispersive_block is 0"),
         ({"flow": FlowSpec(time_shift=0.0)}, "flow.time_shift is 0.0; it must be above 0"),
         ({"repa": RepaSpec(weight=0.5, block=1, projector_width=0)}, "repa.projector_width is 0"),
         ({"flow": FlowSpec(contrastive_weight=-1.0)}, "flow.contrastive_weight is -1.0"),

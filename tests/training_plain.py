@@ -141,7 +141,6 @@ class PlainTokenizer:
         self.model = AlignedAutoencoder(
             config.autoencoder,
             feature_dim=None if self.foundation is None else self.foundation.feature_dim,
-            projection=config.loss.vf_projection,
             cos_margin=config.loss.cos_margin,
             distmat_margin=config.loss.distmat_margin,
         ).train()
@@ -178,10 +177,7 @@ class PlainTokenizer:
 
     def _alignment(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.model.linear_proj.weight
-        if self.loss.vf_projection == "latent_up":
-            z = F.conv2d(z, weight)
-        else:
-            features = F.conv2d(features, weight)
+        z = F.conv2d(z, weight)
         z, features = F.normalize(z.flatten(2), dim=1), F.normalize(features.flatten(2), dim=1)
         cos_loss = F.relu(1 - self.loss.cos_margin - (z * features).sum(dim=1)).mean()
         difference = (z.transpose(1, 2) @ z - features.transpose(1, 2) @ features).abs()

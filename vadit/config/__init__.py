@@ -158,12 +158,8 @@ def _check_switches(model: DiTSpec, flow: FlowSpec, repa: RepaSpec) -> None:
     ):
         if value < 0:
             raise UsageError(f"{name} is {value}; it must be at least 0 (0: off)")
-    for name, value in (
-        ("flow.time_shift", flow.time_shift),
-        ("flow.dispersive_temperature", flow.dispersive_temperature),
-    ):
-        if not value > 0:
-            raise UsageError(f"{name} is {value}; it must be above 0")
+    if not flow.time_shift > 0:
+        raise UsageError(f"flow.time_shift is {flow.time_shift}; it must be above 0")
     if flow.time_shift != 1 and flow.objective != "flow":
         raise UsageError(f"flow.time_shift is of flow.objective flow, found {flow.objective}; set it to 1")
     if repa.weight > 0 and repa.projector_width < 1:
@@ -174,12 +170,8 @@ def _check_switches(model: DiTSpec, flow: FlowSpec, repa: RepaSpec) -> None:
             f"flow.contrastive_weight is {flow.contrastive_weight}, but flow.objective is {flow.objective} and "
             f"flow.prediction {flow.prediction}; it needs flow and velocity: set --flow.contrastive-weight 0"
         )
-    for name, block, is_on in (
-        ("repa.block", repa.block, repa.weight > 0),
-        ("flow.dispersive_block", flow.dispersive_block, flow.dispersive_weight > 0),
-    ):
-        if is_on and block is not None and not 1 <= block <= model.depth:
-            raise UsageError(f"{name} is {block}; the generator has blocks 1 to {model.depth}")
+    if repa.weight > 0 and not 1 <= repa.block <= model.depth:
+        raise UsageError(f"repa.block is {repa.block}; the generator has blocks 1 to {model.depth}")
 
 
 def _check_run(run: RunSpec, engine: EngineSpec) -> None:

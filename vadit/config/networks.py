@@ -26,8 +26,6 @@ class AutoencoderSpec:
     """Residual blocks per level of the encoder (the decoder has one more)."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Feature-map sides, in pixels at image_size, that get self-attention (the middle always has it)."""
-    dropout: float = 0.0
-    """Dropout probability in the residual blocks."""
     norm_groups: int = 32
     """Groups of GroupNorm; must divide every level's width."""
 
@@ -112,14 +110,15 @@ class DiTSpec:
 
 @dataclass(frozen=True)
 class FoundationSpec:
-    """The frozen vision foundation model that the latent is aligned to, through timm."""
+    """The frozen vision foundation model that the latent is aligned to, through timm.
+
+    It sees images of patch size x latent side (DINOv2: 224), so that its grid is the latent's.
+    """
 
     name: str = "dinov2"
     """dinov2, mae, sam, clip, any timm model name, or none (no alignment)."""
     weights: str = "hub"
     """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, or random (tests only)."""
-    input_size: int | None = None
-    """Side that images are resized to, in pixels; default: patch size x latent side (DINOv2: 224)."""
     input_range: Literal["normalized", "minus_one_one"] = "normalized"
     """normalized: the model's own mean and std; minus_one_one: images in [-1, 1] as the authors fed them."""
     model_args: dict[str, int | float | str | bool] = field(default_factory=dict)

@@ -38,9 +38,6 @@ class TokenizerLossSpec:
     """Weight of the marginal cosine similarity loss inside the VF loss."""
     distmat_weight: float = 1.0
     """Weight of the marginal distance matrix similarity loss inside the VF loss."""
-    vf_projection: Literal["latent_up", "features_down"] = "latent_up"
-    """latent_up: z' = W z at the features' width (the paper); features_down: features projected to d (without the
-    bias that the authors' has there)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,7 @@ class FlowSpec:
     contrastive_weight: float = 0.0
     """Weight of contrastive flow matching: away from another sample's velocity (Stoica et al. 2025: 0.05)."""
     dispersive_weight: float = 0.0
-    """Weight of the dispersive loss on a block's output (Wang & He 2025: 0.5)."""
-    dispersive_block: int | None = None
-    """Block (counted from 1) whose output is dispersed; left out: the first quarter's last (Wang & He 2025)."""
-    dispersive_temperature: float = 0.5
-    """Temperature of the dispersive loss (Wang & He 2025)."""
+    """Weight of the dispersive loss on the output of the first quarter's last block (Wang & He 2025: 0.5)."""
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ class RunSpec:
 class EvaluationSpec:
     """A look at the network while it trains; it changes no bit of the training, and may change between two starts.
 
-    A generator draws samples (its recipe's sampler in fewer steps, the first average's weights), a tokenizer
-    reconstructs images; a picture of both is kept, and the numbers go beside the loss.
+    A generator draws samples (its recipe's sampler in fewer steps, the first average's weights, always the same noise
+    and labels), a tokenizer reconstructs images; a picture of both is kept, and the numbers go beside the loss.
     """
 
     every_images: int = 0
@@ -130,8 +130,6 @@ class EvaluationSpec:
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
     steps: int = 50
     """Steps of the sampler; an adaptive one gives way to Euler's."""
-    seed: int = 0
-    """Seed of the samples: the same noise and labels at every look."""
     num_samples: int = 1000
     """Samples that FID and KID are taken over; only comparable at the same number."""
     reference: str | None = None

@@ -196,12 +196,12 @@ def _check_features(spec: LatentDataSpec, repa: RepaSpec, shards: Sequence[Laten
             f"data.path {spec.path} holds features of {told.get('name')} but repa.foundation.name is {wanted.name}; "
             f"set --repa.foundation.name {told.get('name')}, or encode with {encode}"
         )
-    for name, needed in (("input_range", wanted.input_range), ("input_size", wanted.input_size)):
-        if told and needed is not None and told.get(name) != needed:
-            raise UsageError(
-                f"data.path {spec.path} holds features made with {name} {told.get(name)} but repa.foundation.{name} "
-                f"is {needed}; set --repa.foundation.{name.replace('_', '-')} {told.get(name)}, or encode anew"
-            )
+    if told and told.get("input_range") != wanted.input_range:
+        made = told.get("input_range")
+        raise UsageError(
+            f"data.path {spec.path} holds features made with input_range {made} but repa.foundation.input_range is "
+            f"{wanted.input_range}; set --repa.foundation.input-range {made}, or encode anew"
+        )
 
 
 def _image_ids(spec: LatentDataSpec, shards: Sequence[LatentShard], images: ImageSet) -> Tensor:

@@ -9,7 +9,7 @@ Shape suffixes: B batch, C image channels, H W image sides, d latent channels, h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +44,17 @@ class AlignedAutoencoder(Autoencoder):
         spec: AutoencoderSpec,
         *,
         feature_dim: int | None,
-        projection: Literal["latent_up", "features_down"] = "latent_up",
         cos_margin: float,
         distmat_margin: float,
         gradient_checkpointing: bool = False,
         recompute_tail: bool = False,
     ) -> None:
         super().__init__(spec, gradient_checkpointing)
-        self.projection = projection
         self.cos_margin = cos_margin
         self.distmat_margin = distmat_margin
         self.recompute_tail = recompute_tail
         if feature_dim is not None:
-            widths = (
-                (spec.latent_channels, feature_dim)
-                if projection == "latent_up"
-                else (feature_dim, spec.latent_channels)
-            )
-            self.linear_proj = _Alignment(*widths)
+            self.linear_proj = _Alignment(spec.latent_channels, feature_dim)
         self.inner: Inner | None = None
         self.conv_inputs: dict[str, Tensor] = {}
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
@@ -97,9 +90,7 @@ class AlignedAutoencoder(Autoencoder):
         zero = torch.zeros_like(kl)
         cos_loss, distmat_loss = zero, zero
         if features_BDhw is not None:
-            cos_loss, distmat_loss = self.linear_proj(
-                z_Bdhw, features_BDhw, self.projection, self.cos_margin, self.distmat_margin
-            )
+            cos_loss, distmat_loss = self.linear_proj(z_Bdhw, features_BDhw, self.cos_margin, self.distmat_margin)
         return self.decode(z_Bdhw), kl, cos_loss, distmat_loss
 
 
@@ -111,12 +102,10 @@ class _Alignment(nn.Module):
         self.weight = nn.Conv2d(in_channels, out_channels, 1, bias=False).weight
 
     def forward(
-        self, z_Bdhw: Tensor, features_BDhw: Tensor, projection: str, cos_margin: float, distmat_margin: float
+        self, z_Bdhw: Tensor, features_BDhw: Tensor, cos_margin: float, distmat_margin: float
     ) -> tuple[Tensor, Tensor]:
         # foundation models compute channels innermost, the convolutions perhaps, too
         z_BdN, features_BDN = z_Bdhw.flatten(2).contiguous(), features_BDhw.flatten(2).contiguous()
-        weight = self.weight.flatten(1)
-        if projection == "features_down":
-            down_BdN = torch.einsum("dD,bDn->bdn", weight.to(features_BDN.dtype), features_BDN)
-            return vf_loss(z_BdN, None, down_BdN, cos_margin=cos_margin, distmat_margin=distmat_margin)
-        return vf_loss(z_BdN, weight, features_BDN, cos_margin=cos_margin, distmat_margin=distmat_margin)
+        return vf_loss(
+            z_BdN, self.weight.flatten(1), features_BDN, cos_margin=cos_margin, distmat_margin=distmat_margin
+        )

@@ -77,13 +77,12 @@ class ResBlock(nn.Module):
         self.norm1 = nn.GroupNorm(spec.norm_groups, in_width, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.norm2 = nn.GroupNorm(spec.norm_groups, out_width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(spec.dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else None
 
     def forward(self, x_BEhw: Tensor) -> Tensor:
         h = self.conv1(_norm_silu(self.norm1, x_BEhw))
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h)))
+        h = self.conv2(_norm_silu(self.norm2, h))
         return h + (x_BEhw if self.nin_shortcut is None else self.nin_shortcut(x_BEhw))
 
 

@@ -51,7 +51,7 @@ class FoundationModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
         stride = _stride(self.model)
-        self.input_size = spec.input_size or stride * latent_size
+        self.input_size = stride * latent_size
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in _image_statistics(self.model, spec))
         # (x + 1) / 2 to [0, 1], then (. - mean) / std, as one multiplication and one addition
         self.register_buffer("image_scale", 0.5 / std)
@@ -59,9 +59,8 @@ class FoundationModel(nn.Module):
         _, self.feature_dim, *grid = self._probe()
         if grid != [latent_size, latent_size]:
             raise UsageError(
-                f"foundation model {spec.name} gives a {'x'.join(map(str, grid))} grid for foundation.input_size "
-                f"{self.input_size}, the latent is {latent_size}x{latent_size}; "
-                f"set --foundation.input-size {stride * latent_size}"
+                f"foundation model {spec.name} gives a {'x'.join(map(str, grid))} grid for images of "
+                f"{self.input_size} pixels, the latent is {latent_size}x{latent_size}; set another --foundation.name"
             )
 
     def train(self, mode: bool = True) -> FoundationModel:
@@ -95,8 +94,8 @@ class FoundationModel(nn.Module):
             return list(self(torch.zeros(1, 3, self.input_size, self.input_size)).shape)
         except (AssertionError, RuntimeError) as error:
             raise UsageError(
-                f"foundation model {self.spec.name} does not take images of foundation.input_size {self.input_size} "
-                f"({_first_line(error)}); set --foundation.input-size to a size that it takes"
+                f"foundation model {self.spec.name} does not take images of {self.input_size} pixels "
+                f"({_first_line(error)}); set another --foundation.name"
             ) from None
 
 

@@ -21,12 +21,12 @@ def alignment_loss(projected_BNF: Tensor, features_BFhw: Tensor) -> Tensor:
         raise UsageError(
             f"repa: the block has {projected_BNF.shape[1]} tokens of {projected_BNF.shape[2]} channels, the features "
             f"{features_BNF.shape[1]} of {features_BNF.shape[2]}; take features of the generator's grid "
-            "(repa.foundation.input_size) and of repa.foundation"
+            "and of repa.foundation"
         )
     return 1 - F.cosine_similarity(projected_BNF.float(), features_BNF.float(), dim=-1).mean()
 
 
-def dispersive_loss(hidden_BND: Tensor, temperature: float) -> Tensor:
+def dispersive_loss(hidden_BND: Tensor, temperature: float = 0.5) -> Tensor:
     """log mean over pairs of exp(-|h_i - h_j|^2 / (D temperature)), in fp32 (Wang & He 2025, InfoNCE with l2).
 
     h_i is a sample's whole output, D = N x D numbers; the pairs are all B x B of the micro-batch, as in their code.

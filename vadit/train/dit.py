@@ -200,9 +200,8 @@ def training_network(config: DiTConfig, feature_dim: int | None = None) -> Light
 
 
 def dispersed_block(config: DiTConfig) -> int:
-    """The block, counted from 1, whose output is dispersed."""
-    chosen = config.flow.dispersive_block
-    return max(config.model.depth // 4, 1) if chosen is None else chosen
+    """The block, counted from 1, whose output is dispersed: the first quarter's last (Wang & He 2025)."""
+    return max(config.model.depth // 4, 1)
 
 
 def tapped_blocks(config: DiTConfig) -> tuple[int, ...]:
@@ -223,7 +222,7 @@ def _with_regularisers(
     terms = dict(terms)
     if config.flow.dispersive_weight > 0:
         place = tapped_blocks(config).index(dispersed_block(config))
-        terms["dispersive"] = regularisers.dispersive_loss(hidden[place], config.flow.dispersive_temperature)
+        terms["dispersive"] = regularisers.dispersive_loss(hidden[place])
         terms["loss"] = terms["loss"] + config.flow.dispersive_weight * terms["dispersive"]
     if features is not None:
         found = features(companions[0].to(hidden[-1].device, non_blocking=True))

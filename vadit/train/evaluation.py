@@ -247,7 +247,7 @@ def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleS
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
     """A recipe's sampler with the few steps of a look."""
     method = "euler" if sample.method == "dopri5" else sample.method
-    quick = dataclasses.replace(sample, method=method, seed=evaluation.seed)
+    quick = dataclasses.replace(sample, method=method, seed=0)
     return dataclasses.replace(quick, num_steps=max(evaluation.steps + spare_points(quick), 2))
 
 

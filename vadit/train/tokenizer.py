@@ -124,7 +124,6 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
     model = AlignedAutoencoder(
         config.autoencoder,
         feature_dim=None if foundation is None else foundation.feature_dim,
-        projection=loss.vf_projection,
         cos_margin=loss.cos_margin,
         distmat_margin=loss.distmat_margin,
         gradient_checkpointing=config.engine.gradient_checkpointing,
