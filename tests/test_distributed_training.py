@@ -17,8 +17,8 @@ from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 from training_worker import LOOK
 
-from vadit.images.pixels import channels_last, image_grid, to_uint8
-from vadit.sampling.draw import DECODE_BATCH, draw
+from vadit.images.pixels import channels_last, image_grid
+from vadit.sampling.draw import decode, draw
 from vadit.train.checkpoint.export import load_autoencoder, load_generator
 from vadit.train.evaluation import quick_sampler
 from vadit.train.runs import read_weights
@@ -126,9 +126,8 @@ def test_the_look_of_two_processes_is_what_the_checkpoint_draws(zero_stage: int,
     network, autoencoder = load_generator(run, 0.9), load_autoencoder(runs / f"tokenizer-{zero_stage}")
     sampler = quick_sampler(config.sample, LOOK)
     with torch.no_grad():
-        parts = draw(network, sampler, num_samples=70, batch_size=64, flow=config.flow)
-        cuts = [cut for part in parts for cut in part.latents.split(DECODE_BATCH)]
-        images = torch.cat([to_uint8(autoencoder.decode(cut)) for cut in cuts])
+        parts = draw(network, sampler, num_samples=70, flow=config.flow)
+        images = torch.cat([decode(autoencoder, part.latents) for part in parts])
     found = np.asarray(Image.open(run / line["grid"])).astype(int)
     expected = np.asarray(image_grid(channels_last(images).numpy())).astype(int)
     assert found.shape == expected.shape and np.abs(found - expected).max() <= 1  # attention of other kernels, perhaps

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from vadit import cli
-from vadit.commands import evaluate
 from vadit.config import FoundationSpec
 from vadit.eval import latents as uniformity
 from vadit.eval import samples
@@ -294,10 +293,3 @@ def test_numbers_of_a_tokenizer_are_those_of_any_batch_and_any_number_of_process
         monkeypatch.setenv("RANK", str(rank))
         found = evaluate_all(10, reconstruction.share_of_images(75))
     assert found == whole
-
-
-def test_sampler_names_come_from_what_sample_noted(tmp_path: Path) -> None:
-    settings = {"sampler": {"method": "euler", "num_steps": 50, "cfg_scale": 2.0, "cfg_interval": [0.1, 1.0]}}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    assert evaluate._sampler_of("unnamed", str(tmp_path / "samples.npz")) == "euler49_cfg2_from0.1_random"
-    assert evaluate._sampler_of("mine", str(tmp_path)) == "mine"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vadit.config import SampleSpec
+from vadit.config import DiTSpec, SampleSpec
 from vadit.objectives import ddpm
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
@@ -21,6 +21,7 @@ class Net(nn.Module):
     """A smooth network with two classes, for both kinds of sampling."""
 
     num_classes = 2
+    spec = DiTSpec(input_size=2, in_channels=4, num_classes=2)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return torch.sin(x + (labels + t / 7).reshape(-1, 1, 1, 1))
@@ -85,9 +86,8 @@ def test_every_sampler_takes_it_and_none_is_the_constant_scale() -> None:
 def test_a_setting_of_sampling() -> None:
     spec = SampleSpec(num_steps=4, cfg_scale=3.8, cfg_power=4.0)
     assert sampler_name(spec) == "euler3_cfg3.8_power4_random"
-    options = {"num_samples": 2, "batch_size": 2, "latent_shape": (4, 2, 2), "rank": 0, "world_size": 1}
     rising, constant = (
-        next(draw(Net(), chosen, **options)).latents for chosen in (spec, SampleSpec(num_steps=4, cfg_scale=3.8))
+        next(draw(Net(), chosen, num_samples=2)).latents for chosen in (spec, SampleSpec(num_steps=4, cfg_scale=3.8))
     )
     assert not torch.allclose(rising, constant)
     with pytest.raises(UsageError, match="cfg_power"):

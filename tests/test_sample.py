@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -14,17 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-import vadit.sampling.draw as sampling
 from vadit.config import DiTSpec, SampleSpec
 from vadit.images.pixels import channels_last, to_uint8
 from vadit.runtime.errors import RunError, UsageError
-from vadit.sampling.draw import draw, sample_labels, sampler_name, write_samples
+from vadit.sampling import draw as drawing
+from vadit.sampling.draw import draw, sample_labels, sampler_name
+from vadit.sampling.write import noted_sampler, write_samples
 
 
 @pytest.fixture(autouse=True)
 def _small_groups(monkeypatch):
     """Groups of 16, so that a few samples are several groups, the last one not full."""
-    monkeypatch.setattr(sampling, "GROUP", 16)
+    monkeypatch.setattr(drawing, "GROUP", 16)
 
 
 class SmallNet(nn.Module):
@@ -58,19 +60,12 @@ class TinyDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------ draw
 
 
-def _draw(num_samples=37, batch_size=8, world_size=1, **settings):
+def _draw(num_samples=37, world_size=1, **settings):
     spec = SampleSpec(**{"num_steps": 5, "cfg_scale": 2.0, **settings})
-    parts = [
-        part
-        for rank in range(world_size)
-        for part in draw(
-            SmallNet(), spec, num_samples=num_samples, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-    ]
-    assert all(len(part.indices) <= batch_size for part in parts)
     return {
         index: (latent, int(label))
-        for part in parts
+        for rank in range(world_size)
+        for part in draw(SmallNet(), spec, num_samples=num_samples, rank=rank, world_size=world_size)
         for index, latent, label in zip(part.indices, part.latents, part.labels, strict=True)
     }
 
@@ -79,11 +74,9 @@ def _draw(num_samples=37, batch_size=8, world_size=1, **settings):
 def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method):
     reference = _draw(method=method)
     assert sorted(reference) == list(range(37))
-    for other in (
-        _draw(method=method, batch_size=100),
-        _draw(method=method, batch_size=1, world_size=3),
-        _draw(method=method, num_samples=18),
-    ):
+    others = _draw(method=method, world_size=3), _draw(method=method, num_samples=18)
+    assert [len(other) for other in others] == [37, 18]
+    for other in others:
         for index, (latent, label) in other.items():
             assert torch.equal(latent, reference[index][0]) and label == reference[index][1]
     assert not torch.equal(_draw(method=method, seed=1)[0][0], reference[0][0])
@@ -92,7 +85,7 @@ def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method):
 def test_processes_share_the_samples():
     spec = SampleSpec(num_steps=2)
     shares = [
-        [i for part in draw(SmallNet(), spec, num_samples=50, batch_size=9, rank=r, world_size=3) for i in part.indices]
+        [i for part in draw(SmallNet(), spec, num_samples=50, rank=r, world_size=3) for i in part.indices]
         for r in range(3)
     ]
     assert sorted(itertools.chain(*shares)) == list(range(50)) and all(shares)
@@ -111,7 +104,7 @@ def test_labels_random_balanced_and_fixed():
 
 def test_bad_requests_are_refused():
     def attempt(spec: SampleSpec = SampleSpec(), **settings) -> None:  # noqa: B008
-        next(draw(SmallNet(), spec, **{"num_samples": 1, "batch_size": 1, **settings}))
+        next(draw(SmallNet(), spec, **{"num_samples": 1, **settings}))
 
     with pytest.raises(UsageError, match="label 2 is out of range: the generator has 2 classes"):
         attempt(labels=[0, 2])
@@ -161,11 +154,12 @@ def test_files_hold_the_decoded_samples(tmp_path):
     seen = []
     files = _write(tmp_path / "out", multiplier=0.5, progress=seen.append)
     spec = SampleSpec(num_steps=4, cfg_scale=2.0)
-    (drawn,) = draw(SmallNet(), spec, num_samples=20, batch_size=20)
-    expected = channels_last(to_uint8(TinyDecoder().decode(drawn.latents * 2.0 / 0.5 + 0.1))).numpy()
+    first, second = draw(SmallNet(), spec, num_samples=20)
+    latents = torch.cat([first.latents, second.latents])
+    expected = channels_last(to_uint8(TinyDecoder().decode(latents * 2.0 / 0.5 + 0.1))).numpy()
     archive = np.load(files.npz)
     assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], expected)
-    assert np.array_equal(archive["labels"], drawn.labels.numpy())
+    assert np.array_equal(archive["labels"], torch.cat([first.labels, second.labels]).numpy())
     assert [file.name for file in sorted(files.images.iterdir())] == [f"{index:06d}.png" for index in range(20)]
     for index in (0, 19):
         assert np.array_equal(np.asarray(Image.open(files.images / f"{index:06d}.png")), expected[index])
@@ -206,9 +200,9 @@ def test_other_settings_are_refused(tmp_path):
     out = tmp_path / "out"
     _write(out, num_samples=2)
     before = _bytes(out)
-    with pytest.raises(UsageError, match=r"sampler\.cfg_scale 2\.0, now it is 3\.0"):
+    with pytest.raises(UsageError, match=r"made with sampler\.cfg_scale 2\.0, this command says 3\.0"):
         _write(out, num_samples=2, spec=dataclasses.replace(SampleSpec(num_steps=4), cfg_scale=3.0))
-    with pytest.raises(UsageError, match=r"drawn with mean \[0\.1.*now it is \[0\.0"):
+    with pytest.raises(UsageError, match=r"made with mean \[0\.1.*says \[0\.0"):
         _write(out, num_samples=2, mean=torch.zeros(4))
     _write(out, num_samples=2, source={"generator": "the same, elsewhere"})
     assert _bytes(out) == before
@@ -234,7 +228,7 @@ def test_latents_that_are_not_finite_become_no_images(tmp_path):
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(RunError, match=r"samples 0 to \d+ are not finite"):
         _write(tmp_path, num_samples=2, model=model)
-    assert not list((tmp_path / "images").iterdir())
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_damaged_folder_is_named(tmp_path):
@@ -245,15 +239,14 @@ def test_a_damaged_folder_is_named(tmp_path):
         _write(out, num_samples=2)
 
 
-def test_settings_are_saved(tmp_path):
+def test_the_sampler_is_noted_beside_the_images(tmp_path):
     _write(tmp_path, num_samples=2, labels=[1], source={"generator": "run 7"})
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    assert (
-        settings["sampler"]["cfg_scale"] == 2.0
-        and settings["label_list"] == [1]
-        and settings["source"] == {"generator": "run 7"}
-    )
+    assert json.loads((tmp_path / "settings.json").read_text())["source"] == {"generator": "run 7"}
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [1, 1]
+    assert noted_sampler(tmp_path) == noted_sampler(tmp_path / "samples.npz") == "euler3_cfg2_listed"
+    _write(tmp_path / "guided", num_samples=2, guide=SmallNet())
+    assert noted_sampler(tmp_path / "guided") == "euler3_autoguided2_random"
+    assert noted_sampler(tmp_path.parent) is None
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -265,9 +258,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    real = sampling.os.replace
-    monkeypatch.setattr(sampling.os, "replace", replace)
-    with pytest.raises(RunError, match=r"000002\.png could not be written \(No space left on device\)"):
+    real = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(RunError, match=r"000002\.png cannot be written \(No space left on device\)"):
         _write(tmp_path)
     monkeypatch.undo()
     assert sorted(_bytes(tmp_path)) == ["images/000000.png", "images/000001.png", "settings.json"]

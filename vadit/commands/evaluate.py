@@ -14,8 +14,7 @@ from tyro.conf import Positional
 
 from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
-from vadit.config import FoundationSpec, ImageDataSpec, SampleSpec
-from vadit.config.files import from_dict
+from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
 
@@ -213,18 +212,9 @@ def _inception_inputs(weights: str | None) -> dict[str, Any]:
 
 def _sampler_of(sampler: str, samples: str) -> str:
     """The sampler's name: as given, or from the settings.json that `vadit sample` left by the images."""
-    if sampler != EvaluateSamplesOptions.sampler:
-        return sampler
-    for folder in (Path(samples), Path(samples).parent):
-        if (folder / "settings.json").is_file():
-            from vadit.sampling.draw import sampler_name
+    from vadit.sampling.write import noted_sampler
 
-            file = folder / "settings.json"
-            noted = json.loads(file.read_text())
-            spec = from_dict(SampleSpec, noted["sampler"], origin=str(file))
-            listed = noted.get("label_list") is not None
-            return sampler_name(spec, autoguidance=noted.get("autoguidance", False), listed=listed)
-    return sampler
+    return sampler if sampler != EvaluateSamplesOptions.sampler else noted_sampler(samples) or sampler
 
 
 def _evaluate_tokenizer(arguments: list[str]) -> None:

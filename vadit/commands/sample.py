@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> None:
 
     from vadit.latents.dataset import load_statistics
     from vadit.runtime.console import ProgressBar
-    from vadit.sampling.draw import write_samples
+    from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
 
     if options.guide and options.sampler.cfg_scale == 1:

@@ -46,7 +46,8 @@ from vadit.models.foundation import FoundationModel
 from vadit.runtime import rng
 from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import UsageError
-from vadit.sampling.draw import sampler_name, write_samples
+from vadit.sampling.draw import sampler_name
+from vadit.sampling.write import write_samples
 from vadit.train import dit, tokenizer
 from vadit.train.checkpoint.export import load_autoencoder, load_generator
 

@@ -36,7 +36,7 @@ from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
 from vadit.runtime.run_log import RunLog
-from vadit.sampling.draw import DECODE_BATCH, GROUP, draw, sampler_name, spare_points
+from vadit.sampling.draw import decode, draw, sampler_name, spare_points
 from vadit.train.checkpoint.export import load_autoencoder
 from vadit.train.checkpoint.folder import Position
 from vadit.train.checkpoint.shares import Piece
@@ -280,15 +280,12 @@ class _Samples:
                 network,
                 self._sampler,
                 num_samples=max(scored, spec.grid_images),
-                batch_size=GROUP,
                 flow=config.flow,
             ):
                 drawn.append(part)
                 beat()
         for part in drawn:
-            # Decoders are large; the last bits must not depend on how many there are, as in `vadit sample`.
-            cuts = self._dataset.denormalize(part.latents).split(DECODE_BATCH)
-            pixels = torch.cat([to_uint8(self._autoencoder.decode(cut)) for cut in cuts])
+            pixels = decode(self._autoencoder, self._dataset.denormalize(part.latents))
             own = torch.tensor(part.indices)
             grid, counted = own < spec.grid_images, own < scored
             shown_ids.append(own[grid])

@@ -1,0 +1,188 @@
+"""The files that samples become: PNGs, ADM's .npz and a picture, in a folder that belongs to one set of settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+from vadit.config import FlowSpec, SampleSpec
+from vadit.config.files import from_dict
+from vadit.images.pixels import channels_last, image_grid, read_png
+from vadit.models.pretrained import weights_hash
+from vadit.runtime import distributed
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import refuse_other_settings, saved_file
+from vadit.sampling.draw import (
+    Decoder,
+    check_request,
+    decode,
+    device_of,
+    draw_group,
+    own_groups,
+    sample_labels,
+    sampler_name,
+)
+
+GRID_IMAGES = 64
+"""Images of the grid picture, at most."""
+SETTINGS = "settings.json"
+_AGAIN = "free space there or choose another folder, then run the same command again"
+
+
+class SampleFiles(NamedTuple):
+    """What `write_samples` wrote."""
+
+    images: Path
+    """Folder of PNGs: index with six digits."""
+    npz: Path
+    """ADM's file: arr_0 uint8 (N, H, W, 3), labels int64 (N,)."""
+    grid: Path
+    """The first images in one picture."""
+
+
+def write_samples(
+    out: str | Path,
+    model: Any,
+    autoencoder: Decoder,
+    spec: SampleSpec,
+    *,
+    num_samples: int,
+    mean: Tensor,
+    std: Tensor,
+    multiplier: float = 1.0,
+    flow: FlowSpec | None = None,
+    guide: nn.Module | None = None,
+    labels: Sequence[int] | None = None,
+    source: dict[str, Any] | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SampleFiles:
+    """Draw and decode samples 0..num_samples-1 into out/images/000000.png ..., out/samples.npz and out/grid.png.
+
+    z * std / multiplier + mean (LatentDataset's statistics, (C,) or (1, C, 1, 1)) is what the decoder gets. Files are
+    whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, flow, labels, statistics and
+    hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a reader. Each
+    process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how many of this
+    process's images are there.
+
+    Raises:
+        UsageError: the folder holds samples of other weights or settings.
+        RunError: latents that are not finite, a damaged folder, a full disk.
+    """
+    check_request(model, spec, flow, num_samples, labels)
+    out = Path(out)
+    rank = distributed.rank() if rank is None else rank
+    networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
+    settings = {
+        "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
+        "sampler": dataclasses.asdict(spec),
+        "flow": dataclasses.asdict(flow or FlowSpec()),
+        "label_list": None if labels is None else list(labels),
+        "num_classes": model.num_classes,
+        "autoguidance": guide is not None,
+        "multiplier": multiplier,
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+    }
+    distributed.from_main(lambda: _claim_folder(out, settings, source or {}, write=rank == 0))
+    device = device_of(model)
+    mean, std = (values.reshape(1, -1, 1, 1).to(device) for values in (mean, std))
+    done = 0
+    for group in own_groups(num_samples, rank, world_size):
+        wanted = [index for index in group if index < num_samples]
+        missing = [index for index in wanted if not _is_whole(_png(out, index))]
+        if missing:
+            latents = draw_group(model, spec, group, flow, guide, labels).latents
+            if not latents.isfinite().all():  # they would become black images, and a number
+                raise RunError(
+                    f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's "
+                    "log, and sample from an earlier checkpoint or an average (--ema)"
+                )
+            pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
+            for index in missing:
+                _write_png(_png(out, index), Image.fromarray(pixels[index - group.start]))
+        done += len(wanted)
+        if progress is not None:
+            progress(done)
+    distributed.barrier()
+    files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
+    if rank == 0:
+        all_labels = sample_labels(range(num_samples), spec.seed, model.num_classes, spec.labels, labels)
+        _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
+        shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
+        _write_png(files.grid, image_grid(shown, scale=1))
+    distributed.barrier()
+    return files
+
+
+def noted_sampler(samples: str | Path) -> str | None:
+    """`sampler_name` of a folder that `write_samples` made, or of a file in one; None for images of other origin."""
+    for file in (Path(samples) / SETTINGS, Path(samples).parent / SETTINGS):
+        if file.is_file():
+            noted = json.loads(file.read_text())
+            spec = from_dict(SampleSpec, noted["sampler"], origin=str(file))
+            return sampler_name(spec, autoguidance=noted["autoguidance"], listed=noted["label_list"] is not None)
+    return None
+
+
+def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], *, write: bool) -> None:
+    """Write settings.json, or check that what is there was drawn with the same settings."""
+    file = out / SETTINGS
+    if not file.is_file():
+        if write:
+            with saved_file(file, _AGAIN) as partial:
+                partial.write_text(json.dumps(settings | {"source": source}, indent=2))
+        return
+    try:
+        noted = json.loads(file.read_text())
+    except ValueError:
+        noted = None
+    remedy = "set --out to another folder, or delete this one"
+    if isinstance(noted, dict):
+        noted.pop("source", None)
+        for network, old in noted.get("weights", {}).items():
+            if old != (now := settings["weights"].get(network, old)):
+                raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
+    refuse_other_settings(out, "samples", noted, settings, remedy)
+
+
+def _png(out: Path, index: int) -> Path:
+    return out / "images" / f"{index:06d}.png"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there with its end (files of ours are whole or absent; copied ones may be cut)."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-12, os.SEEK_END)
+            return stream.read(8)[4:] == b"IEND"
+    except OSError:
+        return False
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    with saved_file(path, _AGAIN) as partial:
+        image.save(partial, format="png")
+
+
+def _write_npz(path: Path, images: Sequence[Path], labels: np.ndarray) -> None:
+    """One image in memory at a time: 50,000 of 256 pixels are 9.8 GB."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *read_png(images[0]).shape)}
+    # a ZipInfo of its own has a fixed date, so equal samples give equal files
+    with saved_file(path, _AGAIN) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for image in images:
+                member.write(read_png(image).tobytes())
+        with archive.open(zipfile.ZipInfo("labels.npy"), "w") as member:
+            np.lib.format.write_array(member, labels)
