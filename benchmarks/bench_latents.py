@@ -1,13 +1,13 @@
 """Latents per second of vadit's loader against the reference code's way: python benchmarks/bench_latents.py
 
     python benchmarks/bench_latents.py [--num-latents 20000] [--batch 256] [--rounds 3] [--only KIND ...]
-        [--folder DIR] [--no-peers] [--no-save]
+        [--folder DIR] [--no-save]
 
 Kinds: one posterior sample as the reference stores it (bf16 and fp32), and moments (bf16), all 32 x 16 x 16, plain and
 mirrored, in shards of 10,000, warm in the page cache. A contender hands out batches in random order: latents, plain or
 mirrored by chance, normalised, float32, and labels. The reference opens a file per sample (`safe_open`, `get_slice`)
 in a torch DataLoader; for moments it draws the posterior with torch. "memcpy" copies the stored bytes of a batch, rows
-in random order, from mapped files to one buffer: no more than reading. ffcv reads a .beton of the same latents.
+in random order, from mapped files to one buffer: no more than reading.
 
 Contenders take turns. A turn opens the loader, takes FILL batches and times those that follow, in a steady state.
 Then the index: 20,000 and 1,280,000 latents of 1 x 1 x 1, so that nothing but the bookkeeping costs, and a folder of
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.util
 import json
 import os
 import statistics
@@ -38,9 +37,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vadit.latents.beton import write_latents
 from vadit.latents.dataset import LatentDataset, LatentLoader
-from vadit.latents.shards import LatentShard, open_folder
+from vadit.latents.shards import open_folder
 
 CHANNELS, SIDE, CLASSES = 32, 16, 1000
 SHARD_SIZE = 10_000
@@ -184,11 +182,12 @@ def memcpy_stream(folder: Path, options: argparse.Namespace) -> Stream:
     size = shards[0].plain.row_bytes
     buffer = np.empty((options.batch, size), np.uint8)
 
-    def starts(shard: LatentShard) -> np.ndarray:
-        assert shard.flipped is not None
-        return np.concatenate([rows.offsets(np.arange(shard.count)) for rows in (shard.plain, shard.flipped)])
-
-    places = [(number, int(start)) for number, shard in enumerate(shards) for start in starts(shard)]
+    places = [
+        (number, rows.start + row * size)
+        for number, shard in enumerate(shards)
+        for rows in (shard.plain, shard.flipped or shard.plain)
+        for row in range(shard.count)
+    ]
     order = np.random.default_rng(0).permutation(len(places))
 
     @contextlib.contextmanager
@@ -206,59 +205,11 @@ def memcpy_stream(folder: Path, options: argparse.Namespace) -> Stream:
     return start
 
 
-def ffcv_stream(path: Path, options: argparse.Namespace, folder: Path) -> Stream:
-    """FFCV's own loader over a .beton of latents: it decodes both fields, the flip is chosen afterwards."""
-    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import ToTensor
-
-    saved = torch.load(folder / "latents_stats.pt", weights_only=True)
-
-    @contextlib.contextmanager
-    def start() -> Iterator[Iterator[object]]:
-        pipelines = {name: [NDArrayDecoder(), ToTensor()] for name in ("latents", "latents_flip")}
-        ints = {"label": [IntDecoder(), ToTensor()], "id": None, "crc32": None}
-        loader = Loader(
-            str(path), options.batch, num_workers=2, order=OrderOption.RANDOM, os_cache=True, pipelines=pipelines | ints
-        )
-
-        def batches() -> Iterator[object]:
-            while True:
-                for plain, flipped, label in loader:
-                    stored = torch.where(torch.rand(len(label), 1) > 0.5, plain, flipped).view(torch.bfloat16)
-                    latents = stored.view(-1, CHANNELS, SIDE, SIDE).float()
-                    yield latents.sub_(saved["mean"]).div_(saved["std"]), label
-
-        stream = batches()
-        yield stream
-        stream.close()
-
-    return start
-
-
 def contenders(folder: Path, kind: str, options: argparse.Namespace) -> dict[tuple[str, int], Stream]:
     """By name and workers."""
     found = {(BASELINE, workers): reference_stream(folder, options, workers) for workers in (0, 2)}
     found["vadit", 2] = our_stream(folder, options)
     found["memcpy", 0] = memcpy_stream(folder, options)
-    if kind != "sample" or options.no_peers:
-        return found
-    beton = folder.with_suffix(".beton")
-    rows = (
-        (shard.rows(start, stop, flipped=False), shard.rows(start, stop, flipped=True), shard.labels[start:stop])
-        for shard in open_folder(folder)
-        for start in range(0, shard.count, 500)
-        for stop in [min(start + 500, shard.count)]
-    )
-    batches = ((plain, flipped, labels, torch.arange(len(labels))) for plain, flipped, labels in rows)
-    shape = (CHANNELS, SIDE, SIDE)
-    write_latents(beton, batches, count=options.num_latents, shape=shape, dtype="bf16", has_moments=False, flip=True)
-    (beton.parent / "latents_stats.pt").write_bytes((folder / "latents_stats.pt").read_bytes())
-    found["vadit-beton", 2] = our_stream(beton, options)
-    if importlib.util.find_spec("ffcv") is None:
-        print("without ffcv: it is not installed (pip install 'vadit[ffcv]')")
-    else:
-        found["ffcv", 2] = ffcv_stream(beton, options, folder)
     return found
 
 
@@ -352,11 +303,7 @@ def row(options: argparse.Namespace, values: list[float], **changes: object) -> 
 
 
 def versions() -> str:
-    parts = [f"torch {torch.__version__}", f"numpy {np.__version__}"]
-    for name in ("safetensors", "ffcv"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            parts.append(f"{name} {metadata.version(name)}")
-    return ", ".join(parts)
+    return f"torch {torch.__version__}, numpy {np.__version__}, safetensors {metadata.version('safetensors')}"
 
 
 def show(rows: list[Row]) -> None:
@@ -384,7 +331,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[*KINDS, "index"], choices=[*KINDS, "index"])
     parser.add_argument("--folder", type=Path, help="for the data, some GB; it is removed again")
-    parser.add_argument("--no-peers", action="store_true", help="without ffcv")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)

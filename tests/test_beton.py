@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import torch
 from beton_files import COUNT, decoded, picture, without_checksums, write
 
 from vadit.images.beton import BetonFile, BetonSource
-from vadit.images.beton_writer import IMAGE_FIELDS, MIN_PAGE_SIZE, BetonWriter, EncodedImage, Field, encode_image
-from vadit.latents.beton import BetonLatents, write_latents
+from vadit.images.beton_writer import IMAGE_FIELDS, MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -183,94 +181,6 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
             writer.append(encode_image(picture(0), "raw"), 0)
     with pytest.raises(UsageError, match="page_size is 12345"):
         BetonWriter(tmp_path / "b.beton", max_samples=1, page_size=12345)
-
-
-@pytest.mark.parametrize(("dtype", "flip"), [("bf16", True), ("fp32", False)])
-def test_latents_come_back(tmp_path: Path, dtype: str, flip: bool) -> None:
-    path = tmp_path / "latents.beton"
-    plain, mirrored = torch.randn(2, 10, 6, 4, 4, generator=torch.Generator().manual_seed(0))
-    labels, ids = torch.arange(10) % 4, torch.arange(10) * 7
-
-    def batches() -> Any:
-        for part in (slice(0, 6), slice(6, 10)):
-            yield plain[part], mirrored[part] if flip else None, labels[part], ids[part]
-
-    write_latents(
-        path, batches(), count=12, shape=(6, 4, 4), dtype=dtype, has_moments=True, flip=flip, notes={"tokenizer": "abc"}
-    )
-    latents = BetonLatents(path)
-    assert latents.notes["tokenizer"] == "abc" and latents.has_moments and latents.shape == (6, 4, 4)
-    assert latents.labels.tolist() == labels.tolist() and latents.ids.tolist() == ids.tolist()
-    stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    assert latents.dtype == stored
-    for flipped, expected in ((False, plain), (True, mirrored))[: 1 + flip]:
-        rows = latents.rows(flipped=flipped)
-        assert rows is not None
-        assert torch.equal(torch.from_numpy(rows.copy()).view(stored).reshape(10, 6, 4, 4), expected.to(stored))
-        assert all(np.array_equal(latents.row(index, flipped=flipped), rows[index]) for index in range(10))
-    data = bytearray(path.read_bytes())
-    data[int(latents.offsets[3])] ^= 1
-    path.write_bytes(data)
-    damaged = BetonLatents(path)
-    damaged.verify(2)
-    with pytest.raises(RunError, match="sample 3"):
-        damaged.verify(3)
-
-
-def test_ffcv_reads_our_latents(tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
-    from ffcv.loader import Loader, OrderOption
-
-    path = tmp_path / "latents.beton"
-    plain, mirrored = torch.randn(2, 5, 4, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows = (plain, mirrored, torch.arange(5), torch.arange(5) + 50)
-    write_latents(path, [rows], count=5, shape=(4, 2, 2), dtype="bf16", has_moments=False, flip=True)
-    num_threads = torch.get_num_threads()
-    loader = Loader(str(path), batch_size=5, num_workers=1, order=OrderOption.SEQUENTIAL)
-    ((latents, flipped, labels, ids, _),) = [[part.clone() for part in batch] for batch in loader]
-    torch.set_num_threads(num_threads)
-    del loader
-    gc.collect()
-    assert torch.equal(latents.view(torch.bfloat16).reshape(5, 4, 2, 2), plain)
-    assert torch.equal(flipped.view(torch.bfloat16).reshape(5, 4, 2, 2), mirrored)
-    assert (labels.flatten().tolist(), ids.flatten().tolist()) == (list(range(5)), list(range(50, 55)))
-
-
-def test_latents_that_lie_unevenly_have_offsets_but_no_view(tmp_path: Path) -> None:
-    path = tmp_path / "latents.beton"
-    values = torch.arange(3 * 600_000, dtype=torch.float32).reshape(3, 3, 400, 500)
-    rows = [(values[place : place + 1], None, torch.tensor([0]), torch.tensor([place])) for place in range(3)]
-    write_latents(path, rows, count=3, shape=(3, 400, 500), dtype="fp32", has_moments=False, flip=False)
-    latents = BetonLatents(path)
-    steps = set(np.diff(latents.offsets).tolist())
-    assert len(steps) == 2 or latents.rows() is not None  # three samples of 2.4 MB to a page of 8 MiB
-    assert all(
-        np.array_equal(latents.row(place).view(np.float32), values[place].flatten().numpy()) for place in range(3)
-    )
-
-
-def test_failed_latents_leave_nothing(tmp_path: Path) -> None:
-    def batches() -> Any:
-        yield torch.zeros(1, 4, 2, 2), None, torch.tensor([0]), torch.tensor([0])
-        raise RunError("no more")
-
-    with pytest.raises(RunError, match="no more"):
-        write_latents(
-            tmp_path / "x.beton", batches(), count=2, shape=(4, 2, 2), dtype="fp32", has_moments=False, flip=False
-        )
-    assert not list(tmp_path.iterdir())
-
-
-def test_notes_that_lie_about_latents_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.beton"
-    fields = [Field("latents", "array", 64), Field("label", "int"), Field("id", "int")]
-    good = {"content": "latents", "shape": [4, 2, 2], "dtype": "fp32", "has_moments": False}
-    for wrong in ({"shape": [4, 2, 3]}, {"dtype": "fp64"}, {"shape": "x"}, {"shape": [-4, -2, 2]}, {"shape": None}):
-        with BetonWriter(path, fields, max_samples=1, resume=False) as writer:
-            writer.append(bytes(64), 0, 0)
-            writer.finish(json.loads(json.dumps({**good, **wrong})))
-        with pytest.raises(RunError, match="is damaged"):
-            BetonLatents(path)
 
 
 def test_image_fields_are_those_that_ffcv_users_expect() -> None:

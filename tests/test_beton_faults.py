@@ -25,7 +25,6 @@ from vadit.images.beton_writer import (
     encode_image,
     row_type,
 )
-from vadit.latents.beton import BetonLatents
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -233,8 +232,6 @@ def test_a_file_without_an_image_or_label_and_a_missing_one(tmp_path: Path) -> N
         BetonSource(path)
     with pytest.raises(UsageError, match="cannot be opened"):
         BetonSource(tmp_path / "missing.beton")
-    with pytest.raises(UsageError, match="holds no latents"):
-        BetonLatents(path)
 
 
 def test_a_file_cut_while_it_is_open(beton: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Latent folders and betons: both layouts, statistics, flip and posterior draws, order and resume."""
+"""Latent folders: both layouts, statistics, flip and posterior draws, order and resume."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder, settings
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vadit.commands import encode
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.latents.beton import write_latents
 from vadit.latents.dataset import (
     DebugLatents,
     LatentDataset,
@@ -133,36 +131,6 @@ def test_more_statistics_samples_than_latents_are_all(tmp_path: Path) -> None:
     assert torch.equal(compute_statistics(tmp_path, samples=0).std, compute_statistics(tmp_path).std)
     with pytest.raises(UsageError, match=r"--stats-samples is -1"):
         compute_statistics(tmp_path, samples=-1)
-
-
-@pytest.mark.parametrize("has_moments", [False, True])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_beton_is_read_as_a_folder_is(tmp_path: Path, dtype: str, has_moments: bool) -> None:
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.rand((13, CHANNELS * (1 + has_moments), SIDE, SIDE), generator=generator) + add for add in (0, 5)]
-    labels = torch.arange(13) % 4
-    key = "moments" if has_moments else "latents"
-    plain, flipped = (part.to(kind) for part in rows)
-    (tmp_path / "folder").mkdir()
-    save_file({key: plain, f"{key}_flip": flipped, "labels": labels}, tmp_path / "folder" / "a.safetensors")
-    write_latents(
-        tmp_path / "a.beton",
-        [(plain[:5], flipped[:5], labels[:5], torch.arange(5)), (plain[5:], flipped[5:], labels[5:], torch.arange(8))],
-        count=13,
-        shape=(plain.shape[1], SIDE, SIDE),
-        dtype=dtype,
-        has_moments=has_moments,
-        flip=True,
-        notes={"classes": list("abcdef")},
-    )
-    statistics = [compute_statistics(path) for path in (tmp_path / "folder", tmp_path / "a.beton")]
-    assert torch.equal(statistics[0].mean, statistics[1].mean) and torch.equal(statistics[0].std, statistics[1].std)
-    assert (tmp_path / "latents_stats.pt").exists()
-    folder, beton = LatentDataset(tmp_path / "folder"), LatentDataset(tmp_path / "a.beton")
-    assert (beton.channels, beton.size, beton.num_classes, len(beton)) == (CHANNELS, SIDE, 6, 13)
-    for old, new in zip(LatentLoader(folder, 4, seed=3), LatentLoader(beton, 4, seed=3), strict=True):
-        assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from full_disk import room_for
 from prepared import content, fill, prepare
-from safetensors.torch import save_file
 from tar_files import write_tar
 
 from vadit import cli
 from vadit.images.prepare import images as prepare_module
-from vadit.latents.dataset import LatentDataset
-from vadit.latents.statistics import compute_statistics
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -156,30 +152,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main([*beton, "--encode", "jpeg"]) == 2
     assert "was begun with encode raw, this command says jpeg" in capsys.readouterr().err
     assert cli.main(["prepare", "--help"]) == 0
-    assert "prepare images|latents" in capsys.readouterr().out
+    assert "prepare images SOURCE" in capsys.readouterr().out
     assert cli.main(["prepare", "pictures"]) == 2
-    assert "needs images or latents first" in capsys.readouterr().err
+    assert "needs images first" in capsys.readouterr().err
     assert cli.main(["prepare", "images", str(folder)]) == 2
-
-
-def test_latents_become_a_beton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw = torch.Generator().manual_seed(0)
-    for number in range(2):
-        tensors = {name: torch.randn(70, 4, 2, 2, generator=draw).bfloat16() for name in ("latents", "latents_flip")}
-        labels = {"labels": torch.arange(70) % (number + 2)}
-        (tmp_path / "latents").mkdir(exist_ok=True)
-        save_file(tensors | labels, tmp_path / "latents" / f"latents_rank{number:02d}.safetensors")
-    compute_statistics(tmp_path / "latents")
-    arguments = ["prepare", "latents", str(tmp_path / "latents"), str(tmp_path / "x" / "a.beton")]
-    assert cli.main(arguments) == 0
-    assert "140 latents; all checksums compared" in capsys.readouterr().out
-    one, two = LatentDataset(tmp_path / "latents"), LatentDataset(tmp_path / "x" / "a.beton")
-    for expected, found in zip(one.batch(torch.arange(140), 1, 2), two.batch(torch.arange(140), 1, 2), strict=True):
-        assert torch.equal(expected, found)
-    assert cli.main(arguments) == 2
-    assert "a.beton is there already" in capsys.readouterr().err
-    (tmp_path / "y").mkdir()
-    (tmp_path / "y" / "latents_stats.pt").write_bytes(b"of others")
-    assert cli.main([*arguments[:3], str(tmp_path / "y" / "b.beton")]) == 2
-    assert "is of other latents" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "y").iterdir()] == ["latents_stats.pt"]

@@ -65,7 +65,7 @@ class EncodeOptions:
     device: Device = "auto"
     """Device of the tokenizer."""
     stats_only: str | None = None
-    """Only compute the statistics of this folder (or .beton) of latents."""
+    """Only compute the statistics of this folder of latents."""
     stats_samples: int = 0
     """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 

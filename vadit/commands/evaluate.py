@@ -276,7 +276,7 @@ def _evaluate_latents(arguments: list[str]) -> None:
     from vadit.eval.latents import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
 
     draw: Callable[[int, int], Any]
-    if Path(options.latents).is_file() and Path(options.latents).suffix != ".beton":
+    if Path(options.latents).is_file():
         draw = partial(draw_vectors, read_vectors(options.latents))
     else:
         from vadit.latents.dataset import LatentDataset

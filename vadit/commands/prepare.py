@@ -47,30 +47,19 @@ class PrepareImagesOptions:
     """Read everything back at the end: and decode every image, or only compare checksums, or not at all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrepareLatentsOptions:
-    """Write a folder of latents as one .beton."""
-
-    source: Positional[str]
-    """Folder of latents."""
-    out: Positional[str]
-    """Result: NAME.beton."""
-
-
 def run(arguments: list[str]) -> None:
     """Prepare what the first argument names."""
     kinds: dict[str, tuple[Callable[[list[str]], None], type]] = {
         "images": (_prepare_images, PrepareImagesOptions),
-        "latents": (_prepare_latents, PrepareLatentsOptions),
     }
     what = next(iter(arguments), "")
     if what in ("-h", "--help"):
-        print("usage: vadit prepare images|latents SOURCE OUT [--setting value ...]\n")
+        print("usage: vadit prepare images SOURCE OUT [--setting value ...]\n")
         for kind, (_, options) in kinds.items():
             print(f"  {kind:<8} {options.__doc__}")
         return
     if what not in kinds:
-        raise UsageError(f"vadit prepare needs images or latents first, found {what!r}")
+        raise UsageError(f"vadit prepare needs images first, found {what!r}")
     kinds[what][0](arguments[1:])
 
 
@@ -120,23 +109,6 @@ def _prepare_images(arguments: list[str]) -> None:
         f"{summary.images_per_s:,.1f} images/s; "
         + {"decode": "all decoded again", "checksum": "all checksums compared", "none": "not verified"}[options.verify]
     )
-
-
-def _prepare_latents(arguments: list[str]) -> None:
-    options = parse(PrepareLatentsOptions, arguments, command="prepare latents")
-    from vadit.latents.prepare import prepare_latents
-    from vadit.runtime.console import ProgressBar
-
-    with ExitStack() as stack:
-        bars: list[ProgressBar] = []
-
-        def progress(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(ProgressBar("prepare", total)))
-            bars[0].update(done)
-
-        count = prepare_latents(options.source, options.out, progress=progress)
-    print(f"{options.out}: {count:,} latents; all checksums compared")
 
 
 def _size(num_bytes: float) -> str:

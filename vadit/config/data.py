@@ -35,7 +35,7 @@ class LatentDataSpec:
     """Latents for the generator."""
 
     path: str = ""
-    """Folder of latent shards (`vadit encode`, or the authors'), or a .beton of them; debug:N makes N of noise."""
+    """Folder of latent shards (`vadit encode`, or the authors'); debug:N makes N of noise."""
     normalize: bool = True
     """Subtract the channel mean and divide by the channel standard deviation."""
     multiplier: float = 1.0

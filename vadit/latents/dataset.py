@@ -79,12 +79,11 @@ class LatentSource(Protocol):
 
 
 class LatentDataset:
-    """A folder of latents, from `vadit encode` or in the authors' layout (`latents`, `latents_flip`, `labels`), or a
-    .beton of latents.
+    """A folder of latents, from `vadit encode` or in the authors' layout (`latents`, `latents_flip`, `labels`).
 
     `mean` and `std`, (1, d, 1, 1), are what normalisation uses: 0 and 1 where `normalize` is off. A normalised latent
     is (z - mean) / std * multiplier, and `denormalize` is its inverse. In memory are the labels and the shards'
-    headers: 8 bytes per latent (a .beton: 24), whatever its size.
+    headers: 8 bytes per latent, whatever its size.
 
     on_error="skip": a shard that does not open is left out, and with it all its latents, so `len` is smaller; a latent
     that cannot be read or is not finite is left out by LatentLoader (`bad` names those met so far), while `batch`
@@ -198,7 +197,6 @@ class LatentDataset:
         )
         places = [(shard.plain, shard.flipped or shard.plain) for shard in self.shards]
         self._bases = np.array([[rows.start for rows in pair] for pair in places], np.int64)
-        self._tables = [rows.table for rows in places[0]]  # a .beton is alone
         self._buffers = Buffers()
         self._scratches: list[Scratch] = []
         self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
@@ -216,9 +214,6 @@ class LatentDataset:
         if self.flip:
             flips = (rng.uniform(rng.fold(seed, "flip", epoch), ids) < 0.5).numpy()
         indices = ids.numpy()
-        plain, flipped = self._tables
-        if plain is not None and flipped is not None:
-            return [0] * len(ids), np.where(flips, flipped[indices], plain[indices]).tolist(), flips.tolist()
         which = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[which]
         offsets = self._bases[which, flips.astype(np.intp)] + rows * self.shards[0].plain.row_bytes

@@ -41,8 +41,7 @@ def open_checked(folder: Path, on_error: Literal["raise", "skip"]) -> CheckedSha
             if on_error == "raise":
                 raise RunError(faults[name])
     sound = [shard for shard in shards if shard.path.name not in faults]
-    named = [shard.classes for shard in sound if shard.classes is not None]
-    num_classes = index["num_classes"] if index is not None else max(named, default=0)
+    num_classes = index["num_classes"] if index is not None else 0
     num_classes = num_classes or max((int(shard.labels.max()) for shard in sound if shard.count), default=0) + 1
     for shard in sound:
         outside = shard.labels[(shard.labels < 0) | (shard.labels >= num_classes)]

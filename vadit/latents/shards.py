@@ -1,7 +1,6 @@
 """The files of a latent folder: safetensors shards, `index.json` and `latents_stats.pt`, read and written.
 
-A shard's header says where each row lies (`vadit.runtime.safetensors_file`). A .beton of latents counts as a folder
-with one shard.
+A shard's header says where each row lies (`vadit.runtime.safetensors_file`).
 
 | key | shape | content |
 |---|---|---|
@@ -65,16 +64,10 @@ class LatentSettings:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a tensor lie in their file: one after another from `start` on, or as a table says."""
+    """Where the rows of a tensor lie in their file: one after another from `start` on."""
 
     start: int
     row_bytes: int
-    table: np.ndarray | None = None
-    """int64 (N,): the first byte of each row (.beton)."""
-
-    def offsets(self, rows: np.ndarray) -> np.ndarray:
-        """First byte of these rows, int64."""
-        return self.start + rows * self.row_bytes if self.table is None else self.table[rows]
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,6 @@ class LatentShard:
     """Of the file."""
     settings: LatentSettings | None
     """None for a shard that is not ours."""
-    classes: int | None = None
-    """Classes of the source, where the file says so (.beton)."""
     features: FeatureRows | None = None
     """Foundation features beside the latents."""
 
@@ -126,19 +117,15 @@ class LatentShard:
         source = self.flipped if flipped and self.flipped is not None else self.plain
         stored = torch.empty((stop - start, *self.stored_shape), dtype=self.dtype)
         target = stored.view(torch.uint8).numpy().reshape(-1).data if stored.numel() else memoryview(b"")
-        offsets, size = source.offsets(np.arange(start, stop)).tolist(), source.row_bytes
-        pieces = [(offset, number * size, (number + 1) * size) for number, offset in enumerate(offsets)]
-        if source.table is None and pieces:  # they lie in a row
-            pieces = [(offsets[0], 0, len(target))]
         try:
             with self.path.open("rb", buffering=0) as file:
-                for offset, begin, end in pieces:
-                    file.seek(offset)
-                    while begin < end:
-                        count = file.readinto(target[begin:end])
-                        if not count:
-                            raise RunError(f"{self.path} is cut short; fetch or encode the file anew")
-                        begin += count
+                file.seek(source.start + start * source.row_bytes)
+                done = 0
+                while done < len(target):
+                    count = file.readinto(target[done:])
+                    if not count:
+                        raise RunError(f"{self.path} is cut short; fetch or encode the file anew")
+                    done += count
         except OSError as error:
             raise RunError(f"{self.path} cannot be read ({error.strerror or error}); {REMEDY}") from None
         return stored
@@ -146,8 +133,6 @@ class LatentShard:
 
 def open_shard(path: Path) -> LatentShard:
     """Read a shard's header; RunError names a file that is cut short or whose header does not fit its content."""
-    if path.suffix == ".beton":
-        return _open_beton(path)
     tensors, metadata = parse_header(path)
     key = next((key for key in ("latents", "moments") if key in tensors), None)
     if key is None or "labels" not in tensors:
@@ -206,36 +191,12 @@ def _features(path: Path, tensors: dict[str, TensorEntry], count: int, has_flipp
 
 def read_ids(path: Path) -> Tensor | None:
     """Of each latent of a shard: the index of its image in the source, int64 (N,); None where the shard has none."""
-    if path.suffix == ".beton":
-        return None
     tensors, _ = parse_header(path)
     return _read_integers(path, "ids", tensors["ids"]) if "ids" in tensors else None
 
 
-def _open_beton(path: Path) -> LatentShard:
-    """A .beton that vadit.latents.beton wrote; checksums of its rows would cost more than reading them."""
-    from vadit.latents.beton import BetonLatents
-
-    found = BetonLatents(path)
-    channels, height, width = found.shape
-    names = found.notes.get("classes")
-    return LatentShard(
-        path=path,
-        count=len(found),
-        shape=(channels // 2 if found.has_moments else channels, height, width),
-        dtype=found.dtype,
-        has_moments=found.has_moments,
-        plain=Rows(0, found.num_bytes, found.offsets),
-        flipped=Rows(0, found.num_bytes, found.flip_offsets) if found.flip_offsets is not None else None,
-        labels=found.labels,
-        num_bytes=path.stat().st_size,
-        settings=None,
-        classes=len(names) if isinstance(names, list) else None,
-    )
-
-
 def open_folder(folder: Path) -> list[LatentShard]:
-    """All shards of a latent folder (or a .beton) in file-name order, checked to agree with each other."""
+    """All shards of a latent folder in file-name order, checked to agree with each other."""
     shards = []
     for path in shard_paths(folder):
         shards.append(open_shard(path))
@@ -244,14 +205,10 @@ def open_folder(folder: Path) -> list[LatentShard]:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The files of a latent folder, sorted by name; a .beton itself."""
-    if folder.suffix == ".beton" and folder.is_file():
-        return [folder]
+    """The files of a latent folder, sorted by name."""
     if not str(folder) or not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(
-            f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote, or to a .beton of latents"
-        )
+        raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
     try:
         paths = sorted(folder.glob("*.safetensors"))
     except OSError as error:

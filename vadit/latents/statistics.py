@@ -38,9 +38,8 @@ class ChannelStatistics:
 
 
 def statistics_path(path: str | Path) -> Path:
-    """Where the statistics of a folder of latents lie, or of a .beton: beside it."""
-    path = Path(path)
-    return (path.parent if path.suffix == ".beton" else path) / STATISTICS_FILE
+    """Where the statistics of a folder of latents lie."""
+    return Path(path) / STATISTICS_FILE
 
 
 def load_statistics(folder: str | Path, channels: int) -> ChannelStatistics:

@@ -1,4 +1,4 @@
-"""Images of any source -> a .beton or WebDataset shards, scaled once instead of in every epoch; latents -> a .beton.
+"""Images of any source -> a .beton or WebDataset shards, scaled once instead of in every epoch.
 
 Images are decoded with Pillow and scaled so that their short side is `size` by ADM's rule, and not cropped: a centre
 crop or a random square of the result is a slice of it, with the very pixels that the source would give. The order is
