@@ -80,6 +80,21 @@ def test_kernels_folder_is_no_package() -> None:
     assert [path.name for path in ROOT.glob("*.py")] == ["setup.py"]
 
 
+def test_public_names_are_there_and_load_only_when_asked_for() -> None:
+    code = """
+import sys, vadit
+assert not {"torch", "numpy", "tyro"} & set(sys.modules), "import vadit is to be quick"
+assert set(vadit.__all__) <= set(dir(vadit))
+print(*(f"{getattr(vadit, name).__module__}.{name}" for name in vadit.__all__))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [name.rpartition(".")[2] for name in done.stdout.split()] == [
+        *("LightningDiT", "Autoencoder", "load_reference_dit", "load_reference_autoencoder", "sample_ode"),
+        *("LatentDataset", "LatentLoader"),
+    ]
+
+
 def test_kernels_import_nothing_of_vadit() -> None:
     for path in (ROOT / "kernels" / "ops").glob("*.py"):
         above = {name for name in imports(path) if name.split(".")[0] == "vadit"}
