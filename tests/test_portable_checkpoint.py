@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from vadit.runtime import rng
 from vadit.train.checkpoint import folder as checkpoint
-from vadit.train.checkpoint.shares import Shares, average_name, gaps
+from vadit.train.checkpoint.shares import Shares, average_name
+from vadit.train.layout import gaps
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
 Layout = tuple[int, int]

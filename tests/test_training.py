@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer, whole_weights
+from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
 from vadit.config import EngineSpec, OptimizerSpec, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
@@ -138,20 +138,20 @@ def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
         device=CPU,
     )
     ema = ShardedEMA(engine, (0.9, 0.5))
-    plain = {decay: whole_weights(engine) for decay in (0.9, 0.5)}
-    start = whole_weights(engine)
+    plain = {decay: dict(engine.whole_weights(engine.masters())) for decay in (0.9, 0.5)}
+    start = dict(engine.whole_weights(engine.masters()))
     for _ in range(4):
         inputs = torch.randn(4, 5).to(engine.compute_dtype())
         engine.backward(engine(inputs).float().square().mean())
         assert engine.step()
         ema.update()
-        weights = whole_weights(engine)
+        weights = dict(engine.whole_weights(engine.masters()))
         for decay, average in plain.items():
             for name, value in average.items():
                 value.lerp_(weights[name], 1 - decay)
     assert any((weights[name] - start[name]).abs().max() > 0.01 for name in weights)
     for decay, average in plain.items():
-        found = whole_weights(engine, ema.shards[decay])
+        found = dict(engine.whole_weights(ema.shards[decay]))
         assert found.keys() == average.keys()
         assert max((found[name] - value).abs().max().item() for name, value in average.items()) == 0
 

@@ -28,7 +28,6 @@ from vadit.objectives import flow
 from vadit.recipes import get_recipe
 from vadit.runtime import rng
 from vadit.train import runs
-from vadit.train.engine import Engine
 
 BATCH = 4
 
@@ -64,17 +63,6 @@ def tiny_tokenizer(
 def logged(folder: Path, name: str = "loss") -> list[float]:
     """One value of every log point of a run."""
     return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def whole_weights(engine: Engine, shards: list[Tensor] | None = None) -> dict[str, Tensor]:
-    """The trained weights of a process alone, whole and fp32, out of its flat shards, or out of an average's."""
-    state: dict[str, Tensor] = {}
-    shapes = {name: torch.Size(shape) for name, shape in engine.shapes().items()}
-    for shard, pieces in zip(engine.masters() if shards is None else shards, engine.layout(), strict=True):
-        for name, start, offset, length in pieces:
-            row = state.setdefault(name, torch.full((shapes[name].numel(),), torch.nan))
-            row[start : start + length] = shard.reshape(-1)[offset : offset + length]
-    return {name: row.view(shapes[name]) for name, row in state.items()}
 
 
 class Ranks:

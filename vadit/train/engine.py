@@ -23,7 +23,7 @@ from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
 from vadit.runtime.errors import UsageError
 from vadit.train import collectives, optimizers
-from vadit.train.checkpoint.shares import Piece, cut_each, cut_row, gaps
+from vadit.train.layout import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
 """Weights that are reduced or gathered in one piece, at most."""
@@ -384,6 +384,28 @@ class Engine:
         """What the network's state dict holds besides parameters (BatchNorm's statistics), this process's own."""
         kept = self.module.state_dict(keep_vars=True)
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
+    def whole_weights(self, shards: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters, fp32, and buffers by name, whole, out of flat `shards` that lie as `masters` do. Collective.
+
+        One at a time, so that no second network needs to fit: take them all, in the same order on all processes.
+        """
+        places: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        for shard, pieces in zip(shards, self.layout(), strict=True):
+            for piece in pieces:
+                places.setdefault(piece.name, []).append((piece, shard))
+        frozen = {piece.name: (piece, value) for piece, value in self.frozen()}
+        for name, shape in self.shapes().items():
+            whole = torch.zeros(math.prod(shape), device=self.device)
+            for piece, flat in [frozen[name]] if name in frozen else places.get(name, []):
+                part = flat.reshape(-1)[piece.offset : piece.offset + piece.length]
+                whole[piece.start : piece.start + piece.length] = part.to(whole)
+            # Pieces of different processes do not overlap: their sum is exact. Whole weights are alike everywhere.
+            sharded = self.spec.zero_stage == 3 if name in frozen else self.spec.zero_stage > 0
+            if sharded and distributed.world_size() > 1:
+                torch.distributed.all_reduce(whole)
+            yield name, whole.view(shape)
+        yield from self.buffers().items()
 
     # -------------------------------------------------------------------------------------------- on disk
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -39,9 +39,7 @@ from vadit.runtime.run_log import RunLog
 from vadit.sampling.draw import decode, draw, sampler_name, spare_points
 from vadit.train.checkpoint.export import load_autoencoder
 from vadit.train.checkpoint.folder import Position
-from vadit.train.checkpoint.shares import Piece
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine
 
 Beat = Callable[[], None]
 
@@ -122,7 +120,11 @@ class Evaluation:
     def _make(self, beat: Beat) -> Made:
         network = self._together(lambda: self._look.network().to(self._device).eval().requires_grad_(False))
         shards = next(iter(self._ema.shards.values()), None)
-        fill(network, self._ema.engine, self._ema.engine.masters() if shards is None else shards)
+        own, engine = network.state_dict(), self._ema.engine
+        for name, value in engine.whole_weights(engine.masters() if shards is None else shards):
+            if name in own:  # a projector serves training alone
+                own.pop(name).copy_(value)
+        assert not own, f"the network that is trained has no {min(own)}"
         beat()
         made: Made = self._together(lambda: self._look.make(network, beat))
         return made
@@ -158,47 +160,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     """Random states of torch come back as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         yield
-
-
-@torch.no_grad()
-def fill(network: nn.Module, engine: Engine, shards: Sequence[Tensor]) -> None:
-    """Copy weights that lie in shards, as `engine.masters()` does, into a whole network of its own. Collective.
-
-    The engine's network may hold more than `network`, and hold it under a longer name.
-    """
-    trained: dict[str, list[tuple[Tensor, Piece]]] = {}
-    for flat, pieces in zip(shards, engine.layout(), strict=True):
-        for piece in pieces:
-            trained.setdefault(piece.name, []).append((flat, piece))
-    frozen = {piece.name: (value, piece) for piece, value in engine.frozen()}
-    buffers = engine.buffers()
-    shapes = engine.shapes()
-    prefix = _prefix([name for name, _ in network.named_parameters()], shapes)
-    for name, value in network.named_parameters():
-        name = prefix + name
-        kept = [frozen[name]] if name in frozen else trained.get(name, [])
-        whole = torch.zeros(value.numel(), dtype=torch.float32, device=value.device)
-        for flat, piece in kept:
-            part = flat.reshape(-1)[piece.offset : piece.offset + piece.length]
-            whole[piece.start : piece.start + piece.length] = part.to(whole)
-        # Pieces of different processes do not overlap: their sum is exact. Whole weights are the same everywhere.
-        sharded = engine.spec.zero_stage == 3 if name in frozen else engine.spec.zero_stage > 0
-        if sharded and distributed.world_size() > 1:
-            torch.distributed.all_reduce(whole)
-        value.copy_(whole.view_as(value))
-    for name, buffer in network.named_buffers():
-        if prefix + name in buffers:
-            buffer.copy_(buffers[prefix + name])
-
-
-def _prefix(names: Sequence[str], known: Any) -> str:
-    """What stands before all of `names` in `known`."""
-    candidates = ["", *sorted({name[: -len(names[0])] for name in known if name.endswith(names[0])})]
-    for prefix in candidates:
-        if all(prefix + name in known for name in names):
-            return prefix
-    missing = next(name for name in names if name not in known)
-    raise AssertionError(f"the network that is trained has no weight {missing}")
 
 
 # ------------------------------------------------------------------------------------------ the generator

@@ -21,7 +21,7 @@ from vadit.train.checkpoint.folder import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
 from vadit.train.guard import Guard, StopRequest, not_finite
-from vadit.train.schedule import learning_rate
+from vadit.train.optimizers import learning_rate
 from vadit.train.tracker import Tracker
 from vadit.train.watchdog import Watchdog
 

@@ -8,6 +8,7 @@ wrote it, and a resumed run that would end up with another one is refused (`vadi
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -193,3 +194,14 @@ def _parts(weight: torch.Tensor, gradient: torch.Tensor) -> Iterable[tuple[str, 
         yield "blocks", row[:whole].view(-1, BLOCK), slope[:whole].view(-1, BLOCK)
     if whole < row.numel():
         yield "rest", row[whole:], slope[whole:]
+
+
+def learning_rate(spec: OptimizerSpec, *, images_seen: int, total_images: int) -> float:
+    """Learning rate of the step that starts at `images_seen`."""
+    done = images_seen / total_images
+    if spec.schedule == "one_cycle":  # Smith & Topin 2019: cosine up from 1/25 over 30%, cosine down to nothing
+        if done < 0.3:
+            return spec.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * done / 0.3)) / 2)
+        return spec.lr * (1 + math.cos(math.pi * min((done - 0.3) / 0.7, 1.0))) / 2
+    warmup = min((images_seen + 1) / spec.warmup_images, 1.0) if spec.warmup_images else 1.0
+    return spec.lr * warmup * (1 - done if spec.schedule == "linear" else 1.0)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,59 +21,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
-
-if TYPE_CHECKING:
-    from vadit.train.engine import Engine
+from vadit.train.engine import Engine
+from vadit.train.layout import Piece
 
 CHUNK = 1 << 24
 """Elements that are read in one go."""
 REMEDY = "delete this checkpoint's folder, and the same command goes on from the one before it"
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """States with one number per weight, which may be cut otherwise."""
-
-
-class Piece(NamedTuple):
-    """Elements [start, start + length) of a weight, laid flat, at `offset` of a flat tensor."""
-
-    name: str
-    start: int
-    offset: int
-    length: int
-
-
-def cut_each(group: list[torch.nn.Parameter], names: dict[torch.Tensor, str]) -> list[Piece]:
-    """ZeRO 3: every weight cut into as many equal parts, the last one padded, as there are processes."""
-    pieces, offset = [], 0
-    for weight in group:
-        size, numel = weight.ds_tensor.ds_numel, weight.ds_numel  # type: ignore[attr-defined]
-        start = min(distributed.rank() * size, numel)
-        if (length := min(size, numel - start)) > 0:
-            pieces.append(Piece(names[weight], start, offset, length))
-        offset += size
-    return pieces
-
-
-def cut_row(
-    group: list[torch.nn.Parameter], starts: list[int], names: dict[torch.Tensor, str], size: int
-) -> list[Piece]:
-    """ZeRO 1/2: the weights begin at `starts` in one row, of which this process has the `size` elements at its rank."""
-    pieces, first = [], distributed.rank() * size
-    for weight, begin in zip(group, starts, strict=True):
-        start, stop = max(first - begin, 0), min(first + size - begin, weight.numel())
-        if start < stop:
-            pieces.append(Piece(names[weight], start, begin + start - first, stop - start))
-    return pieces
-
-
-def gaps(pieces: list[Piece], size: int) -> Iterator[tuple[int, int]]:
-    """The stretches [begin, end) of a flat tensor with `size` elements that no piece covers."""
-    end = 0
-    for piece in pieces:
-        if end < piece.offset:
-            yield end, piece.offset
-        end = piece.offset + piece.length
-    if end < size:
-        yield end, size
 
 
 @dataclass
