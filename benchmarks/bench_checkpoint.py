@@ -27,7 +27,7 @@ from vadit.config import DiTSpec, EngineSpec, FlowSpec, GuardSpec, OptimizerSpec
 from vadit.models.dit import LightningDiT
 from vadit.objectives import flow
 from vadit.recipes import get_recipe
-from vadit.train.checkpoint.folder import Checkpoints, Position
+from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 from vadit.train.guard import Guard, not_finite

@@ -25,7 +25,7 @@ from vadit.config import DiTConfig, GuardSpec
 from vadit.runtime import distributed
 from vadit.runtime.stream import sample_ids
 from vadit.train import dit
-from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import publish
 from vadit.train.guard import Guard
 from vadit.train.watchdog import HANG_CODE
 
@@ -261,7 +261,7 @@ def _same_but_failures(out: Path, reference: Path) -> None:
     lines = log(out)
     assert [line["step"] for line in lines if "failed_saves" in line], "the log tells of no failure"
     assert [{name: value for name, value in line.items() if name != "failed_saves"} for line in lines] == log(reference)
-    ends = [checkpoint.newest(path / "checkpoints") for path in (out, reference)]
+    ends = [publish.newest(path / "checkpoints") for path in (out, reference)]
     assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
     for path in ends[1].glob("*.safetensors"):
         assert path.read_bytes() == (ends[0] / path.name).read_bytes(), path.name

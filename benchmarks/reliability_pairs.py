@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -37,8 +36,7 @@ from vadit import cli
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.recipes import get_recipe
 from vadit.train import dit, engine, tokenizer
-from vadit.train.checkpoint import folder as checkpoint
-from vadit.train.checkpoint import save as saving
+from vadit.train.checkpoint import publish
 
 __all__ = ["BATCH", "assert_same_end", "flip", "log"]  # of the tests, for those who import this module
 
@@ -59,8 +57,8 @@ _IMPORTED = (
 )
 LIMIT_S = 600.0
 """For what takes some seconds, on a machine that does much else."""
-CHUNK_S, FLUSH_S = 0.03, 0.1
-"""What the slow disk adds to each piece that is written, and to each flush of a folder."""
+PIECE, CHUNK_S, FLUSH_S = 1 << 16, 0.03, 0.1
+"""Bytes that a slow disk takes at a time; seconds that it adds to each of them, and to each flush of a folder."""
 
 
 def import_all() -> None:
@@ -127,7 +125,7 @@ def run_folders(out: Path) -> list[Path]:
 
 def saved_steps(out: Path) -> int:
     """Steps that the newest checkpoints hold, over all stages."""
-    found = [checkpoint.newest(folder / "checkpoints", hashes=False) for folder in run_folders(out)]
+    found = [publish.newest(folder / "checkpoints", hashes=False) for folder in run_folders(out)]
     return sum(int(path.name.removeprefix("step-")) for path in found if path is not None)
 
 
@@ -152,32 +150,25 @@ def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
         module.train_step = step
 
 
-class _SlowDigest:
-    """SHA-256 that takes its time: it is fed with each piece of a file before that is written."""
-
-    def __init__(self, original: Callable[[], Any]) -> None:
-        self._digest = original()
-        self.hexdigest = self._digest.hexdigest
-
-    def update(self, piece: Any) -> None:
-        time.sleep(CHUNK_S)
-        self._digest.update(piece)
-
-
 def slow_disk() -> None:
     """Let this process write its checkpoints slowly, piece by piece, and flush slowly."""
-    sha256, flush = saving.hashlib.sha256, saving._flush
+    write, flush = publish.write_tensors, publish._flush_folder
+
+    def slow_write(path: Path, file: publish.TensorFile) -> dict[str, Any]:
+        entry = write(path, file)
+        content = path.read_bytes()
+        for stop in range(0, len(content), PIECE):
+            path.write_bytes(content[:stop])
+            time.sleep(CHUNK_S)
+        path.write_bytes(content)
+        return entry
 
     def slow_flush(folder: Path) -> None:
         time.sleep(FLUSH_S)
         flush(folder)
         time.sleep(FLUSH_S)
 
-    saving.CHUNK = 1 << 16
-    saving._flush = slow_flush
-    hashing = SimpleNamespace(**vars(saving.hashlib))
-    hashing.sha256 = lambda content=None: _SlowDigest(sha256) if content is None else sha256(content)
-    saving.hashlib = hashing  # type: ignore[assignment]
+    publish.write_tensors, publish._flush_folder = slow_write, slow_flush
 
 
 # ---------------------------------------------------------------------------------------------- a pair

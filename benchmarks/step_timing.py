@@ -13,7 +13,7 @@ import harness
 import torch
 
 from vadit.runtime import distributed
-from vadit.train.checkpoint.folder import Position
+from vadit.train.checkpoint.checkpoints import Position
 
 ROUND_S = 0.05
 """A round is as many steps as last so long."""

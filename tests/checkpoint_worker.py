@@ -21,9 +21,8 @@ from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError
 from vadit.train import engine
-from vadit.train.checkpoint import folder as checkpoint
-from vadit.train.checkpoint import save as saving
-from vadit.train.checkpoint.folder import Checkpoints, Position
+from vadit.train.checkpoint import publish
+from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.tracker import MEASURED
 
@@ -176,7 +175,7 @@ def assert_same_end(found: Path, expected: Path) -> None:
     Weights, averages, moments, buffers and random states of every process.
     """
     assert log(found) == log(expected)
-    ends = [checkpoint.newest(folder / "checkpoints") for folder in (found, expected)]
+    ends = [publish.newest(folder / "checkpoints") for folder in (found, expected)]
     assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
     names = sorted(path.name for path in ends[1].glob("*.safetensors"))
     assert names and names == sorted(path.name for path in ends[0].glob("*.safetensors"))
@@ -222,14 +221,14 @@ def go_on(source: str, out: str, stage: int, **settings: Any) -> None:
 
 def one_fails(out: str) -> None:
     """The disk of process 1 fails in the second and third save: all hear of it, go on, and save the fourth."""
-    original = saving.write_tensors
+    original = publish.write_tensors
 
-    def write(path: Path, file: saving.TensorFile) -> Any:
+    def write(path: Path, file: publish.TensorFile) -> Any:
         if distributed.rank() == 1 and path.parent.stem in ("step-00000002", "step-00000003"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(path, file)
 
-    saving.write_tensors = write
+    publish.write_tensors = write
     run = Run(Path(out), 1)
     failures, fault = [], ""
     for step in (1, 2, 3, 4, 5):
@@ -240,7 +239,7 @@ def one_fails(out: str) -> None:
             fault = str(error)
         failures.append(run.checkpoints.failures)
     run.checkpoints.close()
-    saving.write_tensors = original
+    publish.write_tensors = original
     run.restore()
     seen = {"failures": failures, "fault": fault, "step": run.step}
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps(seen))

@@ -81,7 +81,7 @@ def test_a_damaged_shard_on_one_process_ends_all_and_is_told(
     out, done = launched
     assert done.returncode == 1
     assert "[rank 1] error: the shard latents-00007.safetensors is damaged" in done.stderr
-    saved = runs.checkpoint.newest(out / "damage" / "checkpoints")
+    saved = runs.publish.newest(out / "damage" / "checkpoints")
     assert saved is not None and saved.name == "step-00000002"
 
 

@@ -166,7 +166,7 @@ def train(config: Config) -> int:
     """Train two steps (Adam's moments come in the first) with the trainer's own parts; bytes allocated at the peak."""
     from vadit.train import dit, loop, tokenizer
     from vadit.train import engine as engines
-    from vadit.train.checkpoint.folder import Position
+    from vadit.train.checkpoint.checkpoints import Position
 
     torch.set_num_threads(1)
     engines.start(torch.device("cpu"))

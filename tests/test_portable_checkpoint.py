@@ -20,7 +20,7 @@ from launched import free_port
 from safetensors.torch import load_file
 
 from vadit.runtime import rng
-from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import Shares, average_name
 from vadit.train.layout import gaps
 
@@ -105,7 +105,7 @@ def play(out: Path, pairs: list[tuple[Layout, Layout]], settings: dict[int, dict
 def whole(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds of the weights, put together: NETWORK/KIND/WEIGHT."""
     path = folder / f"step-{step:08d}"
-    assert checkpoint.newest(folder) is not None
+    assert publish.newest(folder) is not None
     found = {}
     for network in worker.WIDTHS:
         shares = Shares(path, network)

@@ -23,9 +23,9 @@ from training_plain import BATCH, tiny_dit
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
 from vadit.train import dit
-from vadit.train.checkpoint import folder as checkpoint
-from vadit.train.checkpoint import save as saving
-from vadit.train.checkpoint.save import Saving, TensorFile
+from vadit.train.checkpoint import publish
+from vadit.train.checkpoint.publish import TensorFile
+from vadit.train.checkpoint.save import Saving
 
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
 
@@ -67,7 +67,7 @@ def test_the_newest_and_every_so_many_images_stay(
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "state.json").write_text(json.dumps({"images_seen": 8 * step}))
-        checkpoint.prune(tmp_path, keep, every)
+        publish.prune(tmp_path, keep, every)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
@@ -76,7 +76,7 @@ def test_damaged_checkpoints_of_later_steps_take_nobodys_place(tmp_path: Path) -
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "state.json").write_text(json.dumps({"images_seen": 8 * step}))
-    checkpoint.prune(tmp_path, 1, last="step-00000002")
+    publish.prune(tmp_path, 1, last="step-00000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000009"]
 
 
@@ -84,7 +84,7 @@ def test_room_is_needed_for_the_parts_of_all_processes(tmp_path: Path, monkeypat
     free = shutil.disk_usage(tmp_path).free
     (tmp_path / "step-00000001.partial").mkdir()
     (tmp_path / "step-00000001.partial" / "another").write_bytes(bytes(100))
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, 1000))
     faults: list[Exception] = []
     calls: dict[str, Any] = {"published": lambda: None, "failed": faults.append, "timeout_s": 5.0, "state": {}}
     for needed, fits in ((1200, False), (1100, True)):
@@ -101,13 +101,13 @@ def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: list[list[str]] = []
-    original = checkpoint.prune
+    original = publish.prune
 
     def prune(folder: Path, *rest: Any, last: str) -> None:
         before.append(names(tmp_path))
         original(folder, *rest, last=last)
 
-    monkeypatch.setattr(checkpoint, "prune", prune)
+    monkeypatch.setattr(publish, "prune", prune)
     dit.train(
         tiny_dit(tmp_path, run={"save_every_images": BATCH, "keep_checkpoints": 1, "keep_every_images": 2 * BATCH})
     )
@@ -123,14 +123,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
-        original = saving.write_tensors
+        original = publish.write_tensors
 
         def write(path: Path, file: TensorFile) -> Any:
             self.reached.set()
             assert self.opened.wait(60)
             return original(path, file)
 
-        monkeypatch.setattr(saving, "write_tensors", write)
+        monkeypatch.setattr(publish, "write_tensors", write)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -187,7 +187,7 @@ def test_a_checkpoint_can_be_saved_once_more(folder: Path) -> None:
     run.save(wait=True)
     assert (folder / "step-00000003" / SHARE).read_bytes() != before
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
-    assert checkpoint.newest(folder) == folder / "step-00000003"
+    assert publish.newest(folder) == folder / "step-00000003"
 
 
 def test_the_run_log_tells_what_saving_cost(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_the_run_log_tells_what_saving_cost(tmp_path: Path) -> None:
 
 
 def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
-    dtypes = list(saving._TYPES)
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
     tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in dtypes}
     tensors |= {
         "none": torch.empty(0, 3),
@@ -206,12 +206,12 @@ def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
         "strided": torch.arange(6.0).view(2, 3).T,
         "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
-    entry = saving.write_tensors(tmp_path / "file", TensorFile("file", tensors, {"a": "b"}))
+    entry = publish.write_tensors(tmp_path / "file", TensorFile("file", tensors, {"a": "b"}))
     found = load_file(tmp_path / "file")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    assert entry == {"bytes": (tmp_path / "file").stat().st_size, "sha256": checkpoint._digest(tmp_path / "file")}
+    assert entry == {"bytes": (tmp_path / "file").stat().st_size, "sha256": publish._digest(tmp_path / "file")}
 
 
 def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_no_kill_publishes_half(folder: Path) -> None:
             finally:
                 os._exit(3)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        path = checkpoint.newest(folder)
+        path = publish.newest(folder)
         assert path is not None
         if code == 0:
             break
@@ -256,7 +256,7 @@ def test_no_kill_publishes_half(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             assert path.name == "step-00000003" and not (folder / "step-00000004").exists()
-        checkpoint._clear_up(folder)
+        publish.clear_up(folder)
     assert path.name == "step-00000004" and points > 12
     assert torch.equal(load_file(path / SHARE)["x"], torch.arange(50.0))
 
@@ -280,7 +280,7 @@ def _save_and_die(folder: Path, point: int) -> None:
     for name in ("open", "mkdir", "unlink"):
         setattr(Path, name, counted(getattr(Path, name)))
     files = [TensorFile(SHARE, {"x": torch.arange(50.0)}, {})]
-    state = {"state.json": json.dumps({"format": checkpoint.FORMAT, "images_seen": 1})}
+    state = {"state.json": json.dumps({"images_seen": 1})}
     made = Saving(
         folder / "step-00000004",
         files,
@@ -367,7 +367,7 @@ def test_a_trainer_outlives_a_disk_that_fails(
 ) -> None:
     settings = {**EVERY, "background_saves": background}
     straight = dit.train(tiny_dit(tmp_path / "straight", run=EVERY))
-    original, calls = saving.write_tensors, 0
+    original, calls = publish.write_tensors, 0
 
     def write(path: Path, file: TensorFile) -> Any:
         nonlocal calls
@@ -376,7 +376,7 @@ def test_a_trainer_outlives_a_disk_that_fails(
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(path, file)
 
-    monkeypatch.setattr(saving, "write_tensors", write)
+    monkeypatch.setattr(publish, "write_tensors", write)
     folder = dit.train(tiny_dit(tmp_path / "full", run=settings))
     assert "step-00000002couldnotbewritten(Nospaceleftondevice);traininggoeson" in told(capsys)
     assert names(folder) == ["step-00000001", "step-00000003", "step-00000004"]
@@ -390,7 +390,7 @@ def test_a_run_outlives_its_folder(folder: Path) -> None:
     shutil.rmtree(folder)
     run.train(4)
     run.save(wait=True)
-    assert checkpoint.newest(folder) == folder / "step-00000004"
+    assert publish.newest(folder) == folder / "step-00000004"
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_a_run_outlives_a_full_disk(room: int, small_disk: Path, capsys: pytest.
         run.save(wait=True)
     filler.unlink()
     run.save(wait=True)
-    assert checkpoint.newest(folder) == folder / "step-00000002"
+    assert publish.newest(folder) == folder / "step-00000002"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
@@ -447,6 +447,6 @@ def test_a_disk_is_not_filled_up_in_vain(tmp_path: Path, monkeypatch: pytest.Mon
     run.train(1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    monkeypatch.setattr(saving, "write_tensors", lambda *args: pytest.fail("wrote"))
+    monkeypatch.setattr(publish, "write_tensors", lambda *args: pytest.fail("wrote"))
     with pytest.raises(RunError, match=r"[\d,]+ bytes are needed, 100 are free"):
         run.save(wait=True)

@@ -19,8 +19,7 @@ from vadit.config import EngineSpec, OptimizerSpec, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.train import dit, loop, runs, tokenizer
-from vadit.train.checkpoint import export
-from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import export, publish
 from vadit.train.checkpoint.shares import Shares
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import MAX_BUCKET, Engine, deepspeed_config
@@ -30,7 +29,7 @@ CPU = torch.device("cpu")
 
 def newest(folder: Path) -> Path:
     """The newest checkpoint of a run."""
-    path = checkpoint.newest(folder / "checkpoints")
+    path = publish.newest(folder / "checkpoints")
     assert path is not None
     return path
 

@@ -24,7 +24,7 @@ from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.train import float8, loop, runs
-from vadit.train.checkpoint.folder import Position
+from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import generator_evaluation

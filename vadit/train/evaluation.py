@@ -37,8 +37,8 @@ from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
 from vadit.runtime.run_log import RunLog
 from vadit.sampling.draw import decode, draw, sampler_name, spare_points
+from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.checkpoint.export import load_autoencoder
-from vadit.train.checkpoint.folder import Position
 from vadit.train.ema import ShardedEMA
 
 Beat = Callable[[], None]

@@ -17,7 +17,7 @@ from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
 from vadit.train import collectives
-from vadit.train.checkpoint.folder import Checkpoints, Position
+from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
 from vadit.train.guard import Guard, StopRequest, not_finite

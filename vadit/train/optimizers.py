@@ -2,7 +2,7 @@
 
 Each is tried at start-up (built, and one step on a small tensor of the run's device). Where that fails, torch's AdamW
 takes its place and one line says why. The state of one kind is of no use to another: a checkpoint records which kind
-wrote it, and a resumed run that would end up with another one is refused (`vadit.train.checkpoint.folder`).
+wrote it, and a resumed run that would end up with another one is refused (`vadit.train.checkpoint.checkpoints`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import console
 from vadit.runtime.errors import UsageError
-from vadit.train.checkpoint import folder as checkpoint
+from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import Shares, average_name, has_network
 
 # Settings that may change between two starts of the same run.
@@ -156,7 +156,7 @@ def save_choices(folder: Path, chosen: list[Choice]) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a start would continue `folder` rather than begin it."""
-    return checkpoint.newest(folder / "checkpoints", hashes=False) is not None
+    return publish.newest(folder / "checkpoints", hashes=False) is not None
 
 
 def final_folder(run: str | Path) -> Path:
@@ -175,7 +175,7 @@ def read_weights(
     """
     folder = final_folder(run) / "checkpoints"
     # In training all read, and one looks for damage: what they start from is broadcast from there.
-    path = checkpoint.newest(folder, hashes=distributed.is_main())
+    path = publish.newest(folder, hashes=distributed.is_main())
     if path is None:
         raise UsageError(f"{run} has no whole checkpoint under {folder}; train it first (`vadit train`)")
     shares = Shares(path, network)
@@ -217,7 +217,7 @@ def initialise_discriminator(module: nn.Module, source: str) -> None:
     """Go on with the discriminator of a run, where `source` is one that has it; exported folders do not."""
     from vadit.models.pretrained import load_state
 
-    path = checkpoint.newest(final_folder(source) / "checkpoints", hashes=False)
+    path = publish.newest(final_folder(source) / "checkpoints", hashes=False)
     if path is not None and has_network(path, "discriminator"):
         state, path = read_weights(source, network="discriminator")
         load_state(module, state, str(path))

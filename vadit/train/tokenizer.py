@@ -29,7 +29,7 @@ from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.console import console
 from vadit.train import loop, runs
-from vadit.train.checkpoint.folder import Position
+from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import tokenizer_evaluation

@@ -1,6 +1,6 @@
 """One save under way: each process writes its part in a thread, the main one publishes when all parts are there.
 
-A part is one safetensors file per network, written, hashed on the way and flushed, and then `part-RANK.json` with
+A part is one safetensors file per network, written, flushed and hashed, and then `part-RANK.json` with
 sizes and hashes: its appearance tells the main process, through the file system that all share, that the part is
 whole. No collective is called here, so training goes on meanwhile.
 """
@@ -9,50 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vadit.runtime import distributed
+from vadit.train.checkpoint import publish
+from vadit.train.checkpoint.publish import TensorFile
 
-CHUNK = 1 << 24
-"""Bytes that are written and hashed in one go."""
 POLL_S = 0.05
-MANIFEST = "manifest.json"
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """A safetensors file to be."""
-
-    name: str
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str]
-
-    def num_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class HostCopies:
@@ -124,7 +95,7 @@ class Saving:
             self._write()
             self.written.set()
             if distributed.is_main():
-                publish(self.partial, self.final, self._parts())
+                publish.publish(self.partial, self.final, self._parts())
                 self._published()
         except Exception as error:  # whatever goes wrong in a thread would be lost with it: the run must hear of it
             self.fault = error
@@ -141,11 +112,11 @@ class Saving:
         needed, free = self._needed - _size(self.partial), shutil.disk_usage(self.partial).free
         if free < needed:  # not to fill the disk first, on which the run's log may lie, too
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
-        written = {file.name: write_tensors(self.partial / file.name, file) for file in self._files}
+        written = {file.name: publish.write_tensors(self.partial / file.name, file) for file in self._files}
         for name, text in self._state.items():
-            written[name] = _write_text(self.partial / name, text)
+            written[name] = publish.write_text(self.partial / name, text)
         mark = self.partial / f"part-{distributed.rank():05d}.json"
-        _write_text(mark.with_suffix(".new"), json.dumps({"token": self._token, "files": written}))
+        publish.write_text(mark.with_suffix(".new"), json.dumps({"token": self._token, "files": written}))
         os.replace(mark.with_suffix(".new"), mark)
 
     def _parts(self) -> list[Path]:
@@ -178,72 +149,6 @@ def _size(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
-
-
-def publish(partial: Path, final: Path, marks: list[Path]) -> None:
-    """Turn the marks into one manifest, flush, and rename: only now does the checkpoint exist."""
-    manifest: dict[str, Any] = {}
-    for mark in marks:
-        manifest |= json.loads(mark.read_text())["files"]
-        mark.unlink()
-    _write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    _flush(partial)
-    if final.exists():  # saved once more, after a rollback: never neither of the two
-        replaced = final.with_name(final.name + ".replaced.partial")
-        os.replace(final, replaced)
-        os.replace(partial, final)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(partial, final)
-    _flush(final.parent)
-
-
-def write_tensors(path: Path, file: TensorFile) -> dict[str, Any]:
-    """Write a safetensors file through to the disk; its size and SHA-256, found on the way."""
-    entries: dict[str, Any] = {"__metadata__": file.metadata}
-    # The widest first: each then begins where its type may.
-    ordered = sorted(file.tensors.items(), key=lambda item: -item[1].element_size())
-    offset = 0
-    for name, tensor in ordered:
-        entries[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as out:
-        for block in (len(text).to_bytes(8, "little"), text):
-            digest.update(block)
-            size += out.write(block)
-        for _, tensor in ordered:
-            row = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(row), CHUNK):
-                part = row[start : start + CHUNK]
-                digest.update(part)
-                size += out.write(part)
-        out.flush()
-        os.fsync(out.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> dict[str, Any]:
-    content = text.encode()
-    with path.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def advice(error: Exception) -> str:

@@ -1,0 +1,176 @@
+"""Checkpoint folders: files written through to the disk, the rename that makes them one, which are whole, which go."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vadit.runtime import distributed
+from vadit.runtime.console import console
+from vadit.runtime.errors import write_fault
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file to be."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def write_tensors(path: Path, file: TensorFile) -> dict[str, Any]:
+    """Write a safetensors file through to the disk, without holding up Python; its size and SHA-256."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in file.tensors.items()}, path, file.metadata)
+    return _flushed(path)
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a text file through to the disk; its size and SHA-256."""
+    path.write_bytes(text.encode())
+    return _flushed(path)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def publish(partial: Path, final: Path, marks: list[Path]) -> None:
+    """Turn the marks of all parts into one manifest, flush, and rename: only now does the checkpoint exist."""
+    manifest: dict[str, Any] = {}
+    for mark in marks:
+        manifest |= json.loads(mark.read_text())["files"]
+        mark.unlink()
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    _flush_folder(partial)
+    if final.exists():  # saved once more, after a rollback: never neither of the two
+        replaced = final.with_name(final.name + ".replaced.partial")
+        os.replace(final, replaced)
+        os.replace(partial, final)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, final)
+    _flush_folder(final.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def present(folder: Path) -> list[Path]:
+    """Checkpoints under `folder`, whole or damaged, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix != ".partial"), reverse=True)
+
+
+def newest(folder: Path, *, hashes: bool = True) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None; damaged ones are named on the way.
+
+    Without `hashes` the sizes of the files are enough, and nothing is printed: for a first look at a folder.
+    """
+    for path in present(folder):
+        fault = _fault(path, hashes=hashes)
+        if fault is None:
+            return path
+        if hashes and distributed.is_main():
+            console.print(f"[yellow]checkpoint {path} is damaged ({fault}); taking the one before it[/yellow]")
+    return None
+
+
+def _fault(path: Path, *, hashes: bool) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        entries = json.loads((path / MANIFEST).read_text())
+        manifest = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damage can leave JSON of another shape
+        return f"no readable {MANIFEST}"
+    try:
+        for name, (size, _) in manifest.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size}"
+        if hashes:
+            with ThreadPoolExecutor(8) as pool:  # hashing leaves Python to the others
+                digests = pool.map(lambda name: _digest(path / name), manifest)
+                for (name, (_, expected)), digest in zip(manifest.items(), digests, strict=True):
+                    if digest != expected:
+                        return f"{name} has changed"
+    except OSError as error:
+        return f"{error.filename or path} cannot be read: {error.strerror or error}"
+    return None
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: Path, *_state: int) -> str:
+    """Once per state of the file: a start asks for the newest whole checkpoint several times, of many gigabytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last: str | None = None) -> None:
+    """Delete all checkpoints but the newest `keep` and the first at or past each multiple of `keep_every_images`.
+
+    Called after a new one exists, `last`: those of later steps were damaged, or the run would not be here again, and
+    take nobody's place. What cannot be deleted is reported, and stays.
+    """
+    paths = [path for path in present(folder) if last is None or path.name <= last]
+    kept = set(paths[: max(keep, 1)])
+    if keep_every_images:
+        first: dict[int, Path] = {}
+        for path in paths:  # newest first, so that the oldest remains; the first of each stretch is never deleted
+            if (images := _images_seen(path)) is not None:
+                first[images // keep_every_images] = path
+        kept |= {path for stretch, path in first.items() if stretch > 0}
+    for path in paths:
+        if path in kept:
+            continue
+        doomed = path.with_name(path.name + ".old.partial")  # one that is half deleted must not look damaged
+        try:
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            console.print(f"[yellow]the old checkpoint {path} could not be deleted ({write_fault(error)})[/yellow]")
+
+
+def _images_seen(path: Path) -> int | None:
+    try:
+        return int(json.loads((path / "state.json").read_text())["images_seen"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what interrupted saves have left; put back a checkpoint that was about to be replaced."""
+    for path in folder.glob("step-*.partial"):
+        before = folder / path.name.removesuffix(".replaced.partial")
+        if path.name.endswith(".replaced.partial") and not before.exists():
+            os.replace(path, before)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
