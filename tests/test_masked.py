@@ -107,15 +107,15 @@ class NaiveAttention(torch.nn.Module):
         super().__init__()
         self.inner, self.hidden = attention, hidden
 
-    def forward(self, x: Tensor, places: Any, first: None = None) -> Tensor:
-        return naive_attention(self.inner, x, places if isinstance(places, tuple) else None, self.hidden)
+    def forward(self, x: Tensor, places: Any, first: None = None) -> tuple[Tensor, None]:
+        return naive_attention(self.inner, x, places if isinstance(places, tuple) else None, self.hidden), None
 
 
 def naive_blocks(model: Any, blocks: Any, x: Tensor, c: Tensor, hidden: Tensor | None) -> Tensor:
     rope = None if model.feat_rope is None else model.feat_rope()
     for block in blocks:
         attention, block.attn = block.attn, NaiveAttention(block.attn, hidden)
-        x = block(x, c, rope)
+        x, _ = block(x, c, rope)
         block.attn = attention
     return x
 
@@ -126,7 +126,7 @@ def naive_maskdit(model: MaskDiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor)
     tokens = torch.where(mask[:, :, None], model.mask_token, model.narrowing(tokens, c)) + model.decoder_pos_embed
     rope = None if model.decoder_rope is None else model.decoder_rope()
     for block in model.decoder_blocks:
-        tokens = block(tokens, c, rope)
+        tokens, _ = block(tokens, c, rope)
     return model.head(tokens, c)
 
 
@@ -151,9 +151,9 @@ def test_maskdit_is_the_whole_network_with_masked_tokens_hidden(name: str) -> No
     model = randomised(SPECS[name], MASKDIT)
     x, t, y = inputs()
     _, mask = same_mask(model, len(x))
-    output, found_mask = model(x, t, y, masked=True)
-    assert torch.equal(found_mask, mask)
-    assert close(output, naive_maskdit(model, x, t, y, mask))
+    output = model.forward_features(x, t, y, masked=True)
+    assert output.mask_BN is not None and torch.equal(output.mask_BN, mask)
+    assert close(output.prediction, naive_maskdit(model, x, t, y, mask))
     assert close(model(x, t, y), naive_maskdit(model, x, t, y, torch.zeros_like(mask)))
 
 
@@ -162,9 +162,10 @@ def test_mdt_is_the_whole_network_with_masked_tokens_hidden(name: str) -> None:
     model = randomised(SPECS[name], MDT_MASK)
     x, t, y = inputs()
     _, mask = same_mask(model, len(x))
-    assert close(model(x, t, y, masked=True), naive_mdt(model, x, t, y, mask))
+    output = model.forward_features(x, t, y, masked=True).prediction
+    assert close(output, naive_mdt(model, x, t, y, mask))
     assert close(model(x, t, y), naive_mdt(model, x, t, y, None))
-    assert not torch.equal(model(x, t, y, masked=True), model(x, t, y))
+    assert not torch.equal(output, model(x, t, y))
 
 
 @pytest.mark.parametrize(("spec", "mask"), [(SPEC, MASKDIT), (PLAIN, MASKDIT), (SPEC, MDT_MASK), (PLAIN, MDT_MASK)])
@@ -175,8 +176,7 @@ def test_what_is_masked_does_not_show(spec: DiTSpec, mask: MaskSpec) -> None:
 
     def predict(images: Tensor) -> Tensor:
         torch.manual_seed(7)
-        output = model(images, t, y, masked=True)
-        return output[0] if isinstance(output, tuple) else output
+        return model.forward_features(images, t, y, masked=True).prediction
 
     expected = predict(x)
     positions = masked.spread(hidden, x.shape[-2:])[:, None]
@@ -193,8 +193,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(spec: DiTSpec, mask: Ma
         model.gradient_checkpointing = recompute
         model.zero_grad()
         torch.manual_seed(7)
-        output = model(x, t, y, masked=True)
-        (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+        model.forward_features(x, t, y, masked=True).prediction.square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
@@ -228,7 +227,7 @@ def test_masked_tokens_cost_the_encoder_nothing() -> None:
     def whole(**options: bool) -> int:
         x, t, y = inputs(2)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, t, y, **options)
+            model.forward_features(x, t, y, **options)
         return counter.get_total_flops()
 
     narrow = 2 * 2 * 8 * 48 * 32  # the linear layer to the decoder's width, for 8 of 16 tokens of two images

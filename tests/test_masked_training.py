@@ -49,8 +49,9 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
     for seen in range(0, config.run.total_images, config.run.batch_size):
         latents, labels = next(stream)[:2]
 
-        def network(x: Tensor, t: Tensor, y: Tensor) -> Any:
-            return model(x, t, y, masked=True)
+        def network(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+            output = model.forward_features(x, t, y, with_variance=config.flow.objective == "ddpm", masked=True)
+            return output.prediction, output.mask_BN
 
         late = config.mask.unmasked_after_images
         if config.mask.kind == "maskdit" and (late is None or seen < late):
@@ -61,11 +62,12 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
         elif config.flow.objective == "ddpm":
             with_variance = getattr(model, "forward_with_variance")  # noqa: B009
             loss = ddpm.training_loss(with_variance, latents, labels).total
-            both = ddpm.training_loss(lambda *a: model(*a, with_variance=True, masked=True), latents, labels)
+            both = ddpm.training_loss(lambda *a: network(*a)[0], latents, labels)
             loss = loss + both.total
         else:
             loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen).total
-            loss = loss + flow.training_loss(config.flow, network, latents, labels, images_seen=seen).total
+            part = flow.training_loss(config.flow, lambda *a: network(*a)[0], latents, labels, images_seen=seen)
+            loss = loss + part.total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.engine.max_grad_norm)
         adam.step()

@@ -105,8 +105,9 @@ def test_taps_are_the_outputs_of_blocks_and_change_nothing(recompute: bool) -> N
     x, t, y = batch()
     caught: list[Tensor] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
-    prediction, second, fourth = model(x, t, y, taps=(2, 4))
+        block.register_forward_hook(lambda _module, _inputs, output: caught.append(output[0]))
+    output = model.forward_features(x, t, y, taps=(2, 4))
+    prediction, (second, fourth) = output.prediction, output.hidden.values()
     assert torch.equal(second, caught[1]) and torch.equal(fourth, caught[3])
     assert torch.equal(prediction, model(x, t, y))
     second.sum().backward()
@@ -146,10 +147,11 @@ def test_the_projector_sees_the_aligned_block() -> None:
     x, t, y = batch()
     plain = LightningDiT(SPEC)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("projector.")})
-    prediction, first, third, projected = model(x, t, y, taps=(1, 3))
-    assert torch.equal(prediction, plain.eval()(x, t, y)) and torch.equal(prediction, model(x, t, y))
-    assert torch.equal(projected, model.projector(third)) and projected.shape == (3, 16, 7)
-    assert len(model(x, t, y, taps=(1,))) == 2 and not torch.equal(first, third)
+    output = model.forward_features(x, t, y, taps=(1, 3))
+    assert torch.equal(output.prediction, plain.eval()(x, t, y)) and torch.equal(output.prediction, model(x, t, y))
+    assert output.projected is not None and output.projected.shape == (3, 16, 7)
+    assert torch.equal(output.projected, model.projector(output.hidden[3]))
+    assert model.forward_features(x, t, y, taps=(1,)).projected is None
 
 
 # ------------------------------------------------------------------------------------------ training

@@ -285,7 +285,7 @@ def _generator(config: DiTConfig, foundation: FoundationModel | None) -> tuple[t
         drop_B = torch.zeros(batch, dtype=torch.bool)
         for options in passes:
             labels_B = torch.zeros(batch, dtype=torch.long)
-            model(x_BChw, torch.zeros(batch), labels_B, drop_B, with_variance=True, **options)
+            model.forward_features(x_BChw, torch.zeros(batch), labels_B, drop_B, with_variance=True, **options)
 
     blocks = model.compiled_blocks if isinstance(model, MaskedDiT) else list(model.blocks)
     kept = _measure(forward, [model], config.engine, blocks)

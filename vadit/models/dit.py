@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,21 @@ MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
 
 CosSin = tuple[Tensor, Tensor]
+Places = CosSin | Tensor | None
+"""What attention knows of its tokens' places: rotary tables, entries of a relative bias (`vadit.models.masked`)."""
+
+
+class DiTOutput(NamedTuple):
+    """What a pass through a generator gives a loss."""
+
+    prediction: Tensor
+    """(B, C, h, w), or (B, 2C, h, w) with the learned variance."""
+    hidden: dict[int, Tensor]
+    """Outputs (B, N, D) of the blocks asked for, by their number from 1."""
+    projected: Tensor | None = None
+    """(B, N, F): REPA's projection of the aligned block's output, where that is among them."""
+    mask_BN: Tensor | None = None
+    """bool, True where a token was not seen; None where all were."""
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
@@ -165,27 +180,28 @@ class Attention(nn.Module):
         # share of the first block's values (Zhou et al. 2024, ResFormer, with a learnt share); one half at the start
         self.value_share = nn.Parameter(torch.full((1,), 0.5)) if spec.value_residual else None
 
-    def forward(self, x_BND: Tensor, cos_sin: CosSin | None, first_BHNK: Tensor | None = None) -> Any:
-        """Tokens; with value residual, also the values (B, H, N, K), into which those of the first block are mixed."""
+    def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and with value residual the values (B, H, N, K), into which those of the first block are mixed."""
+        assert not isinstance(places, Tensor), "a relative bias needs PlacedAttention"
         B, N, D = x_BND.shape
         qkv_BN3HK = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim)
-        if cos_sin is not None and self.q_norm is None:
-            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *cos_sin)
-        elif cos_sin is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *cos_sin, self.q_norm.weight, self.k_norm.weight)
+        if places is not None and self.q_norm is None:
+            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *places)
+        elif places is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *places, self.q_norm.weight, self.k_norm.weight)
         else:
             q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
             if self.q_norm is not None and self.k_norm is not None:
                 q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
-            if cos_sin is not None:
-                q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *cos_sin)
+            if places is not None:
+                q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *places)
         own_BHNK = v_BHNK
         if self.value_share is not None and first_BHNK is not None:
             v_BHNK = torch.lerp(v_BHNK, first_BHNK, self.value_share.to(v_BHNK.dtype))
         # norms may hand back float32 under autocast; attention needs one dtype
         out_BHNK = self.attend(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
         out_BND = self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
-        return out_BND if self.value_share is None else (out_BND, own_BHNK)
+        return out_BND, None if self.value_share is None else own_BHNK
 
 
 class SwiGLU(nn.Module):
@@ -236,9 +252,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if spec.shift_free else 6) * width))
 
     def forward(
-        self, x_BND: Tensor, c_BD: Tensor, cos_sin: CosSin | None, first_BHNK: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens; with value residual, also the values of its attention."""
+        self, x_BND: Tensor, c_BD: Tensor, places: Places, first_BHNK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and with value residual the values of its attention."""
         modulation = self.adaLN_modulation(c_BD)
         shift_attn: Tensor | None = None
         shift_mlp: Tensor | None = None
@@ -246,11 +262,10 @@ class Block(nn.Module):
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
         else:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        attended = self.attn(self.norm1(x_BND, scale_attn, shift_attn), cos_sin, first_BHNK)
-        attended_BND, values_BHNK = attended if isinstance(attended, tuple) else (attended, None)
+        attended_BND, values_BHNK = self.attn(self.norm1(x_BND, scale_attn, shift_attn), places, first_BHNK)
         x_BND = x_BND + gate_attn.unsqueeze(1) * attended_BND
         x_BND = x_BND + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x_BND, scale_mlp, shift_mlp))
-        return x_BND if values_BHNK is None else (x_BND, values_BHNK)
+        return x_BND, values_BHNK
 
 
 class FinalLayer(nn.Module):
@@ -320,6 +335,16 @@ class LightningDiT(nn.Module):
         return self.pos_embed.dtype
 
     def forward(
+        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None, *, with_variance: bool = False
+    ) -> Tensor:
+        """Prediction (B, C, h, w); a learned variance is left out unless `with_variance` asks for all (B, 2C, h, w).
+
+        Labels are in [0, num_classes], the last one meaning "no class". In training mode a label is dropped with
+        probability `spec.class_dropout` unless `drop_B` (bool) says which.
+        """
+        return self.forward_features(x_BChw, t_B, y_B, drop_B, with_variance=with_variance).prediction
+
+    def forward_features(
         self,
         x_BChw: Tensor,
         t_B: Tensor,
@@ -328,19 +353,15 @@ class LightningDiT(nn.Module):
         *,
         with_variance: bool = False,
         taps: tuple[int, ...] = (),
-    ) -> Any:
-        """Prediction (B, C, h, w); a learned variance is left out unless `with_variance` asks for all (B, 2C, h, w).
-
-        Labels are in [0, num_classes], the last one meaning "no class". In training mode a label is dropped with
-        probability `spec.class_dropout` unless `drop_B` (bool) says which. With `taps`, blocks counted from 1, a tuple:
-        the prediction, and the output (B, N, D) of each of those blocks in their order.
-        """
+        masked: bool = False,
+    ) -> DiTOutput:
+        """`forward` as training wants it: with the outputs of the blocks `taps`, or from a part of the tokens."""
+        assert not masked, "a pass over a part of the tokens needs a MaskedDiT"
         x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
-        tapped: dict[int, Tensor] = {}
-        cos_sin = None if self.feat_rope is None else self.feat_rope()
-        x_BND = self.through(self.blocks, x_BND, c_BD, cos_sin, tapped=tapped, taps=taps)
-        output = self.head(x_BND, c_BD, with_variance=with_variance)
-        return (output, *(tapped[tap] for tap in taps)) if taps else output
+        hidden: dict[int, Tensor] = {}
+        places = None if self.feat_rope is None else self.feat_rope()
+        x_BND = self.through(self.blocks, x_BND, c_BD, places, taps=taps, hidden=hidden)
+        return DiTOutput(self.head(x_BND, c_BD, with_variance=with_variance), hidden)
 
     def tokens(self, x_BChw: Tensor) -> Tensor:
         """Patches with their positions, (B, N, D)."""
@@ -357,27 +378,23 @@ class LightningDiT(nn.Module):
         blocks: Iterable[nn.Module],
         x_BND: Tensor,
         c_BD: Tensor,
-        cos_sin: CosSin | None,
+        places: Places,
         *,
         taps: tuple[int, ...] = (),
-        tapped: dict[int, Tensor] | None = None,
+        hidden: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Tokens (B, N, D) through some of the blocks; cos_sin are the rotary tables of the tokens that are there.
+        """Tokens (B, N, D) through some of the blocks; `places` are those of the tokens that are there.
 
-        The outputs of the blocks `taps`, counted from 1 among `blocks`, are put into `tapped`.
+        The outputs of the blocks `taps`, counted from 1 among `blocks`, are put into `hidden`.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         first_BHNK: Tensor | None = None
         for number, block in enumerate(blocks, start=1):
-            arguments = (x_BND, c_BD, cos_sin) if first_BHNK is None else (x_BND, c_BD, cos_sin, first_BHNK)
-            output = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-            if isinstance(output, tuple):
-                x_BND, values_BHNK = output
-                first_BHNK = values_BHNK if first_BHNK is None else first_BHNK
-            else:
-                x_BND = output
-            if tapped is not None and number in taps:
-                tapped[number] = x_BND
+            arguments = (x_BND, c_BD, places, first_BHNK)
+            x_BND, values_BHNK = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            first_BHNK = values_BHNK if first_BHNK is None else first_BHNK
+            if hidden is not None and number in taps:
+                hidden[number] = x_BND
         return x_BND
 
     def head(self, x_BND: Tensor, c_BD: Tensor, *, with_variance: bool = True) -> Tensor:

@@ -2,10 +2,10 @@
 2303.14389, version 1).
 
 Both are a LightningDiT (or, with its switches off, the DiT that the papers start from) with a few more blocks, and both
-draw images on all tokens, without a mask, through the ordinary `forward`. In training `forward(..., masked=True)` draws
-a mask per sample from torch's generator on the device and runs the first blocks on the visible tokens alone: a masked
-token costs nothing there. Positions go with their tokens: the fixed or learnt embedding is added before tokens are
-left out, and rotary tables, or MDT's relative bias, are taken at the visible places.
+draw images on all tokens, without a mask, through the ordinary `forward`. In training `forward_features` with
+`masked=True` draws a mask per sample from torch's generator on the device and runs the first blocks on the visible
+tokens alone: a masked token costs nothing there. Positions go with their tokens: the fixed or learnt embedding is added
+before tokens are left out, and rotary tables, or MDT's relative bias, are taken at the visible places.
 
 Shapes: B batch, N tokens, V visible tokens, D hidden size, W decoder width, H heads, K head width, R relative places.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,10 @@ from vadit.kernels import rope_qkv
 from vadit.models.dit import (
     Attention,
     Block,
+    DiTOutput,
     FinalLayer,
     LightningDiT,
+    Places,
     PlainLayerNorm,
     RMSNorm,
     RotaryTable,
@@ -82,10 +83,10 @@ class PlacedAttention(Attention):
         if relative_grid is not None:
             self.relative_bias = nn.Parameter(torch.zeros((2 * relative_grid - 1) ** 2, self.num_heads))
 
-    def forward(self, x_BND: Tensor, places: Any, first_BHNK: Tensor | None = None) -> Any:
+    def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         assert first_BHNK is None, "model.value_residual is refused with masks"
         if isinstance(places, Tensor):
-            return self._biased(x_BND, places)
+            return self._biased(x_BND, places), None
         if places is None or places[0].ndim == 2:
             return super().forward(x_BND, places)
         # The kernel takes one table for all samples: here the samples are laid in one row, and their tables too.
@@ -102,7 +103,7 @@ class PlacedAttention(Attention):
             row = rope_qkv(qkv, cos, sin)
         q, k, v = (t.transpose(1, 2).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for t in row)
         out_BHNK = self.attend(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)), None
 
     def _biased(self, x_BND: Tensor, entries: Tensor) -> Tensor:
         """With the bias of each pair of places added to its logit (MDT, section 3.3); torch's kernels alone can."""
@@ -153,8 +154,6 @@ class MaskedDiT(LightningDiT):
     """What MaskDiT and MDT share: masks, and the places of the tokens that are left."""
 
     entries_NN: Tensor | None
-    tells_mask = False
-    """Whether the loss needs the mask of a masked pass."""
 
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__(spec, gradient_checkpointing)
@@ -178,7 +177,7 @@ class MaskedDiT(LightningDiT):
         assert isinstance(block, Block), "blocks of a generator are Blocks"
         block.attn = PlacedAttention(self.spec, self._relative_grid())
 
-    def forward(  # type: ignore[override]
+    def forward_features(
         self,
         x_BChw: Tensor,
         t_B: Tensor,
@@ -186,18 +185,17 @@ class MaskedDiT(LightningDiT):
         drop_B: Tensor | None = None,
         *,
         with_variance: bool = False,
+        taps: tuple[int, ...] = (),
         masked: bool = False,
-    ) -> Any:
-        """As LightningDiT's; with `masked` the prediction of all tokens from some of them.
-
-        Where `tells_mask` it then comes with the mask (B, N) bool, True where a token was not seen.
-        """
+    ) -> DiTOutput:
+        """As LightningDiT's; with `masked` the prediction of all tokens from some of them, and the mask."""
+        assert not taps, "no loss of a masked generator takes outputs of its blocks"
         x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
         visible_BV = self.draw_visible(len(x_BND)) if masked else None
         if visible_BV is not None:
             x_BND = _take(x_BND, visible_BV)
-        output = self.head(self._through_all(x_BND, c_BD, visible_BV), c_BD, with_variance=with_variance)
-        return (output, self._mask(visible_BV)) if self.tells_mask and visible_BV is not None else output
+        prediction = self.head(self._through_all(x_BND, c_BD, visible_BV), c_BD, with_variance=with_variance)
+        return DiTOutput(prediction, {}, mask_BN=None if visible_BV is None else self._mask(visible_BV))
 
     def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
         """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
@@ -208,11 +206,11 @@ class MaskedDiT(LightningDiT):
         order = torch.rand(batch_size, self.num_tokens, device=self.pos_embed.device).argsort(dim=1)
         return order[:, : self.num_visible].sort(dim=1).values
 
-    def _places(self, visible_BV: Tensor | None = None) -> Any:
+    def _places(self, visible_BV: Tensor | None = None) -> Places:
         """What attention needs to know of the places of all tokens, or of the visible ones."""
         if self.feat_rope is not None:
-            tables = self.feat_rope()
-            return tables if visible_BV is None else tuple(table[visible_BV] for table in tables)
+            cos, sin = self.feat_rope()
+            return (cos, sin) if visible_BV is None else (cos[visible_BV], sin[visible_BV])
         if self.entries_NN is None or visible_BV is None:
             return self.entries_NN
         return self.entries_NN[visible_BV[:, :, None], visible_BV[:, None, :]]
@@ -249,8 +247,6 @@ def _fill(x_BVD: Tensor, visible_BV: Tensor, token: Tensor, num_tokens: int) -> 
 
 class MaskDiT(MaskedDiT):
     """MaskDiT: all blocks see the visible tokens, then a narrow decoder sees all, mask tokens at the empty places."""
-
-    tells_mask = True
 
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__(spec, mask, gradient_checkpointing)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vadit.config import DiTSpec, RepaSpec
-from vadit.models.dit import LightningDiT
+from vadit.models.dit import DiTOutput, LightningDiT
 
 PREFIX = "projector."
 """Of the projector's names in a checkpoint."""
@@ -35,9 +35,9 @@ class AlignedDiT(LightningDiT):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, *arguments: Any, taps: tuple[int, ...] = (), **options: Any) -> Any:
-        """As LightningDiT's; where the aligned block is among the taps, its projection (B, N, F) comes last."""
-        output = super().forward(*arguments, taps=taps, **options)
-        if self.aligned_block not in taps:
-            return output
-        return (*output, self.projector(output[1 + taps.index(self.aligned_block)]))
+    def forward_features(self, *arguments: Any, **options: Any) -> DiTOutput:
+        """As LightningDiT's; where the aligned block is among the taps, with its projection."""
+        features = super().forward_features(*arguments, **options)
+        if self.aligned_block not in features.hidden:
+            return features
+        return features._replace(projected=self.projector(features.hidden[self.aligned_block]))

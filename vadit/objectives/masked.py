@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 from vadit.config import FlowSpec, MaskSpec
 from vadit.objectives import flow
 
-MaskedVelocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+MaskedVelocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(x_t, t, labels) to (output (B, C, h, w), mask (B, N) bool: True where a token was not seen)."""
 
 Terms = dict[str, Tensor]
@@ -44,25 +43,29 @@ class MaskedLoss:
 def loss_terms(
     mask: MaskSpec,
     spec: FlowSpec,
-    network: Callable[..., Any],
-    ordinary: Callable[[Callable[..., Any]], Terms],
+    network: Callable[..., tuple[Tensor, Tensor | None]],
+    ordinary: Callable[[flow.Velocity], Terms],
     x1: Tensor,
     labels: Tensor,
     images_seen: int,
 ) -> Terms:
     """The terms of a masked run for data x1 (B, C, h, w).
 
-    network(x_t, t, labels, masked=...) is the trained network; ordinary(network) are the terms that an unmasked run has
-    of it. MDT: those of a pass over all tokens, and with names that begin with masked_ those of a masked one; the sum
-    is trained on. Each has noise and time of its own (in MDT's code they share the time). MaskDiT: those of
-    `training_loss`, or the ordinary ones from `unmasked_after_images` images on.
+    network(x_t, t, labels, masked=...) gives the output, and of a masked pass the mask; ordinary(velocity) are the
+    terms of an unmasked run. MDT: those of a pass over all tokens, and with names that begin with masked_ those of
+    a masked one; the sum is trained on. Each has noise and time of its own (in MDT's code they share the time).
+    MaskDiT: those of `training_loss`, or the ordinary ones from `unmasked_after_images` images on.
     """
+
+    def velocity(x_t: Tensor, t: Tensor, labels: Tensor, masked: bool = False) -> Tensor:
+        return network(x_t, t, labels, masked=masked)[0]
+
     if mask.kind == "mdt":
-        whole, part = ordinary(partial(network, masked=False)), ordinary(partial(network, masked=True))
+        whole, part = ordinary(velocity), ordinary(partial(velocity, masked=True))
         named = {f"masked_{name}": value for name, value in part.items() if name != "loss"}
         return whole | named | {"loss": whole["loss"] + part["loss"]}
     if mask.unmasked_after_images is not None and images_seen >= mask.unmasked_after_images:
-        return ordinary(partial(network, masked=False))
+        return ordinary(velocity)
     loss = training_loss(spec, partial(network, masked=True), x1, labels, images_seen, mask.reconstruction_weight)
     return {
         "loss": loss.total,
@@ -89,6 +92,7 @@ def training_loss(
     x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
     x_t, velocity = flow.interpolate(spec.path, x0, x1, t.to(x1.dtype))
     output, mask_BN = model(x_t, t, labels)
+    assert mask_BN is not None, "a masked pass gives its mask"
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     visible_Bhw = ~spread(mask_BN, x1.shape[-2:])
     mse = mean_where((output - velocity).square().mean(dim=1), visible_Bhw).mean()

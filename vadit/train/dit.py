@@ -16,7 +16,7 @@ from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
 from vadit.latents.dataset import LatentLoader, open_latents
 from vadit.models import attention
-from vadit.models.dit import Attention, LightningDiT
+from vadit.models.dit import Attention, DiTOutput, LightningDiT
 from vadit.models.foundation import FoundationModel
 from vadit.models.masked import MaskedDiT, build_generator
 from vadit.models.repa import AlignedDiT
@@ -59,6 +59,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         global_batch=config.run.batch_size,
         device=device,
         blocks=model.compiled_blocks if isinstance(model, MaskedDiT) else list(model.blocks),
+        forward=model.forward_features,
     )
     runs.save_deepspeed_config(folder, {"model": engine.config})
     runs.save_choices(folder, [*chosen, engine.optimizer, *choices.kernels(device)])
@@ -121,16 +122,16 @@ def train_step(
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
 
     taps = tapped_blocks(config)
-    hidden: list[Tensor] = []
+    inner: list[DiTOutput] = []  # what the last pass gave
 
-    def network(x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Any:  # fp32 in and out, whatever is inside
-        if taps:
-            options["taps"] = taps
+    def network(x: Tensor, t: Tensor, y: Tensor, *, masked: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Output and mask: fp32 in and out, whatever is inside."""
         with_variance = config.flow.objective == "ddpm"
-        output = engine(x.to(engine.compute_dtype()), t, y, with_variance=with_variance, **options)
-        if taps:  # a masked generator has none
-            output, *hidden[:] = output
-        return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
+        found: DiTOutput = engine(
+            x.to(engine.compute_dtype()), t, y, with_variance=with_variance, taps=taps, masked=masked
+        )
+        inner[:] = [found]
+        return found.prediction.float(), found.mask_BN
 
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
@@ -138,13 +139,13 @@ def train_step(
         latents, labels = latents.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         ordinary = functools.partial(_loss_terms, config, latents, labels, position.images_seen)
         if config.mask.kind == "none":
-            terms = ordinary(network)
+            terms = ordinary(lambda *arguments: network(*arguments)[0])
         else:
             terms = masked.loss_terms(
                 config.mask, config.flow, network, ordinary, latents, labels, position.images_seen
             )
         if taps:
-            terms = _with_regularisers(config, terms, hidden, companions, features)
+            terms = _with_regularisers(config, terms, inner[0], companions, features)
         engine.backward(terms["loss"])
         if guard.step({"model": engine}):
             ema.update()
@@ -214,18 +215,18 @@ def tapped_blocks(config: DiTConfig) -> tuple[int, ...]:
 def _with_regularisers(
     config: DiTConfig,
     terms: dict[str, Tensor],
-    hidden: list[Tensor],
+    inner: DiTOutput,
     companions: list[Tensor],
     features: Features | None,
 ) -> dict[str, Tensor]:
     """The terms with alignment and dispersion of the tapped blocks added, as far as they are on."""
     terms = dict(terms)
     if config.flow.dispersive_weight > 0:
-        place = tapped_blocks(config).index(dispersed_block(config))
-        terms["dispersive"] = regularisers.dispersive_loss(hidden[place])
+        terms["dispersive"] = regularisers.dispersive_loss(inner.hidden[dispersed_block(config)])
         terms["loss"] = terms["loss"] + config.flow.dispersive_weight * terms["dispersive"]
     if features is not None:
-        found = features(companions[0].to(hidden[-1].device, non_blocking=True))
-        terms["alignment"] = regularisers.alignment_loss(hidden[-1], found)
+        assert inner.projected is not None, "REPA taps the aligned block"
+        found = features(companions[0].to(inner.projected.device, non_blocking=True))
+        terms["alignment"] = regularisers.alignment_loss(inner.projected, found)
         terms["loss"] = terms["loss"] + config.repa.weight * terms["alignment"]
     return terms

@@ -142,7 +142,8 @@ def _fused_adam(device: torch.device) -> optimizers.Builder:
 class Engine:
     """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`.
 
-    `blocks` are those of its modules that engine.compile compiles, each by itself.
+    `blocks` are those of its modules that engine.compile compiles, each by itself; a call runs `forward`, where given,
+    in place of the network's own.
     """
 
     def __init__(
@@ -154,10 +155,13 @@ class Engine:
         global_batch: int,
         device: torch.device,
         blocks: Sequence[nn.Module] = (),
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         start(device)
         import deepspeed
 
+        if forward is not None:
+            module.forward = forward
         if spec.compile and blocks:
             if spec.zero_stage == 3:  # weights of a block come and go together: no hooks inside it, to cut its graph
                 deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in blocks}))
