@@ -40,7 +40,7 @@ from vadit.config import ImageDataSpec
 from vadit.demo.data import PHOTOS, photograph
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
-from vadit.images.prepare.images import prepare_images
+from vadit.images.prepare import prepare_images
 
 WIDTH, HEIGHT = 500, 375
 FILL = 5

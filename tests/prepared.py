@@ -8,7 +8,7 @@ from typing import Any
 from image_files import photo
 
 from vadit.config import ImageDataSpec
-from vadit.images.prepare.images import PrepareSummary, prepare_images
+from vadit.images.prepare import PrepareSummary, prepare_images
 
 SIZE = 32
 SHAPES = ((90, 70), (64, 200), (33, 32), (20, 30), (300, 260))
@@ -28,11 +28,10 @@ def prepare(source: Path, out: Path, **settings: Any) -> PrepareSummary:
     spec_names = ("labels_file", "on_error", "max_bad_share")
     spec = {name: settings.pop(name) for name in spec_names if name in settings}
     spec.setdefault("on_error", "skip")
-    defaults = {"size": SIZE, "num_workers": 1, "shard_size": 5}
+    defaults = {"size": SIZE, "num_workers": 1}
     return prepare_images(ImageDataSpec(path=str(source), **spec), out, **(defaults | settings))
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file that is part of the result; an index is only a cache."""
-    files = [out, *out.parent.glob(f"{out.name}.*")] if out.is_file() else out.rglob("*")
-    return {path.name: path.read_bytes() for path in files if path.is_file() and path.suffix != ".index"}
+    """Every file that is part of the result."""
+    return {path.name: path.read_bytes() for path in [out, *out.parent.glob(f"{out.name}.*")]}

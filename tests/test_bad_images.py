@@ -22,7 +22,7 @@ from vadit.images.backends import open_images, open_loader
 from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
-from vadit.images.prepare.images import PrepareSummary, prepare_images
+from vadit.images.prepare import PrepareSummary, prepare_images
 from vadit.images.transforms import center_crop, to_rgb
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
@@ -240,16 +240,14 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
 # ------------------------------------------------------------------------------------------------ prepared data
 
 
-@pytest.fixture(scope="module", params=["beton", "webdataset"])
-def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PrepareSummary, Path]:
-    """All of the files through `vadit prepare images`, kept as pixels."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[PrepareSummary, Path]:
+    """All of the files through `vadit prepare`, kept as pixels."""
     files = GOOD | {odd.name: odd.data for odd in ODD.values()} | dict(BAD.values())
     base = tmp_path_factory.mktemp("prepared")
     root = write(base / "images", files, list(PLACES))
-    out = base / ("out.beton" if request.param == "beton" else "out")
     spec = ImageDataSpec(path=str(root), on_error="skip", max_bad_share=0.75)
-    encode = "raw" if request.param == "beton" else "png"
-    return prepare_images(spec, out, format=request.param, size=SIZE, encode=encode, num_workers=1), out
+    return prepare_images(spec, base / "out.beton", size=SIZE, num_workers=1), base / "out.beton"
 
 
 def prepared_rule() -> list[np.ndarray]:
@@ -278,8 +276,6 @@ def test_preparing_names_the_bad_files_and_keeps_the_others_pixels(prepared: tup
 
 def test_ffcv_shows_what_was_prepared(prepared: tuple[PrepareSummary, Path]) -> None:
     _, out = prepared
-    if out.suffix != ".beton":
-        return  # FFCV reads no .tar
     pytest.importorskip("ffcv")
     spec = ImageDataSpec(path=str(out), loader="ffcv", num_workers=2)
     images = open_images(spec, SIZE)

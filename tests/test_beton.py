@@ -141,7 +141,7 @@ def test_parts_of_other_settings_and_of_other_writers_are_refused(tmp_path: Path
             BetonWriter(path, max_samples=9, settings={"size": 256})
         writer.skip("a.png", "no image")
     for options in ({"max_samples": 9, "settings": {"size": 512}}, {"max_samples": 10, "settings": {"size": 256}}):
-        with pytest.raises(UsageError, match="other settings"):
+        with pytest.raises(UsageError, match=r"made with (settings.size|max_samples) "):
             BetonWriter(path, **options)  # type: ignore[arg-type]
     anew = BetonWriter(path, max_samples=10, resume=False)
     assert anew.done == 0

@@ -40,7 +40,7 @@ PACKAGE = Path(vadit.__file__).parent
 OPTIONS = (
     *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
     *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
-    *(evaluate.MakeReferenceOptions, prepare.PrepareImagesOptions, prepare.PrepareLatentsOptions, DemoOptions),
+    *(evaluate.MakeReferenceOptions, prepare.PrepareOptions, DemoOptions),
     *(convert.ImportOptions, convert.ExportOptions),
 )
 COMMON = {"--help", "--version", "--debug", "--local_rank", "--local-rank"}

@@ -1,9 +1,12 @@
-"""vadit prepare images: pixels, order, bad images, and going on after a kill."""
+"""vadit prepare: pixels, order, bad images, going on after a kill, what is refused, a full disk, and the command."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import bad_files, jpeg, odd_files
+from full_disk import room_for
+from image_files import bad_files, jpeg, odd_files, photo
 from PIL import Image
 from prepared import SIZE, content, fill, prepare
 from tar_files import write_tar
 
-from vadit.config import ImageDataSpec
-from vadit.images.backends import open_images
+from vadit import cli
 from vadit.images.beton import BetonSource
+from vadit.images.beton_writer import BetonWriter, EncodedImage, encode_image
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, ImageSource
 from vadit.images.pillow import decode
-from vadit.images.tar import TarSource
 from vadit.images.transforms import to_rgb
 from vadit.runtime.errors import RunError, UsageError
 
@@ -48,13 +51,10 @@ def squares(source: ImageSource, crop: Any) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------------------------ pixels
 
 
-@pytest.mark.parametrize(("name", "encode"), [("a.beton", "raw"), ("shards", "png")])
-def test_crops_of_what_is_prepared_are_those_of_the_source(
-    name: str, encode: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_crops_of_what_is_prepared_are_those_of_the_source(folder: Path, tmp_path: Path) -> None:
     source = FolderSource(folder)
-    summary = prepare(folder, tmp_path / name, encode=encode)
-    made = open_images(ImageDataSpec(path=str(tmp_path / name)), SIZE).source
+    summary = prepare(folder, tmp_path / "a.beton")
+    made = BetonSource(tmp_path / "a.beton")
     assert summary.num_images == summary.num_new == len(made) == 23 and summary.bad == {}
     assert made.labels.tolist() == source.labels.tolist() and made.classes == source.classes == ["ant", "owl", "zebra"]
     for index in range(23):
@@ -66,32 +66,27 @@ def test_crops_of_what_is_prepared_are_those_of_the_source(
         assert all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["a.beton", "shards"])
-def test_jpegs_are_near_and_quality_counts(name: str, folder: Path, tmp_path: Path) -> None:
+def test_jpegs_are_near_and_quality_counts(folder: Path, tmp_path: Path) -> None:
     exact = np.stack(squares(FolderSource(folder), "center")).astype(float)
     errors = []
     for quality in (95, 30):
-        out = tmp_path / str(quality) / name
+        out = tmp_path / f"{quality}.beton"
         prepare(folder, out, encode="jpeg", quality=quality, verify="checksum")
-        made = open_images(ImageDataSpec(path=str(out)), SIZE).source
+        made = BetonSource(out)
         with Image.open(io.BytesIO(made.read(0))) as image:
             assert image.format == "JPEG" and image.layer[1][1:3] == (1, 1)  # type: ignore[attr-defined]
         errors.append(np.sqrt(((np.stack(squares(made, "center")) - exact) ** 2).mean()))
     assert errors[0] < 3 < errors[1]
 
 
-def test_size_0_keeps_files_in_shards_and_jpegs_in_a_beton(tmp_path: Path) -> None:
+def test_size_0_keeps_pixels_and_jpegs_as_they_are(tmp_path: Path) -> None:
     files = {file.name: file.data for file in odd_files().values()} | {"photo.jpg": jpeg(1)}
     for name, data in files.items():
         path = tmp_path / "src" / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     source = FolderSource(tmp_path / "src")
-    summary = prepare(tmp_path / "src", tmp_path / "shards", size=0)
-    assert summary.bad == {}
-    shards = TarSource(tmp_path / "shards")
-    assert [shards.read(index) for index in range(len(shards))] == [files[Path(path).name] for path in source.paths]
-    prepare(tmp_path / "src", tmp_path / "jpeg.beton", size=0, encode="jpeg")
+    assert prepare(tmp_path / "src", tmp_path / "jpeg.beton", size=0, encode="jpeg").bad == {}
     prepare(tmp_path / "src", tmp_path / "raw.beton", size=0)
     one, other = BetonSource(tmp_path / "jpeg.beton"), BetonSource(tmp_path / "raw.beton")
     assert one.is_jpeg.all() and not other.is_jpeg.any()
@@ -112,62 +107,57 @@ def test_other_sources(tmp_path: Path) -> None:
     prepare(flat, tmp_path / "a.beton", labels_file=str(tmp_path / "labels.txt"))
     beton = BetonSource(tmp_path / "a.beton")
     assert beton.classes == ["cat", "dog"] and beton.labels.tolist() == [0, 1, 0]
-    prepare(tmp_path / "a.beton", tmp_path / "b", encode="png")
-    shards = TarSource(tmp_path / "b")
-    assert shards.classes == ["cat", "dog"] and shards.labels.tolist() == [0, 1, 0]
-    prepare(tmp_path / "b", tmp_path / "c.beton")
-    again = BetonSource(tmp_path / "c.beton")
-    assert [again.read(index) for index in range(3)] == [beton.read(index) for index in range(3)]
-    assert again.classes == ["cat", "dog"] and again.labels.tolist() == [0, 1, 0]
+    prepare(tmp_path / "a.beton", tmp_path / "b.beton")
+    members = [(f"{number}.{kind}", data) for number in range(3) for kind, data in
+               (("ppm", beton.read(number)), ("cls", b"%d" % beton.labels[number]))]  # fmt: skip
+    prepare(write_tar(tmp_path / "shards" / "a.tar", members).parent, tmp_path / "c.beton")
+    for name, classes in (("b", ["cat", "dog"]), ("c", ["0", "1"])):
+        again = BetonSource(tmp_path / f"{name}.beton")
+        assert [again.read(index) for index in range(3)] == [beton.read(index) for index in range(3)]
+        assert again.classes == classes and again.labels.tolist() == [0, 1, 0]
 
 
 # ------------------------------------------------------------------------------------------------ the same bytes
 
 
-@pytest.mark.parametrize("name", ["a.beton", "shards"])
-def test_bytes_do_not_depend_on_the_number_of_processes(name: str, folder: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    prepare(folder, tmp_path / "one" / name)
-    prepare(folder, tmp_path / "two" / name, num_workers=2, progress=lambda *at: told.append(at))
-    one, two = content(tmp_path / "one" / name), content(tmp_path / "two" / name)
-    assert one == two and len(one) == (2 if name == "a.beton" else 7)
-    assert told[-1] == ("verify", 23, 23) and ("prepare", 23, 23) in told
+def test_bytes_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    prepare(folder, tmp_path / "one" / "a.beton")
+    prepare(folder, tmp_path / "two" / "a.beton", num_workers=2, progress=lambda *at: seen.append(at))
+    assert content(tmp_path / "one" / "a.beton") == content(tmp_path / "two" / "a.beton")
+    assert seen == [("prepare", 16, 23), ("prepare", 23, 23), ("verify", 23, 23)]
 
 
 KILLED = """
 import os, signal, sys
 from vadit.config import ImageDataSpec
-from vadit.images.prepare.images import prepare_images
+from vadit.images.prepare import prepare_images
 def progress(title, done, total):
     if done >= 64:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     spec = ImageDataSpec(path=sys.argv[1], on_error="skip", max_bad_share=0.1)
-    prepare_images(spec, sys.argv[2], size=192, shard_size=20, num_workers=int(sys.argv[3]), progress=progress)
+    prepare_images(spec, sys.argv[2], size=192, num_workers=int(sys.argv[3]), progress=progress)
 """
 
 
-@pytest.mark.parametrize(("name", "num_workers"), [("a.beton", 1), ("shards", 2)])
-def test_a_killed_run_goes_on_to_the_same_bytes(name: str, num_workers: int, tmp_path: Path) -> None:
-    source = fill(tmp_path / "src", 90)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(num_workers: int, tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "src", 90), tmp_path / "a.beton"
     (source / "ant" / "010.png").write_bytes(b"no image")
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(tmp_path / name), str(num_workers)]
+    command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(out), str(num_workers)]
     # waits for the ends of all that hold its output: no process survives its parent
     done = subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr
-    if name == "shards":
-        with pytest.raises(UsageError, match="shards is not finished: run its `vadit prepare` command again"):
-            TarSource(tmp_path / name)
-    else:
-        assert not (tmp_path / name).exists()
-    settings: dict[str, Any] = {"size": 192, "shard_size": 20, "max_bad_share": 0.1}
-    told: list[int] = []
-    summary = prepare(source, tmp_path / name, progress=lambda _, done, __: told.append(done), **settings)
-    assert 0 < summary.num_new < 60 and summary.num_images == 89 and told[0] > 30
+    assert not out.exists()
+    settings: dict[str, Any] = {"size": 192, "max_bad_share": 0.1}
+    seen: list[int] = []
+    summary = prepare(source, out, progress=lambda _, done, __: seen.append(done), **settings)
+    assert 0 < summary.num_new < 60 and summary.num_images == 89 and seen[0] > 30
     assert [Path(place).name for place in summary.bad] == ["010.png"]
-    prepare(source, tmp_path / "straight" / name, **settings)
-    assert content(tmp_path / name) == content(tmp_path / "straight" / name)
+    prepare(source, tmp_path / "straight" / "a.beton", **settings)
+    assert content(out) == content(tmp_path / "straight" / "a.beton")
 
 
 @pytest.mark.parametrize("lines", [1, 12, 30, 31])
@@ -191,70 +181,47 @@ def test_a_journal_that_was_torn_leads_to_the_same_bytes(lines: int, folder: Pat
     assert content(tmp_path / "a.beton") == content(tmp_path / "straight" / "a.beton")
 
 
-@pytest.mark.parametrize("name", ["a.beton", "shards"])
-def test_a_second_call_changes_nothing_and_verifies(name: str, folder: Path, tmp_path: Path) -> None:
-    prepare(folder, tmp_path / name)
-    before = content(tmp_path / name)
-    summary = prepare(folder, tmp_path / name)
-    assert content(tmp_path / name) == before and (summary.num_new, summary.num_images) == (0, 23)
-    victim = tmp_path / name / "images-000001.tar" if name == "shards" else tmp_path / name
-    data = bytearray(victim.read_bytes())
-    sample = open_images(ImageDataSpec(path=str(victim)), SIZE).source
-    place = data.index(sample.read(1)[-50:])
-    data[place] ^= 1
-    victim.write_bytes(data)
-    for verify in ("decode", "checksum"):
-        with pytest.raises(RunError, match="fails its checksum"):
-            prepare(folder, tmp_path / name, verify=verify)
-    prepare(folder, tmp_path / name, verify="none")
-    victim.unlink()
-    assert prepare(folder, tmp_path / name).num_new == (5 if name == "shards" else 23)
-    assert content(tmp_path / name) == before
-
-
-def test_a_damaged_shard_is_made_anew_and_a_missing_one_is_missed(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    out = tmp_path / "shards"
+def test_a_second_call_changes_nothing_and_verifies(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.beton"
     prepare(folder, out)
     before = content(out)
-    os.truncate(out / "images-000002.tar", 2000)
-    (out / "images-000003.tar").unlink()
-    with pytest.raises(RunError, match=r"images-000003.tar is missing; run the `vadit prepare` command again"):
-        TarSource(out)
-    assert prepare(folder, out).num_new == 10
-    assert "images-000002.tar is damaged" in caplog.text and content(out) == before
+    summary = prepare(folder, out)
+    assert content(out) == before and (summary.num_new, summary.num_images) == (0, 23)
+    data = bytearray(out.read_bytes())
+    data[data.index(BetonSource(out).read(1)[-50:])] ^= 1
+    out.write_bytes(data)
+    for verify in ("decode", "checksum"):
+        with pytest.raises(RunError, match="fails its checksum"):
+            prepare(folder, out, verify=verify)
+    prepare(folder, out, verify="none")
+    out.unlink()
+    assert prepare(folder, out).num_new == 23
+    assert content(out) == before
 
 
 def test_what_was_written_is_compared_with_the_source(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Verification finds what a bug of the writers would do."""
-    from vadit.images.tar import TarShardWriter
-
-    original = TarShardWriter.add
-    change: Callable[[bytes, int], tuple[bytes, int]]
-
-    def add(writer: TarShardWriter, key: str, extension: str, data: bytes, label: int) -> None:
-        original(writer, key, extension, *change(data, label))
-
-    monkeypatch.setattr(TarShardWriter, "add", add)
-    changes: list[tuple[Callable[[bytes, int], tuple[bytes, int]], str]] = [
-        (lambda data, label: (data, 1), "labels .* are not those of"),
-        (lambda data, label: (data[: len(data) // 2], label), "was written but does not decode"),
-        (lambda data, label: (jpeg(0, 50, 40), label), "has 50 x 40 pixels, not 32"),
+    """Verification finds what a bug of the writer would do."""
+    original = BetonWriter.append
+    half = encode_image(photo(0, 40, 32), "jpg")
+    changes: list[tuple[Callable[[EncodedImage, int], tuple[EncodedImage, int]], str]] = [
+        (lambda image, label: (image, 1), "labels .* are not those of"),
+        (lambda image, label: (dataclasses.replace(half, data=half.data[:400]), label), "does not decode"),
+        (lambda image, label: (encode_image(photo(0, 50, 40), "raw"), label), "has 50 x 40 pixels, not 32"),
     ]
-    for number, (wanted, message) in enumerate(changes):
-        change = wanted
+    for number, (change, message) in enumerate(changes):
+        monkeypatch.setattr(
+            BetonWriter, "append", lambda self, *both, change=change: original(self, *change(*both))
+        )
         with pytest.raises(RunError, match=message):
-            prepare(folder, tmp_path / str(number))
+            prepare(folder, tmp_path / f"{number}.beton")
 
 
 # ------------------------------------------------------------------------------------------------ bad images
 
 
-@pytest.mark.parametrize("name", ["a.beton", "shards"])
-def test_bad_images_are_listed_and_left_out(name: str, tmp_path: Path) -> None:
+def test_bad_images_are_listed_and_left_out(tmp_path: Path) -> None:
     source = fill(tmp_path / "src", 23)
     for file, (_, data) in enumerate(bad_files().values()):
         (source / "owl" / f"bad-{file}.jpg").write_bytes(data)
@@ -263,20 +230,20 @@ def test_bad_images_are_listed_and_left_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=rf"{bad} of {bad + 23} images are bad, more than max_bad_share 0.01 allows; see"
     ):
-        prepare(source, tmp_path / name)
-    summary = prepare(source, tmp_path / name, max_bad_share=0.9)
+        prepare(source, tmp_path / "a.beton")
+    summary = prepare(source, tmp_path / "a.beton", max_bad_share=0.9)
     assert summary.num_images == 23 and len(summary.bad) == bad
-    assert summary.num_new == (0 if name == "shards" else 23)  # of a beton, what did not fill a page is made again
+    assert summary.num_new == 23  # what did not fill a page is made again
     assert summary.bad_file is not None
     lines = [line.split("\t") for line in summary.bad_file.read_text().splitlines()]
     assert [line[0] for line in lines] == sorted(line[0] for line in lines) and len(lines) == bad
     assert all(Path(path).parent.name == "owl" and why for path, why in lines)
-    made = open_images(ImageDataSpec(path=str(tmp_path / name)), SIZE).source
+    made = BetonSource(tmp_path / "a.beton")
     assert made.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 7
     with pytest.raises(RunError, match=r"owl/bad-.*--on-error skip"):
-        prepare(source, tmp_path / "other" / name, on_error="raise")
+        prepare(source, tmp_path / "b.beton", on_error="raise")
     with pytest.raises(RunError, match=r"owl/bad-.*--on-error skip"):
-        prepare(source, tmp_path / name, on_error="raise")
+        prepare(source, tmp_path / "a.beton", on_error="raise")
 
 
 def test_what_a_shard_of_the_source_lacks_is_listed_too(tmp_path: Path) -> None:
@@ -286,3 +253,109 @@ def test_what_a_shard_of_the_source_lacks_is_listed_too(tmp_path: Path) -> None:
     assert summary.num_images == 1 and list(summary.bad) == [f"{tmp_path}/src/a.tar:1.jpg"]
     with pytest.raises(RunError, match="there is no label"):
         prepare(tmp_path / "src", tmp_path / "b.beton", on_error="raise")
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_in_the_same_place_are_refused(finished: bool, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.beton"
+    if finished:
+        prepare(folder, out)
+    else:
+        with pytest.raises(RunError, match="cannot be written"), room_for(9_000_000):
+            prepare(folder, out)
+    more = fill(tmp_path / "more", 24)
+    for source, settings, message in (
+        (folder, {"size": 16}, "size 32, this command says 16"),
+        (folder, {"encode": "jpeg"}, "encode 'raw', this command says 'jpeg'"),
+        (more, {}, "source '23 images, .*', this command says '24 images"),
+    ):
+        with pytest.raises(UsageError, match=rf"a.beton.* holds images made with (settings\.)?{message}"):
+            prepare(source, out, **settings)
+    assert prepare(folder, out).num_images == 23
+    # a source may move
+    shutil.copytree(folder, tmp_path / "moved")
+    assert prepare(tmp_path / "moved", out).num_new == 0
+
+
+def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
+    for out, settings, message in (
+        ("a", {}, "must end in .beton"),
+        ("a.beton", {"size": -1}, "--size is -1"),
+        ("a.beton", {"quality": 101}, "--quality is 101"),
+        ("a.beton", {"num_workers": 0}, "--num-workers is 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            prepare(folder, tmp_path / out, **settings)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder.beton").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        prepare(folder, tmp_path / "folder.beton")
+    with BetonWriter(tmp_path / "foreign.beton", max_samples=1) as writer:
+        writer.append(encode_image(photo(0), "raw"), 0)
+        writer.finish()
+    with pytest.raises(UsageError, match="not from vadit prepare"):
+        prepare(folder, tmp_path / "foreign.beton")
+
+
+def test_two_at_a_time_are_refused(folder: Path, tmp_path: Path) -> None:
+    def progress(title: str, *_: int) -> None:
+        if title == "prepare":
+            with pytest.raises(UsageError, match="another process writes"):
+                prepare(folder, tmp_path / "a.beton")
+
+    assert prepare(folder, tmp_path / "a.beton", progress=progress).num_new == 23
+
+
+@pytest.mark.parametrize("num_bytes", [9_000_000, 8_000])
+def test_a_full_disk_is_reported_and_the_same_command_goes_on(num_bytes: int, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot be written \(.*\); make room .*it goes on where it was"):
+        with room_for(num_bytes):
+            prepare(folder, tmp_path / "a.beton", size=256)
+    assert not (tmp_path / "a.beton").exists() and not list(tmp_path.glob("*.json"))
+    prepare(folder, tmp_path / "a.beton", size=256)
+    prepare(folder, tmp_path / "straight" / "a.beton", size=256)
+    assert content(tmp_path / "a.beton") == content(tmp_path / "straight" / "a.beton")
+
+
+class Killer:
+    """In place of `encode_part`: ends the worker that unpacks it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)
+
+    def __call__(self) -> None:
+        raise AssertionError("not reached")
+
+
+def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vadit.images.prepare.encode_part", Killer())
+    with pytest.raises(RunError, match=r"a process of vadit prepare was killed.*lower --num-workers"):
+        prepare(folder, tmp_path / "a.beton", num_workers=2)
+    monkeypatch.undo()
+    assert prepare(folder, tmp_path / "a.beton").num_images == 23
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = fill(tmp_path / "src", 24)
+    (source / "owl" / "000.png").write_bytes(b"")
+    arguments = ["prepare", str(source), str(tmp_path / "a.beton"), "--size", "32", "--num-workers", "1"]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: 1 of 24 images are bad, more than max_bad_share 0.01 allows; see ")
+    assert cli.main([*arguments, "--max-bad-share", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert f"left out: {source}/owl/000.png: " in out and "1 bad images are left out" in out
+    assert "3 classes, in this order: 0 ant, 1 owl, 2 zebra" in out
+    assert "23 images" in out and "23 made now" in out and "all decoded again" in out
+    assert json.loads((tmp_path / "a.beton.classes.json").read_text()) == ["ant", "owl", "zebra"]
+    assert cli.main([*arguments[:2], str(tmp_path / "b.beton"), "--on-error", "raise"]) == 1
+    assert "owl/000.png" in capsys.readouterr().err
+    assert cli.main([*arguments, "--encode", "jpeg"]) == 2
+    assert "made with encode 'raw', this command says 'jpeg'" in capsys.readouterr().err
+    assert cli.main(arguments[:2]) == 2

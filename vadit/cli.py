@@ -23,7 +23,7 @@ from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
 COMMANDS = {
     "demo": "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes",
     "train": "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]",
-    "prepare": "turn images into a .beton or WebDataset shards that load faster",
+    "prepare": "turn images into a .beton that loads faster: vadit prepare IMAGES OUT.beton",
     "encode": "turn a folder of images into a folder of latents",
     "sample": "draw images from a generator",
     "evaluate": "measure samples, a tokenizer or latents; make a reference for samples",

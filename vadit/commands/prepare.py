@@ -1,8 +1,7 @@
-"""vadit prepare: data in a form that loads faster."""
+"""vadit prepare: images in a form that loads faster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -11,30 +10,25 @@ from tyro.conf import Positional
 
 from vadit.commands.arguments import parse
 from vadit.config import ImageDataSpec
-from vadit.runtime.errors import UsageError
 
 NAMED_BAD = 10
 NAMED_CLASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareImagesOptions:
-    """Scale images once and write them as a .beton or WebDataset shards; the same command goes on where it stopped."""
+class PrepareOptions:
+    """Scale images once and write them as one .beton; the same command goes on where it stopped."""
 
-    source: Positional[str]
+    images: Positional[str]
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
     out: Positional[str]
-    """Result: NAME.beton, or a folder for shards."""
-    format: Literal["beton", "webdataset"] | None = None
-    """beton: one file for FFCV; webdataset: .tar shards; default: by the name of the result."""
+    """Result: NAME.beton."""
     size: int = 256
     """Short side in pixels, by the rule of the centre crop; nothing is cut off. 0: images as they are."""
-    encode: Literal["raw", "jpeg", "png"] | None = None
-    """raw: pixels (beton; exact, 0.2 MB at 256 x 256); jpeg: 4:4:4; png (webdataset; exact). Default: raw, jpeg."""
+    encode: Literal["raw", "jpeg"] = "raw"
+    """raw: pixels (exact, 0.2 MB at 256 x 256); jpeg: 4:4:4."""
     quality: int = 95
     """Of JPEGs."""
-    shard_size: int = 5_000
-    """Images per shard (webdataset)."""
     num_workers: int | None = None
     """Processes that decode and encode; default: all cores."""
     labels_file: str | None = None
@@ -48,28 +42,13 @@ class PrepareImagesOptions:
 
 
 def run(arguments: list[str]) -> None:
-    """Prepare what the first argument names."""
-    kinds: dict[str, tuple[Callable[[list[str]], None], type]] = {
-        "images": (_prepare_images, PrepareImagesOptions),
-    }
-    what = next(iter(arguments), "")
-    if what in ("-h", "--help"):
-        print("usage: vadit prepare images SOURCE OUT [--setting value ...]\n")
-        for kind, (_, options) in kinds.items():
-            print(f"  {kind:<8} {options.__doc__}")
-        return
-    if what not in kinds:
-        raise UsageError(f"vadit prepare needs images first, found {what!r}")
-    kinds[what][0](arguments[1:])
-
-
-def _prepare_images(arguments: list[str]) -> None:
-    options = parse(PrepareImagesOptions, arguments, command="prepare images")
-    from vadit.images.prepare.images import prepare_images
+    """Prepare images."""
+    options = parse(PrepareOptions, arguments, command="prepare")
+    from vadit.images.prepare import prepare_images
     from vadit.runtime.console import ProgressBar
 
     spec = ImageDataSpec(
-        path=options.source,
+        path=options.images,
         labels_file=options.labels_file,
         on_error=options.on_error,
         max_bad_share=options.max_bad_share,
@@ -79,19 +58,16 @@ def _prepare_images(arguments: list[str]) -> None:
 
         def progress(title: str, done: int, total: int) -> None:
             if title not in bars:
+                stack.pop_all().close()  # one bar at a time
                 bars[title] = stack.enter_context(ProgressBar(title, total, done=done))
             bars[title].update(done)
-            if done == total:  # one bar at a time
-                stack.pop_all().close()
 
         summary = prepare_images(
             spec,
             options.out,
-            format=options.format,
             size=options.size,
             encode=options.encode,
             quality=options.quality,
-            shard_size=options.shard_size,
             num_workers=options.num_workers,
             verify=options.verify,
             progress=progress,

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.files import refuse_other_settings
 
 VERSION = 2
 PAGE_SIZE = 8 << 20
@@ -178,10 +179,10 @@ class BetonWriter:
         self._journal_path = self.path.with_name(self.path.name + ".partial.journal")
         self._head = {
             "format": _JOURNAL_FORMAT,
+            "settings": dict(settings or {}),
             "fields": [[field.name, field.kind, field.size] for field in self.fields],
             "max_samples": max_samples,
             "page_size": page_size,
-            "settings": dict(settings or {}),
         }
         self._open(resume=resume)
 
@@ -315,12 +316,12 @@ class BetonWriter:
             if not isinstance(entry, dict if number == 0 else list):
                 break
             if number == 0:
-                if entry != json.loads(json.dumps(self._head)):
+                try:
+                    remedy = f"set it as it was, remove it and {self._journal_path.name}, or choose another name"
+                    refuse_other_settings(self._partial, "images", entry, self._head, remedy)
+                except UsageError:
                     self.close()
-                    raise UsageError(
-                        f"{self._partial} was begun with other settings or another source; "
-                        f"remove it and {self._journal_path.name}, or name another file"
-                    )
+                    raise
             elif max((sum(span) for item in entry for span in item.get("spans", ())), default=0) > available:
                 break
             else:

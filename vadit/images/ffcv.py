@@ -44,7 +44,7 @@ def why_not(images: ImageSet) -> str:
     """Why FFCV cannot load these images; empty where it can."""
     source = images.source
     if not isinstance(source, BetonSource):
-        return f"FFCV reads .beton files, and {source.name} is none (vadit prepare images makes one)"
+        return f"FFCV reads .beton files, and {source.name} is none (vadit prepare makes one)"
     if images.crop == "random_resized":
         return "FFCV takes parts of stored images, and data.crop random_resized scales them"
     other = np.flatnonzero(np.minimum(source.widths, source.heights) != images.size)
@@ -52,7 +52,7 @@ def why_not(images: ImageSet) -> str:
         index = int(other[0])
         return (
             f"FFCV takes images whose short side is {images.size} pixels, and {source.describe(index)} has "
-            f"{source.widths[index]} x {source.heights[index]} (vadit prepare images --size {images.size} scales them)"
+            f"{source.widths[index]} x {source.heights[index]} (vadit prepare --size {images.size} scales them)"
         )
     try:
         with _torch_threads_kept():

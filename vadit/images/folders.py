@@ -41,14 +41,7 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         """The file's bytes."""
-        try:
-            with open(self.paths[index], "rb", opener=_without_waiting) as file:
-                return file.read()
-        except OSError as error:
-            raise RunError(
-                f"image {self.paths[index]} cannot be read ({error.strerror}); replace or remove it, "
-                "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
-            ) from None
+        return read_file(self.paths[index])
 
     def describe(self, index: int) -> str:
         """The file's path."""
@@ -77,6 +70,18 @@ class DebugSource:
     def describe(self, index: int) -> str:
         """Its name."""
         return f"{self.name}:{index}"
+
+
+def read_file(path: str) -> bytes:
+    """An image file's bytes; RunError names one that cannot be read."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            return file.read()
+    except OSError as error:
+        raise RunError(
+            f"image {path} cannot be read ({error.strerror}); replace or remove it, "
+            "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
+        ) from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
