@@ -50,9 +50,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^  {command} ", text, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(
-    "command", [*cli.COMMANDS, "evaluate samples", "evaluate tokenizer", "evaluate latents", "evaluate make-reference"]
-)
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "evaluate"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"usage: vadit {command.split()[0]}" in capsys.readouterr().out
@@ -116,7 +114,7 @@ REFUSALS = {
     "encode without images": (["encode", "--tokenizer", "x"], ["--images"]),
     "required settings": (["sample", "--out", "x"], ["--generator", "--tokenizer"]),
     "evaluate what": (["evaluate", "everything"], ["samples, tokenizer, latents, make-reference", "'everything'"]),
-    "doctor takes nothing": (["doctor", "--all"], ["'--all'"]),
+    "doctor takes nothing": (["doctor", "--all"], ["unknown setting --all"]),
 }
 
 
@@ -265,7 +263,7 @@ def test_dry_run_prints_what_the_overrides_resolve_to(capsys: pytest.CaptureFixt
 
 
 def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank", "0")
+    config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank=1")
     assert config["run"]["seed"] == 7
 
 

@@ -1,7 +1,9 @@
-"""The command line: which command, which settings, and how a failure is told.
+"""The command line: which command, which settings, and how a failure is reported.
 
 This module only parses and reports; the work is in `vadit.commands`, imported when a command is known, so that
-`vadit --help` needs neither torch nor tyro.
+`vadit --help` needs neither torch nor tyro. Commands are a table here and not tyro's subcommands: these would import
+every command's settings for any of them, could not take the defaults of `train` and `sample` from a recipe or a run,
+and do not say to which command an unknown flag was given.
 """
 
 from __future__ import annotations
@@ -15,35 +17,33 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from typing import NoReturn
 
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
 
 COMMANDS = {
-    "demo": "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes",
-    "train": "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]",
-    "prepare": "turn images into a .beton that loads faster: vadit prepare IMAGES OUT.beton",
-    "encode": "turn a folder of images into a folder of latents",
-    "sample": "draw images from a generator",
-    "evaluate": "measure samples, a tokenizer or latents; make a reference for samples",
-    "report": "one HTML page about one or more runs: curves, speed, time to the end, samples, comparisons",
-    "import": "turn a checkpoint of the authors into a folder that vadit reads",
-    "export": "write a run's weights as one safetensors file with its config, or in the authors' format",
-    "doctor": "say which accelerations this machine has, and how to get the others",
-    "recipes": "list the recipes and what they reproduce",
+    "demo": ("demo:run", "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes"),
+    "train": ("train:run", "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]"),
+    "prepare": ("prepare:run", "turn images into a .beton that loads faster: vadit prepare IMAGES OUT.beton"),
+    "encode": ("encode:run", "turn a folder of images into a folder of latents"),
+    "sample": ("sample:run", "draw images from a generator"),
+    "evaluate samples": ("evaluate:samples", "FID, sFID, IS, precision, recall, KID and FD-DINOv2 of samples"),
+    "evaluate tokenizer": ("evaluate:tokenizer", "PSNR, SSIM, LPIPS and rFID of a tokenizer's reconstructions"),
+    "evaluate latents": ("evaluate:latents", "how evenly latents are spread: the paper's Table 6"),
+    "evaluate make-reference": ("evaluate:make_reference", "a reference like ADM's for any set of images"),
+    "report": ("report:run", "one HTML page about one or more runs: curves, speed, time to the end, comparisons"),
+    "import": ("convert:import_command", "turn a checkpoint of the authors into a folder that vadit reads"),
+    "export": ("convert:export_command", "write a run's weights as safetensors with its config, or as the authors'"),
+    "doctor": ("about:doctor", "say which accelerations this machine has, and how to get the others"),
+    "recipes": ("about:recipes", "list the recipes and what they reproduce"),
 }
-"""Name and summary of each command."""
-
-SHARED_MODULES = {"import": "convert", "export": "convert", "doctor": "about", "recipes": "about"}
-"""Commands that share a module of `vadit.commands`, as `NAME_command`; the others have their own, as `run`."""
+"""Function in `vadit.commands` and summary of each command."""
 
 OUT_OF_MEMORY = {
     "train": "raise --engine.gradient-accumulation (the batch stays as it is), set --engine.gradient-checkpointing, or "
     "use more processes (--dry-run estimates the need)",
     "encode": "lower --batch-size",
     "evaluate": "lower --batch-size",
-    "sample": "free it of other programs, use a GPU with more memory, or set --device cpu",
 }
 """What helps a command that the GPU is too small for."""
 
@@ -57,9 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     # Read when torch loads: threads that wait for others by spinning long make a busy machine ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    arguments, debug = _without_common_flags(sys.argv[1:] if argv is None else list(argv))
+    given = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in given
+    # --local_rank=N is what the deepspeed launcher puts anywhere; LOCAL_RANK says the same.
+    arguments = [each for each in given if each != "--debug" and not re.fullmatch(r"--local[_-]rank=\d+", each)]
     try:
-        return _dispatch(arguments)
+        _dispatch(arguments)
+        return 0
     except BaseException as error:  # every way out of a command becomes an exit code here
         if debug and not isinstance(error, SystemExit):
             traceback.print_exc()
@@ -83,51 +87,36 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if arguments[0] == "--version":
+def _dispatch(arguments: list[str]) -> None:
+    first = next(iter(arguments), "--help")
+    name = next((name for name in (" ".join(arguments[:2]), first) if name in COMMANDS), None)
+    if name is not None:
+        module, _, function = COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(f"vadit.commands.{module}"), function)
+        command(arguments[len(name.split()) :])
+        return
+    several = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    if first in ("-h", "--help", "help") or (several and arguments[1:] in (["-h"], ["--help"])):
+        print(_help(first if several else ""))
+    elif first == "--version":
         from vadit import __version__
 
         print(f"vadit {__version__}")
-        return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise UsageError(f"unknown command {name!r}; {hint}")
-    module = importlib.import_module(f"vadit.commands.{SHARED_MODULES.get(name, name)}")
-    command: Callable[[list[str]], None] = getattr(module, f"{name}_command" if name in SHARED_MODULES else "run")
-    command(rest)
-    return 0
-
-
-def _without_common_flags(arguments: list[str]) -> tuple[list[str], bool]:
-    """Take out --debug, and the --local_rank=N that the deepspeed launcher puts anywhere (LOCAL_RANK says the same)."""
-    kept: list[str] = []
-    debug = False
-    skip_value = False
-    for argument in arguments:
-        if skip_value and re.fullmatch(r"\d+", argument):
-            skip_value = False
-            continue
-        skip_value = argument in ("--local_rank", "--local-rank")
-        if skip_value or re.fullmatch(r"--local[_-]rank=\d+", argument):
-            continue
-        if argument == "--debug":
-            debug = True
-        else:
-            kept.append(argument)
-    return kept, debug
+    elif several:
+        raise UsageError(f"vadit {first} needs {', '.join(several)} first, found {' '.join(arguments[1:2])!r}")
+    else:
+        words = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        near = difflib.get_close_matches(first, words, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(words)}"
+        raise UsageError(f"unknown command {first!r}; {hint}")
 
 
 def _report(error: BaseException, debug: bool, command: str = "") -> int:
-    """Tell a failure in one sentence and return its exit code; a mistake of ours keeps its traceback."""
+    """Print a failure as one sentence and return its exit code; a mistake of ours keeps its traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0
     if isinstance(error, KeyboardInterrupt):
-        _say("stopped; the same command goes on from the last checkpoint")
+        _print("stopped; the same command goes on from the last checkpoint")
         return STOP_CODE
     if isinstance(error, BrokenPipeError):
         # The reader of our output left (`vadit recipes | head`): point stdout elsewhere, or Python complains at exit.
@@ -135,56 +124,52 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
         return 0
     # A wish that the kernels cannot meet is the user's mistake, too; they are below the package and its UsageError.
     if isinstance(error, UsageError) or (isinstance(error, ValueError) and str(error).startswith("VADIT_KERNELS is ")):
-        _say(f"error: {_sentence(error)}")
+        _print(f"error: {error}")
         return USAGE_CODE
     if isinstance(error, RunError):
-        _say(f"error: {_sentence(error)}")
+        _print(f"error: {error}")
         return RUN_CODE
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "; free some space or choose another folder, then run the same command" if _is_full(error) else ""
-        _say(f"error: {where}{error.strerror or error}{remedy}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some space or choose another folder, then run the same command" if full else ""
+        _print(f"error: {where}{error.strerror or error}{remedy}")
         return RUN_CODE
     if type(error).__name__ == "Stopped":  # of vadit.train.loop, by name: that module imports torch
-        _say(_sentence(error))
+        _print(str(error))
         # A scheduler that asked for the stop should see success, and not try the job elsewhere as a failed one.
         return STOP_CODE if getattr(error, "interrupted", False) else 0
     if type(error).__name__ == "OutOfMemoryError":  # of torch
         remedy = OUT_OF_MEMORY.get(command, "free it of other programs, or use a GPU with more memory")
-        _say(f"error: the GPU's memory is used up; {remedy}")
+        _print(f"error: the GPU's memory is used up; {remedy}")
         return RUN_CODE
     if not debug:
         traceback.print_exception(error)
     return RUN_CODE
 
 
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """One line on stderr, from every process that has something to say, with its rank where there are several.
 
-    Mistakes in settings are the same on all processes; `vadit.commands.arguments.told_once` lets only rank 0 tell them.
+    Mistakes in settings are the same on all processes; `vadit.commands.arguments.reported_once` leaves them to rank 0.
     """
+    text = " ".join(text.split())
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)
     if text.startswith("error:"):
         leave_for_torchrun(text)
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+def _help(group: str) -> str:
+    """The commands, or those of a group such as evaluate, with their summaries."""
+    chosen = {name: summary for name, (_, summary) in COMMANDS.items() if name.startswith(group)}
+    width = max(map(len, chosen))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in chosen.items()]
     return "\n".join(
         [
             "vadit: VA-VAE tokenizers and LightningDiT generators, from images to samples.",
             "",
-            "usage: vadit COMMAND [--setting value ...] [--debug]",
+            f"usage: vadit {group or 'COMMAND'} [--setting value ...] [--debug]",
             "",
             *lines,
             "",
@@ -192,7 +177,3 @@ def _help() -> str:
             "--debug, with any command, shows the traceback of an error.",
         ]
     )
-
-
-if __name__ == "__main__":
-    entry()

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from tyro.conf import Positional, arg
+
+from vadit.commands.arguments import parse
 from vadit.commands.common import print_table
 from vadit.config import Config, TokenizerConfig
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
 from vadit.runtime.errors import UsageError
 
-RECIPES_HELP = "List the recipes and what they reproduce; with words, those that hold each of them (table1, xl, mae)."
 METRIC_WIDTH = 36
 """Characters of most metrics with their protocol's name."""
 
 
-def doctor_command(arguments: list[str]) -> None:
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Say which accelerations this machine has, and how to get the others."""
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """List the recipes and what they reproduce; with words, those that hold each of them (table1, xl, mae)."""
+
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="[WORD ...]")] = ()
+    """Words to look for in all columns, whatever their case."""
+
+
+def doctor(arguments: list[str]) -> None:
     """Print what the doctor finds."""
-    _no_settings("doctor", arguments, "Say which accelerations this machine has, and how to get the others.")
+    parse(DoctorOptions, arguments, command="doctor")
     from vadit.runtime.doctor import examine, report
 
     print_table(report(examine()))
 
 
-def recipes_command(arguments: list[str]) -> None:
+def recipes(arguments: list[str]) -> None:
     """Print the table of recipes, or of those that hold each of the given words."""
-    if arguments in (["-h"], ["--help"]):
-        print(f"usage: vadit recipes [WORD ...]\n\n{RECIPES_HELP}")
-        raise SystemExit(0)
-    for argument in arguments:
-        if argument.startswith("-"):
-            raise UsageError(f"unexpected argument {argument!r}; vadit recipes takes words to look for, or nothing")
-    table = recipe_table(arguments)
+    words = parse(RecipesOptions, arguments, command="recipes").words
+    table = recipe_table(words)
     if not table.row_count:
-        raise UsageError(f"no recipe is about {' '.join(arguments)!r}; `vadit recipes` lists all")
+        raise UsageError(f"no recipe is about {' '.join(words)!r}; `vadit recipes` lists all")
     print_table(table)
     shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
     print(
@@ -41,11 +53,8 @@ def recipes_command(arguments: list[str]) -> None:
     )
 
 
-def recipe_table(words: list[str]) -> Any:
-    """Name, what it reproduces, model, tokenizer, images and the paper's number of each recipe with all `words`.
-
-    A word is looked for in all columns, whatever its case.
-    """
+def recipe_table(words: Sequence[str] = ()) -> Any:
+    """Name, what it reproduces, model, tokenizer, images and the paper's number of each recipe with all `words`."""
     from rich import box
     from rich.table import Table
 
@@ -80,11 +89,3 @@ def model_name(config: Config) -> str:
     kind, extras = ("LightningDiT", []) if len(new) == 3 else ("DiT", new)
     extras = [*extras, *[config.mask.kind] * (config.mask.kind != "none"), *["repa"] * (config.repa.weight > 0)]
     return ", ".join([f"{kind}-{size}/{model.patch_size}", *extras])
-
-
-def _no_settings(command: str, arguments: list[str], about: str) -> None:
-    if arguments in (["-h"], ["--help"]):
-        print(f"usage: vadit {command}\n\n{about}")
-        raise SystemExit(0)
-    if arguments:
-        raise UsageError(f"unexpected argument {arguments[0]!r}; vadit {command} takes none")

@@ -24,20 +24,15 @@ def parse(
     kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = ""
 ) -> T:
     """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits."""
-    with told_once(), _one_sentence(kind, command):
-        options: dict[str, Any] = {} if default is None else {"default": default}
-        return tyro.cli(
-            kind,
-            prog=f"vadit {command}",
-            description=description or kind.__doc__,
-            args=list(arguments),
-            **options,
-        )
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    with reported_once(), _one_sentence(kind):
+        about = description or kind.__doc__
+        return tyro.cli(kind, prog=f"vadit {command}", description=about, args=list(arguments), **options)
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
-    """Let only the first process tell a mistake that all of them see."""
+def reported_once() -> Iterator[None]:
+    """Let only the first process report a mistake that all of them see."""
     try:
         yield
     except UsageError:
@@ -47,7 +42,7 @@ def told_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_sentence(kind: type, command: str) -> Iterator[None]:
+def _one_sentence(kind: type) -> Iterator[None]:
     """Raise a UsageError where tyro would print a box and exit; under a tyro without that hook the box stays."""
     try:
         from tyro import _errors as events
@@ -60,17 +55,16 @@ def _one_sentence(kind: type, command: str) -> Iterator[None]:
         flag = "" if argument is None else argument.lowered.name_or_flags[-1]
         match event:
             case events.UnrecognizedArgs():
-                raise UsageError(_unknown(kind, event.tokens[0], command))
+                raise UsageError(_unknown(kind, event.tokens[0], event.prog))
             case events.MissingArgs():
-                missing = [each.arg for each in event.missing_arguments]
-                names = ", ".join(each.lowered.name_or_flags[-1] for each in missing)
-                raise UsageError(f"vadit {command} needs {names}; `vadit {command} --help` explains")
+                names = ", ".join(each.arg.lowered.name_or_flags[-1] for each in event.missing_arguments)
+                raise UsageError(f"{event.prog} needs {names}; `{event.prog} --help` explains")
             case events.InvalidChoice():
                 near = difflib.get_close_matches(event.value, event.choices, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UsageError(f"{flag} is {event.value!r}; it must be one of {', '.join(event.choices)}{hint}")
             case events.BadValue():
-                raise UsageError(f"{flag} needs {argument.lowered.metavar} after it; `vadit {command} --help` explains")
+                raise UsageError(f"{flag} needs {argument.lowered.metavar} after it; `{event.prog} --help` explains")
             case events.InstantiationFailure():
                 raise UsageError(f"{flag}: {event.message}" if flag else event.message)
 
@@ -78,22 +72,22 @@ def _one_sentence(kind: type, command: str) -> Iterator[None]:
         yield
 
 
-def _unknown(kind: type, token: str, command: str) -> str:
+def _unknown(kind: type, token: str, prog: str) -> str:
     if not token.startswith("-"):
-        return f"unexpected argument {token!r}; write settings as --name value (`vadit {command} --help` lists them)"
+        return f"unexpected argument {token!r}; write settings as --name value (`{prog} --help` lists them)"
     given = token.split("=")[0].replace("_", "-")
     if given.startswith("--no-") and "." in given:  # as other programs have it; here the no stands before the last part
         group, _, last = given.removeprefix("--no-").rpartition(".")
         given = f"--{group}.no-{last}"
-    flags = list(_flags(kind))
+    flags = list(flags_of(kind))
     # Someone who writes --lr means --optimizer.lr: the last part counts before the spelling of the whole.
     same_end = [flag for flag in flags if flag.rsplit(".", 1)[-1].lstrip("-") == given.rsplit(".", 1)[-1].lstrip("-")]
     near = [given] if given in flags else same_end or difflib.get_close_matches(given, flags, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown setting {token.split('=')[0]}; {hint}`vadit {command} --help` lists them"
+    return f"unknown setting {token.split('=')[0]}; {hint}`{prog} --help` lists them"
 
 
-def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
+def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
     """Every flag that the fields of dataclass `kind` give."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
@@ -103,10 +97,8 @@ def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
             continue
         unnamed = any(getattr(note, "name", None) == "" for note in notes)
         plain = typing.get_args(hint)[0] if notes else hint
-        name = f"{prefix}{field.name.replace('_', '-')}"
+        name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(plain):
-            yield from _flags(plain, prefix if unnamed else f"{name}.")
-        elif plain is bool:
-            yield from (f"--{name}", f"--{prefix}no-{field.name.replace('_', '-')}")
+            yield from flags_of(plain, prefix if unnamed else f"{prefix}{name}.")
         else:
-            yield f"--{name}"
+            yield from (f"--{prefix}{name}", f"--{prefix}no-{name}") if plain is bool else (f"--{prefix}{name}",)

@@ -66,7 +66,7 @@ def print_table(renderable: Any) -> None:
     console.print(renderable)
 
 
-def tell(text: str) -> None:
+def print_once(text: str) -> None:
     """Print from the first process alone."""
     from vadit.runtime import distributed
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vadit.commands.arguments import parse
-from vadit.commands.common import Device, image_size, load_tokenizer, processes, tell
+from vadit.commands.common import Device, image_size, load_tokenizer, print_once, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.runtime.errors import UsageError
 
@@ -107,7 +107,7 @@ def run(arguments: list[str]) -> None:
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.tell(chosen)
-        tell(f"{len(images):,} images by {chosen.name}; {describe_classes(images.classes)}")
+        print_once(f"{len(images):,} images by {chosen.name}; {describe_classes(images.classes)}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(
                 autoencoder,
@@ -124,7 +124,7 @@ def run(arguments: list[str]) -> None:
                 stats_samples=options.stats_samples,
                 progress=bar.update,
             )
-    tell(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
+    print_once(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
 
 
 def _load_features(options: EncodeOptions, size: int, device: torch.device) -> FoundationModel | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,8 @@ from tyro.conf import Positional
 from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import saved_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class EvaluateLatentsOptions:
     num_vectors: int = 10_000
     """Latent vectors per draw, each of another image."""
     seeds: int = 10
-    """Draws of vectors, from --seed on, that the numbers are means of; their spread is told, too."""
+    """Draws of vectors, from --seed on, that the numbers are means of; their spread is reported, too."""
     seed: int = 0
     """Seed of the first draw."""
     picture: str | None = None
@@ -117,26 +116,8 @@ class MakeReferenceOptions:
     """Device of the Inception network."""
 
 
-def run(arguments: list[str]) -> None:
-    """Evaluate what the first argument names."""
-    kinds = {
-        "samples": (_evaluate_samples, EvaluateSamplesOptions),
-        "tokenizer": (_evaluate_tokenizer, EvaluateTokenizerOptions),
-        "latents": (_evaluate_latents, EvaluateLatentsOptions),
-        "make-reference": (_make_reference, MakeReferenceOptions),
-    }
-    what = next(iter(arguments), "")
-    if what in ("-h", "--help"):
-        print(f"usage: vadit evaluate {'|'.join(kinds)} [--setting value ...]\n")
-        for kind, (_, options) in kinds.items():
-            print(f"  {kind:<14} {options.__doc__}")
-        return
-    if what not in kinds:
-        raise UsageError(f"vadit evaluate needs {', '.join(kinds)} first, found {what!r}")
-    kinds[what][0](arguments[1:])
-
-
-def _evaluate_samples(arguments: list[str]) -> None:
+def samples(arguments: list[str]) -> None:
+    """Evaluate sets of samples."""
     options = parse(EvaluateSamplesOptions, arguments, command="evaluate samples")
     from vadit.eval.samples import SampleEvaluator
     from vadit.runtime import distributed
@@ -156,12 +137,12 @@ def _evaluate_samples(arguments: list[str]) -> None:
         batch_size=options.batch_size,
     )
     found: list[dict[str, float]] = []
-    for samples, first in sets:
-        metrics = evaluator.evaluate(samples, num_samples=options.num_samples, first=first)
-        found.append(metrics.named(_sampler_of(options.sampler, samples)))
+    for path, first in sets:
+        metrics = evaluator.evaluate(path, num_samples=options.num_samples, first=first)
+        found.append(metrics.named(_sampler_of(options.sampler, path)))
         if found[-1].keys() != found[0].keys():
             raise UsageError(
-                f"{samples} gives {', '.join(found[-1])}, {sets[0][0]} {', '.join(found[0])}; "
+                f"{path} gives {', '.join(found[-1])}, {sets[0][0]} {', '.join(found[0])}; "
                 "seeds can only be averaged over sets of one size and one sampler"
             )
     inputs = {
@@ -172,7 +153,7 @@ def _evaluate_samples(arguments: list[str]) -> None:
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",
     }
-    _tell("samples", found, inputs, options.out)
+    _report("samples", found, inputs, options.out)
 
 
 def _sample_sets(options: EvaluateSamplesOptions) -> list[tuple[str, int]]:
@@ -217,7 +198,8 @@ def _sampler_of(sampler: str, samples: str) -> str:
     return sampler if sampler != EvaluateSamplesOptions.sampler else noted_sampler(samples) or sampler
 
 
-def _evaluate_tokenizer(arguments: list[str]) -> None:
+def tokenizer(arguments: list[str]) -> None:
+    """Evaluate a tokenizer's reconstructions."""
     options = parse(EvaluateTokenizerOptions, arguments, command="evaluate tokenizer")
     from vadit.eval.inception import Inception
     from vadit.eval.tokenizer import evaluate_tokenizer, share_of_images
@@ -254,7 +236,7 @@ def _evaluate_tokenizer(arguments: list[str]) -> None:
                     seed=seed,
                 )
             if metrics.num_images != len(images):
-                raise RunError(f"{metrics.num_images} of the {len(images)} images were read; nothing is told of a part")
+                raise RunError(f"{metrics.num_images} of the {len(images)} images were read; a part gets no numbers")
             found.append({name: value for name, value in metrics.named().items() if value is not None})
     inputs = {
         "tokenizer": options.tokenizer,
@@ -266,16 +248,17 @@ def _evaluate_tokenizer(arguments: list[str]) -> None:
         "protocol": f"ADM's centre crop; posterior {options.posterior}; PSNR per image on uint8, range 255; "
         "SSIM window 11, sigma 1.5; LPIPS VGG; rFID against the very images",
     }
-    _tell("tokenizer", found, inputs, options.out)
+    _report("tokenizer", found, inputs, options.out)
 
 
-def _evaluate_latents(arguments: list[str]) -> None:
+def latents(arguments: list[str]) -> None:
+    """Evaluate how evenly latents are spread."""
     options = parse(EvaluateLatentsOptions, arguments, command="evaluate latents")
     from functools import partial
 
     from vadit.eval.latents import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
 
-    draw: Callable[[int, int], Any]
+    draw: Any
     if Path(options.latents).is_file():
         draw = partial(draw_vectors, read_vectors(options.latents))
     else:
@@ -283,8 +266,8 @@ def _evaluate_latents(arguments: list[str]) -> None:
 
         # The channel statistics of the whole folder are divided out by the data set itself.
         draw = partial(folder_vectors, LatentDataset(options.latents, flip=False))
-    found = []
-    for seed in _seeds(options.seed, options.seeds):
+    found, seeds = [], _seeds(options.seed, options.seeds)
+    for seed in seeds:
         points = embed(draw(options.num_vectors, seed), seed)
         found.append(dataclasses.asdict(uniformity(points)))
         if seed == options.seed and options.picture is not None:
@@ -292,14 +275,15 @@ def _evaluate_latents(arguments: list[str]) -> None:
     inputs = {
         "latents": options.latents,
         "num_vectors": options.num_vectors,
-        "seeds": list(_seeds(options.seed, options.seeds)),
+        "seeds": list(seeds),
         "protocol": "one position of each latent, normalised by channel; "
         "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",
     }
-    _tell("latents", found, inputs, options.out)
+    _report("latents", found, inputs, options.out)
 
 
-def _make_reference(arguments: list[str]) -> None:
+def make_reference(arguments: list[str]) -> None:
+    """Write a reference for samples."""
     options = parse(MakeReferenceOptions, arguments, command="evaluate make-reference")
     from vadit.eval.samples import write_reference
     from vadit.images.backends import open_images
@@ -322,12 +306,7 @@ def _make_reference(arguments: list[str]) -> None:
     print(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
 
 
-def _tell(
-    kind: str,
-    found: list[dict[str, float]],
-    inputs: dict[str, Any],
-    out: str | None,
-) -> None:
+def _report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out: str | None) -> None:
     """Print a table of means over seeds from the first process, and write metrics.json where one is wanted."""
     from vadit.runtime import distributed
 
@@ -345,9 +324,5 @@ def _tell(
     if out is None:
         return
     content = {"kind": kind, "metrics": metrics, **({} if spread is None else {"spread": spread}), "inputs": inputs}
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(Path(out)) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"cannot write {out} ({write_fault(error)}); set --out to a place with room") from None
+    with saved_file(Path(out), "set --out to a place with room") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from vadit.commands.arguments import parse
-from vadit.commands.common import Device, load_tokenizer, processes, tell
+from vadit.commands.common import Device, load_tokenizer, print_once, processes
 from vadit.config import DiTConfig, FlowSpec, SampleSpec
 from vadit.config.files import load_run_config
 from vadit.runtime.errors import UsageError
@@ -51,10 +50,9 @@ class SampleOptions:
 
 def run(arguments: list[str]) -> None:
     """Draw, decode and write."""
-    settings = _settings_of_run(arguments)
-    missing: Any = tyro.MISSING
-    default = SampleOptions(generator=missing, tokenizer=missing, out=missing, **settings)
-    options = parse(SampleOptions, arguments, command="sample", default=default)
+    options = parse(SampleOptions, arguments, command="sample")
+    if settings := _settings_of_run(options.generator):
+        options = parse(SampleOptions, arguments, command="sample", default=replace(options, **settings))
     import torch
 
     from vadit.latents.dataset import load_statistics
@@ -108,15 +106,12 @@ def run(arguments: list[str]) -> None:
                 },
                 progress=bar.update,
             )
-    tell(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
+    print_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
 
 
-def _settings_of_run(arguments: list[str]) -> dict[str, Any]:
-    """Defaults of `vadit sample` from the config of the run that --generator names, where it names one."""
-    joined = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--generator=")]
-    spaced = [after for flag, after in itertools.pairwise(arguments) if flag == "--generator"]
-    path = next(iter(joined + spaced), None)
-    if path is None or (Path(path) / "model.safetensors").is_file() or not (Path(path) / "config.json").is_file():
+def _settings_of_run(path: str) -> dict[str, Any]:
+    """Defaults of `vadit sample` from the config of a run; none from an exported folder, which has no such settings."""
+    if (Path(path) / "model.safetensors").is_file() or not (Path(path) / "config.json").is_file():
         return {}
     config = load_run_config(path)
     if not isinstance(config, DiTConfig):

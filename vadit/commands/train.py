@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
-from vadit.commands.arguments import parse, told_once
+from vadit.commands.arguments import parse, reported_once
 from vadit.commands.common import print_table
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import to_dict
@@ -46,24 +43,17 @@ class TrainGenerator(DryRun):
 
 def run(arguments: list[str]) -> None:
     """Train a recipe, or with --dry-run say what it would take."""
-    with told_once():
+    with reported_once():
         name, rest = _recipe_name(arguments)
         if name is None:
             print("usage: vadit train RECIPE [--setting value ...] [--dry-run]\n")
-            print_table(recipe_table([]))
+            print_table(recipe_table())
             print("\n`vadit train RECIPE --help` explains every setting.")
             return
         recipe = get_recipe(name)
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
-    options: TrainGenerator | TrainTokenizer
-    if isinstance(recipe, DiTConfig):
-        options = parse(
-            TrainGenerator, rest, command=f"train {name}", default=TrainGenerator(config=recipe), description=about
-        )
-    else:
-        options = parse(
-            TrainTokenizer, rest, command=f"train {name}", default=TrainTokenizer(config=recipe), description=about
-        )
+    kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
+    options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
     if options.dry_run:
         _dry_run(options)
     elif options.world_size is not None:
@@ -73,7 +63,7 @@ def run(arguments: list[str]) -> None:
     else:
         from vadit.runtime import distributed
 
-        with told_once():  # by one process for all
+        with reported_once():
             distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
         from vadit.train import dit, engine, tokenizer
         from vadit.train.loop import Stopped
@@ -105,10 +95,10 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
     from vadit.estimate.memory import estimate
     from vadit.runtime import distributed
 
-    if options.world_size is not None and options.world_size < 1:
-        raise UsageError(f"--world-size is {options.world_size}; it must be at least 1")
-    with _pretend_world(options.world_size):
-        world_size = distributed.world_size()
+    world_size = distributed.world_size() if options.world_size is None else options.world_size
+    if world_size < 1:
+        raise UsageError(f"--world-size is {world_size}; it must be at least 1")
+    with reported_once():
         needed = estimate(options.config, world_size)
     if not distributed.is_main():
         return
@@ -138,18 +128,3 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
         f"* engine.zero_stage. Activations: {needed.activations.per_image / gib:.3f} GiB per image. "
         "Estimated, at the fullest moment of a step; CUDA's context, workspace and fragmentation come on top."
     )
-
-
-@contextlib.contextmanager
-def _pretend_world(size: int | None) -> Iterator[None]:
-    """Let the batch be divided among `size` processes, where that is given."""
-    before = os.environ.get("WORLD_SIZE")
-    try:
-        if size is not None:
-            os.environ["WORLD_SIZE"] = str(size)
-        yield
-    finally:
-        if size is not None:
-            del os.environ["WORLD_SIZE"]
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vadit.config import Config, DiTConfig, EngineSpec, FoundationSpec, TokenizerConfig
-from vadit.train.engine import MAX_BUCKET, deepspeed_config
+from vadit.runtime import distributed
+from vadit.train.engine import MAX_BUCKET
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -131,8 +132,7 @@ class Estimate:
 
 def estimate(config: Config, world_size: int) -> Estimate:
     """Parameters and memory per GPU of a run on `world_size` GPUs; refuses a batch that does not divide."""
-    settings = deepspeed_config(config.engine, global_batch=config.run.batch_size, num_weights=MAX_BUCKET)
-    micro_batch = settings["train_micro_batch_size_per_gpu"]
+    micro_batch = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation, world_size)
     networks, activations = count(config)
     return Estimate(networks, micro_batch, activations, stages(config, networks, activations, world_size, micro_batch))
 

@@ -138,13 +138,14 @@ def main_first(make: Callable[[], T]) -> T:
     return made[0] if made else make()
 
 
-def per_rank_batch(global_batch: int, accumulation: int = 1) -> int:
-    """Images per process and micro-batch; refuses a batch that does not divide."""
-    parts = world_size() * accumulation
+def per_rank_batch(global_batch: int, accumulation: int = 1, processes: int | None = None) -> int:
+    """Images per process and micro-batch (by default of as many processes as there are); it must divide."""
+    processes = world_size() if processes is None else processes
+    parts = processes * accumulation
     if global_batch % parts:
         lower = max(global_batch // parts, 1) * parts
         raise UsageError(
-            f"run.batch_size {global_batch} is not divisible by {world_size()} processes x "
+            f"run.batch_size {global_batch} is not divisible by {processes} processes x "
             f"{accumulation} accumulation steps; set --run.batch-size {lower} or change the number of processes"
         )
     return global_batch // parts
