@@ -211,7 +211,7 @@ def test_uniformity_of_points_is_that_of_their_densities() -> None:
 
 WORKER = """
 import os, sys, torch
-from vadit import distributed
+from vadit.runtime import distributed
 torch.distributed.init_process_group("gloo")
 rank = distributed.rank()
 ids = torch.arange(rank, 5, 2)
