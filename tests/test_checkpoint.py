@@ -254,18 +254,3 @@ def test_an_average_that_was_not_kept_is_refused(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(worker, "DECAYS", (0.9, 0.25))
     with pytest.raises(UsageError, match=r"has no average with decay 0\.25"):
         worker.Run(folder, 1).restore()
-
-
-def test_a_state_that_cannot_be_cut_serves_the_same_sharding_alone(tmp_path: Path) -> None:
-    run = worker.Run(tmp_path, 1)
-    run.train(2)
-    states = run.engines["model"].optimizer_states()
-    states[0] |= {"blocks": torch.arange(3.0), "count": 7}
-    run.engines["model"].set_optimizer_states(states)
-    run.save(wait=True)
-    same = worker.Run(tmp_path, 2)  # which cuts a process alone as ZeRO 1 does
-    same.restore()
-    (state,) = same.engines["model"].optimizer_states()
-    assert torch.equal(state["blocks"], torch.arange(3.0)) and state["count"] == 7
-    with pytest.raises(UsageError, match=r"\(blocks\) that only 1 processes at the same engine\.zero_stage can go on"):
-        worker.Run(tmp_path, 0).restore()

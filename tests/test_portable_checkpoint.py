@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from vadit.runtime import rng
 from vadit.train.checkpoint import publish
-from vadit.train.checkpoint.shares import Shares, average_name
+from vadit.train.checkpoint.shares import WEIGHTS, Quantity, Shares, average, state
 from vadit.train.layout import gaps
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
@@ -109,13 +109,13 @@ def whole(folder: Path, step: int) -> dict[str, torch.Tensor]:
     found = {}
     for network in worker.WIDTHS:
         shares = Shares(path, network)
-        kinds = ["master", "state.exp_avg", "state.exp_avg_sq"]
-        kinds += [average_name(decay) for decay in shares.averages()]
-        for kind in kinds:
+        kinds = {"master": WEIGHTS, "exp_avg": state("exp_avg"), "exp_avg_sq": state("exp_avg_sq")}
+        kinds |= {f"ema-{decay!r}": average(decay) for decay in shares.averages}
+        for kind, quantity in kinds.items():
             for name, shape in shares.shapes.items():
                 if name != "shift":
                     row = torch.empty(torch.Size(shape).numel())
-                    assert shares.fill(kind, name, 0, row), (kind, name)
+                    assert shares.fill(quantity, name, 0, row), (kind, name)
                     found[f"{network}/{kind}/{name}"] = row.view(shape)
         for number, name in itertools.product(range(len(shares.files[0].header.groups)), ["step"]):
             found[f"{network}/{name}/{number and 'other'}"] = shares.files[0].tensor(f"state.{number}.{name}")
@@ -156,7 +156,7 @@ def check(out: Path, source: Layout, target: Layout, *, precision: str = "fp32")
         assert seen["losses"] == pytest.approx(losses[worker.STEPS :], rel=rel)
     shares = Shares(end / f"step-{2 * worker.STEPS:08d}", "model")
     for kind, weights in ends.items():
-        found = shares.whole(kind)
+        found = shares.whole(Quantity(kind))
         for name, value in weights.items():
             assert (found[name] - value).abs().max() <= size, (kind, name)
 
@@ -167,7 +167,7 @@ def check_export(out: Path, source: Layout) -> None:
     gathered = torch.load(folder / "gathered.pt")
     for network, width in worker.WIDTHS.items():
         shares = Shares(folder / f"step-{worker.STEPS:08d}", network)
-        found = shares.whole("master")
+        found = shares.whole(WEIGHTS)
         for name, value in gathered[network].items():
             assert torch.equal(found[name], value.view(found[name].shape)), (network, name)
         assert found.keys() == worker.Net(width).state_dict().keys()

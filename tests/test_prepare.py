@@ -211,9 +211,7 @@ def test_what_was_written_is_compared_with_the_source(
         (lambda image, label: (encode_image(photo(0, 50, 40), "raw"), label), "has 50 x 40 pixels, not 32"),
     ]
     for number, (change, message) in enumerate(changes):
-        monkeypatch.setattr(
-            BetonWriter, "append", lambda self, *both, change=change: original(self, *change(*both))
-        )
+        monkeypatch.setattr(BetonWriter, "append", lambda self, *both, change=change: original(self, *change(*both)))
         with pytest.raises(RunError, match=message):
             prepare(folder, tmp_path / f"{number}.beton")
 

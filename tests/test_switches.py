@@ -262,9 +262,7 @@ def test_muon_steps_matrices_of_blocks_and_adamw_the_rest(tmp_path: Path) -> Non
 def test_muon_is_torchs_muon_at_adamws_size() -> None:
     matrix, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((256, 64), (64,)))
     spec = OptimizerSpec(kind="muon", lr=0.1)
-    optimizer, choice = optimizers.build(
-        [matrix, bias], spec, device=torch.device("cpu"), deepspeed_fused=lambda: None, matrices=[matrix]
-    )
+    optimizer, choice = optimizers.build([matrix, bias], spec, device=torch.device("cpu"), matrices=[matrix])
     assert choice.name == "muon"
     generator = torch.Generator().manual_seed(0)
     matrix.grad, bias.grad = torch.randn(256, 64, generator=generator), torch.randn(64, generator=generator)

@@ -20,7 +20,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.train import dit, loop, runs, tokenizer
 from vadit.train.checkpoint import export, publish
-from vadit.train.checkpoint.shares import Shares
+from vadit.train.checkpoint.shares import WEIGHTS, Shares
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import MAX_BUCKET, Engine, deepspeed_config
 
@@ -177,8 +177,8 @@ def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch: pytest
         loss, model, discriminator = starts[index]
         assert (loss.vf_weight, loss.cos_margin) == (config.stages[index].vf_weight, config.stages[index].cos_margin)
         before = newest(tmp_path / f"stage-{index}")
-        assert _equal(model, Shares(before, "model").whole("master"))
-        assert _equal(discriminator, Shares(before, "discriminator").whole("master"))
+        assert _equal(model, Shares(before, "model").whole(WEIGHTS))
+        assert _equal(discriminator, Shares(before, "discriminator").whole(WEIGHTS))
         assert not _equal(model, starts[index - 1][1])
 
     final, _ = runs.read_weights(tmp_path)

@@ -42,7 +42,7 @@ def processes(choice: str) -> Iterator[Any]:
 
     device = distributed.device(choice)
     for kernel in choices.kernels(device):
-        choices.tell(kernel)
+        choices.report(kernel)
     if distributed.world_size() == 1:
         yield device
         return

@@ -106,7 +106,7 @@ def run(arguments: list[str]) -> None:
         features = _load_features(options, size, device)
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
-        choices.tell(chosen)
+        choices.report(chosen)
         print_once(f"{len(images):,} images by {chosen.name}; {describe_classes(images.classes)}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(

@@ -226,10 +226,6 @@ def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
             f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
             "set --optimizer.kind adamw or --engine.no-offload-optimizer"
         )
-    if optimizer.kind == "adamw_8bit" and engine.zero_stage == 0:
-        raise UsageError(
-            "optimizer.kind adamw_8bit cannot be resumed at engine.zero_stage 0; set --engine.zero-stage 1, 2 or 3"
-        )
     if optimizer.kind == "muon" and engine.zero_stage != 0:
         raise UsageError(
             f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "

@@ -10,9 +10,9 @@ from typing import Literal
 class OptimizerSpec:
     """Adam with decoupled weight decay, and the learning rate over the run."""
 
-    kind: Literal["adamw", "deepspeed_fused", "apex_fused", "adamw_8bit", "muon"] = "adamw"
-    """Whose AdamW, for a whole run: torch's, DeepSpeed's or apex's FusedAdam (GPUs), or torchao's in 8 bits; muon:
-    torch's Muon for the matrices of a generator's blocks, AdamW for the rest (engine.zero_stage 0)."""
+    kind: Literal["adamw", "apex_fused", "muon"] = "adamw"
+    """Whose AdamW, for a whole run: torch's, or apex's FusedAdam (GPUs); muon: torch's Muon for the matrices of a
+    generator's blocks, AdamW for the rest (engine.zero_stage 0)."""
     lr: float = 2e-4
     """Learning rate at its peak."""
     betas: tuple[float, float] = (0.9, 0.95)

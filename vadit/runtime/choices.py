@@ -1,15 +1,12 @@
-"""What a run computes with where several could: chosen at start-up, kept in its folder, told where a wish failed.
+"""What a run computes with where several could: chosen at start-up, kept in its folder, reported where a wish failed.
 
 Choices are made by trying, on small tensors of the run's device: a package that imports may still not run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,23 +46,11 @@ def kernels(device: torch.device) -> list[Choice]:
     ]
 
 
-@contextlib.contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """Its import registers something in a way that torch has since deprecated, and torch says so."""
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def tell(choice: Choice) -> None:
+def report(choice: Choice) -> None:
     """One line on the main process where something else runs than was asked for, or not everywhere; else silence."""
-    told = f"{choice.refused}; using {choice.name} instead" if choice.refused else choice.left_out
-    if told and distributed.is_main():
-        console.print(f"{choice.setting}: {told}", style="yellow", markup=False, soft_wrap=True)
+    line = f"{choice.refused}; using {choice.name} instead" if choice.refused else choice.left_out
+    if line and distributed.is_main():
+        console.print(f"{choice.setting}: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
 def recorded(folder: Path, setting: str) -> str | None:

@@ -62,7 +62,7 @@ OPTIONAL_PACKAGES = (
     OptionalPackage(
         "torchao",
         r"torchao",
-        "float8 in the generator's blocks: engine.float8; 8-bit moments: optimizer.kind adamw_8bit",
+        "float8 in the generator's blocks: engine.float8",
         "pip install -c constraints.txt torchao",
     ),
     OptionalPackage(
@@ -78,9 +78,6 @@ OPTIONAL_PACKAGES = (
         "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv",
     ),
 )
-
-OP_USES = {"fused_adam": "; for optimizer.kind deepspeed_fused"}
-"""Which setting asks for a DeepSpeed op."""
 
 OP_LIBRARIES = {"async_io": "apt-get install libaio-dev"}
 """What brings a DeepSpeed op that lacks a system library."""
@@ -241,13 +238,12 @@ def _deepspeed() -> list[Finding]:
         }
     findings = [Finding("DeepSpeed", "ok", found[1], f"{len(states)} ops for this accelerator")]
     for name, (installed, compatible, variable) in states.items():
-        use = OP_USES.get(name, "")
         if installed:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", f"built in{use}"))
+            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "built in"))
         elif compatible:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", f"builds at first use (ninja, some seconds){use}"))
+            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "builds at first use (ninja, some seconds)"))
         else:
-            why = f"its compiler or libraries are not here; only needed by runs that ask for it{use}"
+            why = "its compiler or libraries are not here; only needed by runs that ask for it"
             build = f"{variable}=1 pip install --no-build-isolation deepspeed  (says what it misses)"
             remedy = OP_LIBRARIES.get(name, build)
             findings.append(Finding(f"DeepSpeed {name}", "missing", "", why, remedy))

@@ -7,7 +7,6 @@ Every key whose default has moved between DeepSpeed releases is written out (gra
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -21,7 +20,6 @@ from torch import nn
 
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
-from vadit.runtime.errors import UsageError
 from vadit.train import collectives, optimizers
 from vadit.train.layout import Piece, cut_each, cut_row, gaps
 
@@ -130,15 +128,6 @@ def communication_backend() -> Any:
     return comm.cdb
 
 
-def _fused_adam(device: torch.device) -> optimizers.Builder:
-    """DeepSpeed's FusedAdam, whose kernel is compiled (nvcc, ninja) at its first use on a machine."""
-    if device.type != "cuda":  # there is one for CPUs, slower than torch's, that would be compiled for minutes first
-        raise RuntimeError("it pays on a GPU only")
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam
-
-
 class Engine:
     """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`.
 
@@ -178,7 +167,6 @@ class Engine:
             trained,
             optimizer,
             device=device,
-            deepspeed_fused=lambda: _fused_adam(device),
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )
         # Of an optimizer that is not on its list DeepSpeed warns at every start.
@@ -300,10 +288,7 @@ class Engine:
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
         for group in self._engine.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):  # torchao's, which compiles its step and wants the same tensor
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            group["lr"] = lr
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping; None before the first."""
@@ -334,13 +319,10 @@ class Engine:
     def _masters(self) -> list[torch.Tensor]:
         """The tensors that the optimizer steps, themselves."""
         optimizer = self._engine.optimizer
-        # ZeRO 1/2, ZeRO 3, and the optimizer of bf16 with fp32 accumulation keep them under different names.
-        names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
-        for name in names:
-            if shards := getattr(optimizer, name, None):
-                return list(shards)
-        if self.spec.precision == "bf16":
-            raise UsageError("engine.zero_stage 0 keeps no sharded fp32 weights in bf16; set --engine.zero-stage 1")
+        if self.spec.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self.spec.zero_stage:
+            return list(optimizer.single_partition_of_fp32_groups)
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     @torch.no_grad()
@@ -355,17 +337,12 @@ class Engine:
         optimizer = self._engine.optimizer
         names: dict[torch.Tensor, str] = {value: name for name, value in self.module.named_parameters()}
         masters = self._masters()
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3 cuts every weight over the processes
+        if self.spec.zero_stage == 3:  # every weight is cut over the processes
             return [cut_each(group, names) for group in optimizer.fp16_groups]
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1/2 cut the weights laid end to end
-            groups, starts = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
-        elif hasattr(optimizer, "fp32_groups_flat_partition"):
-            groups = optimizer.bf16_groups
-            starts = [[0, *itertools.accumulate(weight.numel() for weight in group)][:-1] for group in groups]
-        else:
-            return [[Piece(names[weight], 0, 0, weight.numel())] for weight in masters]
-        rows = zip(groups, starts, masters, strict=True)
-        return [cut_row(group, begins, names, master.numel()) for group, begins, master in rows]
+        if self.spec.zero_stage:  # the weights, laid end to end, are cut
+            rows = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, masters, strict=True)
+            return [cut_row(group, starts, names, master.numel()) for group, starts, master in rows]
+        return [[Piece(names[weight], 0, 0, weight.numel())] for weight in masters]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Whole shapes of all parameters, trained and frozen."""
@@ -432,7 +409,7 @@ class Engine:
             optimizer.state[master] = state
 
     def optimizer_steps(self) -> list[Any]:
-        """The step count of each parameter group, with optimizers that count there (DeepSpeed's, apex's)."""
+        """The step count of each parameter group, with optimizers that count there (apex's)."""
         return [group.get("step") for group in self._base_optimizer().param_groups]
 
     def set_optimizer_steps(self, steps: list[Any]) -> None:
@@ -449,12 +426,12 @@ class Engine:
     def refresh(self) -> None:
         """Copy the fp32 weights, changed from outside, into what the network computes with. Collective."""
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if self.spec.zero_stage == 3:
             optimizer.checkpoint_event_prologue()  # no weight may stay gathered, with its value of before
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             optimizer.checkpoint_event_epilogue()
-        elif hasattr(optimizer, "update_lp_params"):
+        elif self.spec.zero_stage:
             optimizer.update_lp_params()
 
 

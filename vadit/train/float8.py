@@ -7,14 +7,17 @@ Scales: `rowwise`, one per row and column, e4m3 throughout; `tensorwise`, one pe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from vadit.runtime import distributed
-from vadit.runtime.choices import Choice, quiet_torchao
+from vadit.runtime.choices import Choice
 from vadit.runtime.errors import first_line
 
 SETTING = "engine.float8"
@@ -79,10 +82,22 @@ def _fault(recipe: str, rows: int, device: torch.device, emulate: bool) -> str |
     if rows % MULTIPLE:
         return f"a micro-batch has {rows} tokens, no multiple of {MULTIPLE}"
     try:
-        with quiet_torchao():
+        with _quiet_import():
             return _try_out(recipe, device, emulate)
     except Exception as error:  # whatever a missing package or kernel raises
         return first_line(error)
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """torchao's import registers something in a way that torch has since deprecated, and torch says so."""
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _try_out(recipe: str, device: torch.device, emulate: bool) -> str | None:

@@ -29,7 +29,7 @@ from vadit.runtime.choices import Choice
 from vadit.runtime.console import console
 from vadit.runtime.errors import UsageError
 from vadit.train.checkpoint import publish
-from vadit.train.checkpoint.shares import Shares, average_name, has_network
+from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, has_network
 
 # Settings that may change between two starts of the same run.
 _FREE = (
@@ -138,7 +138,7 @@ def save_choices(folder: Path, chosen: list[Choice]) -> None:
     Another kernel on one machine is slower there and rounds otherwise: worth a line, not an end.
     """
     for choice in chosen:
-        choices.tell(choice)
+        choices.report(choice)
     own = [(choice.setting, choice.name) for choice in chosen]
 
     def keep() -> list[tuple[str, str]]:
@@ -180,11 +180,11 @@ def read_weights(
         raise UsageError(f"{run} has no whole checkpoint under {folder}; train it first (`vadit train`)")
     shares = Shares(path, network)
     if ema is None:
-        return shares.whole("master"), path
-    if ema not in (known := shares.averages()):
+        return shares.whole(WEIGHTS), path
+    if ema not in (known := shares.averages):
         told = ", ".join(map(repr, known)) or "left out only"
         raise UsageError(f"{path} has no average with decay {ema}; --ema can be {told}")
-    return shares.whole(average_name(ema)), path
+    return shares.whole(average(ema)), path
 
 
 def initialise(module: nn.Module, source: str) -> None:
