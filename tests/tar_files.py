@@ -7,7 +7,7 @@ import random
 import tarfile
 from pathlib import Path
 
-from vadit.images.tar import TarShardWriter, TarSource
+from vadit.images.tar import TarSource
 from vadit.images.tar_index import BLOCK
 
 Members = list[tuple[str, bytes]]
@@ -45,10 +45,3 @@ def with_checksum(data: bytearray, position: int) -> bytearray:
     block[148:156] = b" " * 8
     data[position + 148 : position + 156] = b"%06o\0 " % sum(block)
     return data
-
-
-def write_shard(path: Path, count: int = 4) -> Path:
-    with TarShardWriter(path, {"settings": "x"}) as writer:
-        for number in range(count):
-            writer.add(f"{number:08d}", "jpg", blob(number), number % 3)
-    return path

@@ -19,11 +19,12 @@ from image_files import encode, jpeg, photo
 from mutations import BLOCK, NUM_CASES, NUM_NATIVE_CASES, Region, blocks, cases, check
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tar_files import write_tar
 
 from vadit.config import DiTSpec, LatentDataSpec
 from vadit.images.beton import BetonSource
 from vadit.images.beton_writer import FIELD, FOOTER, HEADER, IMAGE_FIELDS, BetonWriter, EncodedImage
-from vadit.images.tar import TarShardWriter, TarSource
+from vadit.images.tar import TarSource
 from vadit.images.tar_index import index_path
 from vadit.latents.dataset import compute_statistics, open_latents
 from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
@@ -160,14 +161,13 @@ def test_latents_that_are_not_finite_are_always_noticed(
 # ------------------------------------------------------------------------------------------------ tar shards
 
 
-def write_tar(folder: Path) -> Path:
-    """A shard of `vadit prepare`, five small JPEGs of four classes."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "images-000000.tar"
-    with TarShardWriter(path, {"source": "photographs"}) as writer:
-        for number in range(5):
-            writer.add(f"{number:04d}", "jpg", jpeg(number, 24, 20), number % 4)
-    return path
+def write_shard(folder: Path) -> Path:
+    """A shard of five small JPEGs of four classes; names of two members are too long for one header."""
+    members: list[tuple[str, bytes]] = []
+    for number in range(5):
+        key = f"{'long/' * 30 if number == 2 else ''}{number:04d}"
+        members += [(f"{key}.jpg", jpeg(number, 24, 20)), (f"{key}.cls", str(number % 4).encode())]
+    return write_tar(folder / "images-000000.tar", members)
 
 
 def read_tar(path: Path) -> dict[str, Any]:
@@ -181,16 +181,14 @@ def read_tar(path: Path) -> dict[str, Any]:
 
 
 def tar_regions(path: Path) -> list[Region]:
-    """Headers and contents of members (an image, a label, the list of checksums), and the end."""
+    """Headers of members (an image, a label, one of a long name), and the end: contents have no checksum."""
     with tarfile.open(path) as archive:
         members = archive.getmembers()
-    found: list[Region] = []
-    for member in (members[2], members[3], members[-1]):
-        found.append((f"the header of {member.name}", member.offset, member.offset_data))
-        found.append((member.name, member.offset_data, member.offset_data + member.size))
+    found = [(f"the header of {member.name}", member.offset, member.offset_data) for member in (members[2], members[3])]
     end = members[-1].offset_data + members[-1].size
     return [
         *found,
+        ("the header of a long name", members[4].offset, members[4].offset + tarfile.BLOCKSIZE),
         ("size and checksum of a header", members[2].offset + 124, members[2].offset + 156),
         ("its end", end, end + 1024),
     ]
@@ -198,8 +196,8 @@ def tar_regions(path: Path) -> list[Region]:
 
 @blocks("tar")
 def test_tars(tmp_path: Path, start: int) -> None:
-    """A shard of `vadit prepare`: refused as a whole, or by sample, or unchanged. Skipping leaves no wrong sample."""
-    path = write_tar(tmp_path / "shards")
+    """A shard: refused as a whole, or by sample, or unchanged. Skipping leaves no wrong sample."""
+    path = write_shard(tmp_path / "shards")
     data, original, regions = path.read_bytes(), read_tar(path), tar_regions(path)
     samples = dict(zip(original["names"], zip(original["data"], original["labels"], strict=True), strict=True))
 
@@ -230,7 +228,7 @@ def with_skips(path: Path, samples: dict[str, tuple[bytes, int]]) -> None:
 @blocks("tar-index")
 def test_indices_of_tars(tmp_path: Path, start: int) -> None:
     """The index beside a shard is a cache: where it is damaged it is made anew."""
-    path = write_tar(tmp_path / "shards")
+    path = write_shard(tmp_path / "shards")
     original = read_tar(path)
     index = index_path(path)
     data = index.read_bytes()
