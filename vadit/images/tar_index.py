@@ -252,7 +252,7 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
         file.seek(position)
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         while (entry := archive.next()) is not None:
-            archive.members = []  # it would keep all of them
+            archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
             plain = entry.isreg() and not entry.issparse()
             end = entry.offset_data + entry.size if plain else archive.offset
             if entry.size < 0 or end < entry.offset_data:
