@@ -206,6 +206,7 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"vadit": "vadit", "vadit.kernels": "kernels/ops"},
+    package_data={"vadit.report": ["page.css"]},
     ext_modules=[]
     if BUILD == "0"
     else [Extension("vadit._C", SOURCES + CUDA_SOURCES, depends=HEADERS, py_limited_api=True, optional=True)],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +14,21 @@ import pytest
 from PIL import Image
 
 from vadit.images.pixels import image_grid, reconstruction_pairs
-from vadit.report.charts import Chart, Curve, Series, reduce_curve, short_number, svg
+from vadit.report.charts import (
+    MAX_POINTS,
+    PALETTE,
+    Chart,
+    Curve,
+    Series,
+    draw,
+    reduce_curve,
+    save_png,
+    short_number,
+    svg,
+)
 from vadit.report.log import read_log
 from vadit.report.page import Section, write_report
+from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
 from vadit.runtime.errors import UsageError
 
@@ -36,15 +50,30 @@ def write_log(path: Path, count: int) -> Path:
     return path
 
 
-def line_chart(title: str, curve: Curve, **settings: object) -> str:
+def line_chart(x: Sequence[float], y: Sequence[float], **settings: object) -> str:
     """One curve as SVG."""
-    return svg(Chart(title, (Series("run", curve),), **settings))  # type: ignore[arg-type]
+    series = (Series("run", Curve(np.array(x, float), np.array(y, float))),)
+    return svg(Chart("a <b>", series, **settings))  # type: ignore[arg-type]
+
+
+def line(drawing: str, color: str = PALETTE[0]) -> np.ndarray:
+    """Points (n, 2) of the line in that colour, in pixels."""
+    found = re.search(rf'<path d="([^"]*)"[^>]*style="fill: none; stroke: {color}', drawing)
+    assert found is not None, drawing
+    return np.array(re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", found[1]), float)
+
+
+def ticks(drawing: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Labels of the two axes, and where they stand: x of those below, y of the baselines of those at the left."""
+    found = re.findall(r'text-anchor: (middle|end)[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)<', drawing)
+    below = {label: float(x) for anchor, x, _, label in found if anchor == "middle"}
+    return below, {label: float(y) for anchor, x, y, label in found if anchor == "end" and x == "45"}
 
 
 class Reader(HTMLParser):
     """Collects what a browser would fetch, and checks that elements close in order."""
 
-    VOID = ("meta", "img", "line", "circle", "polyline", "polygon", "br")
+    VOID = ("meta", "img", "br", "path", "use", "rect")
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,8 +95,8 @@ class Reader(HTMLParser):
 
 
 def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path: Path) -> None:
-    log = write_log(tmp_path / "log.jsonl", 80_000)
-    charts = quantity_charts([("run", read_log(log).curves)])
+    write_log(tmp_path / "log.jsonl", 80_000)
+    charts = quantity_charts(read_runs([tmp_path]))
     noise = np.random.default_rng(0).integers(0, 256, (1100, 1500, 3), dtype=np.uint8)  # PNG cannot shrink it: 5 MB
     Image.fromarray(noise).save(tmp_path / "noise.png")
     (tmp_path / "config.json").write_text('{"note": "a < b & c"}')
@@ -98,8 +127,10 @@ def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path
     assert reader.open == []
     assert all(source.startswith(("data:image/", "#")) for source in reader.sources)
     assert sum(source.startswith("data:image/") for source in reader.sources) == 1
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
     assert reader.counts["svg"] == 3
+    assert "prefers-color-scheme: dark" in text and not re.search(r"(fill|stroke): #(ffffff|000000)", text)
+    assert {*re.findall(r'(?:url\(|href=")#([pm]\w+)', text)} <= {*re.findall(r' id="(\w+)"', text)}
     for expected in (
         "Run &lt;1&gt;",
         '<p class="lead">Second &amp; last.</p>',
@@ -163,45 +194,85 @@ def test_curves_on_a_logarithmic_axis_keep_their_beginning() -> None:
     reduced = reduce_curve(x, x, points=50, by_log=True)
     assert reduced.x[:3].tolist() == [1, 2, 3]  # groups of equal size would begin with the mean of 2,000
     assert (np.diff(reduced.x) > 0).all() and 30 < len(reduced.x) <= 50
-    drawing = line_chart("loss", Curve(x, x), x_log=True)
-    labels = re.findall(r'text-anchor="middle">([^<]*)<', drawing)
-    assert labels == ["1", "10", "100", "1000", "10k"]
+    drawing = line_chart(x, x, x_log=True)
+    assert list(ticks(drawing)[0]) == ["1", "10", "100", "1000", "10k", "100k"]
+    assert np.ptp(np.diff(list(ticks(drawing)[0].values()))) < 0.01
 
 
 @pytest.mark.parametrize(
     "y",
-    [
-        [1.0],
-        [0.0, 0.0],
-        [5.0, 5.0, 5.0],
-        [1e-6, 1e3, 1.0],
-        [-2.0, 3.0],
-        [float("nan"), 1.0, float("inf")],
-        [1e12, 2e12],
-    ],
-)
+    [[1.0], [0.0, 0.0], [5.0, 5.0, 5.0], [1e-6, 1e3, 1.0], [-2.0, 3.0], [math.nan, 1.0, math.inf], [1e12, 2e12]],
+)  # fmt: skip
 def test_charts_of_odd_curves_stay_inside_their_frame(y: list[float]) -> None:
-    drawing = line_chart("a <b>", Curve(np.arange(1.0, len(y) + 1) * 1000, np.array(y)))
-    assert "nan" not in drawing and "inf" not in drawing and "a &lt;b&gt;" in drawing
-    points = re.search(r'<polyline[^>]* points="([^"]*)"', drawing)
-    assert points is not None
-    for pair in points[1].split():
-        left, top = map(float, pair.split(","))
-        assert 0 <= left <= 380 and 0 <= top <= 210
-    assert len(re.findall("<text", drawing)) >= 4  # ticks on both axes
+    drawing = line_chart(np.arange(1, len(y) + 1) * 1000, y)
+    assert "a &lt;b&gt;" in drawing and not re.search("nan|inf[^o]", drawing)
+    points = line(drawing) if np.isfinite(y).sum() > 1 else np.zeros((0, 2))
+    assert len(points) == (np.isfinite(y).sum() if len(points) else 0)
+    assert ((points >= (52, 12)) & (points <= (306, 156))).all()
+    assert all(ticks(drawing))
 
 
 def test_a_chart_puts_values_where_its_ticks_say() -> None:
-    drawing = line_chart("y", Curve(np.array([0.0, 50.0, 100.0]), np.array([0.0, 1.0, 4.0])))
-    ticks = {
-        float(label): float(y)
-        for y, label in re.findall(r'<text x="46" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', drawing)
-    }
-    points = re.search(r'<polyline[^>]* points="([^"]*)"', drawing)
-    assert points is not None
-    heights = [float(pair.split(",")[1]) for pair in points[1].split()]
-    assert heights == [pytest.approx(ticks[value] - 3.5, abs=0.11) for value in (0, 1, 4)]
-    assert line_chart("y", Curve(np.array([1.0]), np.array([np.nan]))) == ""
+    drawing = line_chart([0, 5, 10, 20], [0, 1, math.nan, 4])
+    below, left = ticks(drawing)
+    assert line(drawing)[:, 0] == pytest.approx([below[value] for value in ("0", "5", "20")], abs=0.15)
+    rise = (left["0"] - left["4"]) / 4
+    assert line(drawing)[:, 1] == pytest.approx([156 - rise * y for y in (0, 1, 4)], abs=0.15)
+    assert line_chart([1], [math.nan]) == ""
+    # powers of ten, from the first x above zero
+    drawing = line_chart([0, 1, 10, 100], [7, 0.01, 1, 100], x_log=True)
+    below, left = ticks(drawing)
+    assert line(drawing)[:, 0] == pytest.approx([below["1"], below["10"], below["100"]], abs=0.15)
+    assert left["0.01"] - left["1"] == pytest.approx(left["1"] - left["100"], abs=0.01)
+    assert line(drawing)[0, 1] - line(drawing)[1, 1] == pytest.approx(left["0.01"] - left["1"], abs=0.15)
+
+
+def test_a_level_is_drawn_inside_the_axes() -> None:
+    drawing = line_chart([0, 10], [1, 2], level=4.0)
+    left = ticks(drawing)[1]
+    (level,) = re.findall(r'd="M 52 ([\d.]+) L 306 \1[^>]*stroke-dasharray', drawing)
+    assert float(level) + left["2"] - line(drawing)[1, 1] == pytest.approx(left["4"], abs=0.15)
+
+
+def test_long_curves_have_a_band_from_their_lowest_to_their_highest() -> None:
+    y = np.where(np.arange(3000) % 2, 3.0, 1.0)
+    y[1500] = 9.0  # its stretch alone goes up: rare spikes leave the axis
+    drawing = line_chart(np.arange(3000), y)
+    band = re.search(rf'<path d="([^"]*)"[^>]*style="fill: {PALETTE[0]}; fill-opacity', drawing)
+    assert band is not None
+    heights = np.array(re.findall(r"[ML] [-\d.]+ ([-\d.]+)", band[1]), float)
+    left = ticks(drawing)[1]
+    shift = left["2"] - np.median(line(drawing)[:, 1])
+    for value in ("1", "3"):
+        assert (np.abs(heights + shift - left[value]) < 0.2).sum() >= 148
+    assert len(line(drawing)) <= MAX_POINTS
+
+
+def test_drawings_are_the_same_each_time_and_have_the_colours_of_their_curves(tmp_path: Path) -> None:
+    names = ("line", "dashed", "dots", "rings")
+    series = tuple(Series(style, Curve(np.arange(3.0), np.arange(3.0) + n), n, style) for n, style in enumerate(names))
+    chart = Chart("t", series, wide=True)
+    assert svg(chart) == svg(chart)
+    assert save_png(chart, tmp_path / "t.png") and not save_png(Chart("t", ()), tmp_path / "none.png")
+    pixels = np.asarray(Image.open(tmp_path / "t.png").convert("RGB"))
+    for number in range(4):
+        color = [int(PALETTE[number][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == color).all(-1).sum() > 20, names[number]
+    assert len(re.findall("<use", svg(chart))) == 2 + 3 + 3  # lines have a dot at their end
+    assert len(re.findall("stroke-dasharray", svg(chart))) == 1
+
+
+def test_labels_of_marks_cover_no_other_and_no_mark() -> None:
+    own = Series("own", Curve(np.array([0.282]), np.array([8.3])), style="dots")
+    curve = Curve(np.array([0.28, 0.281, np.nan, 0.279, 0.5]), np.array([8.22, 8.25, 1, 8.2, 20.0]))
+    marks = Series("s", curve, 1, "rings", ("one", "two", "lost", "three", "four"))
+    figure = draw(Chart("t", (own, marks), x_from_zero=False), 760, 330)
+    assert figure is not None
+    (plot,) = figure.axes
+    assert [text.get_text() for text in plot.texts] == ["one", "two", "three", "four"]
+    boxes = [text.get_window_extent() for text in plot.texts]
+    assert sum(box.count_overlaps(boxes) for box in boxes) == 4  # itself
+    assert not any(box.contains(*plot.transData.transform((0.282, 8.3))) for box in boxes)
 
 
 def test_short_numbers() -> None:
@@ -233,16 +304,3 @@ def test_pairs_stand_one_above_the_other() -> None:
         reconstruction_pairs(originals, originals[:4])
     with pytest.raises(UsageError, match="uint8"):
         image_grid(originals.astype(np.float32))
-
-
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    for section in (
-        Section("s", images=[("c", tmp_path / "absent")]),
-        Section("s", settings=[("c", tmp_path / "absent")]),
-    ):
-        with pytest.raises(UsageError, match="absent does not exist"):
-            write_report(tmp_path / "r.html", "t", "", [section])
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(UsageError, match="not a readable picture"):
-        write_report(tmp_path / "r.html", "t", "", [Section("s", images=[("c", tmp_path / "bad.png")])])
-    assert not (tmp_path / "r.html").exists()

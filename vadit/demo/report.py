@@ -10,8 +10,8 @@ import numpy as np
 from vadit.demo.data import DemoData
 from vadit.images.pixels import image_grid, reconstruction_pairs
 from vadit.report.charts import Chart
-from vadit.report.log import read_log
 from vadit.report.page import Section, write_report
+from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
 
 COLUMNS = 10
@@ -77,7 +77,7 @@ def write(
 
 def _charts(run: Path) -> list[Chart]:
     """Every quantity that a run logged."""
-    return quantity_charts([(run.name, read_log(run / "log.jsonl").curves)])
+    return quantity_charts(read_runs([run]))
 
 
 def _save_grid(path: Path, npz: Path) -> None:

@@ -36,6 +36,7 @@ from vadit.eval.metrics import (
 )
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
+from vadit.runtime.spread import spread
 
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
@@ -394,11 +395,6 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
         return _Reference(pool_moments.result(), spatial_moments.result(), features)
     # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
     return _Reference(_pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else None, features)
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` of `count` places, evenly: not the first ones, reference folders are often sorted by class."""
-    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 
 
 def _has_images(path: Path) -> bool:

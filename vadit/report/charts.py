@@ -1,4 +1,4 @@
-"""Charts: what is drawn, its axes, and the drawing as inline SVG; `chart_files` draws the same ones as PNGs.
+"""Charts drawn by matplotlib: as SVG inside the page, in the page's own colours and letters, and as PNG files.
 
 A curve of any length becomes at most `MAX_POINTS` points: the mean of each of so many equal stretches of the log,
 over a pale band from minimum to maximum, so that a single spike stays visible.
@@ -7,23 +7,41 @@ over a pale band from minimum to maximum, so that a single spike stays visible.
 from __future__ import annotations
 
 import html
-import math
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+from vadit.runtime.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 150
 """Points of one curve: one for about two pixels of a small chart on the page."""
 PALETTE = ("#2f6fde", "#e4572e", "#2a9d6f", "#8e5bd0", "#c98a04", "#0e9aa7", "#c2417c", "#5b6475")
-"""Colours of runs, in their order; they go round."""
+"""Colours of runs, in their order; they go round. All but the grey can be read on white and on near-black."""
+GREY = len(PALETTE) - 1
 
-_SMALL, _WIDE = (380, 210), (760, 330)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 30
+_PAPER, _RULE, _SOFT = "#ffffff", "#e3e7ee", PALETTE[GREY]
+_OF_PAGE = {_PAPER: "var(--paper)", _RULE: "var(--line)", _SOFT: "var(--soft)"}
+"""Colours that the page sets, in its light and its dark."""
+_SMALL, _WIDE, _PNG = (320, 190), (760, 330), (640, 336)
+"""Width and height of a chart in points, of which the page makes pixels."""
+_PNG_DPI = 135
+_BESIDE = (
+    (7, 0, "left"), (7, 9, "left"), (7, -9, "left"), (-7, 0, "right"), (-7, 9, "right"), (-7, -9, "right"),
+    (0, 10, "center"), (0, -10, "center"),
+)  # fmt: skip
+"""Places of a label beside its point, the best first: offset in points, and the side of the label that is there."""
 _LOG_RATIO = 20.0
 """Positive curves whose 95th percentile is so many times the 5th are drawn on a logarithmic axis."""
-_LETTER = 5.6
-"""Width of a letter of a label, in the drawing's units."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +66,15 @@ class Series:
     curve: Curve
     color: int = 0
     """Index into PALETTE, which goes round."""
-    marks: bool = False
-    """Points alone, not a line through them."""
-    hollow: bool = False
-    """Marks that are open circles: published values, not measured ones."""
-    dashed: bool = False
-    """A line of dashes: projected, not measured."""
+    style: Literal["line", "dashed", "dots", "rings"] = "line"
+    """dashed: projected, not measured. dots, rings: points without a line; rings are published values."""
     labels: tuple[str, ...] = ()
-    """A word at each mark."""
+    """A word at each point of dots or rings."""
+
+    @property
+    def is_line(self) -> bool:
+        """Whether its points are joined."""
+        return self.style in ("line", "dashed")
 
     @property
     def shade(self) -> str:
@@ -65,7 +84,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on one pair of axes; drawn by `svg` and by `chart_files.save_png`."""
+    """Curves on one pair of axes."""
 
     title: str
     series: tuple[Series, ...]
@@ -78,7 +97,7 @@ class Chart:
     x_log: bool = False
     """A logarithmic horizontal axis, from the first value above zero."""
     level: float | None = None
-    """Height of a dashed horizontal line."""
+    """Height of a dotted horizontal line."""
     wide: bool = False
     """As wide as the page, with a legend of its own."""
     note: str = ""
@@ -87,11 +106,72 @@ class Chart:
     """Name of its PNG, without the ending; empty for none."""
 
 
+def svg(chart: Chart) -> str:
+    """A chart as an SVG element to be set into a page, or an empty string where no value is finite."""
+    import matplotlib
+
+    figure = draw(chart, *(_WIDE if chart.wide else _SMALL))
+    if figure is None:
+        return ""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vadit"}):  # letters, and the same ids always
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _for_page(buffer.getvalue(), f"{chart.title} over {chart.x_label}")
+
+
+def save_png(chart: Chart, path: Path) -> bool:
+    """Draw `chart` with title and legend into a file, whole or not at all; False where no value is finite."""
+    figure = draw(chart, *_PNG, alone=True)
+    if figure is None:
+        return False
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=_PNG_DPI)
+    return True
+
+
+def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figure | None:
+    """A figure of so many points, `alone` with title and legend; None where no value is finite."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for series in chart.series:
+        keep = series.curve.finite & (series.curve.x > 0) if chart.x_log else series.curve.finite
+        if keep.any():
+            x, y = series.curve.x[keep].astype(np.float64), series.curve.y[keep].astype(np.float64)
+            points = MAX_POINTS if series.is_line else len(x)
+            drawn.append((series, reduce_curve(x, y, points, by_log=chart.x_log and series.is_line)))
+    if not drawn:
+        return None
+    figure = Figure(figsize=(width / 72, height / 72))
+    top = 30 if alone else 12
+    plot = figure.add_axes((52 / width, 34 / height, 1 - 66 / width, 1 - (34 + top) / height))
+    _set_axes(plot, chart, [reduced for _, reduced in drawn])
+    for series, reduced in drawn:
+        if series.is_line and series.curve.finite.sum() > MAX_POINTS:
+            plot.fill_between(reduced.x, reduced.low, reduced.high, color=series.shade, alpha=0.15, linewidth=0)
+    for series, reduced in drawn:
+        plot.plot(
+            reduced.x, reduced.mean, color=series.shade, label=series.name, linewidth=1.6,
+            linestyle={"line": "solid", "dashed": "dashed"}.get(series.style, "none"),
+            marker="o", markevery=[-1] if series.is_line else 1, markersize=4.5 if series.is_line else 7,
+            markerfacecolor=_PAPER if series.style == "rings" else series.shade, zorder=3 - (series.style == "rings"),
+        )  # fmt: skip
+    if chart.level is not None:
+        plot.axhline(chart.level, color=_SOFT, linestyle=(0, (1, 3)), linewidth=1.2)
+    _label_points(plot, [series for series, _ in drawn])
+    if alone:
+        plot.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
+        plot.set_ylabel(chart.y_label, fontsize=9)
+        if len(drawn) > 1:
+            plot.legend(frameon=False, fontsize=9)
+    return figure
+
+
 # ------------------------------------------------------------------------------------------ numbers
 
 
-@dataclass(frozen=True)
-class Reduced:
+class Reduced(NamedTuple):
     """Means and extremes of consecutive points, each (m,)."""
 
     x: np.ndarray
@@ -116,94 +196,46 @@ def reduce_curve(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS, *, by_l
     )
 
 
-def short_number(value: float) -> str:
-    """A number in few characters: 81.9M, 12k, 0.304, 1.5e-06."""
+def short_number(value: float, _: Any = None) -> str:
+    """A number in few characters: 81.9M, 12k, 0.304, 1.5e-06; the second argument is matplotlib's, for ticks."""
     size = abs(value)
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
-    if 0 < size < 1e-3:
-        return f"{value:.2g}"
-    return f"{value:.4g}"
+    return f"{value:.2g}" if 0 < size < 1e-3 else f"{value:.4g}"
 
 
-def nice_ticks(low: float, high: float, target: int) -> list[float]:
-    """Round numbers (steps of 1, 2 or 5 times a power of ten) inside [low, high], about `target` of them."""
-    raw = (high - low) / target
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next((factor for factor in (1, 2, 5) if factor * power >= raw), 10)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+# ------------------------------------------------------------------------------------------ parts of a drawing
 
 
-# ------------------------------------------------------------------------------------------ axes
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What a chart shows once its curves are reduced, and the limits that hold it."""
-
-    drawn: tuple[tuple[Series, Reduced], ...]
-    """Series with a finite value, and their points; marks are not reduced."""
-    x: tuple[float, float]
-    y: tuple[float, float]
-    """In value, or log10 of it; x, too."""
-    logarithmic: bool
-    """Whether y is."""
-    x_log: bool
-
-    def y_ticks(self) -> list[tuple[float, str]]:
-        """Values and their labels."""
-        return _ticks(self.y, self.logarithmic)
-
-    def x_ticks(self) -> list[tuple[float, str]]:
-        """Values and their labels."""
-        return _ticks(self.x, self.x_log)
-
-
-def _ticks(limits: tuple[float, float], logarithmic: bool) -> list[tuple[float, str]]:
-    low, high = limits
-    if not logarithmic:
-        return [(value, short_number(value)) for value in nice_ticks(low, high, 5)]
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    factors = (1,) if high - low > 2.5 else (1, 3) if high - low > 1.2 else (1, 2, 5)
-    values = [factor * 10.0**decade for decade in decades for factor in factors]
-    inside = [value for value in values if low <= math.log10(value) <= high]
-    every = max(math.ceil(len(inside) / 6), 1)
-    return [(value, short_number(value)) for value in inside[::every]]
-
-
-def axes(chart: Chart) -> Axes | None:
-    """The axes of a chart, or None where no value is finite."""
-    drawn = []
-    for series in chart.series:
-        keep = series.curve.finite & (series.curve.x > 0) if chart.x_log else series.curve.finite
-        if keep.any():
-            x, y = series.curve.x[keep].astype(np.float64), series.curve.y[keep].astype(np.float64)
-            points = len(x) if series.marks else MAX_POINTS
-            drawn.append((series, reduce_curve(x, y, points, by_log=chart.x_log and not series.marks)))
-    if not drawn:
-        return None
-    logarithmic = chart.may_be_log and _wants_log([reduced for _, reduced in drawn])
-    low, high = zip(*(_extent(reduced) for _, reduced in drawn), strict=True)
-    levels = [] if chart.level is None or (logarithmic and chart.level <= 0) else [chart.level]
-    share = 0.06 if chart.x_from_zero or chart.x_log else 0.12
-    y = _with_margin(min(*low, *levels, math.inf), max(*high, *levels, -math.inf), logarithmic, share)
-    left, right = (find(float(find(reduced.x)) for _, reduced in drawn) for find in (min, max))
-    if chart.x_log:
-        x_limits = _with_margin(left, right, logarithmic=True, share=0.0)
-    elif chart.x_from_zero:
-        x_limits = (min(0.0, left), right if right > 0 else 1.0)
-    else:
-        x_limits = _with_margin(left, right, logarithmic=False, share=0.12, to_zero=False)
-    return Axes(tuple(drawn), x_limits, y, logarithmic, chart.x_log)
-
-
-def _wants_log(drawn: Sequence[Reduced]) -> bool:
-    if min(float(reduced.low.min()) for reduced in drawn) <= 0:
-        return False
+def _set_axes(plot: Axes, chart: Chart, drawn: Sequence[Reduced]) -> None:
+    """Scales, limits and ticks, before anything is drawn."""
+    lows, highs = zip(*(_extent(reduced) for reduced in drawn), strict=True)
+    low, high = min(lows), max(highs)
     small, large = np.percentile(np.concatenate([reduced.mean for reduced in drawn]), [5, 95])
-    return bool(large / small > _LOG_RATIO)
+    if chart.may_be_log and min(reduced.low.min() for reduced in drawn) > 0 and large / small > _LOG_RATIO:
+        plot.set_yscale("log")
+    if chart.level is not None and (chart.level > 0 or plot.get_yscale() == "linear"):
+        low, high = min(low, chart.level), max(high, chart.level)
+    if chart.x_log:
+        plot.set_xscale("log")
+    x = np.concatenate([reduced.x for reduced in drawn])
+    plot.margins(0.015 if chart.x_from_zero or chart.x_log else 0.12, 0.06 if chart.x_from_zero else 0.12)
+    plot.update_datalim([(x.min(), low), (x.max(), high)])
+    plot.autoscale_view()
+    plot.autoscale(False)
+    if chart.x_from_zero and not chart.x_log:
+        plot.set_xlim(left=min(0.0, x.min()))
+    if plot.get_yscale() == "linear" and 0 <= low < 0.35 * high:
+        plot.set_ylim(bottom=0)
+    for axis, (start, stop) in ((plot.xaxis, plot.get_xlim()), (plot.yaxis, plot.get_ylim())):
+        _set_ticks(axis, start, stop)
+    plot.tick_params(which="both", left=False, bottom=False, labelsize=10, labelcolor=_SOFT)
+    plot.set_xlabel(chart.x_label, loc="right", labelpad=1, fontsize=10, color=_SOFT)
+    plot.grid(axis="y", color=_RULE)
+    plot.set_axisbelow(True)
+    plot.spines[["top", "left", "right"]].set_visible(False)
+    plot.spines["bottom"].set_color(_RULE)
 
 
 def _extent(reduced: Reduced) -> tuple[float, float]:
@@ -213,162 +245,73 @@ def _extent(reduced: Reduced) -> tuple[float, float]:
     return min(low, float(reduced.mean[-1])), max(high, float(reduced.mean[-1]))
 
 
-def _with_margin(
-    low: float, high: float, logarithmic: bool, share: float = 0.06, to_zero: bool = True
-) -> tuple[float, float]:
-    """Limits with room above and below; near zero the axis goes down to it."""
-    if logarithmic:
-        low, high = math.log10(low), math.log10(high)
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-30):
-        margin = 0.5 if logarithmic else 0.5 * max(abs(high), 1e-12)
-        return low - margin, high + margin
-    margin = share * (high - low)
-    bottom = 0.0 if to_zero and not logarithmic and 0 <= low < 0.35 * high else low - margin
-    return bottom, high + margin
+def _set_ticks(axis: Axis, start: float, stop: float) -> None:
+    """About five round numbers; powers of ten, and with them 3 or 2 and 5, where the axis is logarithmic."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    decades = np.log10(stop / start) if axis.get_scale() == "log" else 0.0
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    else:
+        subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(short_number)
 
 
-# ------------------------------------------------------------------------------------------ SVG
+def _label_points(plot: Axes, drawn: Sequence[Series]) -> None:
+    """Write labels beside their points, each where it covers no point and no other label, if there is such a place."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
 
-
-def svg(chart: Chart) -> str:
-    """A chart as an SVG element, or an empty string where no value is finite."""
-    found = axes(chart)
-    if found is None:
-        return ""
-    width, height = _WIDE if chart.wide else _SMALL
-    place = _Place(found, width, height)
-    title = html.escape(f"{chart.title} over {chart.x_label}", quote=True)
-    # all looks are attributes, so that the drawing is the same wherever it is pasted
-    look = 'fill="#7a8394" font-size="10.5" font-family="system-ui, sans-serif"'
-    parts = [f'<svg viewBox="0 0 {width} {height}" {look} role="img" aria-label="{title}">']
-    for value, label in found.y_ticks():
-        y = float(place.y(value))
-        parts.append(f'<line stroke="#edf0f5" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    base = height - _BOTTOM
-    for value, label in found.x_ticks():
-        parts.append(f'<text x="{float(place.x(value)):.1f}" y="{base + 15}" text-anchor="middle">{label}</text>')
-    parts.append(f'<line stroke="#c9d0db" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{base}" y2="{base}"/>')
-    end = html.escape(chart.x_label)
-    parts.append(f'<text x="{width - _RIGHT}" y="{height - 2}" text-anchor="end">{end}</text>')
-    if chart.level is not None:
-        y = float(place.y(chart.level))
-        ends = f'x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
-        parts.append(f'<line stroke="#7a8394" stroke-dasharray="2 4" {ends}/>')
-    lines = [(series, reduced) for series, reduced in found.drawn if not series.marks]
-    parts += [_band(series, reduced, place) for series, reduced in lines]
-    parts += [_line(series, reduced, place) for series, reduced in lines]
-    parts += _marks(place)
-    return "".join(parts) + "</svg>"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where values lie in the drawing."""
-
-    axes: Axes
-    width: int
-    height: int
-
-    def x(self, value: np.ndarray | float) -> np.ndarray:
-        low, high = self.axes.x
-        scaled = np.log10(np.maximum(value, 1e-300)) if self.axes.x_log else np.asarray(value)
-        return _LEFT + np.clip((scaled - low) / (high - low), 0, 1) * (self.width - _LEFT - _RIGHT)
-
-    def y(self, value: np.ndarray | float) -> np.ndarray:
-        low, high = self.axes.y
-        scaled = np.log10(np.maximum(value, 1e-300)) if self.axes.logarithmic else np.asarray(value)
-        share = np.clip((scaled - low) / (high - low), 0, 1)
-        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
-
-
-def _band(series: Series, reduced: Reduced, place: _Place) -> str:
-    if series.curve.finite.sum() <= MAX_POINTS:
-        return ""
-    x, y = np.concatenate([reduced.x, reduced.x[::-1]]), np.concatenate([reduced.high, reduced.low[::-1]])
-    return f'<polygon fill="{series.shade}" opacity=".13" points="{_points(place.x(x), place.y(y))}"/>'
-
-
-def _line(series: Series, reduced: Reduced, place: _Place) -> str:
-    dashes = ' stroke-dasharray="5 4"' if series.dashed else ""
-    line = (
-        f'<polyline fill="none" stroke="{series.shade}" stroke-width="1.6" stroke-linejoin="round"{dashes} '
-        f'points="{_points(place.x(reduced.x), place.y(reduced.mean))}"/>'
-    )
-    x, y = float(place.x(reduced.x[-1])), float(place.y(reduced.mean[-1]))
-    return f'{line}<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{series.shade}"/>'
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A mark and its label: where they are in values, and how far the label stands from the mark, in units."""
-
-    series: Series
-    x: float
-    y: float
-    label: str
-    offset: tuple[float, float]
-    anchor: str
-    """start, middle or end of the label is what stands there."""
-
-
-def spots(found: Axes, width: int = _WIDE[0], height: int = _WIDE[1]) -> list[Spot]:
-    """All marks of a chart of that size, their labels beside them so that few of them cover anything."""
-    place = _Place(found, width, height)
-    marks = [
-        (series, float(x), float(y), label)
-        for series, reduced in found.drawn
-        if series.marks
-        for x, y, label in zip(reduced.x, reduced.mean, _labels(series, len(reduced.x)), strict=True)
+    points = [
+        (x, y, label)
+        for series in drawn
+        if not series.is_line
+        for x, y, label in zip(series.curve.x, series.curve.y, series.labels or [""] * len(series.curve.x), strict=True)
+        if np.isfinite([x, y]).all()
     ]
-    centres = [(float(place.x(x)), float(place.y(y))) for _, x, y, _ in marks]
-    taken = [(left - 4, top - 4, left + 4, top + 4) for left, top in centres]
-    result = []
-    for (series, x, y, label), (left, top) in zip(marks, centres, strict=True):
-        dx, dy, anchor = _beside(left, top, label, width, taken) if label else (0.0, 0.0, "start")
-        result.append(Spot(series, x, y, label, (dx, dy), anchor))
-    return result
+    if not any(label for _, _, label in points):
+        return
+    renderer = FigureCanvasAgg(plot.get_figure(root=True)).get_renderer()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in plot.transData.transform([each[:2] for each in points])]
+    for x, y, label in (point for point in points if point[2]):
+        text = plot.annotate(
+            label, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=9, color=_SOFT
+        )
+
+        def extent(place: tuple[int, int, str], text: Any = text) -> Bbox:
+            text.set(position=place[:2], ha=place[2])
+            return text.get_window_extent(renderer)
+
+        def covered(place: tuple[int, int, str], extent: Any = extent) -> tuple[bool, int]:
+            box = extent(place)
+            return box.x0 < plot.bbox.x0 or box.x1 > plot.bbox.x1, box.count_overlaps(taken)
+
+        taken.append(extent(min(_BESIDE, key=covered)))
 
 
-def _marks(place: _Place) -> list[str]:
-    circles, texts = [], []
-    for spot in spots(place.axes, place.width, place.height):
-        series, left, top = spot.series, float(place.x(spot.x)), float(place.y(spot.y))
-        look = f'fill="#fff" stroke="{series.shade}" stroke-width="1.5"' if series.hollow else f'fill="{series.shade}"'
-        told = html.escape(f"{spot.label or series.name}: {short_number(spot.x)}, {short_number(spot.y)}")
-        circles.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3.6" {look}><title>{told}</title></circle>')
-        if spot.label:
-            where = f'x="{left + spot.offset[0]:.1f}" y="{top + spot.offset[1]:.1f}" text-anchor="{spot.anchor}"'
-            texts.append(f"<text {where}>{html.escape(spot.label)}</text>")
-    return circles + texts
+def _for_page(drawing: str, title: str) -> str:
+    """matplotlib's file as an element of the page: its size, letters and neutral colours are the page's."""
+    drawing = drawing[drawing.index("<svg") :].replace("xlink:href", "href")
+    view = re.search(r'viewBox="[^"]*"', drawing)
+    assert view is not None, drawing[:200]
+    head = f'<svg {view[0]} role="img" aria-label="{html.escape(title)}">'
+    for pattern, better in (
+        (r"^<svg[^>]*>", head),
+        (r"<style.*?</style>|font-family: [^;]*;", ""),
+        (r' id="[A-Za-z0-9.]+_\d+"', ""),  # repeat from chart to chart
+        (r' transform="rotate\(-0 [^"]*"', ""),
+        (r">\s+<", "><"),
+    ):
+        drawing = re.sub(pattern, lambda _, better=better: better, drawing, flags=re.DOTALL)  # type: ignore[misc]
+    # paths with tenths of a pixel, in place of millionths
+    drawing = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\s+", " ", re.sub(r"(\.\d)\d+", r"\1", path[0])), drawing)
+    for color in _OF_PAGE:
+        drawing = drawing.replace(color, page_color(color))
+    return drawing.strip()
 
 
-def _labels(series: Series, count: int) -> Sequence[str]:
-    if not series.labels:
-        return [""] * count
-    return [label for label, keep in zip(series.labels, series.curve.finite, strict=True) if keep]
-
-
-def _beside(
-    left: float, top: float, label: str, width: float, taken: list[tuple[float, float, float, float]]
-) -> tuple[float, float, str]:
-    """Offset and anchor of a label next to a mark where it covers nothing, if there is such a place; it is noted."""
-    length = _LETTER * len(label)
-    places = [(7.0, dy, "start") for dy in (3.5, -5.0, 12.0)] + [(-7.0, dy, "end") for dy in (3.5, -5.0, 12.0)]
-    places += [(0.0, dy, "middle") for dy in (-8.0, 16.0)]
-    boxes = []
-    for dx, dy, anchor in places:
-        start = left + dx - {"start": 0.0, "end": length, "middle": length / 2}[anchor]
-        boxes.append((start, top + dy - 8, start + length, top + dy + 1))
-    free = [
-        number
-        for number, (a, b, c, d) in enumerate(boxes)
-        if a > _LEFT and c < width and all(c < e or g < a or d < f or h < b for e, f, g, h in taken)
-    ]
-    best = free[0] if free else 0
-    taken.append(boxes[best])
-    return places[best]
-
-
-def _points(x: np.ndarray, y: np.ndarray) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+def page_color(shade: str) -> str:
+    """A colour as CSS of the page."""
+    return _OF_PAGE.get(shade, shade)

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from vadit.config import Config, DiTConfig, RepaSpec
 from vadit.config.files import load_run_config
 from vadit.recipes import get_recipe
 from vadit.report.charts import Curve
-from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
+from vadit.report.log import Log, Scores, join_logs, read_log, read_object, read_scores
 from vadit.runtime.errors import UsageError
 
 HEADLINE = "lightningdit-xl-64ep"
@@ -23,6 +22,7 @@ EPOCHS = 64
 IMAGENET_IMAGES = 1_281_167
 """Images of an epoch where a log does not say."""
 REFERENCE_STEPS = (100, 200, 300, 500, 1000, 2000, 3000, 4000, 80_000)
+REFERENCE_BATCH = 1024
 REFERENCE_MSE = (1.2133, 0.5402, 0.4637, 0.4186, 0.3854, 0.3604, 0.3500, 0.3424, 0.3045)
 """The authors' training log of LightningDiT-XL/1 (64 epochs): velocity MSE, mean over the last 100 steps."""
 _HIGHER = ("is", "precision", "recall", "psnr", "ssim")
@@ -35,6 +35,8 @@ class Run:
     """One run folder."""
 
     name: str
+    color: int
+    """Index into the palette."""
     folder: Path
     kind: str
     """dit, tokenizer, or unknown where there is no readable config.json."""
@@ -73,7 +75,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
             raise UsageError(f"{path} is no run folder{hint}")
         if resolved.count(whole) > 1:
             raise UsageError(f"{path} is named twice; name each run once")
-    runs = [_read_run(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+    runs = [
+        _read_run(path, name, color) for color, (path, name) in enumerate(zip(paths, _names(resolved), strict=True))
+    ]
     if all(run.is_empty for run in runs):
         told = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
         raise UsageError(f"nothing to report yet: {told or 'no log point, evaluation or metrics'}")
@@ -88,60 +92,43 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str, color: int) -> Run:
     notes: list[str] = []
     config: Config | None = None
-    kind = "unknown"
     stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
     parts = [part for part in (folder, *stages) if (part / "log.jsonl").is_file()]
     if (folder / "config.json").is_file():
         try:
             config = load_run_config(folder)
-            kind = config.kind
         except (UsageError, ValueError, AttributeError, OSError) as error:
             notes.append(f"{name}: its config.json could not be read ({error}).")
-            kind = _raw_kind(folder / "config.json")
     elif not parts:
         raise UsageError(f"{folder} is no run folder: it holds neither config.json nor log.jsonl")
     else:
         notes.append(f"{name}: there is no config.json, so nothing is known of its settings.")
     logs, evaluations, grids, before = [], [], [], 0.0
     for part in parts:
-        log = read_log(part / "log.jsonl")
-        logs.append((before, log))
+        logs.append(read_log(part / "log.jsonl", before))
         if (part / "evaluations.jsonl").is_file():
-            found = read_log(part / "evaluations.jsonl")
-            evaluations.append((before, found))
-            grids += _grids(part, found, before)
-        before += log.images
+            evaluations.append(read_log(part / "evaluations.jsonl", before))
+            grids += _grids(part, evaluations[-1])
+        before = max(before, logs[-1].images)
     log, evaluation = join_logs(logs), join_logs(evaluations)
     for file, found in (("log.jsonl", log), ("evaluations.jsonl", evaluation)):
         if found.skipped_lines:
             notes.append(f"{name}: {found.skipped_lines} damaged lines of {file} were left out.")
-    if not parts:
-        notes.append(f"{name}: there is no log.jsonl yet.")
-    elif not log.curves:
-        notes.append(f"{name}: its log.jsonl holds no points yet.")
+    if not log.curves:
+        notes.append(f"{name}: {'its log.jsonl holds no points' if parts else 'there is no log.jsonl'} yet.")
     scores, bad = read_scores(folder)
-    run = Run(name, folder, kind, config, log, evaluation, grids, scores, notes + bad)
-    if run.kind == "unknown" and log.curves:
-        run.kind = "dit" if "mse" in log.curves else "tokenizer" if "kl" in log.curves else "unknown"
-    return run
+    guess = "dit" if "mse" in log.curves else "tokenizer" if "kl" in log.curves else "unknown"
+    kind = config.kind if config else guess
+    return Run(name, color, folder, kind, config, log, evaluation, grids, scores, notes + bad)
 
 
-def _raw_kind(path: Path) -> str:
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8", errors="replace"))["kind"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        return "unknown"
-    return kind if kind in ("dit", "tokenizer") else "unknown"
-
-
-def _grids(part: Path, found: Log, before: float) -> list[tuple[float, Path]]:
-    pictures = [(line["images"] + before, line["grid"]) for line in found.lines if isinstance(line.get("grid"), str)]
-    paths = [(images, part / grid) for images, grid in pictures]
+def _grids(part: Path, found: Log) -> list[tuple[float, Path]]:
+    pictures = [(line["images"], part / line["grid"]) for line in found.lines if isinstance(line.get("grid"), str)]
     # a picture outside of the run folder is not one that the run made
-    return [(images, path) for images, path in paths if path.resolve().is_relative_to(part.resolve())]
+    return [(images, path) for images, path in pictures if path.resolve().is_relative_to(part.resolve())]
 
 
 # ------------------------------------------------------------------------------------------ how far, how long
@@ -172,34 +159,21 @@ class Progress:
         """Hours of training so far: stops, saves and evaluations that the throughput does not hold are not in it."""
         return float(self.hours.y[-1])
 
-    def finish(self, last_write: float) -> datetime:
-        """When the target is reached, counted from the log's last write (seconds since 1970)."""
-        try:
-            return datetime.fromtimestamp(last_write) + timedelta(hours=self.hours_left)
-        except OverflowError:
-            return datetime.max
-
 
 def progress(run: Run) -> Progress | None:
     """Progress by the log, or None where it holds no throughput."""
     rate = run.log.curves.get("images_per_s")
-    if rate is None:
-        return None
-    good = np.isfinite(rate.y) & (rate.y > 0)
-    if not good.any():
+    good = np.zeros(0, bool) if rate is None else np.isfinite(rate.y) & (rate.y > 0)
+    if rate is None or not good.any():
         return None
     x, y = rate.x[good], rate.y[good]
-    recent = float(np.median(y[-max(int(len(y) * _RECENT), min(5, len(y))) :]))
-    images = run.log.images
-    epoch = _epoch_images(run)
-    target = EPOCHS * epoch
-    if run.kind == "tokenizer" and run.config is not None:
-        target = float(run.config.run.total_images)
+    images, epoch = run.log.images, _epoch_images(run)
+    whole = run.kind == "tokenizer" and run.config is not None
     return Progress(
         images=images,
         epochs=images / epoch,
-        target=target,
-        images_per_s=recent,
+        target=float(run.config.run.total_images) if whole else EPOCHS * epoch,  # type: ignore[union-attr]
+        images_per_s=float(np.median(y[-max(int(len(y) * _RECENT), min(5, len(y))) :])),
         devices=_devices(run),
         hours=Curve(x, np.cumsum(np.diff(x, prepend=0.0) / y) / 3600),
     )
@@ -261,7 +235,6 @@ def higher_is_better(metric: str) -> bool:
 class Speedup:
     """How many images runs need to one and the same value of a metric (the paper's Figure 4)."""
 
-    metric: str
     value: float
     """The best value that all of them reach."""
     images: tuple[float, ...]
@@ -277,9 +250,8 @@ def speedup(metric: str, curves: Sequence[Curve]) -> Speedup | None:
     if len(found) < 2 or any(len(x) == 0 for x, _ in found):
         return None
     value = max(float(y.min()) for _, y in found)
-    reached = [_first_at(x, y, value) for x, y in found]
-    images, at_most = zip(*reached, strict=True)
-    return Speedup(metric, sign * value, images, at_most)
+    images, at_most = zip(*(_first_at(x, y, value) for x, y in found), strict=True)
+    return Speedup(sign * value, images, at_most)
 
 
 def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:
@@ -293,29 +265,21 @@ def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:
 
 def different_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows (setting, value in each run) of what differs between the configs of runs of one kind."""
-    flat = [_flat(run.folder / "config.json") for run in runs]
-    names = dict.fromkeys(name for values in flat for name in values)
+    flat = []
+    for run in runs:
+        path = run.folder / "config.json"
+        flat.append(_flat(read_object(path.read_text("utf-8", "replace"))) if path.is_file() else {})
     rows = []
-    for name in names:
+    for name in dict.fromkeys(name for values in flat for name in values):
         values = tuple(json.dumps(each[name]) if name in each else "-" for each in flat)
         if len(set(values)) > 1 and name != "run.out" and not name.startswith("paper."):
             rows.append((name, *values))
     return rows
 
 
-def _flat(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings by their dotted names."""
     found: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else name, inner)
-        else:
-            found[prefix] = value
-
-    walk("", values)
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from vadit.config import DiTConfig
 from vadit.recipes.sizes import DIT_SIZES
 from vadit.recipes.tokenizers import TOKENIZERS
-from vadit.report.charts import Chart, Curve, Series, short_number
+from vadit.report.charts import GREY, Chart, Curve, Series, save_png, short_number
 from vadit.report.page import Section, is_picture, write_report
 from vadit.report.runs import (
     EPOCHS,
     HEADLINE,
+    REFERENCE_BATCH,
     REFERENCE_MSE,
     REFERENCE_STEPS,
     Progress,
@@ -30,6 +34,7 @@ from vadit.report.runs import (
     speedup,
 )
 from vadit.runtime.errors import UsageError
+from vadit.runtime.spread import spread
 
 GRIDS_PER_RUN = 4
 """Sample grids of a run on the page: the first, the last, and between them."""
@@ -50,61 +55,46 @@ _UNITS = {"images_per_s": "images/s", "images_per_s_per_gpu": "images/s", "memor
     ("mfu", "data_wait_share", "comm_share"), "%"
 )
 _SPEED = ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib")
-_TOLD_ELSEWHERE = (*_SPEED, "loss", "mse", "epochs", "hours_left", "hours_to_64_epochs")
+_SHOWN_ELSEWHERE = (*_SPEED, "loss", "mse", "epochs", "hours_left", "hours_to_64_epochs")
 _LINEAR = (*_SPEED, "lr")
-
-_PALE = 7
-"""Index of the palette's grey: published values."""
 
 
 # ------------------------------------------------------------------------------------------ charts of one quantity
 
 
 def quantity_charts(
-    named: Sequence[tuple[str, dict[str, Curve]]],
-    names: Iterable[str] | None = None,
-    *,
-    colors: Sequence[int] | None = None,
-    without: Sequence[str] = (),
+    runs: Sequence[Run], names: Iterable[str] | None = None, *, without: Sequence[str] = ()
 ) -> list[Chart]:
-    """A small chart per quantity, with a line for each run that has it; `named` are runs' names and curves by name.
+    """A small chart per logged quantity, with a line for each run that has it.
 
     The default is every quantity of any of them, in the order of the logs, the loss and the throughput first.
     """
     if names is None:
-        every = dict.fromkeys(name for _, curves in named for name in curves)
-        names = [name for name in ("loss", "images_per_s") if name in every]
-        names += [name for name in every if name not in names]
-    colors = range(len(named)) if colors is None else colors
-    charts = []
-    for name in names:
-        series = tuple(
-            Series(run, curves[name], color=color)
-            for color, (run, curves) in zip(colors, named, strict=True)
-            if name in curves
-        )
-        if series and name not in without:
-            charts.append(
-                Chart(
-                    _TITLES.get(name, name), series, y_label=_UNITS.get(name, ""), may_be_log=name not in _LINEAR,
-                    file=name,
-                )
-            )  # fmt: skip
-    return charts
+        names = dict.fromkeys(("loss", "images_per_s", *(name for run in runs for name in run.log.curves)))
+    return [
+        Chart(_TITLES.get(name, name), series, y_label=_UNITS.get(name, ""), may_be_log=name not in _LINEAR, file=name)
+        for name in names
+        if name not in without and (series := _series(runs, name))
+    ]
+
+
+def _wide(title: str, runs: Sequence[Run], name: str) -> Chart:
+    return Chart(title, _series(runs, name), wide=True, x_log=True, file=name)
+
+
+def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
+    return tuple(Series(run.name, run.log.curves[name], run.color) for run in runs if name in run.log.curves)
 
 
 # ------------------------------------------------------------------------------------------ the page
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """What a report left on disk."""
 
     page: Path
-    folder: Path
-    """Folder of the PNGs."""
-    pngs: int
-    notes: tuple[str, ...]
+    pngs: list[Path]
+    notes: list[str]
     """What could not be read, in sentences; they are on the page, too."""
 
 
@@ -122,63 +112,41 @@ def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: 
     runs = read_runs(folders)
     sections = run_sections(runs)
     names = ", ".join(run.name for run in runs)
-    write_report(out, title or (names if len(names) < 80 else f"{len(runs)} runs"), _lead(runs), sections)
-    folder, count = out.with_name(f"{out.stem}-charts"), 0
-    if pngs:
-        from vadit.report.chart_files import save_png
-
-        # names of quantities come from files; as names of files they must be plain, and each its own
-        named = {re.sub(r"[^\w.-]+", "_", chart.file): chart
-                 for section in sections for chart in section.charts if chart.file}  # fmt: skip
-        count = sum(save_png(chart, folder / f"{name}.png") for name, chart in named.items())
-    return Written(out, folder, count, tuple(note for run in runs for note in run.notes))
-
-
-def _lead(runs: Sequence[Run]) -> str:
-    kinds = [run.kind for run in runs]
-    words = {"dit": "generator", "tokenizer": "tokenizer", "unknown": "run of unknown kind"}
-    counts = [f"{kinds.count(kind)} {word}{'s' * (kinds.count(kind) > 1)}" for kind, word in words.items()
-              if kind in kinds]  # fmt: skip
-    return f"{' and '.join(counts)}, as far as logged."
+    title = title or (names if len(names) < 80 else f"{len(runs)} runs")
+    write_report(out, title, "As far as logged.", sections)
+    # names of quantities come from files; as names of files they must be plain, and each its own
+    charts = {re.sub(r"[^\w.-]+", "_", chart.file): chart
+              for section in sections for chart in section.charts if chart.file and pngs}  # fmt: skip
+    paths = {out.with_name(f"{out.stem}-charts") / f"{name}.png": chart for name, chart in charts.items()}
+    written = [path for path, chart in paths.items() if save_png(chart, path)]
+    return Written(out, written, [note for run in runs for note in run.notes])
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
-    """All sections of the report of `runs`; those of different kinds are told apart."""
-    colors = {run.name: number for number, run in enumerate(runs)}
+    """All sections of the report of `runs`; those of different kinds are apart."""
     sections = []
     for kind, title in _KINDS.items():
         group = [run for run in runs if run.kind == kind]
         if not group:
             continue
-        prefix = "" if len({run.kind for run in runs}) == 1 else f"{title}: "
-        found = [
-            _progress_section(group, colors), _loss_section(group, colors), _speed_section(group, colors),
-            _evaluation_section(group, colors), _scores_section(group), _frontier_section(group, colors),
-            _grids_section(group), _rest_section(group, colors),
-        ]  # fmt: skip
-        sections += [_titled(section, prefix) for section in found if section is not None]
+        makers = (_progress_section, _loss_section, _speed_section, _evaluation_section, _scores_section,
+                  _frontier_section, _grids_section, _rest_section)  # fmt: skip
+        for section in filter(None, (make(group) for make in makers)):
+            if len(group) < len(runs):
+                charts = [replace(each, file=each.file and f"{title}-{each.file}") for each in section.charts]
+                section = replace(section, title=f"{title}: {section.title}", charts=charts)
+            sections.append(section)
     return sections
 
 
-def _titled(section: Section, prefix: str) -> Section:
-    title = prefix + (section.title[0].lower() + section.title[1:] if prefix else section.title)
-    return replace(section, title=title, charts=[_with_file(chart, prefix) for chart in section.charts])
-
-
-def _with_file(chart: Chart, prefix: str) -> Chart:
-    word = prefix.split(":")[0].lower().replace(" ", "-")
-    return replace(chart, file=f"{word}-{chart.file}") if word and chart.file else chart
-
-
-def _progress_section(runs: Sequence[Run], colors: dict[str, int]) -> Section:
+def _progress_section(runs: Sequence[Run]) -> Section:
     """A column per run: how far it is and what is to come; and images over hours, the projection dashed."""
     goal = f"{EPOCHS} epochs" if runs[0].kind != "tokenizer" else "the end"
     names = ("network and recipe", "images", "epochs", "last loss", "images/s", "model FLOP utilisation",
              "hours of training", f"hours to {goal}", f"device-hours to {goal}", f"{goal} at")  # fmt: skip
-    columns, series, notes = [], [], [note for run in runs for note in run.notes]
-    found = {run.name: progress(run) for run in runs}
+    columns, series, targets = [], [], set()
     for run in runs:
-        now = found[run.name]
+        now = progress(run)
         images = f"{run.log.images:,.0f}" if run.log.curves else "-"
         if now is None:
             columns.append((_what(run), images, "-", _last(run, "loss"), *["-"] * 6))
@@ -187,20 +155,20 @@ def _progress_section(runs: Sequence[Run], colors: dict[str, int]) -> Section:
             (_what(run), images, f"{now.epochs:.3g}", _last(run, "loss"), short_number(now.images_per_s),
              _last(run, "mfu", share=True), _hours(now.hours_done), *_left(run, now))
         )  # fmt: skip
-        series.append(Series(run.name, Curve(now.hours.y, now.hours.x), colors[run.name]))
+        targets.add(now.target)
+        series.append(Series(run.name, Curve(now.hours.y, now.hours.x), run.color))
         if now.images < now.target and not _is_over(run):
             hours, images_then = (now.hours_done, now.hours_done + now.hours_left), (now.images, now.target)
             ahead = Curve(np.array(hours), np.array(images_then))
-            series.append(Series(f"{run.name}, projected", ahead, colors[run.name], dashed=True))
-    notes.append(
-        "Hours are those of training by the logged throughput; the projection takes the median of the log's last fifth "
-        "and counts from the log's last write. Device-hours: GPU-hours where the run is on GPUs, else process-hours."
-    )
-    targets = {now.target for now in found.values() if now is not None}
+            series.append(Series(f"{run.name}, projected", ahead, run.color, "dashed"))
     chart = Chart(
         "Progress", tuple(series), x_label="hours of training", y_label="images", may_be_log=False, wide=True,
         level=targets.pop() if len(targets) == 1 else None, file="progress", note=f"Dotted: {goal}.",
     )  # fmt: skip
+    notes = [note for run in runs for note in run.notes] + [
+        "Hours are those of training by the logged throughput; the projection takes the median of the log's last fifth "
+        "and counts from the log's last write. Device-hours: GPU-hours where the run is on GPUs, else process-hours."
+    ]
     table = [tuple(row) for row in zip(names, *columns, strict=True)]
     return Section("Progress", table=table, header=("", *(run.name for run in runs)), charts=[chart], notes=notes)
 
@@ -214,130 +182,103 @@ def _left(run: Run, now: Progress) -> tuple[str, str, str]:
     devices = "-" if now.devices is None else f"{_hours(whole * now.devices)} on {now.devices}"
     if _is_over(run):
         return _hours(now.hours_left), devices, "not planned: the run is over"
-    log = run.folder / "log.jsonl"
-    stages = sorted(run.folder.glob("stage-*/log.jsonl"))
-    last_write = max((path.stat().st_mtime for path in (log, *stages) if path.is_file()), default=0.0)
-    when = now.finish(last_write)
-    soon = now.hours_left < 24 * 3650
-    return (
-        _hours(now.hours_left),
-        devices,
-        f"{when:%Y-%m-%d %H:%M}" if soon else "in over 10 years",
-    )
+    written = [path.stat().st_mtime for pattern in ("", "stage-*/") for path in run.folder.glob(f"{pattern}log.jsonl")]
+    soon = written and now.hours_left < 24 * 3650
+    when = datetime.fromtimestamp(max(written)) + timedelta(hours=now.hours_left) if soon else None
+    return _hours(now.hours_left), devices, "in over 10 years" if when is None else f"{when:%Y-%m-%d %H:%M}"
 
 
 def _is_over(run: Run) -> bool:
     return run.config is not None and run.log.images >= run.config.run.total_images
 
 
-def _loss_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | None:
-    charts = [_wide("Loss", "loss", runs, colors)]
-    text, table = "", []
+def _loss_section(runs: Sequence[Run]) -> Section | None:
+    """The loss, and the velocity MSE beside the authors' where a run learns the same."""
+    mse, text, table = _wide("Velocity MSE", runs, "mse"), "", []
     header: tuple[str, ...] = ()
     alike = [run for run in runs if is_headline(run.config) and "mse" in run.log.curves]
-    if any(run.kind == "dit" for run in runs):
-        chart = _wide("Velocity MSE", "mse", runs, colors)
-        if alike:
-            batch = 1024
-            x = np.array(REFERENCE_STEPS, np.float64) * batch
-            last = max(run.log.images for run in alike)
-            keep = x <= max(1.2 * last, x[3])
-            points = Curve(x[keep], np.array(REFERENCE_MSE)[keep])
-            authors = Series("the authors' log", points, _PALE, marks=True, hollow=True)
-            note = "Open circles: the authors' training log, mean over the last 100 steps."
-            chart = Chart(chart.title, (*chart.series, authors), wide=True, x_log=True, file=chart.file, note=note)
-            header = ("step", "authors", *(run.name for run in alike))
-            for step, value in zip(REFERENCE_STEPS, REFERENCE_MSE, strict=True):
-                ours = [loss_at(run, step * batch) for run in alike]
-                if any(value is not None for value in ours):
-                    table.append((f"{step:,}", f"{value:.4f}", *(_against(found, value) for found in ours)))
-            text = (
-                f"Velocity MSE against the authors' training log: the settings are those of {HEADLINE}. The comparison "
-                "holds where the latents are those of the released VA-VAE f16d32 on ImageNet."
-            )
-        charts.append(chart)
-    charts = [chart for chart in charts if chart.series]
-    return Section("Loss", charts=charts, table=table, header=header if table else (), text=text) if charts else None
+    if alike:
+        x, y = np.array(REFERENCE_STEPS, np.float64) * REFERENCE_BATCH, np.array(REFERENCE_MSE)
+        keep = x <= max(1.2 * max(run.log.images for run in alike), x[3])
+        authors = Series("the authors' log", Curve(x[keep], y[keep]), GREY, "rings")
+        note = "Open circles: the authors' training log, mean over the last 100 steps."
+        mse = replace(mse, series=(*mse.series, authors), note=note)
+        text = (
+            f"Velocity MSE against the authors' training log: the settings are those of {HEADLINE}. The comparison "
+            "holds where the latents are those of the released VA-VAE f16d32 on ImageNet."
+        )
+        for step, value in zip(REFERENCE_STEPS, REFERENCE_MSE, strict=True):
+            ours = [loss_at(run, step * REFERENCE_BATCH) for run in alike]
+            if any(found is not None for found in ours):
+                cells = ("-" if found is None else f"{found:.4f} ({found / value - 1:+.1%})" for found in ours)
+                table.append((f"{step:,}", f"{value:.4f}", *cells))
+        header = ("step", "authors", *(run.name for run in alike)) if table else ()
+    charts = [chart for chart in (_wide("Loss", runs, "loss"), mse) if chart.series]
+    return Section("Loss", charts=charts, table=table, header=header, text=text) if charts else None
 
 
-def _against(found: float | None, reference: float) -> str:
-    return "-" if found is None else f"{found:.4f} ({found / reference - 1:+.1%})"
-
-
-def _speed_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | None:
+def _speed_section(runs: Sequence[Run]) -> Section | None:
     """Throughput and utilisation over hours of training."""
-    named = []
-    for run in runs:
-        now = progress(run)
-        curves = {}
-        for name in _SPEED:
-            if now is not None and (curve := run.log.curves.get(name)) is not None:
-                y = curve.y * 100 if _UNITS.get(name) == "%" else curve.y
-                curves[name] = Curve(np.interp(curve.x, now.hours.x, now.hours.y), y)
-        named.append((run.name, curves))
-    charts = quantity_charts(named, _SPEED, colors=[colors[run.name] for run in runs])
-    charts = [replace(chart, x_label="hours of training") for chart in charts]
+    hours = {run.name: now.hours for run in runs if (now := progress(run)) is not None}
+    charts = []
+    for chart in quantity_charts([run for run in runs if run.name in hours], _SPEED):
+        factor = 100 if chart.y_label == "%" else 1
+        series = tuple(
+            replace(each, curve=Curve(np.interp(each.curve.x, hours[each.name].x, hours[each.name].y),
+                                      each.curve.y * factor))
+            for each in chart.series
+        )  # fmt: skip
+        charts.append(replace(chart, series=series, x_label="hours of training"))
     return Section("Throughput and utilisation", charts=charts) if charts else None
 
 
-def _evaluation_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | None:
+def _evaluation_section(runs: Sequence[Run]) -> Section | None:
     """Metrics over images, and how much sooner runs come to equal values."""
     names = dict.fromkeys(name for run in runs for name in run.evaluations.curves if name != "seconds")
     charts, rows = [], []
     for name in names:
         have = [run for run in runs if name in run.evaluations.curves]
-        curves = [run.evaluations.curves[name] for run in have]
-        found = speedup(name, curves)
-        series = tuple(Series(run.name, curve, colors[run.name]) for run, curve in zip(have, curves, strict=True))
-        note = "higher is better" if higher_is_better(name) else "lower is better"
-        level = None
+        series = tuple(Series(run.name, run.evaluations.curves[name], run.color) for run in have)
+        found = speedup(name, [each.curve for each in series])
+        note = f"{'Higher' if higher_is_better(name) else 'Lower'} is better"
         if found is not None:
-            level = found.value
-            slowest = max(found.images)
             note += f"; dotted: {short_number(found.value)}, the best value that all runs reach"
+            slowest = max(found.images)
             for run, images, at_most in zip(have, found.images, found.at_most, strict=True):
                 ratio = slowest / images if images > 0 else float("inf")
-                sign = "at most " if at_most else ""
                 times = "-" if images == slowest else f"{'over ' if at_most else ''}{ratio:.2f}x sooner"
-                rows.append((name, short_number(found.value), run.name, f"{sign}{short_number(images)}", times))
-        charts.append(Chart(name, series, wide=True, level=level, note=note[0].upper() + note[1:] + ".", file=name))
-    if not charts:
-        return None
+                needed = f"{'at most ' if at_most else ''}{short_number(images)}"
+                rows.append((name, short_number(found.value), run.name, needed, times))
+        level = None if found is None else found.value
+        charts.append(Chart(name, series, wide=True, level=level, note=f"{note}.", file=name))
     header = ("metric", "value", "run", "images needed", "against the slowest") if rows else ()
-    return Section("Metrics during training", charts=charts, table=rows, header=header)
+    return Section("Metrics during training", charts=charts, table=rows, header=header) if charts else None
 
 
 def _scores_section(runs: Sequence[Run]) -> Section | None:
     """What `vadit evaluate` found, a row per number."""
-    names = dict.fromkeys(name for run in runs for scores in run.scores for name in scores.metrics)
-    if not names:
-        return None
+    found = [{name: scores for scores in run.scores for name in scores.metrics} for run in runs]
     rows = []
-    for name in names:
-        cells = []
-        for run in runs:
-            found = [scores for scores in run.scores if name in scores.metrics]
-            value = "-"
-            if found:
-                spread = found[-1].spread.get(name)
-                value = f"{found[-1].metrics[name]:.5g}" + ("" if spread is None else f" ± {spread:.2g}")
-            cells.append(value)
+    for name in dict.fromkeys(name for each in found for name in each):
+        cells = ["-"] * len(runs)
+        for number, each in enumerate(found):
+            if name in each:
+                deviation = each[name].spread.get(name)
+                cells[number] = f"{each[name].metrics[name]:.5g}" + (f" ± {deviation:.2g}" if deviation else "")
         rows.append((name, *cells))
     papers = [run.config.paper.metric if run.config is not None else "" for run in runs]
-    if any(papers):
+    if rows and any(papers):
         rows.append(("the recipe's source reports", *(paper or "-" for paper in papers)))
-    return Section("Evaluation", table=rows, header=("metric", *(run.name for run in runs)))
+    return Section("Evaluation", table=rows, header=("metric", *(run.name for run in runs))) if rows else None
 
 
 # ------------------------------------------------------------------------------------------ the frontier (Figure 2)
 
 TABLE_2 = [row for row in TOKENIZERS if "2" in row.tables]
 """Tokenizers f16d16, f16d32 and f16d64, without and with alignment, and FID-10K of the generators on their latents."""
-SIZES = {(size["hidden_size"], size["depth"]): letter for letter, size in DIT_SIZES.items()}
-"""The paper's letters by width and depth."""
 
 
-def _frontier_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | None:
+def _frontier_section(runs: Sequence[Run]) -> Section | None:
     """rFID of the tokenizer against gFID of the generator, for runs whose folder holds both numbers.
 
     gFID is the one that most runs have, without guidance before with it: numbers of two protocols share no axis.
@@ -347,22 +288,20 @@ def _frontier_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | 
     if not counts:
         return None
     protocol = max(counts, key=lambda name: (counts[name], "cfg" not in name))
-    points = [(run, next(iter(rfid.values())), gfid[protocol]) for run, rfid, gfid in both if rfid and protocol in gfid]
-    series = [
-        Series(run.name, Curve(np.array([rfid]), np.array([gfid])), colors[run.name], marks=True)
-        for run, rfid, gfid in points
-    ]
+    series, sizes = [], set()
+    for run, rfid, gfid in both:
+        if rfid and protocol in gfid:
+            point = Curve(np.array([next(iter(rfid.values()))]), np.array([gfid[protocol]]))
+            series.append(Series(run.name, point, run.color, "dots"))
+            sizes.add(_size(run))
     left_out = [run.name for run, rfid, gfid in both if (rfid or gfid) and not (rfid and protocol in gfid)]
     notes = [f"Not drawn, for lack of rFID or of {protocol}: {', '.join(left_out)}."] if left_out else []
-    if protocol.startswith("fid10k_dopri5"):
-        for size in dict.fromkeys(_size(run) for run, _, _ in points):
-            letter = SIZES.get(size, "")
-            if letter in TABLE_2[0].fid_10k:
-                values = np.array([(row.scores[0], row.fid_10k[letter]) for row in TABLE_2])
-                names = tuple(f"d{row.channels} {row.foundation}".removesuffix(" none") for row in TABLE_2)
-                published = f"published, LightningDiT-{letter}"
-                curve = Curve(values[:, 0], values[:, 1])
-                series.append(Series(published, curve, _PALE, marks=True, hollow=True, labels=names))
+    for letter in TABLE_2[0].fid_10k if protocol.startswith("fid10k_dopri5") else ():
+        if letter in sizes:
+            values = np.array([(row.scores[0], row.fid_10k[letter]) for row in TABLE_2])
+            labels = tuple(f"d{row.channels} {row.foundation}".removesuffix(" none") for row in TABLE_2)
+            curve = Curve(values[:, 0], values[:, 1])
+            series.append(Series(f"published, LightningDiT-{letter}", curve, GREY, "rings", labels))
     chart = Chart(
         "Reconstruction and generation", tuple(series), x_label="rFID of the tokenizer", y_label=protocol,
         x_from_zero=False, may_be_log=False, wide=True, file="frontier",
@@ -371,9 +310,12 @@ def _frontier_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | 
     return Section("Frontier of tokenizers", charts=[chart], notes=notes)
 
 
-def _size(run: Run) -> tuple[int, int]:
-    model = getattr(run.config, "model", None)
-    return (0, 0) if model is None else (model.hidden_size, model.depth)
+def _size(run: Run) -> str:
+    """The paper's letter of a generator's size, or nothing."""
+    model = run.config.model if isinstance(run.config, DiTConfig) else None
+    sizes = (letter for letter, size in DIT_SIZES.items()
+             if model and (model.hidden_size, model.depth) == (size["hidden_size"], size["depth"]))  # fmt: skip
+    return next(sizes, "")
 
 
 # ------------------------------------------------------------------------------------------ pictures and the rest
@@ -382,38 +324,28 @@ def _size(run: Run) -> tuple[int, int]:
 def _grids_section(runs: Sequence[Run]) -> Section | None:
     images, notes = [], []
     for run in runs:
-        there = [(seen, path) for seen, path in run.grids if is_picture(path)]
-        if missing := len(run.grids) - len(there):
+        whole = [(seen, path) for seen, path in run.grids if is_picture(path)]
+        if missing := len(run.grids) - len(whole):
             notes.append(f"{run.name}: {missing} pictures are gone or damaged.")
-        chosen = np.unique(np.linspace(0, len(there) - 1, min(GRIDS_PER_RUN, len(there))).round().astype(int))
-        for seen, path in (there[number] for number in chosen):
-            images.append((f"{run.name}, {seen:,.0f} images", Path(path)))
+        for seen, path in (whole[number] for number in spread(len(whole), GRIDS_PER_RUN)):
+            images.append((f"{run.name}, {seen:,.0f} images", path))
     title = "Samples" if runs[0].kind != "tokenizer" else "Reconstructions"
     text = "The same seed each time." if images else ""
     return Section(title, images=images, text=text, notes=notes) if images or notes else None
 
 
-def _rest_section(runs: Sequence[Run], colors: dict[str, int]) -> Section | None:
+def _rest_section(runs: Sequence[Run]) -> Section | None:
     """Every other logged quantity, and the settings: all of them, and first what differs."""
-    named = [(run.name, run.log.curves) for run in runs]
-    charts = quantity_charts(named, colors=[colors[run.name] for run in runs], without=_TOLD_ELSEWHERE)
-    charts = [replace(chart, file="") for chart in charts]  # on the page alone
+    charts = [replace(chart, file="") for chart in quantity_charts(runs, without=_SHOWN_ELSEWHERE)]  # on the page alone
     files = [(f"All settings of {run.name}", run.folder / "config.json") for run in runs]
     files = [(name, path) for name, path in files if path.is_file()]
     rows = different_settings(runs) if len(runs) > 1 else []
-    if not (charts or files):
-        return None
     header = ("setting that differs", *(run.name for run in runs)) if rows else ()
-    return Section("Everything else that was logged, and settings", charts=charts, table=rows, header=header,
-                   settings=files)  # fmt: skip
+    title = "Everything else that was logged, and settings"
+    return Section(title, charts=charts, table=rows, header=header, settings=files) if charts or files else None
 
 
 # ------------------------------------------------------------------------------------------ words
-
-
-def _wide(title: str, name: str, runs: Sequence[Run], colors: dict[str, int]) -> Chart:
-    series = tuple(Series(run.name, run.log.curves[name], colors[run.name]) for run in runs if name in run.log.curves)
-    return Chart(title, series, wide=True, x_log=True, file=name)
 
 
 def _last(run: Run, name: str, *, share: bool = False) -> str:
@@ -435,11 +367,10 @@ def _hours(hours: float) -> str:
 def _what(run: Run) -> str:
     if run.config is None:
         return "-"
-    source = run.config.paper.source
-    spec = getattr(run.config, "model", None)
-    if spec is None:
-        tokenizer = run.config.autoencoder  # type: ignore[union-attr]
-        network = f"f{tokenizer.downsample_ratio}d{tokenizer.latent_channels}, {run.config.foundation.name}"  # type: ignore[union-attr]
-    else:
+    if isinstance(run.config, DiTConfig):
+        spec = run.config.model
         network = f"{spec.depth} x {spec.hidden_size}, patch {spec.patch_size}"
-    return f"{network}; {source}" if source else network
+    else:
+        tokenizer = run.config.autoencoder
+        network = f"f{tokenizer.downsample_ratio}d{tokenizer.latent_channels}, {run.config.foundation.name}"
+    return ", ".join(filter(None, (network, run.config.paper.source)))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
 from vadit.eval.metrics import count_name
-from vadit.eval.samples import SampleScorer, spread
+from vadit.eval.samples import SampleScorer
 from vadit.eval.tokenizer import psnr, reconstruct
 from vadit.images.loader import ImageSet
 from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
@@ -36,6 +36,7 @@ from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
 from vadit.runtime.run_log import RunLog
+from vadit.runtime.spread import spread
 from vadit.sampling.draw import decode, draw, sampler_name, spare_points
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.checkpoint.export import load_autoencoder
