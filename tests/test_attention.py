@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_plain import logged, tiny_dit
 
-from vadit.config import DiTConfig, EngineSpec, TokenizerConfig
-from vadit.config.files import load_run_config
+from vadit.config import EngineSpec
 from vadit.models import attention
 from vadit.models.dit import Attention, Block, LightningDiT
-from vadit.runtime.errors import UsageError
 from vadit.train import dit
 
 CPU = torch.device("cpu")
@@ -168,13 +166,3 @@ def test_a_run_keeps_and_tells_its_choice(tmp_path: Path, capsys: pytest.Capture
     assert names == {"auto": "torch", "math": "math", "cudnn": "torch"}
     assert logged(tmp_path / "cudnn") == logged(tmp_path / "auto")
     assert logged(tmp_path / "math") == pytest.approx(logged(tmp_path / "auto"), rel=1e-5)
-
-
-def test_a_bad_request_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"engine\.attention"):
-        TokenizerConfig(engine=EngineSpec(attention="math"))
-    config = tmp_path / "config.json"
-    dit.runs.save_config(DiTConfig(), config)
-    config.write_text(config.read_text().replace('"attention": "auto"', '"attention": "fastest"'))
-    with pytest.raises(UsageError, match="attention"):
-        load_run_config(tmp_path)

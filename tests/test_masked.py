@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
+from vadit.config import DiTSpec, FlowSpec, MaskSpec
 from vadit.models.dit import LightningDiT
 from vadit.models.masked import (
     MDT,
@@ -25,7 +25,6 @@ from vadit.models.masked import (
     relative_entries,
 )
 from vadit.objectives import flow, masked
-from vadit.recipes import get_recipe
 from vadit.runtime.errors import UsageError
 
 SPEC = DiTSpec(
@@ -343,51 +342,3 @@ def test_without_masked_tokens_it_would_be_the_flow_loss() -> None:
     )
     assert found.mse.item() == pytest.approx(expected.mse.item(), rel=1e-6)
     assert found.direction.item() == pytest.approx(expected.direction.item(), rel=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ settings
-
-
-def config(**changes: Any) -> DiTConfig:
-    base = get_recipe("lightningdit-b-debug")
-    assert isinstance(base, DiTConfig)
-    parts = {
-        part: dataclasses.replace(getattr(base, part), **values) for part, values in changes.items() if part != "mask"
-    }
-    return dataclasses.replace(base, **parts, mask=dataclasses.replace(MASKDIT, **changes.get("mask", {})))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"mask": {"ratio": 0.0}}, "mask.ratio"),
-        ({"mask": {"ratio": 1.0}}, "mask.ratio"),
-        ({"mask": {"ratio": 0.99}}, "mask.ratio"),
-        ({"mask": {"decoder_depth": 0}}, "mask.decoder_depth"),
-        ({"mask": {"decoder_width": 34}}, "mask.decoder_width"),
-        ({"mask": {"decoder_heads": 16}}, "mask.decoder_heads"),
-        ({"mask": {"kind": "mdt", "decoder_depth": 2}}, "mask.decoder_depth"),
-        ({"mask": {"kind": "mdt", "decoder_depth": 1, "unmasked_after_images": 8}}, "unmasked_after_images"),
-        ({"mask": {"kind": "mdt", "decoder_depth": 1}, "engine": {"compile": True, "zero_stage": 3}}, "engine.compile"),
-        (
-            {
-                "mask": {"kind": "mdt", "decoder_depth": 1},
-                "model": {"rope": False},
-                "engine": {"attention": "flash"},
-            },
-            "engine.attention",
-        ),
-        ({"flow": {"path": "gvp"}}, "flow.path"),
-        ({"flow": {"prediction": "noise"}}, "flow.prediction"),
-        ({"flow": {"objective": "ddpm"}, "model": {"learn_sigma": True}}, "flow.objective"),
-        ({"flow": {"dispersive_weight": 0.5}}, "dispersive_weight"),
-        ({"flow": {"contrastive_weight": 0.05}}, "contrastive_weight"),
-        ({"repa": {"weight": 0.5, "block": 1}}, "repa.weight"),
-        ({"model": {"value_residual": True}}, "value_residual"),
-        ({"model": {"in_channels": 1}}, "more than one number"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], named: str) -> None:
-    config()
-    with pytest.raises(UsageError, match=named):
-        config(**changes)

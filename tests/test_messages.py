@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,7 @@ from vadit.commands import convert, encode, evaluate, prepare, report, sample, t
 from vadit.commands.arguments import flags_of, parse
 from vadit.config import (
     DiTConfig,
-    DiTSpec,
-    EngineSpec,
-    FlowSpec,
-    FoundationSpec,
-    MaskSpec,
-    RepaSpec,
     StageSpec,
-    TokenizerConfig,
-    TokenizerLossSpec,
 )
 from vadit.config.files import save_config
 from vadit.demo.options import DemoOptions
@@ -170,49 +162,6 @@ def test_a_file_of_the_authors_is_no_damaged_one(tmp_path: Path) -> None:
     torch.save({"ema": {}}, tmp_path / "theirs.pt")
     with pytest.raises(UsageError, match=r"is a file of \.pt; needed: a run, .* `vadit import .*theirs\.pt --out"):
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))
-
-
-# ------------------------------------------------------------------------------------------------ settings that clash
-
-
-@pytest.mark.parametrize(
-    ("make", "parts"),
-    [
-        (
-            lambda: TokenizerConfig(engine=EngineSpec(float8="rowwise")),
-            ["engine.float8 is rowwise, which is for generators", "leave out --engine.float8"],
-        ),
-        (
-            lambda: TokenizerConfig(engine=EngineSpec(attention="flash")),
-            ["engine.attention is flash, which is for generators", "set --engine.attention auto"],
-        ),
-        (
-            lambda: TokenizerConfig(foundation=FoundationSpec(name="none"), loss=TokenizerLossSpec(vf_weight=0.3)),
-            ["loss.vf_weight is 0.3 but", "set --loss.vf-weight 0, or --foundation.name dinov2"],
-        ),
-        (
-            lambda: DiTConfig(flow=FlowSpec(contrastive_weight=0.1, prediction="noise")),
-            ["is 0.1, but flow.objective is flow and flow.prediction noise", "set --flow.contrastive-weight 0"],
-        ),
-        (
-            lambda: DiTConfig(engine=EngineSpec(precision="bf16", zero_stage=0)),
-            ["engine.zero_stage 0; bf16 needs", "set --engine.zero-stage 1, or --engine.precision autocast"],
-        ),
-        (
-            lambda: DiTConfig(mask=MaskSpec(kind="maskdit"), repa=RepaSpec(weight=0.5)),
-            ["mask.kind is maskdit and repa.weight is on", "set --mask.kind none, or --repa.weight 0"],
-        ),
-        (
-            lambda: DiTConfig(mask=MaskSpec(kind="mdt"), model=DiTSpec(value_residual=True)),
-            ["model.value_residual is on", "or --model.no-value-residual"],
-        ),
-    ],
-)
-def test_settings_that_clash_are_told_with_what_to_set(make: Callable[[], object], parts: list[str]) -> None:
-    with pytest.raises(UsageError) as caught:
-        make()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ per command

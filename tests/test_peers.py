@@ -18,7 +18,7 @@ import pytest
 import torch
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
-from vadit.config import DiTConfig, EngineSpec, OptimizerSpec
+from vadit.config import DiTConfig, OptimizerSpec
 from vadit.models.dit import LightningDiT
 from vadit.runtime.errors import UsageError
 from vadit.train import dit, float8, optimizers, runs, tokenizer
@@ -180,20 +180,6 @@ def test_resume_goes_on_with_apex_and_refuses_without(
     dit.train(resumed)
     assert apex.made[-1].param_groups[0]["step"] == 4  # it was restored, or the bias correction would start anew
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "spec", "told"),
-    [
-        ({"kind": "apex_fused"}, {"offload_optimizer": True}, "engine.offload_optimizer"),
-        ({}, {"float8": "rowwise", "precision": "fp32"}, "engine.precision"),
-        ({}, {"float8": "rowwise", "precision": "bf16", "zero_stage": 3}, "engine.zero_stage 3"),
-    ],
-)
-def test_combinations_that_cannot_work_are_refused(optimizer: Any, spec: Any, told: str) -> None:
-    with pytest.raises(UsageError) as error:
-        DiTConfig(optimizer=OptimizerSpec(**optimizer), engine=EngineSpec(**spec))
-    assert told in str(error.value) and "set --" in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ float8

@@ -88,8 +88,7 @@ class TokenizerConfig:
     kind: Literal["tokenizer"] = "tokenizer"
 
     def __post_init__(self) -> None:
-        _check_run(self.run, self.engine)
-        _check_guard(self.run, self.guard)
+        _check_optimizer(self.optimizer, self.engine)
         if self.engine.float8 is not None:
             raise UsageError(
                 f"engine.float8 is {self.engine.float8}, which is for generators; leave out --engine.float8"
@@ -98,13 +97,11 @@ class TokenizerConfig:
             raise UsageError(
                 f"engine.attention is {self.engine.attention}, which is for generators; set --engine.attention auto"
             )
-        _check_peers(self.optimizer, self.engine)
         if self.engine.compile and self.engine.zero_stage == 3:
             raise UsageError(
                 "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
                 "blocks twice, which compiled blocks cannot share with ZeRO 3; set --engine.zero-stage 2"
             )
-        _check_evaluation(self.evaluation)
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
                 f"loss.vf_weight is {self.loss.vf_weight} but foundation.name is none; set --loss.vf-weight 0, or "
@@ -131,10 +128,8 @@ class DiTConfig:
     kind: Literal["dit"] = "dit"
 
     def __post_init__(self) -> None:
-        _check_run(self.run, self.engine)
-        _check_guard(self.run, self.guard)
-        _check_peers(self.optimizer, self.engine)
-        _check_evaluation(self.evaluation)
+        _check_optimizer(self.optimizer, self.engine)
+        _check_float8(self.engine)
         if self.evaluation.every_images and self.evaluation.tokenizer is None:
             raise UsageError(
                 f"evaluation.every_images is {self.evaluation.every_images}, but nothing decodes the samples; set "
@@ -142,7 +137,8 @@ class DiTConfig:
             )
         if self.flow.objective == "ddpm" and not self.model.learn_sigma:
             raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
-        _check_switches(self.model, self.flow, self.repa)
+        if self.repa.weight > 0 and not 1 <= self.repa.block <= self.model.depth:
+            raise UsageError(f"repa.block is {self.repa.block}; the generator has blocks 1 to {self.model.depth}")
         if self.mask.kind != "none":
             check_masks(self.mask, self.model, self.flow, self.repa, self.engine)
 
@@ -150,77 +146,7 @@ class DiTConfig:
 Config = TokenizerConfig | DiTConfig
 
 
-def _check_switches(model: DiTSpec, flow: FlowSpec, repa: RepaSpec) -> None:
-    for name, value in (
-        ("repa.weight", repa.weight),
-        ("flow.contrastive_weight", flow.contrastive_weight),
-        ("flow.dispersive_weight", flow.dispersive_weight),
-    ):
-        if value < 0:
-            raise UsageError(f"{name} is {value}; it must be at least 0 (0: off)")
-    if not flow.time_shift > 0:
-        raise UsageError(f"flow.time_shift is {flow.time_shift}; it must be above 0")
-    if flow.time_shift != 1 and flow.objective != "flow":
-        raise UsageError(f"flow.time_shift is of flow.objective flow, found {flow.objective}; set it to 1")
-    if repa.weight > 0 and repa.projector_width < 1:
-        raise UsageError(f"repa.projector_width is {repa.projector_width}; it must be at least 1")
-    velocity = flow.objective == "flow" and flow.prediction == "velocity"
-    if flow.contrastive_weight > 0 and not velocity:
-        raise UsageError(
-            f"flow.contrastive_weight is {flow.contrastive_weight}, but flow.objective is {flow.objective} and "
-            f"flow.prediction {flow.prediction}; it needs flow and velocity: set --flow.contrastive-weight 0"
-        )
-    if repa.weight > 0 and not 1 <= repa.block <= model.depth:
-        raise UsageError(f"repa.block is {repa.block}; the generator has blocks 1 to {model.depth}")
-
-
-def _check_run(run: RunSpec, engine: EngineSpec) -> None:
-    for name in ("total_images", "batch_size", "log_every_images", "save_every_images", "keep_checkpoints"):
-        if getattr(run, name) < 1:
-            raise UsageError(f"run.{name} is {getattr(run, name)}; it must be at least 1")
-    if engine.gradient_accumulation < 1:
-        raise UsageError(f"engine.gradient_accumulation is {engine.gradient_accumulation}; it must be at least 1")
-    if any(not 0 <= decay < 1 for decay in engine.ema_decays):
-        raise UsageError(f"engine.ema_decays {engine.ema_decays}: every decay must be in [0, 1)")
-    if engine.precision == "bf16" and engine.zero_stage == 0:
-        raise UsageError(
-            "engine.precision is bf16 and engine.zero_stage 0; bf16 needs stage 1, 2 or 3 (its fp32 weights lie in "
-            "ZeRO): set --engine.zero-stage 1, or --engine.precision autocast"
-        )
-    if engine.offload_weights and engine.zero_stage != 3:
-        raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {engine.zero_stage}")
-
-
-def _check_evaluation(evaluation: EvaluationSpec) -> None:
-    for name, low in (("every_images", 0), ("grid_images", 1), ("steps", 1), ("num_samples", 2)):
-        if getattr(evaluation, name) < low:
-            raise UsageError(f"evaluation.{name} is {getattr(evaluation, name)}; it must be at least {low}")
-    if (evaluation.reference is None) != (evaluation.inception_weights is None):
-        raise UsageError(
-            "FID and KID need both evaluation.reference and evaluation.inception_weights; set the other one, too, or "
-            "neither"
-        )
-
-
-def _check_guard(run: RunSpec, guard: GuardSpec) -> None:
-    if run.keep_every_images is not None and run.keep_every_images < 1:
-        raise UsageError(f"run.keep_every_images is {run.keep_every_images}; it must be at least 1, or left out")
-    if run.peak_tflops is not None and not run.peak_tflops > 0:
-        raise UsageError(f"run.peak_tflops is {run.peak_tflops}; it must be above 0, or left out")
-    if run.hang_timeout_s < 0:
-        raise UsageError(f"run.hang_timeout_s is {run.hang_timeout_s}; it must be at least 0 (0: never)")
-    for name, off in (("spike_factor", guard.spike_factor), ("jump_factor", guard.jump_factor)):
-        if off != 0 and not off > 1:
-            raise UsageError(f"guard.{name} is {off}; it must be above 1, or 0 to switch it off")
-    for name, low in (("spike_window", 8), ("max_skips_in_row", 1), ("max_rollbacks", 0)):
-        if getattr(guard, name) < low:
-            raise UsageError(f"guard.{name} is {getattr(guard, name)}; it must be at least {low}")
-    if not 0 < guard.rollback_lr_factor <= 1:
-        raise UsageError(f"guard.rollback_lr_factor is {guard.rollback_lr_factor}; it must be in (0, 1]")
-
-
-def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
-    """Refuse combinations that other people's kernels cannot do, or that would undo what they are for."""
+def _check_optimizer(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
     if optimizer.kind != "adamw" and engine.offload_optimizer:
         raise UsageError(
             f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
@@ -231,6 +157,9 @@ def _check_peers(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
             f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "
             "set --engine.zero-stage 0"
         )
+
+
+def _check_float8(engine: EngineSpec) -> None:
     if engine.float8 is None:
         return
     if engine.precision == "fp32":

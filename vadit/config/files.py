@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vadit.config import DiTConfig, TokenizerConfig
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.runtime.errors import UsageError
+from vadit.runtime.files import saved_file
 
 T = TypeVar("T")
 
@@ -23,14 +23,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
-    path = Path(path)
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
-        ) from None
+    with saved_file(Path(path)) as partial:
+        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
@@ -42,6 +36,8 @@ def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if refused := first.get("ctx", {}).get("error"):  # by the Spec itself, which names the setting
+            raise UsageError(f"{origin}: {refused}") from None
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{origin}: {where}: {first['msg']} (found {first['input']!r})") from None
 

@@ -16,8 +16,6 @@ def check_masks(mask: MaskSpec, model: DiTSpec, flow: FlowSpec, repa: RepaSpec, 
             f"mask.ratio is {mask.ratio}; of {tokens} tokens some must be masked and some visible "
             "(MaskDiT: 0.5, MDT: 0.3)"
         )
-    if mask.decoder_depth < 1:
-        raise UsageError(f"mask.decoder_depth is {mask.decoder_depth}; it must be at least 1")
     for name, is_on, off in (
         ("repa.weight", repa.weight > 0, "--repa.weight 0"),
         ("flow.dispersive_weight", flow.dispersive_weight > 0, "--flow.dispersive-weight 0"),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vadit.config.networks import FoundationSpec
+from vadit.config.ranges import at_least
+from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,18 @@ class FlowSpec:
     dispersive_weight: float = 0.0
     """Weight of the dispersive loss on the output of the first quarter's last block (Wang & He 2025: 0.5)."""
 
+    def __post_init__(self) -> None:
+        at_least("flow", self, contrastive_weight=0, dispersive_weight=0)
+        if not self.time_shift > 0:
+            raise UsageError(f"flow.time_shift is {self.time_shift}; it must be above 0")
+        if self.time_shift != 1 and self.objective != "flow":
+            raise UsageError(f"flow.time_shift is of flow.objective flow, found {self.objective}; set it to 1")
+        if self.contrastive_weight > 0 and (self.objective, self.prediction) != ("flow", "velocity"):
+            raise UsageError(
+                f"flow.contrastive_weight is {self.contrastive_weight}, but flow.objective is {self.objective} and "
+                f"flow.prediction {self.prediction}; it needs flow and velocity: set --flow.contrastive-weight 0"
+            )
+
 
 @dataclass(frozen=True)
 class RepaSpec:
@@ -81,6 +95,9 @@ class RepaSpec:
     """cached: features that `vadit encode --features` wrote beside the latents; online: computed from data.images."""
     foundation: FoundationSpec = field(default_factory=FoundationSpec)
     """The foundation model; `cached` features must be of the same."""
+
+    def __post_init__(self) -> None:
+        at_least("repa", self, weight=0, projector_width=1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,9 @@ class MaskSpec:
     unmasked_after_images: int | None = None
     """From so many images on MaskDiT sees all tokens: the fine-tuning stage (0 with run.init_from: a run that is
     nothing else); left out: never."""
+
+    def __post_init__(self) -> None:
+        at_least("mask", self, decoder_depth=1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vadit.config.ranges import at_least
+from vadit.runtime.errors import UsageError
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -56,6 +59,18 @@ class EngineSpec:
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decay of each exponential moving average of the weights; empty for none."""
 
+    def __post_init__(self) -> None:
+        at_least("engine", self, gradient_accumulation=1)
+        if any(not 0 <= decay < 1 for decay in self.ema_decays):
+            raise UsageError(f"engine.ema_decays {self.ema_decays}: every decay must be in [0, 1)")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise UsageError(
+                "engine.precision is bf16 and engine.zero_stage 0; bf16 needs stage 1, 2 or 3 (its fp32 weights lie in "
+                "ZeRO): set --engine.zero-stage 1, or --engine.precision autocast"
+            )
+        if self.offload_weights and self.zero_stage != 3:
+            raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {self.zero_stage}")
+
 
 @dataclass(frozen=True)
 class GuardSpec:
@@ -75,6 +90,14 @@ class GuardSpec:
     """Times that a run goes back without reaching its next checkpoint before it stops with an error."""
     rollback_lr_factor: float = 1.0
     """Learning rate is multiplied by this at each going back."""
+
+    def __post_init__(self) -> None:
+        at_least("guard", self, spike_window=8, max_skips_in_row=1, max_rollbacks=0)
+        for name, factor in (("spike_factor", self.spike_factor), ("jump_factor", self.jump_factor)):
+            if factor != 0 and not factor > 1:
+                raise UsageError(f"guard.{name} is {factor}; it must be above 1, or 0 to switch it off")
+        if not 0 < self.rollback_lr_factor <= 1:
+            raise UsageError(f"guard.rollback_lr_factor is {self.rollback_lr_factor}; it must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -107,22 +130,29 @@ class RunSpec:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the run."""
     peak_tflops: float | None = None
-    """Peak of one GPU in TFLOP/s that utilisation (mfu) is told against; left out: by the GPU's name, where known."""
+    """Peak of one GPU in TFLOP/s that utilisation (mfu) refers to; left out: by the GPU's name, where known."""
     deterministic: bool = False
     """Bit-equal runs, slower on GPUs. Without it a GPU may add up in another order each time: the gradients of
     attention, class embeddings and upsampling, and convolutions, whose kernel cuDNN picks by timing."""
 
+    def __post_init__(self) -> None:
+        at_least("run", self, total_images=1, batch_size=1, log_every_images=1, save_every_images=1)
+        at_least("run", self, keep_checkpoints=1, keep_every_images=1, hang_timeout_s=0)
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UsageError(f"run.peak_tflops is {self.peak_tflops}; it must be above 0, or left out")
+
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """A look at the network while it trains; it changes no bit of the training, and may change between two starts.
+    """Evaluations of the network while it trains; they change no bit of the training.
 
-    A generator draws samples (its recipe's sampler in fewer steps, the first average's weights, always the same noise
-    and labels), a tokenizer reconstructs images; a picture of both is kept, and the numbers go beside the loss.
+    All of it may change between two starts. A generator draws samples (its recipe's sampler in fewer steps, the first
+    average's weights, always the same noise and labels), a tokenizer reconstructs images; a picture of both is kept,
+    and the numbers go beside the loss.
     """
 
     every_images: int = 0
-    """Images between two looks, and one at the end; 0: none."""
+    """Images between two evaluations, with one at the end; 0: none."""
     tokenizer: str | None = None
     """Tokenizer that decodes a generator's samples: a run folder, one from `vadit export` or `vadit import`, an
     AutoencoderKL of diffusers, or a file of the authors."""
@@ -136,3 +166,11 @@ class EvaluationSpec:
     """Reference for FID and KID: ADM's .npz, one of `vadit evaluate make-reference`, or a folder of PNGs."""
     inception_weights: str | None = None
     """torch-fidelity's Inception weights; without reference and weights there are pictures alone."""
+
+    def __post_init__(self) -> None:
+        at_least("evaluation", self, every_images=0, grid_images=1, steps=1, num_samples=2)
+        if (self.reference is None) != (self.inception_weights is None):
+            raise UsageError(
+                "FID and KID need both evaluation.reference and evaluation.inception_weights; set the other one, too, "
+                "or neither"
+            )

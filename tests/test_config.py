@@ -1,0 +1,190 @@
+"""Settings: the nearest value that each refuses and the one beside it that is taken, clashes, and configs from disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vadit.config import DiTConfig, MaskSpec, TokenizerConfig
+from vadit.config.files import load_run_config, save_config
+from vadit.runtime.errors import UsageError
+
+BASES = {
+    "dit": DiTConfig(),
+    "tokenizer": TokenizerConfig(),
+    "maskdit": DiTConfig(mask=MaskSpec(kind="maskdit")),
+    "mdt": DiTConfig(mask=MaskSpec(kind="mdt", decoder_depth=2)),
+}
+
+
+def changed(base: str, settings: dict[str, Any]) -> Any:
+    """The config with settings changed, given by their dotted names."""
+    config, groups = BASES[base], {}
+    for name, value in settings.items():
+        group, _, last = name.partition(".")
+        groups.setdefault(group, {})[last] = value
+    parts = {group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()}
+    return dataclasses.replace(config, **parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "taken"),
+    [
+        ("run.total_images", 0, 1),
+        ("run.batch_size", 0, 1),
+        ("run.log_every_images", 0, 1),
+        ("run.save_every_images", 0, 1),
+        ("run.keep_checkpoints", 0, 1),
+        ("run.keep_every_images", 0, 1),
+        ("run.hang_timeout_s", -1, 0),
+        ("run.peak_tflops", 0, 0.1),
+        ("engine.gradient_accumulation", 0, 1),
+        ("engine.ema_decays", (0.9, 1.0), (0.0, 0.9999)),
+        ("engine.ema_decays", (-0.1,), ()),
+        ("guard.spike_factor", 1.0, 1.1),
+        ("guard.spike_factor", -2.0, 0.0),
+        ("guard.jump_factor", 1.0, 1.1),
+        ("guard.spike_window", 7, 8),
+        ("guard.max_skips_in_row", 0, 1),
+        ("guard.max_rollbacks", -1, 0),
+        ("guard.rollback_lr_factor", 0.0, 0.1),
+        ("guard.rollback_lr_factor", 1.1, 1.0),
+        ("evaluation.every_images", -1, 0),
+        ("evaluation.grid_images", 0, 1),
+        ("evaluation.steps", 0, 1),
+        ("evaluation.num_samples", 1, 2),
+        ("flow.contrastive_weight", -0.1, 0.0),
+        ("flow.dispersive_weight", -0.1, 0.0),
+        ("flow.time_shift", 0.0, 0.1),
+        ("flow.time_shift", -1.0, 1.0),
+        ("repa.weight", -0.1, 0.0),
+        ("repa.projector_width", 0, 1),
+        ("mask.decoder_depth", 0, 1),
+    ],
+)
+def test_the_nearest_value_that_is_refused_and_the_one_beside_it(name: str, refused: Any, taken: Any) -> None:
+    changed("dit", {name: taken})
+    with pytest.raises(UsageError) as caught:
+        changed("dit", {name: refused})
+    assert str(caught.value).startswith((f"{name} is {refused};", f"{name} {refused}:"))
+
+
+FLOAT8 = {"engine.float8": "rowwise"}
+MDT_CLASHES: dict[str, Any] = {
+    "mask.unmasked_after_images": {"mask.unmasked_after_images": 8},
+    "engine.compile": {"engine.compile": True, "engine.zero_stage": 3},
+    "engine.attention": {"model.rope": False, "engine.attention": "flash"},
+    "set --mask.kind none, or --model.no-value-residual": {"model.value_residual": True},
+    "mask.decoder_depth 28": {"mask.decoder_depth": 28},
+}
+MASKDIT_CLASHES: dict[str, Any] = {
+    "mask.ratio is 0.0": {"mask.ratio": 0.0},
+    "mask.ratio is 1.0": {"mask.ratio": 1.0},
+    "of 256 tokens some must be masked and some visible": {"mask.ratio": 0.999},
+    "mask.decoder_width 520 with mask.decoder_heads 16": {"mask.decoder_width": 520},
+    "mask.decoder_width 36 with mask.decoder_heads 6": {"mask.decoder_width": 36, "mask.decoder_heads": 6},
+    "found flow, gvp, velocity": {"flow.path": "gvp"},
+    "found flow, linear, noise": {"flow.prediction": "noise"},
+    "found ddpm, linear, velocity": {"flow.objective": "ddpm", "model.learn_sigma": True},
+    "flow.dispersive_weight is on": {"flow.dispersive_weight": 0.5},
+    "flow.contrastive_weight is on": {"flow.contrastive_weight": 0.05},
+    "set --mask.kind none, or --repa.weight 0": {"repa.weight": 0.5},
+    "engine.float8 is on": FLOAT8,
+    "more than one number": {"model.in_channels": 1},
+}
+DIT_CLASHES: dict[str, Any] = {
+    "set --engine.zero-stage 1, or --engine.precision autocast": {"engine.precision": "bf16", "engine.zero_stage": 0},
+    "engine.offload_weights needs engine.zero_stage 3, found 2": {
+        "engine.offload_weights": True,
+        "engine.zero_stage": 2,
+    },
+    "set --optimizer.kind adamw or --engine.no-offload-optimizer": {
+        "optimizer.kind": "apex_fused",
+        "engine.offload_optimizer": True,
+    },
+    "engine.zero_stage 1 cuts into shards": {"optimizer.kind": "muon"},
+    "set --engine.precision autocast or bf16": FLOAT8 | {"engine.precision": "fp32"},
+    "set --engine.zero-stage 2": FLOAT8 | {"engine.zero_stage": 3},
+    "found ddpm; set it to 1": {"flow.time_shift": 2.0, "flow.objective": "ddpm", "model.learn_sigma": True},
+    "flow.prediction noise; it needs flow and velocity": {
+        "flow.contrastive_weight": 0.1,
+        "flow.prediction": "noise",
+    },
+    "set --model.learn-sigma": {"flow.objective": "ddpm"},
+    "repa.block is 29; the generator has blocks 1 to 28": {"repa.weight": 0.5, "repa.block": 29},
+    "repa.block is 0": {"repa.weight": 0.5, "repa.block": 0},
+    "set --evaluation.tokenizer, or --evaluation.every-images 0": {"evaluation.every_images": 8},
+    "FID and KID need both": {"evaluation.reference": "x.npz"},
+    "model.hidden_size 1153 is not divisible": {"model.hidden_size": 1153},
+    "found 1152/64": {"model.num_heads": 64},
+    "model.input_size 16 is not divisible by model.patch_size 3": {"model.patch_size": 3},
+}
+TOKENIZER_CLASHES: dict[str, Any] = {
+    "leave out --engine.float8": FLOAT8,
+    "set --engine.attention auto": {"engine.attention": "flash"},
+    "set --engine.zero-stage 2": {"engine.compile": True, "engine.zero_stage": 3},
+    "set --loss.vf-weight 0, or --foundation.name dinov2": {"foundation.name": "none"},
+    "choose a multiple of 16": {"autoencoder.image_size": 250},
+    "norm_groups 48 does not divide the level width 128": {"autoencoder.norm_groups": 48},
+}
+CLASHES = {"dit": DIT_CLASHES, "tokenizer": TOKENIZER_CLASHES, "maskdit": MASKDIT_CLASHES, "mdt": MDT_CLASHES}
+
+
+@pytest.mark.parametrize(
+    ("base", "words"), [(base, words) for base, clashes in CLASHES.items() for words in clashes], ids=str
+)
+def test_settings_that_clash_are_refused_with_what_to_set(base: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        changed(base, CLASHES[base][words])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        ("dit", {"engine.precision": "bf16"}),
+        ("dit", {"engine.offload_weights": True, "engine.zero_stage": 3}),
+        ("dit", {"engine.offload_optimizer": True}),
+        ("dit", {"optimizer.kind": "muon", "engine.zero_stage": 0}),
+        ("dit", FLOAT8),
+        ("dit", {"flow.contrastive_weight": 0.1, "flow.time_shift": 2.0}),
+        ("dit", {"repa.weight": 0.5, "repa.block": 28}),
+        ("dit", {"repa.weight": 0.0, "repa.block": 99}),
+        ("dit", {"model.num_heads": 64, "model.rope": False}),
+        ("tokenizer", {"engine.compile": True, "engine.zero_stage": 2}),
+        ("tokenizer", {"loss.vf_weight": 0.0, "foundation.name": "none"}),
+        ("maskdit", {"mask.unmasked_after_images": 0}),
+        ("mdt", {"mask.decoder_depth": 27}),
+        ("mdt", {"engine.attention": "flash"}),
+        ("mdt", {"engine.compile": True, "engine.zero_stage": 2}),
+    ],
+    ids=str,
+)
+def test_what_is_beside_a_clash_is_taken(base: str, settings: dict[str, Any]) -> None:
+    changed(base, settings)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"batch_size"', '"bach_size"', "unknown setting run.bach_size; did you mean run.batch_size?"),
+        ('"run": {', '"runs": {', "unknown setting runs; did you mean run?"),
+        ('"batch_size": 1024', '"batch_size": 0', "run.batch_size is 0; it must be at least 1"),
+        ('"batch_size": 1024', '"batch_size": "many"', "run.batch_size: "),
+        ('"attention": "auto"', '"attention": "fastest"', "engine.attention: "),
+        ('"kind": "dit"', '"kind": "gan"', "kind is 'gan'; needed: tokenizer or dit"),
+    ],
+)
+def test_a_config_on_disk_is_checked_and_named(old: str, new: str, words: str, tmp_path: Path) -> None:
+    save_config(DiTConfig(), tmp_path / "config.json")
+    assert load_run_config(tmp_path) == DiTConfig()
+    text = (tmp_path / "config.json").read_text()
+    assert text.count(old) == 1 and json.loads(text)
+    (tmp_path / "config.json").write_text(text.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        load_run_config(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {words}")
