@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 550
+MAX_FUNCTION = 80
 FOLDERS = {"benchmarks", "csrc", "docs", "kernels", "launch", "tests", "vadit"}
 DOCUMENTS = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 FILES = {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
@@ -72,6 +74,55 @@ def test_top_level_holds_nothing_else() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_functions_are_short() -> None:
+    """Kernels excepted: one is as long as its formula."""
+    long = {
+        f"{path.relative_to(ROOT)}: {node.name}": length
+        for folder in ("vadit", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION
+    }
+    assert long.keys() <= {"vadit/latents/encode.py: encode", "vadit/train/loop.py: run"}
+
+
+def test_the_top_of_the_package_holds_the_door_alone() -> None:
+    assert {path.name for path in (ROOT / "vadit").glob("*.py")} <= {"__init__.py", "__main__.py", "cli.py"}
+
+
+@pytest.mark.parametrize("folder", ["vadit"])
+def test_no_files_import_each_other_in_a_circle(folder: str) -> None:
+    """Imports inside functions and for type checkers count, too."""
+    files = {module_name(path): path for path in (ROOT / folder).rglob("*.py")}
+    if folder == "benchmarks":  # they lie beside each other, and import so
+        files = {name.removeprefix("benchmarks."): path for name, path in files.items()}
+    graph = {name: imported_modules(path) & files.keys() - {name} for name, path in files.items()}
+    assert sum(map(len, graph.values())) > len(graph) // 2  # imports are found at all
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules that a file imports at any depth; of `from a import b` both a.b, which may be one, and a if it is not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if (ROOT / (name.replace(".", "/") + ".py")).is_file()}
+            modules |= {name for name in inner if (ROOT / name.replace(".", "/") / "__init__.py").is_file()}
+            found |= modules if len(modules) == len(inner) else modules | {node.module}
+    return found
 
 
 def test_kernels_folder_is_no_package() -> None:
