@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vadit import cli
-from vadit.commands.evaluate import _sampler_of
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
+from vadit.sampling.write import noted_sampler
 
 NUM_IMAGES, SIDE = 12, 64
 
@@ -92,8 +92,8 @@ def test_a_guide_changes_the_samples_is_named_and_must_fit(
         assert cli.main(sample(house, tmp_path / name, *more, "--cfg-scale", "20")) == 0
     ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("with", "without"))
     assert not np.array_equal(ours, theirs)
-    assert _sampler_of("unnamed", str(tmp_path / "with")) == "euler2_autoguided20_random"
-    assert _sampler_of("unnamed", str(tmp_path / "without")) == "euler2_cfg20_random"
+    assert noted_sampler(str(tmp_path / "with")) == "euler2_autoguided20_random"
+    assert noted_sampler(str(tmp_path / "without")) == "euler2_cfg20_random"
     other = get_recipe("lightningdit-b-debug")
     assert isinstance(other, DiTConfig)
     LightningDiT(dataclasses.replace(other.model, num_classes=7)).save_pretrained(tmp_path / "other")

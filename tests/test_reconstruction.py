@@ -1,27 +1,39 @@
-"""Reconstruction metrics: exact cases, and independence of the batch size."""
+"""Reconstruction metrics: exact cases, and independence of batches and processes."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from launched import free_port
+from PIL import Image
 from torch import Tensor
 
+from vadit import cli
+from vadit.config import AutoencoderSpec
 from vadit.eval import tokenizer as reconstruction
 from vadit.eval.metrics import frechet_distance, mean_and_covariance
 from vadit.images.pixels import to_signed, to_uint8
+from vadit.models.autoencoder import Autoencoder
+from vadit.runtime import distributed
 from vadit.runtime.errors import UsageError
 
 
-@dataclass
+@dataclasses.dataclass
 class Posterior:
     mean: Tensor
     std: Tensor
 
 
-@dataclass
+@dataclasses.dataclass
 class PixelCodec:
     """Latent = image; `noise` is the posterior's standard deviation, `offset` is added on the way back."""
 
@@ -41,6 +53,10 @@ def images(count: int, size: int = 16, seed: int = 0) -> Tensor:
     )
 
 
+def means(x: Tensor) -> Tensor:
+    return x.float().mean(dim=(2, 3))
+
+
 def test_to_uint8_and_to_signed_are_inverse_on_every_value() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_signed(pixels)), pixels)
@@ -57,7 +73,7 @@ def test_psnr_by_hand_is_per_image() -> None:
 
 
 def test_ssim_of_equal_and_of_constant_images() -> None:
-    x = to_signed(images(2))
+    x = to_signed(images(2, size=11))
     assert reconstruction.ssim(x, x).tolist() == pytest.approx([1, 1])
     # Constants a, b have no variance: only (2ab + c1) / (a^2 + b^2 + c1) is left, c1 = (0.01 * 2)^2.
     a, b, c1 = 0.5, -0.25, 0.02**2
@@ -69,52 +85,33 @@ def test_ssim_of_equal_and_of_constant_images() -> None:
 
 
 def test_a_perfect_tokenizer_is_perfect() -> None:
-    result = reconstruction.evaluate_tokenizer(
-        PixelCodec(), [images(4)], features=lambda x: x.flatten(1)[:, :5].float()
-    )
+    result = reconstruction.evaluate_tokenizer(PixelCodec(), [images(4)], features=means)
     assert (result.num_images, result.psnr) == (4, math.inf)
-    assert result.ssim == pytest.approx(1)
-    assert result.rfid == pytest.approx(0, abs=1e-6)
-    assert result.lpips is None
+    assert result.named() == {"psnr": math.inf, "ssim": pytest.approx(1), "rfid4": pytest.approx(0, abs=1e-6)}
 
 
-def test_numbers_do_not_depend_on_the_batch_size() -> None:
-    pixels = images(7)
+def test_the_latent_is_a_sample_of_the_posterior() -> None:
+    def evaluate(codec: PixelCodec, **options: object) -> float:
+        return reconstruction.evaluate_tokenizer(codec, [images(7)], **options).psnr  # type: ignore[arg-type]
 
-    def features(x: Tensor) -> Tensor:
-        return x.float().mean(dim=(2, 3))
-
-    def lpips(x: Tensor, y: Tensor) -> Tensor:
-        return (x - y).abs().mean(dim=(1, 2, 3), keepdim=True)
-
-    whole, split = (
-        reconstruction.evaluate_tokenizer(
-            PixelCodec(noise=0.1), pixels.split(size), lpips=lpips, features=features, seed=3
-        )
-        for size in (7, 2)
-    )
-    assert whole.psnr == split.psnr
-    for name in ("ssim", "lpips", "rfid"):
-        assert getattr(whole, name) == pytest.approx(getattr(split, name), rel=1e-5)
     # Noise of 0.1 in a range of 2 (clamped at the ends): about 10 log10(4 / 0.01) = 26 dB.
-    assert whole.psnr == pytest.approx(26, abs=0.5)
-    mode = reconstruction.evaluate_tokenizer(PixelCodec(noise=0.1), [pixels], posterior="mode")
-    assert mode.psnr == math.inf
-    other_seed = reconstruction.evaluate_tokenizer(PixelCodec(noise=0.1), [pixels], seed=4)
-    assert other_seed.psnr != whole.psnr
+    assert evaluate(PixelCodec(noise=0.1), seed=3) == pytest.approx(26, abs=0.5)
+    assert evaluate(PixelCodec(noise=0.1), seed=4) != evaluate(PixelCodec(noise=0.1), seed=3)
+    assert evaluate(PixelCodec(noise=0.1), posterior="mode") == math.inf
 
 
-def test_rfid_compares_with_the_very_images() -> None:
+def test_rfid_compares_with_the_very_images_and_lpips_sees_all_of_the_decoded() -> None:
     pixels = images(6) // 2
 
-    def features(x: Tensor) -> Tensor:
-        return x.float().mean(dim=(2, 3))
+    def lpips(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).mean(dim=(1, 2, 3), keepdim=True)
 
-    result = reconstruction.evaluate_tokenizer(PixelCodec(offset=0.2), [pixels], features=features)
+    result = reconstruction.evaluate_tokenizer(PixelCodec(offset=0.2), [pixels], features=means, lpips=lpips)
     moved = to_uint8(to_signed(pixels) + 0.2)
-    expected = frechet_distance(*mean_and_covariance(features(pixels)), *mean_and_covariance(features(moved)))
-    assert result.rfid == pytest.approx(expected)
-    assert expected > 100
+    expected = frechet_distance(*mean_and_covariance(means(pixels)), *mean_and_covariance(means(moved)))
+    assert result.rfid == pytest.approx(expected) and expected > 100
+    far = reconstruction.evaluate_tokenizer(PixelCodec(offset=2.0), [pixels], lpips=lpips)
+    assert (result.lpips, far.lpips) == (pytest.approx(0.2), pytest.approx(2.0))
 
 
 def test_unusable_input_is_refused() -> None:
@@ -129,3 +126,99 @@ def test_unusable_input_is_refused() -> None:
 
     with pytest.raises(UsageError, match="downsample ratio"):
         reconstruction.evaluate_tokenizer(Cropping(), [images(1)])
+
+
+def test_the_command_takes_a_folder_and_gives_means_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = AutoencoderSpec(image_size=16, latent_channels=2, base_channels=32, channel_multipliers=(1, 1))
+    torch.manual_seed(0)
+    tokenizer = Autoencoder(spec).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images(5)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{index}.png")
+    out = tmp_path / "numbers.json"
+    arguments = ["evaluate", "tokenizer", "--tokenizer", str(tmp_path / "tokenizer"), "--device", "cpu"]
+    arguments += ["--images", str(tmp_path / "images"), "--num-workers", "1", "--seeds", "2", "--seed", "7"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    each = [reconstruction.evaluate_tokenizer(tokenizer, [images(5)], seed=seed).psnr for seed in (7, 8)]
+    assert found["metrics"].keys() == {"psnr", "ssim"} and found["inputs"]["num_images"] == 5
+    assert found["metrics"]["psnr"] == pytest.approx(np.mean(each), rel=1e-6)
+    assert found["spread"]["psnr"] == pytest.approx(np.std(each, ddof=1), rel=1e-3)
+    assert cli.main([*arguments, "--posterior", "mode"]) == 2
+    assert "set --seeds 1" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+WORKER = """
+import torch
+from vadit.runtime import distributed
+torch.distributed.init_process_group("gloo")
+rank = distributed.rank()
+ids = torch.arange(rank, 5, 2)
+rows = torch.stack([ids.float(), -ids.float()], 1)
+order, values = distributed.all_rows(ids, rows, torch.device("cpu"))
+assert order.tolist() == [0, 2, 4, 1, 3], order
+assert torch.equal(values[:, 1], -order.float())
+empty = ids[:0] if rank == 1 else ids
+order, values = distributed.all_rows(empty, torch.zeros(0) if rank == 1 else rows, torch.device("cpu"))
+assert order.tolist() == [0, 2, 4] and values.shape == (3, 2)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_rows_of_two_processes_come_together() -> None:
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, error = worker.communicate(timeout=240)
+        assert worker.returncode == 0, error.decode()[-2000:]
+
+
+class UnevenCodec(PixelCodec):
+    """Its answer to an image depends, in the last bits, on how many images came with it, as a convolution's does."""
+
+    def encode(self, x: Tensor) -> Posterior:
+        return Posterior(x * (1 + 1e-3 * len(x)), torch.full_like(x, 0.1))
+
+
+def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = images(75, size=12)
+
+    def features(x: Tensor) -> Tensor:
+        return means(x) * (1 + 1e-3 * len(x))
+
+    def lpips(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs().mean(dim=(1, 2, 3)) * len(x)
+
+    def evaluate_all(batch: int, ids: list[int] | None = None) -> reconstruction.ReconstructionMetrics:
+        own = pixels if ids is None else pixels[ids]
+        return reconstruction.evaluate_tokenizer(
+            UnevenCodec(), own.split(batch), ids=ids, features=features, lpips=lpips
+        )
+
+    whole = evaluate_all(75)
+    assert whole.num_images == 75 and whole.named().keys() == {"psnr", "ssim", "lpips", "rfid75"}
+    assert all(evaluate_all(batch) == whole for batch in (1, 32, 40))
+    gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def record(ids: Tensor, rows: Tensor, on: torch.device) -> tuple[Tensor, Tensor]:
+        gathered.setdefault(distributed.rank(), []).append((ids, rows))
+        if distributed.rank() == 0:
+            return ids, rows
+        parts = [gathered[rank][len(gathered[1]) - 1] for rank in range(2)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    monkeypatch.setattr(distributed, "all_rows", record)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = None
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        found = evaluate_all(10, reconstruction.share_of_images(75))
+    assert found == whole

@@ -1,7 +1,8 @@
-"""Files to named numbers: what is read and refused, Inception's layers, and the evaluation as a whole."""
+"""Samples to named numbers: what is read and refused, Inception's layers, the evaluation as a whole, references."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -9,23 +10,137 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
-from vadit.eval import inception as inception_module
-from vadit.eval import samples
+from vadit import cli
+from vadit.config import FoundationSpec
+from vadit.eval import image_files, inception, samples
 from vadit.eval.inception import Inception, InceptionFeatures
-from vadit.eval.metrics import frechet_distance, inception_score, mean_and_covariance, precision_recall
+from vadit.eval.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_and_covariance,
+    precision_recall,
+    squared_mmd,
+)
+from vadit.models.foundation import ImageSummary
 from vadit.runtime.errors import RunError, UsageError
 
 
-def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size=(count, size, size, 3), dtype=np.uint8)
+def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size=(count, side, side, 3), dtype=np.uint8)
 
 
-def write_pngs(folder: Path, pictures: np.ndarray) -> Path:
-    folder.mkdir()
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{index}.png")
+def write_pngs(folder: Path, images: np.ndarray, digits: int = 6) -> Path:
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:0{digits}d}.png")
     return folder
+
+
+class SmallExtractor:
+    """Stands for Inception, whose 2048-wide eigenvalue problems take seconds each: 5, 4 and 3 numbers per image."""
+
+    seen = 0
+
+    def __init__(self, _weights: object, _device: object) -> None:
+        pass
+
+    def __call__(self, pixels: Tensor) -> InceptionFeatures:
+        SmallExtractor.seen += len(pixels)
+        values = pixels.float().flatten(1) / 255
+        return InceptionFeatures(values[:, :5], values[:, 5:9], values[:, 9:12].softmax(1))
+
+    def pool(self, pixels: Tensor) -> Tensor:
+        return self(pixels).pool
+
+
+def extract(images: np.ndarray) -> InceptionFeatures:
+    return SmallExtractor(None, None)(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(samples, "Inception", SmallExtractor)
+    (tmp_path / "weights.pth").write_bytes(b"not read")
+    return tmp_path
+
+
+def evaluate(drawn: Path, reference: Path, num_samples: int | None = None, **options: object) -> dict[str, float]:
+    evaluator = samples.SampleEvaluator(reference, inception_weights="x", batch_size=3, **options)  # type: ignore
+    return evaluator.evaluate(drawn, num_samples=num_samples)[1]
+
+
+# ------------------------------------------------------------------------------------------ sets of images
+
+
+def test_pngs_and_npz_give_the_same_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    images = pictures(11)
+    folder = write_pngs(tmp_path / "png", images, digits=1)  # 10.png sorts before 2.png by name
+    np.savez(tmp_path / "plain.npz", arr_0=images)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=images)
+    for path in (folder, tmp_path / "plain.npz", tmp_path / "small.npz"):
+        source = image_files.open_images(path)
+        assert (len(source), source.size) == (11, (16, 16))
+        batches = list(source.batches(4))
+        assert [len(batch) for batch in batches] == [4, 4, 3]
+        np.testing.assert_array_equal(np.concatenate(batches), images)
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(4, limit=5))), images[:5])
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(2, 4, 3))), images[3:7])
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(4, first=6))), images[6:])
+
+
+def test_what_vadit_sample_wrote_is_read_whole_or_refused(tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "images", pictures(4))
+    Image.fromarray(pictures(1, side=24)[0]).save(tmp_path / "grid.png")
+    (tmp_path / "settings.json").write_text("{}")
+    np.testing.assert_array_equal(np.concatenate(list(image_files.open_images(tmp_path).batches(8))), pictures(4))
+    (folder / "000001.png").unlink()
+    with pytest.raises(UsageError, match=r"lacks image 000001\.png"):
+        image_files.open_images(tmp_path)
+
+
+def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    def refuse(path: Path, match: str, kind: type[Exception] = UsageError) -> None:
+        with pytest.raises(kind, match=match):
+            list(image_files.open_images(path).batches(2))
+
+    lossy = write_pngs(tmp_path / "lossy", pictures(1))
+    Image.fromarray(pictures(1)[0]).save(lossy / "b.jpg")
+    refuse(lossy, "is a JPEG")
+    mixed = write_pngs(tmp_path / "mixed", pictures(2))
+    Image.fromarray(pictures(1, side=12)[0]).save(mixed / "000002.png")
+    refuse(mixed, "12x12 pixels, 000000.png is 16x16")
+    other = write_pngs(tmp_path / "other", pictures(2))
+    Image.fromarray(pictures(1)[0]).save(other / "2.webp")
+    refuse(other, r"2\.webp is no PNG")
+    disguised = write_pngs(tmp_path / "disguised", pictures(1))
+    Image.fromarray(pictures(1)[0]).save(disguised / "000001.png", format="jpeg")
+    refuse(disguised, "JPEG by its content")
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep" / "a.png")
+    refuse(tmp_path / "deep", "pixel mode I;16")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes((mixed / "000000.png").read_bytes()[:60])
+    refuse(tmp_path / "broken", "does not decode", RunError)
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", "no PNG files")
+    refuse(tmp_path / "missing", "does not exist")
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
+    refuse(tmp_path / "float.npz", "float32")
+    np.savez(tmp_path / "other.npz", images=pictures(2))
+    refuse(tmp_path / "other.npz", "no arr_0")
+    np.savez(tmp_path / "cut.npz", arr_0=pictures(2))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-40])
+    refuse(tmp_path / "cut.npz", "cannot be read", RunError)
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        np.save(tmp_path / "whole.npy", pictures(2))
+        archive.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-10])
+    refuse(tmp_path / "short.npz", "truncated", RunError)
+
+
+# ------------------------------------------------------------------------------------------ networks
 
 
 @pytest.fixture(scope="module")
@@ -38,88 +153,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda *_args, **_kw: None)
         torch.manual_seed(0)
         network = port.FeatureExtractorInceptionV3("random", ["2048"])
-    path = tmp_path_factory.mktemp("inception") / inception_module.WEIGHTS_FILE
+    path = tmp_path_factory.mktemp("inception") / inception.WEIGHTS_FILE
     torch.save(network.state_dict(), path)
     return path
-
-
-def test_pngs_and_npz_give_the_same_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    pictures = images(11)
-    folder = write_pngs(tmp_path / "png", pictures)  # 10.png sorts before 2.png by name
-    np.savez(tmp_path / "samples.npz", arr_0=pictures)
-    np.savez_compressed(tmp_path / "small.npz", arr_0=pictures)
-    for path in (folder, tmp_path / "samples.npz", tmp_path / "small.npz"):
-        source = samples.open_images(path)
-        assert (len(source), source.size) == (11, (12, 12))
-        batches = list(source.batches(4))
-        assert [len(batch) for batch in batches] == [4, 4, 3]
-        np.testing.assert_array_equal(np.concatenate(batches), pictures)
-        np.testing.assert_array_equal(np.concatenate(list(source.batches(4, limit=5))), pictures[:5])
-
-
-def test_a_sample_folder_is_read_without_its_grid(tmp_path: Path) -> None:
-    pictures = images(3)
-    write_pngs(tmp_path / "images", pictures)
-    Image.fromarray(images(1, 24)[0]).save(tmp_path / "grid.png")
-    np.testing.assert_array_equal(np.concatenate(list(samples.open_images(tmp_path).batches(8))), pictures)
-
-
-def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    def refuse(path: Path, match: str, kind: type[Exception] = UsageError) -> None:
-        with pytest.raises(kind, match=match):
-            list(samples.open_images(path).batches(2))
-
-    lossy = write_pngs(tmp_path / "lossy", images(1))
-    Image.fromarray(images(1)[0]).save(lossy / "b.jpg")
-    refuse(lossy, "is a JPEG")
-    mixed = write_pngs(tmp_path / "mixed", images(2))
-    Image.fromarray(images(1, 16)[0]).save(mixed / "2.png")
-    refuse(mixed, "16x16 pixels, 0.png is 12x12")
-    deep = tmp_path / "deep"
-    deep.mkdir()
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(deep / "a.png")
-    refuse(deep, "pixel mode I;16")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "a.png").write_bytes((mixed / "0.png").read_bytes()[:60])
-    refuse(broken, "does not decode", RunError)
-    (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "no PNG files")
-    refuse(tmp_path / "missing", "does not exist")
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
-    refuse(tmp_path / "float.npz", "float32")
-    np.savez(tmp_path / "other.npz", images=images(2))
-    refuse(tmp_path / "other.npz", "no arr_0")
-    np.savez(tmp_path / "cut.npz", arr_0=images(2))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-40])
-    refuse(tmp_path / "cut.npz", "cannot be read", RunError)
-    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
-        np.save(tmp_path / "whole.npy", images(2))
-        archive.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-10])
-    refuse(tmp_path / "short.npz", "truncated", RunError)
-
-
-def test_names_carry_count_and_sampler() -> None:
-    metrics = samples.SampleMetrics(50_000, 2.11, None, 252.3, 0.81, 0.58)
-    assert metrics.named("euler249") == {
-        "fid50k_euler249": 2.11,
-        "is50k_euler249": 252.3,
-        "precision50k_euler249": 0.81,
-        "recall50k_euler249": 0.58,
-    }
-    assert [samples.count_name(count) for count in (1797, 10_000, 500)] == ["1797", "10k", "500"]
-
-
-def test_feature_metrics_are_the_pure_functions(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    real, fake = generator.normal(size=(60, 4)), generator.normal(size=(50, 4)) + 0.5
-    probabilities = np.full((50, 10), 0.1)
-    found = samples.feature_metrics(torch.from_numpy(real), fake, probabilities_fake=probabilities)
-    assert (found.num_real, found.num_fake) == (60, 50)
-    assert found.frechet == frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake))
-    assert (found.precision, found.recall) == precision_recall(real, fake)
-    assert found.inception_score == pytest.approx(1)
-    assert found.kernel > 0
 
 
 def test_missing_and_wrong_weights_name_the_file_and_the_setting(tmp_path: Path) -> None:
@@ -137,71 +173,235 @@ def test_missing_and_wrong_weights_name_the_file_and_the_setting(tmp_path: Path)
 def test_inception_takes_the_three_layers_of_the_protocol(weights: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    pixels = torch.from_numpy(images(2, 20)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(pictures(2, side=20)).permute(0, 3, 1, 2)
     found = Inception(weights)(pixels)
     assert [tuple(part.shape) for part in found] == [(2, 2048), (2, 2023), (2, 1008)]
     network = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], str(weights))
-    inputs: list[torch.Tensor] = []
+    inputs: list[Tensor] = []
     network.Mixed_6d.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     pool, _ = network(pixels)
     torch.testing.assert_close(found.pool, pool)
     torch.testing.assert_close(found.probabilities, (pool @ network.fc.weight.T).softmax(1))
     branch = network.Mixed_6d.branch1x1
     spatial = torch.relu(branch.bn(branch.conv(inputs[0])))
-    assert tuple(spatial.shape) == (2, 192, 17, 17)
-    # NHWC order: the 7 channels of position (0, 0) come first, then those of (0, 1).
-    torch.testing.assert_close(found.spatial[:, 7:14], spatial[:, :7, 0, 1])
-    torch.testing.assert_close(found.spatial.reshape(2, 17, 17, 7)[:, 3, 5], spatial[:, :7, 3, 5])
+    # NHWC order: the 7 channels of position (0, 0) come first, then those of (0, 1)
+    torch.testing.assert_close(found.spatial, spatial.permute(0, 2, 3, 1)[..., :7].flatten(1))
     with pytest.raises(UsageError, match="uint8"):
         Inception(weights)(pixels.float())
 
 
-class SmallExtractor:
-    """Stands for Inception, whose 2048-wide eigenvalue problems take seconds each: 5, 4 and 3 numbers per image."""
+def test_building_inception_leaves_the_random_state_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch_fidelity import feature_extractor_inceptionv3 as port
 
-    def __init__(self, weights: Path, _device: str) -> None:
-        assert weights == Path("given.pth")
+    monkeypatch.setattr(port, "FeatureExtractorInceptionV3", lambda *_args: nn.Linear(8, 8))  # draws its weights, too
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    inception._build(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
 
-    def __call__(self, pixels: torch.Tensor) -> InceptionFeatures:
-        values = pixels.float().flatten(1) / 255
-        return InceptionFeatures(values[:, :5], values[:, 5:9], values[:, 9:12].softmax(1))
 
-
-def test_evaluation_against_images_and_against_stored_statistics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(samples, "Inception", SmallExtractor)
-    weights = Path("given.pth")
-    drawn, real = images(8, 16, seed=1), images(6, 16, seed=2) // 2
-    folder = write_pngs(tmp_path / "drawn", drawn)
-    np.savez(tmp_path / "real.npz", arr_0=real)
-    against_images = samples.evaluate_samples(
-        folder, tmp_path / "real.npz", inception_weights=weights, batch_size=3, num_samples=7
+def test_a_summary_is_the_class_token_of_images_scaled_by_pillow() -> None:
+    spec = FoundationSpec(
+        name="vit_tiny_patch16_224", weights="random", model_args={"embed_dim": 32, "depth": 1, "num_heads": 2}
     )
-    extractor = SmallExtractor(weights, "cpu")
-    ours, theirs = (extractor(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (drawn[:7], real))
-    moments = {
-        "mu": mean_and_covariance(theirs.pool)[0],
-        "sigma": mean_and_covariance(theirs.pool)[1],
-        "mu_s": mean_and_covariance(theirs.spatial)[0],
-        "sigma_s": mean_and_covariance(theirs.spatial)[1],
+    torch.manual_seed(0)
+    summary = ImageSummary(spec)
+    image = pictures(1, 3, 256)[0]
+    found = summary(torch.from_numpy(image).permute(2, 0, 1)[None])
+    scaled = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
+    x = torch.from_numpy(scaled.copy()).permute(2, 0, 1)[None].float() / 255
+    tokens = summary._model.forward_features((x - 0.5) / 0.5)  # this model's mean and deviation
+    torch.testing.assert_close(found, tokens[:, 0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_position_embeddings_are_resized_as_dinov2_does() -> None:
+    sizes: dict[str, int | float | str | bool] = {"img_size": 296, "patch_size": 8, "embed_dim": 4, "depth": 1}
+    spec = FoundationSpec(name="vit_tiny_patch16_224", weights="random", model_args={**sizes, "num_heads": 1})
+    torch.manual_seed(0)
+    old = ImageSummary(spec, side=296)._model.pos_embed[0, 1:].reshape(37, 37, 4).double().numpy()
+    torch.manual_seed(0)
+    summary = ImageSummary(spec, side=128)
+    found = summary._model.pos_embed
+    assert found.shape == (1, 1 + 16 * 16, 4)
+
+    def weight(distance: float) -> float:  # cubic convolution with a = -0.75 (Keys 1981), as torch has it
+        d, a = abs(distance), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    across = np.zeros((16, 37))
+    for row in range(16):
+        place = (row + 0.5) * 37 / 16.1 - 0.5
+        for near in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            across[row, min(max(near, 0), 36)] += weight(place - near)
+    expected = np.einsum("ia,jb,abc->ijc", across, across, old).reshape(256, 4)
+    np.testing.assert_allclose(found[0, 1:].numpy(), expected, atol=1e-5)
+    image = torch.from_numpy(pictures(1, 3, 64)).permute(0, 3, 1, 2)
+    assert summary(image).shape == (1, 4)  # timm takes the table as it is
+
+
+# ------------------------------------------------------------------------------------------ the evaluation
+
+
+def test_evaluation_against_images_and_against_stored_statistics(small: Path) -> None:
+    drawn, real = pictures(8, 1), pictures(6, 2) // 2
+    folder = write_pngs(small / "drawn", drawn)
+    np.savez(small / "real.npz", arr_0=real)
+    against_images = evaluate(folder, small / "real.npz", num_samples=7)
+    ours, theirs = extract(drawn[:7]), extract(real)
+    mu, sigma = mean_and_covariance(theirs.pool)
+    mu_s, sigma_s = mean_and_covariance(theirs.spatial)
+    precision, recall = precision_recall(theirs.pool, ours.pool)
+    expected = {
+        "fid": frechet_distance(*mean_and_covariance(ours.pool), mu, sigma),
+        "sfid": frechet_distance(*mean_and_covariance(ours.spatial), mu_s, sigma_s),
+        "is": inception_score(ours.probabilities),
+        "precision": precision,
+        "recall": recall,
+        "kid": kernel_distance(theirs.pool, ours.pool, subset_size=6),  # as many as there are of both
     }
-    expected_fid = frechet_distance(*mean_and_covariance(ours.pool), moments["mu"], moments["sigma"])
-    assert against_images.num_samples == 7
-    assert against_images.fid == pytest.approx(expected_fid, rel=1e-6)
-    assert against_images.inception_score == pytest.approx(inception_score(ours.probabilities), rel=1e-4)
-    expected_sfid = frechet_distance(*mean_and_covariance(ours.spatial), moments["mu_s"], moments["sigma_s"])
-    assert against_images.sfid == pytest.approx(expected_sfid)
-    assert (against_images.precision, against_images.recall) == precision_recall(theirs.pool, ours.pool)
-    np.savez(tmp_path / "statistics.npz", **moments)
-    stored = samples.evaluate_samples(folder, tmp_path / "statistics.npz", inception_weights=weights, num_samples=7)
-    assert (stored.precision, stored.recall) == (None, None)
-    assert stored.fid == pytest.approx(against_images.fid, rel=1e-4)
-    assert stored.sfid == pytest.approx(against_images.sfid, rel=1e-4)
+    assert against_images == pytest.approx(expected, rel=1e-6)
+
+    moments = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    np.savez(small / "statistics.npz", **moments)
+    stored = evaluate(folder, small / "statistics.npz", num_samples=7)
+    assert stored == pytest.approx({name: expected[name] for name in ("fid", "sfid", "is")}, rel=1e-6)
     # ADM's own files: statistics of the whole data set, and a part of its images for precision and recall.
-    np.savez(tmp_path / "both.npz", arr_0=real, **{**moments, "mu": moments["mu"] + 1})
-    both = samples.evaluate_samples(folder, tmp_path / "both.npz", inception_weights=weights, num_samples=7)
-    assert both.fid != pytest.approx(stored.fid, rel=0.1)
-    assert (both.sfid, both.recall) == (pytest.approx(stored.sfid), against_images.recall)
-    with pytest.raises(UsageError, match="holds 8 images, 9 were asked for"):
-        samples.evaluate_samples(folder, tmp_path / "real.npz", inception_weights=weights, num_samples=9)
+    np.savez(small / "both.npz", arr_0=real, **moments | {"mu": mu + 1})
+    both = evaluate(folder, small / "both.npz", num_samples=7)
+    assert both["fid"] == pytest.approx(frechet_distance(*mean_and_covariance(ours.pool), mu + 1, sigma))
+    assert both | {"fid": 0} == pytest.approx(against_images | {"fid": 0})
+    # without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it
+    np.savez(small / "mixed.npz", arr_0=real, mu=mu, sigma=sigma)
+    assert evaluate(folder, small / "mixed.npz").keys() == expected.keys() - {"sfid"}
+
+
+def test_a_reference_of_two_images_will_do_and_of_one_will_not(small: Path) -> None:
+    np.savez(small / "drawn.npz", arr_0=pictures(6, 1))
+    np.savez(small / "two.npz", arr_0=pictures(2, 2))
+    with pytest.raises(UsageError, match="more than 3 reference images, found 2"):
+        evaluate(small / "drawn.npz", small / "two.npz")
+    np.savez(small / "one.npz", arr_0=pictures(1, 2))
+    with pytest.raises(UsageError, match="at least 2 images, found 1"):
+        evaluate(small / "drawn.npz", small / "one.npz")
+    with pytest.raises(UsageError, match="holds 6 images, 9 were asked for"):
+        evaluate(small / "drawn.npz", small / "two.npz", num_samples=9)
+    mu, sigma = mean_and_covariance(extract(pictures(9, 1)).pool)
+    np.savez(small / "half.npz", mu=mu)
+    with pytest.raises(UsageError, match="mu without sigma"):
+        evaluate(small / "drawn.npz", small / "half.npz")
+    np.savez(small / "statistics.npz", mu=mu, sigma=sigma)
+    with pytest.raises(UsageError, match="FD-DINOv2 needs the reference's images"):
+        evaluate(small / "drawn.npz", small / "statistics.npz", dinov2=lambda images: images)
+
+
+def test_fd_dinov2_is_a_frechet_distance_of_both_sets(small: Path) -> None:
+    drawn, real = pictures(8, 1), pictures(6, 2) // 2
+    np.savez(small / "drawn.npz", arr_0=drawn)
+    np.savez(small / "real.npz", arr_0=real)
+
+    def summary(images: Tensor) -> Tensor:
+        return images.float().mean(dim=(2, 3))
+
+    found = evaluate(small / "drawn.npz", small / "real.npz", dinov2=summary)
+    moments = [mean_and_covariance(x.astype(np.float32).mean(axis=(1, 2))) for x in (real, drawn)]
+    assert found["fd_dinov2"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-5)
+
+
+def test_names_carry_count_and_sampler() -> None:
+    numbers = {"fid": 2.0, "fd_dinov2": 3.0}
+    assert samples.named(numbers, 50_000, "euler249") == {"fid50k_euler249": 2.0, "fd_dinov2_50k_euler249": 3.0}
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(small / "real.npz", arr_0=pictures(12, 9))
+    for seed in range(3):
+        np.savez(small / f"drawn-{seed}.npz", arr_0=pictures(8, seed))
+    np.savez(small / "all.npz", arr_0=np.concatenate([pictures(8, seed) for seed in range(3)]))
+    common = ["--reference", str(small / "real.npz"), "--sampler", "x", "--device", "cpu"]
+    common += ["--inception-weights", str(small / "weights.pth")]
+
+    def run(name: str, *arguments: str) -> dict[str, dict[str, float]]:
+        out = small / "numbers.json"
+        assert cli.main(["evaluate", "samples", str(small / name), *common, *arguments, "--out", str(out)]) == 0
+        return json.loads(out.read_text())
+
+    each = [run(f"drawn-{seed}.npz") for seed in range(3)]
+    assert "spread" not in each[0] and each[0]["inputs"]["inception_published"] is False
+    assert "not the published ones" in capsys.readouterr().out
+    names = {f"{name}8_x" for name in ("fid", "sfid", "is", "precision", "recall", "kid")}
+    assert set(each[0]["metrics"]) == names
+    seen = SmallExtractor.seen
+    found = run("drawn-{seed}.npz", "--seeds", "3")
+    assert SmallExtractor.seen == seen + 12 + 3 * 8, "the reference was read once for all seeds"
+    for name in names:
+        values = [one["metrics"][name] for one in each]
+        assert found["metrics"][name] == pytest.approx(np.mean(values))
+        assert found["spread"][name] == pytest.approx(np.std(values, ddof=1))
+    assert "+-" in capsys.readouterr().out
+    cut = run("all.npz", "--seeds", "3", "--num-samples", "8")
+    assert cut["metrics"] == found["metrics"] and cut["spread"] == found["spread"]
+    capsys.readouterr()
+
+    def refuse(name: str, *arguments: str) -> str:
+        assert cli.main(["evaluate", "samples", str(small / name), *common, *arguments]) == 2
+        said = capsys.readouterr()
+        assert "fid" not in said.out
+        return said.err
+
+    assert "holds 24 images, 32 were asked for" in refuse("all.npz", "--seeds", "4", "--num-samples", "8")
+    assert "{seed}" in refuse("all.npz", "--seeds", "3")
+    np.savez(small / "drawn-1.npz", arr_0=pictures(7, 1))
+    assert "sets of one size" in refuse("drawn-{seed}.npz", "--seeds", "3")
+    np.savez(small / "one.npz", arr_0=pictures(1))
+    assert "at least 2 images, found 1" in refuse("one.npz")
+
+
+def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) -> None:
+    real = pictures(10, 1)
+    folder = write_pngs(small / "real", real)
+    np.savez(small / "drawn.npz", arr_0=pictures(6, 2))
+    arguments = ["evaluate", "make-reference", str(folder), "--image-size", "16", "--keep", "4", "--device", "cpu"]
+    arguments += ["--num-workers", "1", "--batch-size", "3", "--inception-weights", str(small / "weights.pth"), "--out"]
+    assert cli.main([*arguments, str(small / "made.npz")]) == 0
+    with np.load(small / "made.npz") as made:
+        np.testing.assert_array_equal(made["arr_0"], real[[0, 3, 6, 9]])
+    found, expected = (evaluate(small / "drawn.npz", path) for path in (small / "made.npz", folder))
+    assert {name: found[name] for name in ("fid", "sfid")} == pytest.approx(
+        {name: expected[name] for name in ("fid", "sfid")}, rel=1e-9
+    )
+    (folder / "000004.png").write_bytes(b"cut")
+    assert cli.main([*arguments, str(small / "short.npz")]) == 1
+    assert not (small / "short.npz").exists()
+
+
+# ------------------------------------------------------------------------------------------ during training
+
+
+def test_a_scorer_gives_the_numbers_of_the_files_and_keeps_its_reference(small: Path) -> None:
+    reference, cache = small / "real.npz", small / "cache"
+    np.savez(reference, arr_0=pictures(9, 1))
+    drawn = pictures(6, 2)
+
+    def score() -> tuple[dict[str, float], int]:
+        before = SmallExtractor.seen
+        scorer = samples.SampleScorer(reference, inception_weights=small / "weights.pth", batch_size=4, cache=cache)
+        loaded = SmallExtractor.seen - before
+        return scorer.score(scorer.features(torch.from_numpy(drawn).permute(0, 3, 1, 2)), "x"), loaded
+
+    first, theirs, ours = score(), extract(pictures(9, 1)).pool, extract(drawn).pool
+    fid = frechet_distance(*mean_and_covariance(theirs), *mean_and_covariance(ours))
+    assert first == (pytest.approx({"fid6_x": fid, "kid6_x": squared_mmd(theirs, ours)}), 9)
+    assert score() == (first[0], 0)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert score() == first
+    np.savez(reference, arr_0=pictures(9, 4))  # of the same size as before
+    assert score()[1] == 9
+    np.savez(reference, **dict(zip(("mu", "sigma"), mean_and_covariance(theirs), strict=True)))
+    assert [score()[0], score()[0]] == [{"fid6_x": pytest.approx(fid)}] * 2

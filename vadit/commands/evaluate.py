@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import statistics
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
-from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.files import saved_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +24,7 @@ class EvaluateSamplesOptions:
     """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
     dinov2_weights: str | None = None
     """For FD-DINOv2: a path of vit_large_patch14_dinov2.lvd142m's weights, or hub; left out: not computed."""
-    sampler: str = "unnamed"
+    sampler: str | None = None
     """How the samples were drawn, for the names of the numbers: euler249_cfg10; default: what `vadit sample` noted."""
     num_samples: int | None = None
     """Take only the first so many; default all."""
@@ -119,15 +113,16 @@ class MakeReferenceOptions:
 def samples(arguments: list[str]) -> None:
     """Evaluate sets of samples."""
     options = parse(EvaluateSamplesOptions, arguments, command="evaluate samples")
-    from vadit.eval.samples import SampleEvaluator
+    from vadit.eval import inception, results
+    from vadit.eval.samples import SampleEvaluator, sample_sets
+    from vadit.models.foundation import ImageSummary
     from vadit.runtime import distributed
+    from vadit.sampling.write import noted_sampler
 
-    sets = _sample_sets(options)
+    sets = sample_sets(options.samples, options.num_samples, options.seeds)
     device = distributed.device(options.device)
     dinov2 = None
     if options.dinov2_weights is not None:
-        from vadit.models.foundation import ImageSummary
-
         dinov2 = ImageSummary(FoundationSpec(name="dinov2", weights=options.dinov2_weights)).to(device)
     evaluator = SampleEvaluator(
         options.reference,
@@ -136,142 +131,65 @@ def samples(arguments: list[str]) -> None:
         device=device,
         batch_size=options.batch_size,
     )
-    found: list[dict[str, float]] = []
-    for path, first in sets:
-        metrics = evaluator.evaluate(path, num_samples=options.num_samples, first=first)
-        found.append(metrics.named(_sampler_of(options.sampler, path)))
-        if found[-1].keys() != found[0].keys():
-            raise UsageError(
-                f"{path} gives {', '.join(found[-1])}, {sets[0][0]} {', '.join(found[0])}; "
-                "seeds can only be averaged over sets of one size and one sampler"
-            )
+    found = evaluator.evaluate_sets(
+        sets, options.num_samples, lambda path: options.sampler or noted_sampler(path) or "unnamed"
+    )
     inputs = {
         "samples": [{"path": path, "first": first} for path, first in sets],
-        "num_samples": metrics.num_samples,
+        "num_samples": options.num_samples,
         "reference": options.reference,
-        **_inception_inputs(options.inception_weights),
+        **inception.provenance(options.inception_weights),
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",
     }
-    _report("samples", found, inputs, options.out)
-
-
-def _sample_sets(options: EvaluateSamplesOptions) -> list[tuple[str, int]]:
-    """Path and first image of each set that is evaluated."""
-    if options.seeds is None:
-        return [(options.samples, 0)]
-    numbers = _seeds(0, options.seeds)
-    if "{seed}" in options.samples:
-        return [(options.samples.replace("{seed}", str(seed)), 0) for seed in numbers]
-    if options.num_samples is None:
-        raise UsageError(
-            f"--seeds {options.seeds} needs a name with {{seed}} in it, found {options.samples}, or --num-samples, "
-            "the size of the sets that SAMPLES is cut into"
-        )
-    return [(options.samples, seed * options.num_samples) for seed in numbers]
-
-
-def _seeds(first: int, count: int) -> range:
-    if count < 1:
-        raise UsageError(f"--seeds is {count}; it must be at least 1")
-    return range(first, first + count)
-
-
-def _inception_inputs(weights: str | None) -> dict[str, Any]:
-    """Which Inception network the numbers rest on."""
-    if weights is None:
-        return {}
-    from vadit.eval.inception import PUBLISHED_SHA256, checksum
-
-    found = checksum(weights)
-    return {
-        "inception_weights": weights,
-        "inception_sha256": found,
-        "inception_published": found.startswith(PUBLISHED_SHA256),
-    }
-
-
-def _sampler_of(sampler: str, samples: str) -> str:
-    """The sampler's name: as given, or from the settings.json that `vadit sample` left by the images."""
-    from vadit.sampling.write import noted_sampler
-
-    return sampler if sampler != EvaluateSamplesOptions.sampler else noted_sampler(samples) or sampler
+    results.report("samples", found, inputs, options.out)
 
 
 def tokenizer(arguments: list[str]) -> None:
     """Evaluate a tokenizer's reconstructions."""
     options = parse(EvaluateTokenizerOptions, arguments, command="evaluate tokenizer")
-    from vadit.eval.inception import Inception
-    from vadit.eval.tokenizer import evaluate_tokenizer, share_of_images
+    from vadit.eval import inception, results
+    from vadit.eval.tokenizer import evaluate_image_set
     from vadit.images.backends import open_images
-    from vadit.images.loader import load_in_order
-    from vadit.images.pillow import pillow_decoder
+    from vadit.models.lpips import LPIPS
 
-    seeds = _seeds(options.seed, options.seeds)
-    if len(seeds) > 1 and options.posterior == "mode":
-        raise UsageError(f"--seeds {options.seeds} with --posterior mode gives one number so often; set --seeds 1")
-    found = []
+    seeds = results.seed_range(options.seed, options.seeds)
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
-        perceptual = None
-        if options.vgg_weights is not None:
-            from vadit.models.lpips import LPIPS
-
-            perceptual = LPIPS(options.vgg_weights).to(device)
-        features = None if options.inception_weights is None else Inception(options.inception_weights, device).pool
-        ids = share_of_images(len(images))
-        # Pillow, whatever else is installed: the numbers are compared with those of others.
-        for seed in seeds:
-            with pillow_decoder(images, options.num_workers, device)() as decoder:
-                batches = load_in_order(images, ids, max(options.batch_size, 1), decoder)
-                metrics = evaluate_tokenizer(
-                    autoencoder,
-                    (batch.images.contiguous() for batch in batches),
-                    ids=ids,
-                    device=device,
-                    lpips=perceptual,
-                    features=features,
-                    posterior=options.posterior,
-                    seed=seed,
-                )
-            if metrics.num_images != len(images):
-                raise RunError(f"{metrics.num_images} of the {len(images)} images were read; a part gets no numbers")
-            found.append({name: value for name, value in metrics.named().items() if value is not None})
+        weights = options.inception_weights
+        found = evaluate_image_set(
+            autoencoder,
+            images,
+            seeds=seeds,
+            posterior=options.posterior,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            device=device,
+            lpips=None if options.vgg_weights is None else LPIPS(options.vgg_weights).to(device),
+            features=None if weights is None else inception.Inception(weights, device).pool,
+        )
     inputs = {
         "tokenizer": options.tokenizer,
         "images": options.images,
-        "num_images": metrics.num_images,
+        "num_images": len(images),
         "seeds": list(seeds),
-        **_inception_inputs(options.inception_weights),
+        **inception.provenance(options.inception_weights),
         "vgg_weights": options.vgg_weights,
         "protocol": f"ADM's centre crop; posterior {options.posterior}; PSNR per image on uint8, range 255; "
         "SSIM window 11, sigma 1.5; LPIPS VGG; rFID against the very images",
     }
-    _report("tokenizer", found, inputs, options.out)
+    results.report("tokenizer", [metrics.named() for metrics in found], inputs, options.out)
 
 
 def latents(arguments: list[str]) -> None:
     """Evaluate how evenly latents are spread."""
     options = parse(EvaluateLatentsOptions, arguments, command="evaluate latents")
-    from functools import partial
+    from vadit.eval import results
+    from vadit.eval.latents import evaluate_latents, open_vectors
 
-    from vadit.eval.latents import draw_picture, draw_vectors, embed, folder_vectors, read_vectors, uniformity
-
-    draw: Any
-    if Path(options.latents).is_file():
-        draw = partial(draw_vectors, read_vectors(options.latents))
-    else:
-        from vadit.latents.dataset import LatentDataset
-
-        # The channel statistics of the whole folder are divided out by the data set itself.
-        draw = partial(folder_vectors, LatentDataset(options.latents, flip=False))
-    found, seeds = [], _seeds(options.seed, options.seeds)
-    for seed in seeds:
-        points = embed(draw(options.num_vectors, seed), seed)
-        found.append(dataclasses.asdict(uniformity(points)))
-        if seed == options.seed and options.picture is not None:
-            draw_picture(points, options.picture)
+    seeds = results.seed_range(options.seed, options.seeds)
+    found = evaluate_latents(open_vectors(options.latents), options.num_vectors, seeds, options.picture)
     inputs = {
         "latents": options.latents,
         "num_vectors": options.num_vectors,
@@ -279,7 +197,7 @@ def latents(arguments: list[str]) -> None:
         "protocol": "one position of each latent, normalised by channel; "
         "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",
     }
-    _report("latents", found, inputs, options.out)
+    results.report("latents", found, inputs, options.out)
 
 
 def make_reference(arguments: list[str]) -> None:
@@ -287,42 +205,16 @@ def make_reference(arguments: list[str]) -> None:
     options = parse(MakeReferenceOptions, arguments, command="evaluate make-reference")
     from vadit.eval.samples import write_reference
     from vadit.images.backends import open_images
-    from vadit.images.loader import load_in_order
-    from vadit.images.pillow import pillow_decoder
     from vadit.runtime import distributed
 
-    device = distributed.device(options.device)
     images = open_images(ImageDataSpec(path=options.images), options.image_size)
-    with pillow_decoder(images, options.num_workers, device)() as decoder:
-        batches = load_in_order(images, range(len(images)), options.batch_size, decoder)
-        write_reference(
-            options.out,
-            (batch.images.contiguous() for batch in batches),
-            num_images=len(images),
-            inception_weights=options.inception_weights,
-            device=device,
-            keep=options.keep,
-        )
+    write_reference(
+        options.out,
+        images,
+        inception_weights=options.inception_weights,
+        device=distributed.device(options.device),
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        keep=options.keep,
+    )
     print(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
-
-
-def _report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out: str | None) -> None:
-    """Print a table of means over seeds from the first process, and write metrics.json where one is wanted."""
-    from vadit.runtime import distributed
-
-    if not distributed.is_main():
-        return
-    metrics = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
-    spread = {name: statistics.stdev(each[name] for each in found) for name in metrics} if len(found) > 1 else None
-    width = max(map(len, metrics))
-    for name, value in metrics.items():
-        print(f"{name:<{width}}  {value:.6g}" + ("" if spread is None else f" +- {spread[name]:.2g}"))
-    if spread is not None:
-        print(f"mean of {len(found)} +- standard deviation between them")
-    if inputs.get("inception_published") is False:
-        print("the Inception weights are not the published ones: these numbers are comparable with each other alone")
-    if out is None:
-        return
-    content = {"kind": kind, "metrics": metrics, **({} if spread is None else {"spread": spread}), "inputs": inputs}
-    with saved_file(Path(out), "set --out to a place with room") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -35,8 +35,8 @@ from vadit.config import (
 from vadit.demo import networks, report
 from vadit.demo.data import SIZE, DemoData, prepare
 from vadit.demo.options import DemoOptions
-from vadit.eval.latents import latent_uniformity
-from vadit.eval.samples import feature_metrics
+from vadit.eval.latents import evaluate_latents, open_vectors
+from vadit.eval.metrics import frechet_distance, mean_and_covariance, precision_recall
 from vadit.eval.tokenizer import evaluate_tokenizer, reconstruct
 from vadit.images.backends import open_images
 from vadit.images.pixels import channels_last, to_uint8
@@ -225,12 +225,12 @@ class Demo:
             images, labels = file["arr_0"], torch.from_numpy(file["labels"])
         fake, predicted = judge.assess(images)
         real, _ = judge.assess(self.data.train_images)
-        scores = feature_metrics(real, fake)
+        precision, recall = precision_recall(real, fake)
         return {
             "agreement": float((predicted == labels).float().mean()),
-            "frechet": scores.frechet,
-            "precision": scores.precision,
-            "recall": scores.recall,
+            "frechet": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake)),
+            "precision": precision,
+            "recall": recall,
         }
 
     def judge_tokenizer(self, tokenizer_run: Path, latents: Path) -> dict[str, float]:
@@ -238,10 +238,9 @@ class Demo:
         autoencoder = load_autoencoder(tokenizer_run)
         held_out = torch.from_numpy(self.data.held_out_images).permute(0, 3, 1, 2)
         scores = evaluate_tokenizer(autoencoder, held_out.split(64))
-        dataset = LatentDataset(latents, flip=False)
-        vectors = dataset.batch(torch.arange(len(dataset)), 0, 0)[0]
-        uniformity = latent_uniformity(vectors, num_vectors=min(UNIFORMITY_VECTORS, len(vectors)), draws=1)
-        return {"psnr": scores.psnr, "ssim": scores.ssim, **dataclasses.asdict(uniformity)}
+        num_vectors = min(UNIFORMITY_VECTORS, len(self.data.train_images))
+        (uniformity,) = evaluate_latents(open_vectors(latents), num_vectors, [0])
+        return {"psnr": scores.psnr, "ssim": scores.ssim, **uniformity}
 
 
 def _title(what: str, name: str) -> str:

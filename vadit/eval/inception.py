@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, first_line
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -68,10 +68,17 @@ class Inception:
         return self(images).pool
 
 
-def checksum(weights: str | Path) -> str:
-    """SHA-256 of a weights file; `PUBLISHED_SHA256` is how that of the published one begins."""
+def provenance(weights: str | Path | None) -> dict[str, Any]:
+    """Which Inception network numbers rest on, for the file that holds them; empty without one."""
+    if weights is None:
+        return {}
     with Path(weights).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "inception_weights": str(weights),
+        "inception_sha256": found,
+        "inception_published": found.startswith(PUBLISHED_SHA256),
+    }
 
 
 def _check_weights(weights: str | Path | None) -> Path:
@@ -86,8 +93,9 @@ def _check_weights(weights: str | Path | None) -> Path:
         # torch-fidelity unpickles the file freely; this look makes sure that it holds nothing but tensors.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        reason = _first_line(error)
-        raise RunError(f"{path} cannot be read as weights ({reason}); download {WEIGHTS_FILE} again") from None
+        raise RunError(
+            f"{path} cannot be read as weights ({first_line(error)}); download {WEIGHTS_FILE} again"
+        ) from None
     if not isinstance(state, dict) or "Mixed_6d.branch1x1.conv.weight" not in state:
         raise UsageError(f"{path} is not torch-fidelity's Inception; name {WEIGHTS_FILE} with --inception-weights")
     return path
@@ -104,7 +112,7 @@ def _build(path: Path) -> Any:
             network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
     except RuntimeError as error:
         raise UsageError(
-            f"{path} does not fit the Inception of 2015 ({_first_line(error)}); take {WEIGHTS_FILE}"
+            f"{path} does not fit the Inception of 2015 ({first_line(error)}); take {WEIGHTS_FILE}"
         ) from None
     return network
 
@@ -121,7 +129,3 @@ def _full_fp32() -> Iterator[None]:
             yield
     finally:
         matmul.fp32_precision, convolution.fp32_precision = before
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -7,8 +7,8 @@ of these n densities: coefficient of variation, Gini coefficient, entropy over l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,23 +17,61 @@ import torch
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
-from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.files import whole_file
+from vadit.latents.dataset import LatentDataset
+from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.files import saved_file
 
 PERPLEXITY = 30.0
 ITERATIONS = 1000
 READ_AT_ONCE = 256
 """Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
 
+Draw = Callable[[int, int], np.ndarray]
+"""(num_vectors, seed) to latent vectors (num_vectors, C), normalised by channel."""
 
-@dataclass(frozen=True)
-class Uniformity:
-    """Lower cv and gini, higher entropy: more uniform."""
 
-    density_cv: float
-    gini: float
-    normalized_entropy: float
-    """1 for equal densities."""
+class LatentImages(Protocol):
+    """A set of latents that can be read in part, normalised by channel: `vadit.latents.dataset.LatentDataset`."""
+
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, ...]: ...
+
+
+def evaluate_latents(
+    draw: Draw, num_vectors: int, seeds: Iterable[int], picture: str | Path | None = None
+) -> list[dict[str, float]]:
+    """The three numbers of each draw of vectors, one per seed; a picture of the first draw's points."""
+    found: list[dict[str, float]] = []
+    for seed in seeds:
+        points = embed(draw(num_vectors, seed), seed)
+        if picture is not None and not found:
+            draw_picture(points, Path(picture))
+        found.append(uniformity(points))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ numbers of points
+
+
+def uniformity(points_2d: np.ndarray) -> dict[str, float]:
+    """The three numbers of points (n, 2), from their densities at the points themselves.
+
+    Lower density_cv and gini, higher normalized_entropy (1 for equal densities): more uniform.
+    """
+    points = np.asarray(points_2d, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+        raise UsageError(f"uniformity needs at least 3 finite points (n, 2), found shape {points.shape}")
+    if np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
+        raise UsageError("the points lie on a line or on one another, where a density in two dimensions has no value")
+    densities = point_densities(points)
+    return {
+        "density_cv": coefficient_of_variation(densities),
+        "gini": gini_coefficient(densities),
+        "normalized_entropy": normalized_entropy(densities),
+    }
 
 
 def coefficient_of_variation(values: np.ndarray) -> float:
@@ -54,52 +92,9 @@ def normalized_entropy(values: np.ndarray) -> float:
     return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum() / np.log2(len(values)))
 
 
-def latent_vectors(
-    latents: Tensor, num_vectors: int, *, mean: Tensor | None = None, std: Tensor | None = None, seed: int = 0
-) -> np.ndarray:
-    """One random position of each of `num_vectors` random images of `latents` (N, C, h, w): float64 (num_vectors, C).
-
-    Channels are normalised by `mean` and `std` (C values each, of the latent data set), by default those of `latents`.
-    """
-    if latents.ndim != 4:
-        raise UsageError(f"latents must have shape (N, C, h, w), found {tuple(latents.shape)}")
-    num_images, channels, height, width = latents.shape
-    images, positions = _random_places(num_images, height * width, num_vectors, seed)
-    vectors = latents.flatten(2)[images, :, positions].double().cpu()
-    if mean is None:
-        mean = latents.double().mean(dim=(0, 2, 3))
-    if std is None:
-        std = latents.double().std(dim=(0, 2, 3))
-        std = torch.where(std == 0, 1.0, std)  # a channel that never changes says nothing, and divides nothing
-    return ((vectors - mean.cpu().double().reshape(1, channels)) / std.cpu().double().reshape(1, channels)).numpy()
-
-
-def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Different images and a position in each, int64 (num_vectors,)."""
-    if not 1 <= num_vectors <= num_images:
-        raise UsageError(
-            f"--num-vectors is {num_vectors}, and there are latents of {num_images} images, one vector from each; set "
-            f"--num-vectors {num_images} or less (t-SNE needs more than {3 * PERPLEXITY:g})"
-        )
-    generator = np.random.default_rng(seed)
-    images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
-    return images, torch.from_numpy(generator.integers(num_positions, size=num_vectors))
-
-
 def point_densities(points: np.ndarray) -> np.ndarray:
     """Gaussian kernel density (Scott's rule) of points (n, 2) at the points themselves, (n,)."""
     return gaussian_kde(points.T, bw_method="scott")(points.T)
-
-
-def uniformity(points_2d: np.ndarray) -> Uniformity:
-    """The three numbers of points (n, 2), from their densities at the points themselves."""
-    points = np.asarray(points_2d, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
-        raise UsageError(f"uniformity needs at least 3 finite points (n, 2), found shape {points.shape}")
-    if np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
-        raise UsageError("the points lie on a line or on one another, where a density in two dimensions has no value")
-    densities = point_densities(points)
-    return Uniformity(coefficient_of_variation(densities), gini_coefficient(densities), normalized_entropy(densities))
 
 
 def embed(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -123,96 +118,7 @@ def embed(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     return tsne.fit_transform(vectors).astype(np.float64)
 
 
-def evaluate_latents(vectors: np.ndarray, seed: int = 0) -> Uniformity:
-    """The three numbers of one draw of latent vectors (n, C), t-SNE included."""
-    return uniformity(embed(vectors, seed))
-
-
-def mean_uniformity(results: Sequence[Uniformity]) -> Uniformity:
-    """Mean of each number over draws."""
-    return Uniformity(
-        density_cv=float(np.mean([result.density_cv for result in results])),
-        gini=float(np.mean([result.gini for result in results])),
-        normalized_entropy=float(np.mean([result.normalized_entropy for result in results])),
-    )
-
-
-def latent_uniformity(
-    latents: Tensor,
-    *,
-    num_vectors: int = 10_000,
-    draws: int = 10,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    seed: int = 0,
-) -> Uniformity:
-    """Mean over `draws` of the three numbers of `num_vectors` vectors of latents (N, C, h, w).
-
-    The defaults are Table 6's; latents of fewer images need a smaller `num_vectors`.
-    """
-    if draws < 1:
-        raise UsageError(f"draws is {draws}; it must be at least 1")
-    return mean_uniformity(
-        [
-            evaluate_latents(latent_vectors(latents, num_vectors, mean=mean, std=std, seed=number), number)
-            for number in range(seed, seed + draws)
-        ]
-    )
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def read_vectors(path: str | Path) -> Tensor:
-    """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
-    path = Path(path)
-    try:
-        if path.suffix in (".npy", ".npz"):
-            loaded = np.load(path, allow_pickle=False)
-            found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            value = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = value if isinstance(value, dict) else {path.stem: value}
-    except Exception as error:  # each of the formats fails in its own ways on damaged bytes
-        raise RunError(f"{path} cannot be read as a tensor ({str(error).splitlines()[0]}); write it again") from None
-    two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
-    if len(two) != 1:
-        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
-        raise UsageError(f"{path} must hold one tensor of shape (N, C), found {shapes}")
-    return next(iter(two.values()))
-
-
-def draw_vectors(vectors: Tensor, num_vectors: int, seed: int) -> np.ndarray:
-    """`num_vectors` of vectors (N, C) at random, normalised by channel."""
-    return latent_vectors(vectors[:, :, None, None], num_vectors, seed=seed)
-
-
-class LatentImages(Protocol):
-    """A set of latents that can be read in part, normalised by channel: `vadit.latents.dataset.LatentDataset`."""
-
-    size: int
-
-    def __len__(self) -> int: ...
-
-    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, ...]: ...
-
-
-def folder_vectors(latents: LatentImages, num_vectors: int, seed: int) -> np.ndarray:
-    """One random position of each of `num_vectors` random latents, which alone are read: float64 (num_vectors, C)."""
-    images, positions = _random_places(len(latents), latents.size**2, num_vectors, seed)
-    parts = []
-    for ids, places in zip(images.split(READ_AT_ONCE), positions.split(READ_AT_ONCE), strict=True):
-        flat = latents.batch(ids, epoch=0, seed=seed)[0].flatten(2)
-        parts.append(flat[torch.arange(len(ids)), :, places].double().cpu())
-    return torch.cat(parts).numpy()
-
-
-def draw_picture(points: np.ndarray, path: str | Path) -> None:
+def draw_picture(points: np.ndarray, path: Path) -> None:
     """A PNG of t-SNE points (n, 2), coloured by their density (as the paper's figure of the latents)."""
     from matplotlib.figure import Figure
 
@@ -229,6 +135,70 @@ def draw_picture(points: np.ndarray, path: str | Path) -> None:
         linewidths=0,
     )
     axes.set(xticks=[], yticks=[], aspect="equal")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(Path(path)) as partial:
+    with saved_file(path, "set --picture to a place with room") as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+# ------------------------------------------------------------------------------------------ vectors of latents
+
+
+def open_vectors(path: str | Path) -> Draw:
+    """What draws latent vectors from a folder of latents, or from a file with a tensor of vectors."""
+    path = Path(path)
+    if path.is_file():
+        return partial(file_vectors, read_vectors(path))
+    return partial(folder_vectors, LatentDataset(str(path), flip=False))
+
+
+def folder_vectors(latents: LatentImages, num_vectors: int, seed: int) -> np.ndarray:
+    """One random position of each of `num_vectors` random latents, which alone are read: float64 (num_vectors, C)."""
+    images, positions = _random_places(len(latents), latents.size**2, num_vectors, seed)
+    parts = []
+    for ids, places in zip(images.split(READ_AT_ONCE), positions.split(READ_AT_ONCE), strict=True):
+        flat = latents.batch(ids, epoch=0, seed=seed)[0].flatten(2)
+        parts.append(flat[torch.arange(len(ids)), :, places].double().cpu())
+    return torch.cat(parts).numpy()
+
+
+def file_vectors(vectors: Tensor, num_vectors: int, seed: int) -> np.ndarray:
+    """`num_vectors` of vectors (N, C) at random, in float64, normalised by the channels of all."""
+    images, _ = _random_places(len(vectors), 1, num_vectors, seed)
+    vectors = vectors.double()
+    std = vectors.std(dim=0)
+    std = torch.where(std == 0, 1.0, std)  # a channel that never changes says nothing, and divides nothing
+    return ((vectors[images] - vectors.mean(dim=0)) / std).numpy()
+
+
+def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Different images and a position in each, int64 (num_vectors,)."""
+    if not 1 <= num_vectors <= num_images:
+        raise UsageError(
+            f"--num-vectors is {num_vectors}, and there are latents of {num_images} images, one vector from each; set "
+            f"--num-vectors {num_images} or less (t-SNE needs more than {3 * PERPLEXITY:g})"
+        )
+    generator = np.random.default_rng(seed)
+    images = torch.from_numpy(generator.choice(num_images, num_vectors, replace=False))
+    return images, torch.from_numpy(generator.integers(num_positions, size=num_vectors))
+
+
+def read_vectors(path: Path) -> Tensor:
+    """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+            found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            value = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = value if isinstance(value, dict) else {path.stem: value}
+    except Exception as error:  # each of the formats fails in its own ways on damaged bytes
+        raise RunError(f"{path} cannot be read as a tensor ({first_line(error)}); write it again") from None
+    two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
+    if len(two) != 1:
+        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+        raise UsageError(f"{path} must hold one tensor of shape (N, C), found {shapes}")
+    return next(iter(two.values()))

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.linalg.lapack import dpstrf
-from scipy.special import logsumexp, xlogy
+from scipy.special import xlogy
 from torch import Tensor
 
 from vadit.runtime.errors import UsageError
@@ -103,12 +102,6 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------ inception score
 
 
-def softmax(logits: Array) -> np.ndarray:
-    """Probabilities (N, K) of logits (N, K)."""
-    values = _matrix(logits, "logits")
-    return np.exp(values - logsumexp(values, axis=1, keepdims=True))
-
-
 def inception_score(probabilities: Array, split_size: int = 5000) -> float:
     """Inception score (Salimans et al. 2016) of class probabilities (N, K) in file order.
 
@@ -116,7 +109,7 @@ def inception_score(probabilities: Array, split_size: int = 5000) -> float:
     """
     values = _matrix(probabilities, "probabilities")
     if values.min() < 0 or np.abs(values.sum(axis=1) - 1).max() > 1e-3:
-        raise UsageError("inception score needs probabilities whose rows sum to 1; pass softmax(logits)")
+        raise UsageError("inception score needs probabilities whose rows sum to 1; pass a softmax of logits")
     scores = []
     for start in range(0, len(values), split_size):
         part = values[start : start + split_size]
@@ -203,17 +196,9 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ kernel distance
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Mean and standard deviation of the kernel distance over subsets."""
-
-    mean: float
-    std: float
-
-
 def kernel_distance(
     reference: Array, samples: Array, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
+) -> float:
     """Kernel inception distance (Binkowski et al. 2018): the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3.
 
     Mean over random subsets of features (N, D) and (M, D); unbiased, so near 0 (and sometimes below) for equal sources.
@@ -233,7 +218,7 @@ def kernel_distance(
         a = x[generator.choice(len(x), subset_size, replace=False)]
         b = y[generator.choice(len(y), subset_size, replace=False)]
         values.append(squared_mmd(a, b))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+    return float(np.mean(values))
 
 
 def squared_mmd(reference: Array, samples: Array, within: float | None = None) -> float:

@@ -2,7 +2,7 @@
 
 Samples are a folder of PNGs or an ADM .npz (`arr_0`, uint8 NHWC); the reference is an .npz with stored statistics
 (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID), with images (`arr_0`), with both, or a folder of PNGs. A number that
-the reference holds too little for is left out, and nothing is told of a set that could not be read to its end.
+the reference holds too little for is left out, and a set that could not be read to its end gets none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vadit.config import ImageDataSpec
 from vadit.eval.image_files import ImageSource, open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
-    Array,
     FeatureMoments,
     count_name,
     frechet_distance,
@@ -34,8 +34,10 @@ from vadit.eval.metrics import (
     precision_recall,
     squared_mmd,
 )
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.images.loader import ImageSet, load_in_order
+from vadit.images.pillow import pillow_decoder
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import saved_file
 from vadit.runtime.spread import spread
 
 _STORED = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
@@ -49,83 +51,7 @@ Summary = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) to one feature vector each, (B, D)."""
 
 
-# ------------------------------------------------------------------------------------------ named numbers
-
-
-@dataclass(frozen=True)
-class SampleMetrics:
-    """ADM's five numbers and two more; None where the reference holds too little for one, or nobody asked."""
-
-    num_samples: int
-    fid: float
-    sfid: float | None
-    inception_score: float
-    precision: float | None
-    recall: float | None
-    kid: float | None = None
-    """Mean over 100 subsets of 1,000 (of all, where there are fewer), not multiplied by 1,000."""
-    fd_dinov2: float | None = None
-    """Frechet distance in DINOv2 ViT-L/14 features of the class token (Stein et al. 2023)."""
-
-    def named(self, sampler: str) -> dict[str, float]:
-        """The numbers by names that carry count and sampler (`sampler_name`): fid50k_euler249_..."""
-        values = {
-            "fid": self.fid,
-            "sfid": self.sfid,
-            "is": self.inception_score,
-            "precision": self.precision,
-            "recall": self.recall,
-            "kid": self.kid,
-            "fd_dinov2_": self.fd_dinov2,
-        }
-        ending = f"{count_name(self.num_samples)}_{sampler}"
-        return {f"{name}{ending}": value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class FeatureMetrics:
-    """The same distances in the features of another extractor than Inception (not comparable with published FID)."""
-
-    num_real: int
-    num_fake: int
-    frechet: float
-    kernel: float
-    precision: float
-    recall: float
-    inception_score: float | None
-
-
-def feature_metrics(
-    features_real: Array, features_fake: Array, *, probabilities_fake: Array | None = None, k: int = 3, seed: int = 0
-) -> FeatureMetrics:
-    """Frechet and kernel distance, precision and recall of features (N, D) and (M, D) of any extractor.
-
-    `probabilities_fake` (M, K), where the extractor is a classifier, adds the inception score in its classes.
-    """
-    frechet = frechet_distance(*mean_and_covariance(features_real), *mean_and_covariance(features_fake))
-    subset = min(KID_SUBSET, len(features_real), len(features_fake))
-    precision, recall = precision_recall(features_real, features_fake, k=k)
-    return FeatureMetrics(
-        num_real=len(features_real),
-        num_fake=len(features_fake),
-        frechet=frechet,
-        kernel=kernel_distance(features_real, features_fake, subset_size=subset, seed=seed).mean,
-        precision=precision,
-        recall=recall,
-        inception_score=None if probabilities_fake is None else inception_score(probabilities_fake),
-    )
-
-
 # ------------------------------------------------------------------------------------------ the evaluation
-
-
-@dataclass(frozen=True)
-class _Features:
-    """What one pass over a set of images leaves: pool features (N, 2048) fp32, spatial moments, probabilities."""
-
-    pool: np.ndarray
-    spatial: FeatureMoments
-    probabilities: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -137,27 +63,33 @@ class _Reference:
     features: np.ndarray | None
 
 
-def evaluate_samples(
-    samples: str | Path,
-    reference: str | Path,
-    *,
-    inception_weights: str | Path | None,
-    dinov2: Summary | None = None,
-    device: str | torch.device = "cpu",
-    batch_size: int = 64,
-    num_samples: int | None = None,
-) -> SampleMetrics:
-    """ADM's evaluation of the first `num_samples` samples (default all) against a reference."""
-    evaluator = SampleEvaluator(
-        reference, inception_weights=inception_weights, dinov2=dinov2, device=device, batch_size=batch_size
-    )
-    return evaluator.evaluate(samples, num_samples=num_samples)
+def named(numbers: dict[str, float], count: int, sampler: str) -> dict[str, float]:
+    """The numbers by names that carry count and sampler (`sampler_name`): fid50k_euler249_..."""
+    joint = {"fd_dinov2": "fd_dinov2_"}  # its own name ends with a digit
+    return {f"{joint.get(name, name)}{count_name(count)}_{sampler}": value for name, value in numbers.items()}
+
+
+def sample_sets(samples: str, num_samples: int | None, seeds: int | None) -> list[tuple[str, int]]:
+    """Path and first image of each set: SAMPLES itself, or with {seed} in it, or cut into sets of num_samples."""
+    if seeds is None:
+        return [(samples, 0)]
+    if seeds < 1:
+        raise UsageError(f"--seeds is {seeds}; it must be at least 1")
+    if "{seed}" in samples:
+        return [(samples.replace("{seed}", str(seed)), 0) for seed in range(seeds)]
+    if num_samples is None:
+        raise UsageError(
+            f"--seeds {seeds} needs a name with {{seed}} in it, found {samples}, or --num-samples, "
+            "the size of the sets that SAMPLES is cut into"
+        )
+    return [(samples, seed * num_samples) for seed in range(seeds)]
 
 
 class SampleEvaluator:
     """ADM's evaluation against one reference, whose features are computed once, at the first set of samples.
 
-    `dinov2` (`vadit.models.foundation.ImageSummary`) adds FD-DINOv2 against the reference's images.
+    `dinov2` (`vadit.models.foundation.ImageSummary`, DINOv2 ViT-L/14) adds FD-DINOv2 against the reference's images
+    (Stein et al. 2023).
     """
 
     def __init__(
@@ -185,8 +117,29 @@ class SampleEvaluator:
         assert self._dinov2 is not None, "the caller has looked"
         return _summary_moments(open_images(self._path).batches(self._batch_size), self._dinov2)
 
-    def evaluate(self, samples: str | Path, *, num_samples: int | None = None, first: int = 0) -> SampleMetrics:
-        """The numbers of `num_samples` samples from place `first` on (default all)."""
+    def evaluate_sets(
+        self, sets: Sequence[tuple[str, int]], num_samples: int | None, sampler: Callable[[str], str]
+    ) -> list[dict[str, float]]:
+        """The named numbers of each of the `sample_sets`; sampler(path) is how a set was drawn."""
+        found: list[dict[str, float]] = []
+        for path, first in sets:
+            count, numbers = self.evaluate(path, num_samples=num_samples, first=first)
+            found.append(named(numbers, count, sampler(path)))
+            if found[-1].keys() != found[0].keys():
+                raise UsageError(
+                    f"{path} gives {', '.join(found[-1])}, {sets[0][0]} {', '.join(found[0])}; "
+                    "seeds can only be averaged over sets of one size and one sampler"
+                )
+        return found
+
+    def evaluate(
+        self, samples: str | Path, *, num_samples: int | None = None, first: int = 0
+    ) -> tuple[int, dict[str, float]]:
+        """How many samples from place `first` on were taken (`num_samples`, default all), and their numbers.
+
+        fid, sfid, is, precision, recall, kid (mean over 100 subsets of 1,000, or of all) and fd_dinov2, without those
+        that the reference holds too little for, or that nobody asked for.
+        """
         source = open_images(samples)
         count = len(source) - first if num_samples is None else num_samples
         if first + count > len(source):
@@ -197,30 +150,22 @@ class SampleEvaluator:
             raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
         if self._dinov2 is not None and not _has_images(self._path):
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
-        extractor, wanted = self._extractor, self._reference
-        found = _extract(source.batches(self._batch_size, count, first), extractor)
-        if len(found.pool) != count:
-            raise RunError(f"{len(found.pool)} of {count} images of {source.path} were read; nothing is told of a part")
-        fid, kid = _distances(wanted, found.pool)
-        precision, recall = (
-            (None, None)
-            if wanted.features is None
-            else precision_recall(wanted.features, found.pool, device=self._device)
-        )
-        fd_dinov2 = None
+        extractor, reference = self._extractor, self._reference
+        pool, probabilities, spatial = _extract(source.batches(self._batch_size, count, first), extractor)
+        if len(pool) != count:
+            raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
+        numbers = {"fid": frechet_distance(*reference.pool, *mean_and_covariance(pool))}
+        if reference.spatial is not None:
+            numbers["sfid"] = frechet_distance(*reference.spatial, *spatial.result())
+        numbers["is"] = inception_score(probabilities)
+        if reference.features is not None:
+            numbers["precision"], numbers["recall"] = precision_recall(reference.features, pool, device=self._device)
+            subset = min(KID_SUBSET, count, len(reference.features))
+            numbers["kid"] = kernel_distance(reference.features, pool, subset_size=subset)
         if self._dinov2 is not None:
             drawn = _summary_moments(source.batches(self._batch_size, count, first), self._dinov2)
-            fd_dinov2 = frechet_distance(*self._reference_summary, *drawn)
-        return SampleMetrics(
-            num_samples=count,
-            fid=fid,
-            sfid=None if wanted.spatial is None else frechet_distance(*wanted.spatial, *found.spatial.result()),
-            inception_score=inception_score(found.probabilities),
-            precision=precision,
-            recall=recall,
-            kid=kid,
-            fd_dinov2=fd_dinov2,
-        )
+            numbers["fd_dinov2"] = frechet_distance(*self._reference_summary, *drawn)
+        return count, numbers
 
 
 class SampleScorer:
@@ -258,64 +203,49 @@ class SampleScorer:
 
     def score(self, features: Tensor, sampler: str) -> dict[str, float]:
         """Named numbers of features (N, 2048): fid1k_euler49_random and, where the reference has images, kid1k_..."""
-        fid = frechet_distance(*self._reference.pool, *mean_and_covariance(features))
-        theirs = self._reference.features
-        kid = None if theirs is None else squared_mmd(theirs, features, self._own_kernel)
-        ending = f"{count_name(len(features))}_{sampler}"
-        return {f"fid{ending}": fid} | ({} if kid is None else {f"kid{ending}": kid})
+        numbers = {"fid": frechet_distance(*self._reference.pool, *mean_and_covariance(features))}
+        if self._reference.features is not None:
+            numbers["kid"] = squared_mmd(self._reference.features, features, self._own_kernel)
+        return named(numbers, len(features), sampler)
 
 
 def write_reference(
     out: str | Path,
-    batches: Iterable[Tensor],
+    images: ImageSet,
     *,
-    num_images: int,
     inception_weights: str | Path | None,
-    device: str | torch.device = "cpu",
+    device: torch.device,
+    batch_size: int = 64,
+    num_workers: int = ImageDataSpec.num_workers,
     keep: int = REFERENCES_FOR_RECALL,
-) -> Path:
-    """Make a reference like ADM's of uint8 batches (B, 3, H, W), `num_images` in all: statistics and some images.
+) -> None:
+    """Make a reference like ADM's of a set of images, decoded by Pillow: statistics of all, and `keep` of them.
 
-    mu, sigma, mu_s, sigma_s are of all images; arr_0 holds `keep` of them, evenly spread, in order.
+    mu, sigma, mu_s, sigma_s are of all images; arr_0 holds some, evenly spread, in order.
     """
     extractor = Inception(inception_weights, device)
-    places = {index: place for place, index in enumerate(spread(num_images, keep).tolist())}
+    places = {index: place for place, index in enumerate(spread(len(images), keep).tolist())}
     pool, spatial, count = FeatureMoments(), FeatureMoments(), 0
-    images = np.zeros(0, np.uint8)
-    for batch in batches:
-        features = extractor(batch)
-        pool.update(features.pool)
-        spatial.update(features.spatial)
-        pixels = batch.permute(0, 2, 3, 1).numpy()
-        if count == 0:  # made once: 10,000 images of 256 pixels are 2 GB
-            images = np.zeros((len(places), *pixels.shape[1:]), np.uint8)
-        for index, image in enumerate(pixels, start=count):
-            if index in places:
-                images[places[index]] = image
-        count += len(batch)
-    if count != num_images:
-        raise RunError(f"{num_images} images were promised, {count} came; the reference was not written")
+    kept = np.zeros((len(places), images.size, images.size, 3), np.uint8)  # 10,000 of 256 pixels are 2 GB
+    with pillow_decoder(images, num_workers, device)() as decoder:
+        for batch in load_in_order(images, range(len(images)), batch_size, decoder):
+            pixels = batch.images.contiguous()
+            features = extractor(pixels)
+            pool.update(features.pool)
+            spatial.update(features.spatial)
+            for index, image in enumerate(pixels.permute(0, 2, 3, 1).numpy(), start=count):
+                if index in places:
+                    kept[places[index]] = image
+            count += len(pixels)
+    if count != len(images):
+        raise RunError(f"{count} of {len(images)} images were read; the reference was not written")
     mu, sigma = pool.result()
     mu_s, sigma_s = spatial.result()
-    out = Path(out)
-    try:
-        with whole_file(out) as partial, partial.open("wb") as stream:
-            np.savez(stream, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    except OSError as error:
-        raise RunError(f"cannot write {out} ({write_fault(error)}); set --out to a place with room") from None
-    return out
+    with saved_file(Path(out), "set --out to a place with room") as partial, partial.open("wb") as stream:
+        np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
 
 
 # ------------------------------------------------------------------------------------------ parts of it
-
-
-def _distances(reference: _Reference, pool: np.ndarray) -> tuple[float, float | None]:
-    """FID, and KID where the reference has images."""
-    fid = frechet_distance(*reference.pool, *mean_and_covariance(pool))
-    if reference.features is None:
-        return fid, None
-    subset = min(KID_SUBSET, len(pool), len(reference.features))
-    return fid, kernel_distance(reference.features, pool, subset_size=subset).mean
 
 
 def _key(reference: Path, weights: Path) -> str:
@@ -336,11 +266,8 @@ def _keep(reference: _Reference, file: Path | None) -> tuple[_Reference, float |
     if reference.features is not None and own is not None:
         arrays |= {"features": reference.features, "own_kernel": np.array(own)}
     if file is not None:
-        try:
-            with whole_file(file) as partial, partial.open("wb") as stream:
-                np.savez(stream, **arrays)
-        except OSError as error:
-            raise RunError(f"{file} cannot be written ({write_fault(error)}); make room there") from None
+        with saved_file(file, "make room there") as partial, partial.open("wb") as stream:
+            np.savez(stream, **arrays)
     return reference, own
 
 
@@ -361,14 +288,15 @@ def _summary_moments(batches: Iterable[np.ndarray], summary: Summary) -> tuple[n
     return moments.result()
 
 
-def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> _Features:
+def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> tuple[np.ndarray, np.ndarray, FeatureMoments]:
+    """Pool features (N, 2048) fp32, class probabilities (N, 1008), and the moments of the spatial features."""
     pool, probabilities, spatial = [], [], FeatureMoments()
     for images in batches:
         features = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
         pool.append(features.pool.cpu().numpy())
         probabilities.append(features.probabilities.cpu().numpy())
         spatial.update(features.spatial)
-    return _Features(np.concatenate(pool), spatial, np.concatenate(probabilities))
+    return np.concatenate(pool), np.concatenate(probabilities), spatial
 
 
 def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Reference:

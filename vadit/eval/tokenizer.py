@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vadit.config import ImageDataSpec
 from vadit.eval.metrics import FeatureMoments, count_name, frechet_distance
+from vadit.images.loader import ImageSet, load_in_order
+from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed, to_uint8
 from vadit.runtime import distributed, rng
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 
 class _Posterior(Protocol):
@@ -57,14 +60,11 @@ class ReconstructionMetrics:
     rfid: float | None
     """Frechet distance to the very images given, in the caller's features (the paper: Inception's pool_3)."""
 
-    def named(self) -> dict[str, float | None]:
-        """The numbers by name; a distance carries its number of images: rfid50k."""
-        return {
-            "psnr": self.psnr,
-            "ssim": self.ssim,
-            "lpips": self.lpips,
-            f"rfid{count_name(self.num_images)}": self.rfid,
-        }
+    def named(self) -> dict[str, float]:
+        """The numbers that there are, by name; a distance carries its number of images: rfid50k."""
+        rfid = f"rfid{count_name(self.num_images)}"
+        values = {"psnr": self.psnr, "ssim": self.ssim, "lpips": self.lpips, rfid: self.rfid}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()
@@ -106,6 +106,45 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     )
     assert isinstance(values, Tensor)
     return values.reshape(len(images))
+
+
+def evaluate_image_set(
+    autoencoder: Tokenizer,
+    images: ImageSet,
+    *,
+    seeds: Sequence[int],
+    posterior: Literal["sample", "mode"] = "sample",
+    batch_size: int = GROUP,
+    num_workers: int = ImageDataSpec.num_workers,
+    device: torch.device,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> list[ReconstructionMetrics]:
+    """The numbers of all images, once for each seed of the posterior samples; `evaluate_tokenizer` has the rest.
+
+    Pillow decodes, whatever else is installed: the numbers are compared with those of others.
+    """
+    if len(seeds) > 1 and posterior == "mode":
+        raise UsageError(f"--seeds {len(seeds)} with --posterior mode gives one number so often; set --seeds 1")
+    ids = share_of_images(len(images))
+    found = []
+    for seed in seeds:
+        with pillow_decoder(images, num_workers, device)() as decoder:
+            batches = load_in_order(images, ids, max(batch_size, 1), decoder)
+            metrics = evaluate_tokenizer(
+                autoencoder,
+                (batch.images.contiguous() for batch in batches),
+                ids=ids,
+                device=device,
+                lpips=lpips,
+                features=features,
+                posterior=posterior,
+                seed=seed,
+            )
+        if metrics.num_images != len(images):
+            raise RunError(f"{metrics.num_images} of {len(images)} images were read; a part of them gets no numbers")
+        found.append(metrics)
+    return found
 
 
 def share_of_images(num_images: int) -> list[int]:

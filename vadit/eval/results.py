@@ -1,0 +1,41 @@
+"""What an evaluation gives: means over seeds as a table, and as a JSON file with what they rest on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from vadit.runtime import distributed
+from vadit.runtime.errors import UsageError
+from vadit.runtime.files import saved_file
+
+
+def seed_range(first: int, count: int) -> range:
+    """`count` seeds from `first` on."""
+    if count < 1:
+        raise UsageError(f"--seeds is {count}; it must be at least 1")
+    return range(first, first + count)
+
+
+def report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out: str | None) -> None:
+    """Print the means of the numbers, one dict per seed, from the first process, and write them to `out`.
+
+    The file holds kind, metrics, spread (standard deviation between seeds, where there are several) and inputs.
+    """
+    if not distributed.is_main():
+        return
+    metrics = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
+    spread = {name: statistics.stdev(each[name] for each in found) for name in metrics} if len(found) > 1 else {}
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {value:.6g}" + (f" +- {spread[name]:.2g}" if spread else ""))
+    if spread:
+        print(f"mean of {len(found)} +- standard deviation between them")
+    if inputs.get("inception_published") is False:
+        print("the Inception weights are not the published ones: these numbers are comparable with each other alone")
+    if out is not None:
+        content = {"kind": kind, "metrics": metrics, **({"spread": spread} if spread else {}), "inputs": inputs}
+        with saved_file(Path(out), "set --out to a place with room") as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
