@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadit.images.beton import BetonSource
-from vadit.images.beton_writer import FIELD, FOOTER, HEADER, MIN_PAGE_SIZE, BetonWriter, encode_image, row_type
+from vadit.images.beton import FIELD, FOOTER, HEADER, MIN_PAGE_SIZE, OUR_FIELDS, BetonSource, row_type
+from vadit.images.beton_writer import BetonWriter, encode_image
 
 COUNT = 9
 FRONT = HEADER.itemsize + 3 * FIELD.itemsize
@@ -23,7 +23,7 @@ def picture(number: int, width: int = 20, height: int = 16) -> Image.Image:
 
 def write(path: Path, count: int = COUNT, mode: str = "both", **options: Any) -> Path:
     """`count` pictures of several widths, labels going round three classes; every second one is a JPEG."""
-    with BetonWriter(path, max_samples=count + 3, page_size=MIN_PAGE_SIZE, resume=False, **options) as writer:
+    with BetonWriter(path, max_samples=count + 3, page_size=MIN_PAGE_SIZE, **options) as writer:
         for number in range(count):
             kind: Any = ("raw", "jpg")[number % 2] if mode == "both" else mode
             writer.append(encode_image(picture(number, 20 + number % 4), kind), number % 3)
@@ -40,9 +40,9 @@ def without_checksums(beton: Path) -> Path:
     """The same images as FFCV's writer would leave them: without checksums and notes."""
     data = beton.read_bytes()
     entries = np.frombuffer(data, FIELD, 2, HEADER.itemsize)
-    old = np.frombuffer(data, row_type(["image", "int", "int"]), COUNT, FRONT)
-    rows = np.zeros(COUNT, row_type(["image", "int"]))
-    rows["f0"], rows["f1"] = old["f0"], old["f1"]
+    old = np.frombuffer(data, row_type(OUR_FIELDS), COUNT, FRONT)
+    rows = np.zeros(COUNT, row_type(OUR_FIELDS[:2]))
+    rows["image"], rows["label"] = old["image"], old["label"]
     header = np.frombuffer(data, HEADER, 1).copy()
     table = int(header["allocations"][0])
     end = table - FOOTER.itemsize - int(np.frombuffer(data, FOOTER, 1, table - FOOTER.itemsize)["size"][0])

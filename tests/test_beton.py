@@ -13,8 +13,8 @@ import pytest
 import torch
 from beton_files import COUNT, decoded, picture, without_checksums, write
 
-from vadit.images.beton import BetonFile, BetonSource
-from vadit.images.beton_writer import IMAGE_FIELDS, MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
+from vadit.images.beton import MIN_PAGE_SIZE, BetonFile, BetonSource, EncodedImage
+from vadit.images.beton_writer import BetonWriter, encode_image
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -64,7 +64,7 @@ def test_ffcv_reads_what_we_write(tmp_path: Path) -> None:
     images, labels, checksums = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert torch.equal(images, torch.stack([torch.tensor(np.asarray(picture(number))) for number in range(7)]))
     assert labels.flatten().tolist() == [100 + number for number in range(7)]
-    assert checksums.flatten().tolist() == BetonFile(path).column("crc32").tolist()
+    assert checksums.flatten().tolist() == BetonFile(path).rows["crc32"].tolist()
     reader, ours = Reader(str(path)), BetonFile(path)
     assert reader.field_names == [field.name for field in ours.fields] == ["image", "label", "crc32"]
     assert reader.metadata.tobytes() == ours.rows.tobytes()
@@ -143,10 +143,6 @@ def test_parts_of_other_settings_and_of_other_writers_are_refused(tmp_path: Path
     for options in ({"max_samples": 9, "settings": {"size": 512}}, {"max_samples": 10, "settings": {"size": 256}}):
         with pytest.raises(UsageError, match=r"made with (settings.size|max_samples) "):
             BetonWriter(path, **options)  # type: ignore[arg-type]
-    anew = BetonWriter(path, max_samples=10, resume=False)
-    assert anew.done == 0
-    anew.discard()
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_and_the_writer_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,17 +167,11 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "a.beton", max_samples=1, page_size=MIN_PAGE_SIZE) as writer:
         with pytest.raises(RunError, match="does not fit"):
             writer.append(encode_image(picture(0, 1000, 1000), "raw"), 0)
-        for values in ((b"x", 0), (encode_image(picture(0), "raw"),), (EncodedImage("raw", 2, 2, b"x"), 0)):
-            with pytest.raises(ValueError, match=r"cannot take|values for|bytes for"):
-                writer.append(*values)  # type: ignore[arg-type]
+        for image in (EncodedImage("raw", 2, 2, b"x"), EncodedImage("jpg", 2, 2, b"")):
+            with pytest.raises(ValueError, match="bytes for 2 x 2 pixels"):
+                writer.append(image, 0)
         with pytest.raises(RunError, match="no samples"):
             writer.finish()
         writer.append(encode_image(picture(0), "raw"), 0)
         with pytest.raises(ValueError, match="max_samples"):
             writer.append(encode_image(picture(0), "raw"), 0)
-    with pytest.raises(UsageError, match="page_size is 12345"):
-        BetonWriter(tmp_path / "b.beton", max_samples=1, page_size=12345)
-
-
-def test_image_fields_are_those_that_ffcv_users_expect() -> None:
-    assert [(field.name, field.kind) for field in IMAGE_FIELDS] == [("image", "image"), ("label", "int")]

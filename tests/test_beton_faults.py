@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from beton_files import COUNT, FRONT, picture, without_checksums, write
 
-from vadit.images.beton import BetonSource, jpeg_size
-from vadit.images.beton_writer import (
+from vadit.images.beton import (
     ALLOCATION,
     FIELD,
     FOOTER,
     HEADER,
+    KINDS,
     MIN_PAGE_SIZE,
-    BetonWriter,
+    OUR_FIELDS,
+    VERSION,
+    BetonSource,
     Field,
-    encode_image,
     row_type,
 )
+from vadit.images.beton_writer import encode_image
+from vadit.images.jpeg import jpeg_size
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -41,7 +44,7 @@ def plain(beton: Path) -> Path:
 def test_every_changed_byte_of_the_tables_and_every_cut_is_found(beton: Path, tmp_path: Path) -> None:
     data = bytearray(beton.read_bytes())
     table = int(np.frombuffer(data, HEADER, 1)["allocations"][0])
-    rows_end = FRONT + COUNT * row_type(["image", "int", "int"]).itemsize
+    rows_end = FRONT + COUNT * row_type(OUR_FIELDS).itemsize
     notes = int(np.frombuffer(data, FOOTER, 1, table - FOOTER.itemsize)["size"][0])
     arguments = {
         start + at for start in range(HEADER.itemsize, FRONT, FIELD.itemsize) for at in range(60, FIELD.itemsize)
@@ -106,7 +109,7 @@ def set_field(name: str, value: Any, number: int = 0) -> Callable[[bytearray], N
 
 def set_row(column: str, part: str | None, value: Callable[[int], int], index: int = 4) -> Callable[[bytearray], None]:
     def change(data: bytearray) -> None:
-        rows = np.frombuffer(data, row_type(["image", "int"]), COUNT, HEADER.itemsize + 2 * FIELD.itemsize)[column]
+        rows = np.frombuffer(data, row_type(OUR_FIELDS[:2]), COUNT, HEADER.itemsize + 2 * FIELD.itemsize)[column]
         rows = rows if part is None else rows[part]
         rows[index] = value(int(rows[index]))
 
@@ -141,21 +144,21 @@ def set_entry(part: str, value: Callable[[int], int], index: int = 4) -> Callabl
         (set_header("allocations", (1 << 64) - 8), "byte 18446744073709551608"),
         (set_field("kind", 255), "type 255"),
         (set_field("kind", 7), "type 7"),
-        (set_field("kind", 4), "type of field image"),
+        (set_field("kind", 4), "not in its table"),
         (set_field("kind", 3), "not in its table"),
         (set_field("name", b""), "name"),
         (set_field("name", b"\xff\xfe"), "name"),
         (set_field("name", b"image", 1), "same name"),
-        (set_row("f0", "mode", lambda _: 7), "no known mode"),
-        (set_row("f0", "mode", lambda _: 1, 5), "pixels in"),
-        (set_row("f0", "width", lambda width: width + 1), "pixels in"),
-        (set_row("f0", "height", lambda _: 0, 5), "x 0 pixels"),
-        (set_row("f0", "height", lambda _: 65535), "pixels in"),
-        (set_row("f0", "ptr", lambda ptr: ptr + 1), "image of sample 4"),
-        (set_row("f0", "ptr", lambda _: (1 << 64) - 1), "image of sample 4"),
-        (set_row("f0", "ptr", lambda ptr: ptr, 0), ""),
-        (set_row("f1", None, lambda _: -1), "labels go from -1"),
-        (set_row("f1", None, lambda _: 1 << 60), "labels go"),
+        (set_row("image", "mode", lambda _: 7), "no known mode"),
+        (set_row("image", "mode", lambda _: 1, 5), "pixels in"),
+        (set_row("image", "width", lambda width: width + 1), "pixels in"),
+        (set_row("image", "height", lambda _: 0, 5), "x 0 pixels"),
+        (set_row("image", "height", lambda _: 65535), "pixels in"),
+        (set_row("image", "ptr", lambda ptr: ptr + 1), "image of sample 4"),
+        (set_row("image", "ptr", lambda _: (1 << 64) - 1), "image of sample 4"),
+        (set_row("image", "ptr", lambda ptr: ptr, 0), ""),
+        (set_row("label", None, lambda _: -1), "labels go from -1"),
+        (set_row("label", None, lambda _: 1 << 60), "labels go"),
         (set_entry("sample", lambda _: 3), "not in its table"),
         (set_entry("sample", lambda _: 1 << 63), "not in its table"),
         (set_entry("ptr", lambda ptr: ptr - 64), "overlap"),
@@ -189,7 +192,7 @@ def test_a_payload_across_pages_is_refused(plain: Path, tmp_path: Path) -> None:
     entries = np.frombuffer(data, ALLOCATION, COUNT, table).copy()
     shift = 2 * MIN_PAGE_SIZE - int(entries["ptr"][-1]) - 5  # the last payload begins five bytes before a page's end
     entries["ptr"][-1] += shift
-    set_row("f0", "ptr", lambda ptr: ptr + shift, COUNT - 1)(data)
+    set_row("image", "ptr", lambda ptr: ptr + shift, COUNT - 1)(data)
     set_header("allocations", 3 * MIN_PAGE_SIZE)(data)
     path = tmp_path / "changed.beton"
     path.write_bytes(data[:table] + bytes(3 * MIN_PAGE_SIZE - table) + entries.tobytes())
@@ -199,7 +202,7 @@ def test_a_payload_across_pages_is_refused(plain: Path, tmp_path: Path) -> None:
 
 def test_a_jpeg_of_another_size_than_the_table_says_is_refused(plain: Path, tmp_path: Path) -> None:
     data = bytearray(plain.read_bytes())
-    set_row("f0", "width", lambda width: width + 30, 5)(data)
+    set_row("image", "width", lambda width: width + 30, 5)(data)
     ptr = int(BetonSource(plain).ptrs[7])
     data[ptr : ptr + 2] = b"no"
     path = tmp_path / "changed.beton"
@@ -223,13 +226,15 @@ def test_jpeg_size_of_short_and_odd_data() -> None:
     assert jpeg_size(b"\xff\xd8" + b"\xff" * 50) is None and jpeg_size(b"\xff\xd8\xff\xe0\0\0" * 9) is None
 
 
-def test_a_file_without_an_image_or_label_and_a_missing_one(tmp_path: Path) -> None:
-    path = tmp_path / "numbers.beton"
-    with BetonWriter(path, [Field("label", "int")], max_samples=3) as writer:
-        writer.append(1)
-        writer.finish()
-    with pytest.raises(UsageError, match=r"numbers\.beton has the fields label, crc32"):
-        BetonSource(path)
+def test_a_file_without_an_image_and_a_missing_one(tmp_path: Path) -> None:
+    names = (Field("label", "int"), Field("other", "int"))
+    fields, rows, header = np.zeros(2, FIELD), np.zeros(3, row_type(names)), np.zeros(1, HEADER)
+    fields["kind"], fields["name"] = KINDS.index("int"), [b"label", b"other"]
+    front = HEADER.itemsize + fields.nbytes + rows.nbytes
+    header[0] = (VERSION, 2, MIN_PAGE_SIZE, len(rows), front)
+    (tmp_path / "numbers.beton").write_bytes(header.tobytes() + fields.tobytes() + rows.tobytes())
+    with pytest.raises(UsageError, match=r"numbers\.beton has the fields label, other, and none"):
+        BetonSource(tmp_path / "numbers.beton")
     with pytest.raises(UsageError, match="cannot be opened"):
         BetonSource(tmp_path / "missing.beton")
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tar_files import write_tar
 
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.images.beton import BetonSource
-from vadit.images.beton_writer import FIELD, FOOTER, HEADER, IMAGE_FIELDS, BetonWriter, EncodedImage
+from vadit.images.beton import FIELD, FOOTER, HEADER, BetonSource, EncodedImage
+from vadit.images.beton_writer import BetonWriter
 from vadit.images.tar import TarSource
 from vadit.images.tar_index import index_path
 from vadit.latents.dataset import compute_statistics, open_latents
@@ -242,7 +242,7 @@ def test_indices_of_tars(tmp_path: Path, start: int) -> None:
 
 def write_beton(path: Path) -> Path:
     """A .beton of `vadit prepare`'s writer: four small JPEGs and two raw images."""
-    with BetonWriter(path, IMAGE_FIELDS, max_samples=6, page_size=1 << 21) as writer:
+    with BetonWriter(path, max_samples=6, page_size=1 << 21) as writer:
         for number in range(6):
             image = photo(number, 24, 20)
             raw = number % 3 == 2

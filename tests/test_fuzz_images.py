@@ -20,8 +20,8 @@ from image_files import encode, jpeg, photo, psnr
 from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases, in_time
 from PIL import Image
 
-from vadit.images.beton import BetonSource
-from vadit.images.beton_writer import IMAGE_FIELDS, BetonWriter, EncodedImage
+from vadit.images.beton import BetonSource, EncodedImage
+from vadit.images.beton_writer import BetonWriter
 from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoded, ImageSet, Request
 from vadit.images.pillow import pillow_decoder
@@ -125,7 +125,7 @@ def test_native_decoders_show_what_pillow_shows(tmp_path: Path, mode: str, modul
     else:
         # A beton whose checksums fit: what is wrong was wrong when it was written.
         path = tmp_path / "images.beton"
-        with BetonWriter(path, IMAGE_FIELDS, max_samples=len(found)) as writer:
+        with BetonWriter(path, max_samples=len(found)) as writer:
             for case in found:
                 writer.append(EncodedImage("jpg", 48, SIZE, case.data), 0)
             writer.finish({"classes": ["all"]})

@@ -27,7 +27,8 @@ from vadit.runtime.errors import RunError, UsageError
 pytest.importorskip("nvidia.dali")
 
 from vadit.images import dali as images_dali
-from vadit.images.dali import DaliDecoder, dali_decoder, jpeg_area, read_rgb, resample
+from vadit.images.dali import DaliDecoder, dali_decoder, read_rgb, resample
+from vadit.images.jpeg import jpeg_area
 
 SIZE = 64
 MIN_PSNR = 50

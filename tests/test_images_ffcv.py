@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vadit.images.beton import BetonSource
-from vadit.images.beton_writer import MIN_PAGE_SIZE, BetonWriter, EncodedImage, encode_image
+from vadit.images.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
+from vadit.images.beton_writer import BetonWriter, encode_image
 from vadit.images.ffcv import FfcvImageLoader, why_not
 from vadit.images.folders import DebugSource
 from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request
@@ -63,7 +63,7 @@ def encoded(number: int) -> EncodedImage:
 
 
 def write(path: Path, images: Iterable[EncodedImage]) -> Path:
-    with BetonWriter(path, max_samples=1000, page_size=MIN_PAGE_SIZE, resume=False) as writer:
+    with BetonWriter(path, max_samples=1000, page_size=MIN_PAGE_SIZE) as writer:
         for number, image in enumerate(images):
             writer.append(image, number % 4)
         writer.finish({"classes": ["a", "b", "c", "d"]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -23,8 +22,8 @@ from prepared import SIZE, content, fill, prepare
 from tar_files import write_tar
 
 from vadit import cli
-from vadit.images.beton import BetonSource
-from vadit.images.beton_writer import BetonWriter, EncodedImage, encode_image
+from vadit.images.beton import BetonSource, EncodedImage
+from vadit.images.beton_writer import BetonWriter, encode_image
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, ImageSource
 from vadit.images.pillow import decode
@@ -207,7 +206,7 @@ def test_what_was_written_is_compared_with_the_source(
     half = encode_image(photo(0, 40, 32), "jpg")
     changes: list[tuple[Callable[[EncodedImage, int], tuple[EncodedImage, int]], str]] = [
         (lambda image, label: (image, 1), "labels .* are not those of"),
-        (lambda image, label: (dataclasses.replace(half, data=half.data[:400]), label), "does not decode"),
+        (lambda image, label: (half._replace(data=half.data[:400]), label), "does not decode"),
         (lambda image, label: (encode_image(photo(0, 50, 40), "raw"), label), "has 50 x 40 pixels, not 32"),
     ]
     for number, (change, message) in enumerate(changes):

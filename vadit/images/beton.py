@@ -1,53 +1,101 @@
-"""Reading .beton files (vadit.images.beton_writer tells the format): everything is checked before anything is used.
+"""FFCV's .beton format (https://github.com/libffcv/ffcv, version 2), read without ffcv and checked before it is used.
 
-FFCV itself trusts the addresses and sizes that it finds and reads wherever they point, so it is given only files that
-`BetonFile` has taken.
+| part | content |
+|---|---|
+| header | version, number of fields and samples, page size, where the allocation table begins |
+| fields | type, name and arguments of each field |
+| rows | one per sample: numbers themselves; of images mode, width, height and address; of arrays the address |
+| pages | payloads; none crosses a page's end (8 MiB), and those of one sample share a page |
+| notes | ours, which FFCV skips: JSON, then a footer with checksums of the JSON and of the tables |
+| allocations | sample, address and size of every payload, to the end of the file |
+
+Files of ours (vadit.images.beton_writer) have the fields OUR_FIELDS: `label` is the class, whose name stands in the
+notes, and `crc32` the checksum of the sample (see `row_crc32`). FFCV itself trusts the addresses and sizes that it
+finds and reads wherever they point, so it is given only files that `BetonFile` has taken.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.beton_writer import (
-    ALLOCATION,
-    FIELD,
-    FOOTER,
-    HEADER,
-    JPG,
-    KINDS,
-    MAGIC,
-    MAX_PAGE_SIZE,
-    MIN_PAGE_SIZE,
-    NOTES_FORMAT,
-    RAW,
-    VERSION,
-    EncodedImage,
-    Field,
-    Value,
-    row_crc32,
-    row_type,
-)
+from vadit.images.folders import ppm
+from vadit.images.jpeg import jpeg_size
 from vadit.runtime.errors import RunError, UsageError
 
+VERSION = 2
+MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
 MAX_FIELDS = 64
 MAX_CLASSES = 1 << 20
 """Largest label + 1 of a file that names no classes: a damaged label shall not make a list of billions."""
-CRC_NAME = "crc32"
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPG, RAW = 0, 1
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("allocations", "<u8")]
+)
+FIELD = np.dtype([("kind", "<u1"), ("name", "S16"), ("arguments", "<u1", (1024,))])
+ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
+_SIZED = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+FOOTER = np.dtype([("magic", "S8"), ("size", "<u4"), ("notes_crc32", "<u4"), ("tables_crc32", "<u4"), ("zero", "<u4")])
+MAGIC = b"VADITNT1"
+NOTES_FORMAT = "vadit-beton"
+
+ROW_TYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype("<f8"),
+    "int": np.dtype("<i8"),
+    "image": IMAGE,
+    "bytes": _SIZED,
+    "array": np.dtype("<u8"),
+    "json": _SIZED,
+    "tensor": np.dtype("<u8"),
+}
+"""By kind of field, in the order of FFCV's type numbers."""
+KINDS = tuple(ROW_TYPES)
+
+
+class Field(NamedTuple):
+    """A column of the file."""
+
+    name: str
+    kind: str
+
+
+OUR_FIELDS = (Field("image", "image"), Field("label", "int"), Field("crc32", "int"))
+
+
+class EncodedImage(NamedTuple):
+    """An image as it lies in the file. Worker processes make it, the one writer appends it."""
+
+    mode: Literal["jpg", "raw"]
+    width: int
+    height: int
+    data: bytes | memoryview
+    """The file of a JPEG, or height x width x 3 bytes of pixels."""
+
+
+def row_type(fields: Sequence[Field]) -> np.dtype[Any]:
+    """The type of one row of the table, a column for each field by its name."""
+    return np.dtype([(field.name, ROW_TYPES[field.kind]) for field in fields], align=True)
+
+
+def row_crc32(image: EncodedImage, label: int) -> int:
+    """Checksum of a sample of ours: mode, width and height as 8 bytes each, the payload, the label as 8 bytes."""
+    shape = (JPG if image.mode == "jpg" else RAW, image.width, image.height)
+    checksum = zlib.crc32(image.data, zlib.crc32(b"".join(number.to_bytes(8, "little") for number in shape)))
+    return zlib.crc32(label.to_bytes(8, "little", signed=True), checksum)
 
 
 class BetonFile:
-    """A .beton whose tables have been checked: its fields, rows, and the payloads' places.
+    """A .beton whose tables have been checked: its fields, rows (n,), notes, and the payloads' places.
 
     UsageError: there is no such file. RunError: the file is damaged, or of another format; it says where.
     """
@@ -73,14 +121,6 @@ class BetonFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def column(self, name: str) -> np.ndarray:
-        """A field's part of the rows, (n,)."""
-        return self.rows[f"f{self._number(name)}"]
-
-    def payloads(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses and sizes of a field's payloads, uint64 (n,) each."""
-        return self._spans[self._number(name)]
-
     def read(self, ptr: int, size: int) -> bytes:
         """Bytes of the file, from any thread."""
         try:
@@ -101,45 +141,9 @@ class BetonFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, ptr, size, os.POSIX_FADV_WILLNEED)
 
-    def map(self) -> np.ndarray:
-        """The whole file, uint8, memory-mapped and read-only."""
-        return np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
-
-    def check_row(self, index: int, values: list[Value]) -> None:
-        """Compare a sample (values in the fields' order, without crc32) with its checksum, where the file has them."""
-        if self.has_crc32 and row_crc32(values) != int(self.column(CRC_NAME)[index]):
-            raise RunError(f"sample {index} of {self.path} fails its checksum; copy or make the file anew")
-
-    def sample(self, index: int, mapped: memoryview | None = None) -> list[Value]:
-        """A sample's values in the fields' order, without crc32; the checksum is compared where there is one.
-
-        Payloads are parts of `mapped` (the whole file) where it is given, else they are read.
-        """
-        values: list[Value] = []
-        for number, field in enumerate(self.fields):
-            if field.name == CRC_NAME and self.has_crc32:
-                continue
-            ptrs, sizes = self._spans[number]
-            if len(ptrs) == 0:
-                values.append(int(self.rows[f"f{number}"][index]))
-                continue
-            ptr, size = int(ptrs[index]), int(sizes[index])
-            data = self.read(ptr, size) if mapped is None else mapped[ptr : ptr + size]
-            if field.kind == "image":
-                row = self.rows[f"f{number}"][index]
-                mode: Literal["jpg", "raw"] = "jpg" if row["mode"] == JPG else "raw"
-                values.append(EncodedImage(mode, int(row["width"]), int(row["height"]), data))
-            else:
-                values.append(data)
-        self.check_row(index, values)
-        return values
-
     def fail(self, problem: str) -> RunError:
         """The error of a damaged file."""
         return RunError(f"{self.path} is damaged, or no .beton file: {problem}; copy or make it anew")
-
-    def _number(self, name: str) -> int:
-        return next(number for number, field in enumerate(self.fields) if field.name == name)
 
     def _parse(self) -> None:
         if self.size < HEADER.itemsize:
@@ -157,7 +161,8 @@ class BetonFile:
         self.page_size = page_size
         described = self.read(HEADER.itemsize, num_fields * FIELD.itemsize)
         self.fields = self._parse_fields(np.frombuffer(described, FIELD))
-        kind = row_type([field.kind for field in self.fields])
+        self.is_ours = self.fields == OUR_FIELDS
+        kind = row_type(self.fields)
         rows_start = HEADER.itemsize + len(described)
         if count < 1 or count * kind.itemsize > table - rows_start:
             raise self.fail(f"it claims {count} samples, and {table - rows_start} bytes hold their rows and content")
@@ -166,11 +171,11 @@ class BetonFile:
         if (self.size - table) % ALLOCATION.itemsize:
             raise self.fail(f"its table of allocations ends in the middle of an entry (byte {self.size})")
         allocations = np.frombuffer(self.read(table, self.size - table), ALLOCATION)
-        self.has_crc32 = any(field == Field(CRC_NAME, "int") for field in self.fields)
         tables = (self.read(0, rows_end), allocations.tobytes())
         self.notes, content_end = self._parse_notes(rows_end, table, tables)
+        self.sizes: dict[str, np.ndarray] = {}
+        """Bytes of each image field's payloads, uint64 (n,)."""
         self._place(allocations, rows_end, content_end)
-        self._check_images()
 
     def _parse_fields(self, entries: np.ndarray) -> tuple[Field, ...]:
         fields = []
@@ -180,38 +185,18 @@ class BetonFile:
                 raise self.fail(f"a field's name is {name!r}")
             if entry["kind"] >= len(KINDS):
                 raise self.fail(f"field {name.decode()} has the type {entry['kind']}, which FFCV does not define")
-            kind = KINDS[entry["kind"]]
-            size = self._array_size(name.decode(), entry["arguments"]) if kind in ("array", "tensor") else 0
-            fields.append(Field(name.decode(), kind, size))
+            fields.append(Field(name.decode(), KINDS[entry["kind"]]))
         if len({field.name for field in fields}) < len(fields):
             raise self.fail("two fields have the same name")
         return tuple(fields)
 
-    def _array_size(self, name: str, arguments: np.ndarray) -> int:
-        """Bytes of an array field's payload, from 32 dimensions and the JSON of a numpy type."""
-        numbers = [int(number) for number in arguments[: 33 * 8].view("<u8")]
-        shape, length = numbers[:32], numbers[32]
-        try:
-            (described,) = json.loads(arguments[33 * 8 :][:length].tobytes().decode("ascii"))
-            itemsize = np.dtype([tuple(described)]).itemsize
-        except (ValueError, TypeError, RecursionError):
-            raise self.fail(f"the type of field {name} is not readable") from None
-        while shape and shape[-1] == 0:
-            shape.pop()
-        size = itemsize
-        for side in shape:
-            size *= side
-        if not shape or not 0 < size <= self.page_size:
-            raise self.fail(f"field {name} has the shape {shape} of {itemsize} bytes each")
-        return size
-
     def _parse_notes(self, start: int, table: int, tables: tuple[bytes, bytes]) -> tuple[dict[str, Any], int]:
         """Our notes (empty in FFCV's own files) and the byte where the payloads end."""
-        if table - start < FOOTER.itemsize:
-            return {}, table
-        footer = np.frombuffer(self.read(table - FOOTER.itemsize, FOOTER.itemsize), FOOTER)[0]
-        if footer["magic"] != MAGIC:
-            if self.has_crc32:
+        footer = None
+        if table - start >= FOOTER.itemsize:
+            footer = np.frombuffer(self.read(table - FOOTER.itemsize, FOOTER.itemsize), FOOTER)[0]
+        if footer is None or footer["magic"] != MAGIC:
+            if self.is_ours:
                 raise self.fail("the checksums of its tables are missing")
             return {}, table
         end = table - FOOTER.itemsize - int(footer["size"])
@@ -243,45 +228,35 @@ class BetonFile:
             raise self.fail("a payload crosses the end of a page")
         if (ptrs[:-1] + sizes[:-1] > ptrs[1:]).any():
             raise self.fail("two payloads overlap")
-        self._spans: list[tuple[np.ndarray, np.ndarray]] = []
-        none = np.zeros(0, np.uint64)
         used = 0
-        for number, field in enumerate(self.fields):
-            column = self.rows[f"f{number}"]
+        for field in self.fields:
             if field.kind in ("int", "float"):
-                self._spans.append((none, none))
                 continue
+            column = self.rows[field.name]
             wanted = column if field.kind in ("array", "tensor") else column["ptr"]
             found = np.searchsorted(ptrs, wanted)
             hit = found < len(ptrs)
             hit[hit] = (ptrs[found[hit]] == wanted[hit]) & (owners[found[hit]] == np.flatnonzero(hit))
             if not hit.all():
                 raise self.fail(f"the {field.name} of sample {np.flatnonzero(~hit)[0]} is not in its table")
-            size = sizes[found]
-            if field.kind in ("bytes", "json") and (size != column["size"]).any():
-                raise self.fail(f"two sizes are given for a payload of field {field.name}")
-            if field.kind in ("array", "tensor") and (size != field.size).any():
-                raise self.fail(f"a payload of field {field.name} does not have {field.size} bytes")
-            self._spans.append((np.ascontiguousarray(wanted), size))
+            if field.kind == "image":
+                self.sizes[field.name] = sizes[found]
+                self._check_images(column, sizes[found])
             used += len(wanted)
         if used != len(allocations):
             raise self.fail(f"it holds {len(allocations)} payloads, and its samples use {used}")
 
-    def _check_images(self) -> None:
-        for number, field in enumerate(self.fields):
-            if field.kind != "image":
-                continue
-            column, sizes = self.rows[f"f{number}"], self._spans[number][1]
-            if not np.isin(column["mode"], (JPG, RAW)).all():
-                raise self.fail(f"sample {np.flatnonzero(~np.isin(column['mode'], (JPG, RAW)))[0]} is of no known mode")
-            pixels = column["width"].astype(np.uint64) * column["height"].astype(np.uint64) * np.uint64(3)
-            wrong = (pixels == 0) | ((column["mode"] == RAW) & (sizes != pixels))
-            if wrong.any():
-                row = column[np.flatnonzero(wrong)[0]]
-                raise self.fail(
-                    f"sample {np.flatnonzero(wrong)[0]} is said to have {row['width']} x {row['height']} pixels "
-                    f"in {sizes[np.flatnonzero(wrong)[0]]} bytes"
-                )
+    def _check_images(self, rows: np.ndarray, sizes: np.ndarray) -> None:
+        unknown = ~np.isin(rows["mode"], (JPG, RAW))
+        if unknown.any():
+            raise self.fail(f"sample {np.flatnonzero(unknown)[0]} is of no known mode")
+        pixels = rows["width"].astype(np.uint64) * rows["height"].astype(np.uint64) * np.uint64(3)
+        wrong = np.flatnonzero((pixels == 0) | ((rows["mode"] == RAW) & (sizes != pixels)))
+        if len(wrong):
+            row = rows[wrong[0]]
+            raise self.fail(
+                f"sample {wrong[0]} is said to have {row['width']} x {row['height']} pixels in {sizes[wrong[0]]} bytes"
+            )
 
 
 class BetonSource:
@@ -295,14 +270,11 @@ class BetonSource:
         self.name = str(path)
         self.file = BetonFile(path)
         self.image_field = self._pick("image", "image")
-        label_field = self._pick("label", "int")
-        names = [field.name for field in self.file.fields if not (field.name == CRC_NAME and self.file.has_crc32)]
-        self._image_place = names.index(self.image_field)
-        rows = self.file.column(self.image_field)
+        rows = self.file.rows[self.image_field]
         self.is_jpeg = rows["mode"] == JPG
         self.widths, self.heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        self.ptrs, self.sizes = self.file.payloads(self.image_field)
-        labels = self.file.column(label_field)
+        self.ptrs, self.sizes = np.ascontiguousarray(rows["ptr"]), self.file.sizes[self.image_field]
+        labels = self.file.rows[self._pick("label", "int")]
         self.labels: Tensor = torch.from_numpy(labels.astype(np.int64))
         self.classes = self._class_names(int(labels.min()), int(labels.max()))
 
@@ -312,20 +284,22 @@ class BetonSource:
     def read(self, index: int) -> bytes:
         """A JPEG's bytes, or raw pixels as PPM; compared with their checksum, where the file has one."""
         image = self.check(index)
-        if image.mode == "jpg":
-            return bytes(image.data)
-        return b"P6 %d %d 255\n" % (image.width, image.height) + image.data
+        return bytes(image.data) if image.mode == "jpg" else ppm(image.width, image.height, bytes(image.data))
 
     def check(self, index: int, mapped: memoryview | None = None) -> EncodedImage:
         """An image that passed its checksum, where there is one, and whose JPEG has the table's size.
 
-        A decoder that believed the table would else write past its buffer. `mapped` as in `BetonFile.sample`.
+        A decoder that believed the table would else write past its buffer. The data is a part of `mapped` (the whole
+        file) where that is given, else it is read.
         """
-        values = self.file.sample(index, mapped)
-        image = values[self._image_place]
-        assert isinstance(image, EncodedImage)
-        if image.mode == "jpg":
-            found = jpeg_size(image.data)
+        ptr, size = int(self.ptrs[index]), int(self.sizes[index])
+        data = self.file.read(ptr, size) if mapped is None else mapped[ptr : ptr + size]
+        mode: Literal["jpg", "raw"] = "jpg" if self.is_jpeg[index] else "raw"
+        image = EncodedImage(mode, int(self.widths[index]), int(self.heights[index]), data)
+        if self.file.is_ours and row_crc32(image, int(self.labels[index])) != int(self.file.rows["crc32"][index]):
+            raise RunError(f"sample {index} of {self.name} fails its checksum; copy or make the file anew")
+        if mode == "jpg":
+            found = jpeg_size(data)
             if found != (image.width, image.height):
                 what = "it is no JPEG" if found is None else f"its JPEG has {found[0]} x {found[1]} pixels"
                 raise RunError(
@@ -339,7 +313,7 @@ class BetonSource:
         return f"{self.name}:{index}"
 
     def _pick(self, name: str, kind: str) -> str:
-        candidates = [field.name for field in self.file.fields if field.kind == kind and field.name != CRC_NAME]
+        candidates = [field.name for field in self.file.fields if field.kind == kind]
         if name in candidates:
             return name
         if len(candidates) == 1:
@@ -357,27 +331,3 @@ class BetonSource:
         if lowest < 0 or highest >= bound:
             raise self.file.fail(f"its labels go from {lowest} to {highest}, not from 0 to {bound - 1}")
         return [str(label) for label in range(highest + 1)] if names is None else names
-
-
-def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """Width and height by a JPEG's frame header; None: there is none, or not one of 8 bits and 1 or 3 components."""
-    if bytes(data[:2]) != b"\xff\xd8":
-        return None
-    place = 2
-    while place + 4 <= len(data):
-        if data[place] != 0xFF:
-            return None
-        marker = data[place + 1]
-        if marker == 0xFF:  # fill bytes before a marker
-            place += 1
-            continue
-        (length,) = struct.unpack_from(">H", data, place + 2)
-        if marker in _START_OF_FRAME:
-            if place + 10 > len(data):
-                return None
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            return (width, height) if bits == 8 and components in (1, 3) else None
-        if marker == 0xDA or length < 2:
-            return None
-        place += 2 + length
-    return None

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vadit.images.jpeg import MAX_AREA, jpeg_area
 from vadit.images.loader import Decoded, Decoder, ImageSet, Request, undecodable
 from vadit.images.transforms import Crop, open_image, plan_crop, to_rgb
 from vadit.runtime.errors import RunError, UsageError
@@ -36,8 +37,6 @@ CHUNK = 8
 GPU_CHUNK = 64
 GPU_PIPELINES = 2
 """One reads files while the other decodes."""
-MAX_AREA = 1 << 25
-"""Pixels of one run of a pipeline. A larger image is Pillow's, which refuses the absurd ones."""
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +207,7 @@ class _JpegPipeline:
 
 
 def _groups(areas: dict[int, int]) -> Iterator[tuple[list[int], bool]]:
-    """Places of ordinary JPEGs (True) for as many runs as their areas in pixels ask for, then the others' (False)."""
+    """Places of ordinary JPEGs (True) in runs of at most MAX_AREA pixels, then the others' (False)."""
     group: list[int] = []
     total = 0
     for place, area in areas.items():
@@ -296,54 +295,3 @@ def read_rgb(data: bytes) -> Tensor:
 
 
 _PPM_HEADER = re.compile(rb"P6\s([0-9]{1,9})\s([0-9]{1,9})\s255\s")
-
-# ------------------------------------------------------------------------------------------------ JPEG's structure
-
-_START, _END = b"\xff\xd8", b"\xff\xd9"
-_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
-_SCAN, _ADOBE = 0xDA, 0xEE
-_SEGMENTS = frozenset([*_SEQUENTIAL, _PROGRESSIVE, 0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
-"""Markers of frames (Huffman-coded only), Huffman tables, scans, quantisation tables, restart intervals, applications
-and comments."""
-_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")
-"""The first marker after entropy-coded data, which may hold stuffed bytes and restart markers."""
-
-
-def jpeg_area(data: bytes) -> int:
-    """Pixels of an ordinary JPEG that is whole as far as its structure tells; 0 for anything else.
-
-    Ordinary: 8 bits; grey, or Y, Cb and Cr; every marker from the first to the end of the image is one that belongs
-    there. With what this leaves out, DALI is more forgiving than Pillow, or reads it in another way.
-    """
-    if not data.startswith(_START):
-        return 0
-    area, frame, num_scans = 0, 0, 0
-    place, in_scan = 2, False
-    while data[place : place + 2] != _END:
-        # Slices, since data may end anywhere; what is missing then fails one of these tests.
-        marker = int.from_bytes(data[place + 1 : place + 2])
-        length = int.from_bytes(data[place + 2 : place + 4])
-        end = place + 2 + length
-        if data[place : place + 1] != b"\xff" or marker not in _SEGMENTS or length < 2 or end > len(data):
-            return 0
-        body, place, in_scan = data[place + 4 : end], end, False
-        if marker in _SEQUENTIAL or marker == _PROGRESSIVE:
-            if frame or not _is_ordinary_frame(body):
-                return 0
-            frame, area = marker, int.from_bytes(body[1:3]) * int.from_bytes(body[3:5])
-        elif marker == _ADOBE and body.startswith(b"Adobe") and body[11:12] != b"\x01":
-            return 0  # not Y, Cb and Cr
-        elif marker == _SCAN:
-            found = _AFTER_SCAN.search(data, place)
-            is_second = num_scans > 0 and frame != _PROGRESSIVE
-            if not frame or not found or is_second or not body or len(body) != 4 + 2 * body[0]:
-                return 0
-            place, in_scan, num_scans = found.start(), True, num_scans + 1
-    return area if in_scan and area <= MAX_AREA else 0
-
-
-def _is_ordinary_frame(body: bytes) -> bool:
-    """Whether a frame header tells of 8 bits and of the components that a JFIF file has."""
-    if len(body) < 6 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
-        return False
-    return body[6::3] in (b"\x01", b"\x01\x02\x03")

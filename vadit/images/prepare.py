@@ -33,8 +33,8 @@ from torch import Tensor
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
-from vadit.images.beton import BetonFile, BetonSource
-from vadit.images.beton_writer import PAGE_SIZE, BetonWriter, EncodedImage, encode_image
+from vadit.images.beton import BetonFile, BetonSource, EncodedImage
+from vadit.images.beton_writer import PAGE_SIZE, BetonWriter, encode_image
 from vadit.images.folders import FolderSource, read_file
 from vadit.images.loader import ImageSource
 from vadit.images.transforms import open_image, plan_crop, to_rgb
