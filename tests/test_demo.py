@@ -10,7 +10,6 @@ import pytest
 
 from vadit.demo import run
 from vadit.demo.data import prepare
-from vadit.demo.options import DemoOptions
 from vadit.runtime.errors import UsageError
 from vadit.train import dit
 
@@ -24,7 +23,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_goes_on_after_a_stop(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = DemoOptions(out=str(tmp_path / "demo"), quick=True)
     out = tmp_path / "demo"
 
     def stop(*_: object, **__: object) -> None:
@@ -33,12 +31,12 @@ def test_goes_on_after_a_stop(tiny: None, tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(dit, "train", stop)
         with pytest.raises(KeyboardInterrupt):
-            run.run_demo(options)
+            run.run_demo(out, "digits", quick=True)
     kept = [out / "networks/foundation.safetensors", out / "latents/index.json", out / "tokenizer/log.jsonl"]
     times = [path.stat().st_mtime_ns for path in kept]
     assert not (out / "metrics.json").exists()
 
-    run.run_demo(options)
+    run.run_demo(out, "digits", quick=True)
     assert [path.stat().st_mtime_ns for path in kept] == times, "a finished stage was done again"
     metrics = json.loads((out / "metrics.json").read_text())
     samples = {name: scores for name, scores in metrics.items() if name.startswith("samples_")}
@@ -49,12 +47,8 @@ def test_goes_on_after_a_stop(tiny: None, tmp_path: Path, monkeypatch: pytest.Mo
     assert list((out / "tokenizer/tensorboard").iterdir()) and list((out / "generator/tensorboard").iterdir())
     assert "data:image/png" in (out / "report.html").read_text()
     assert len((out / "generator/log.jsonl").read_text().splitlines()) == 1
-
-
-def test_another_demo_in_the_same_folder_is_refused(tiny: None, tmp_path: Path) -> None:
-    run.Demo(DemoOptions(out=str(tmp_path), quick=True))
-    with pytest.raises(UsageError, match="another --out"):
-        run.Demo(DemoOptions(out=str(tmp_path), quick=False))
+    with pytest.raises(UsageError, match="quick True, this command says False; use another --out"):
+        run.run_demo(out, "digits", quick=False)
 
 
 @pytest.mark.parametrize("kind", ["digits", "photos"])

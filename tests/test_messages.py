@@ -15,14 +15,13 @@ import torch
 
 import vadit
 from vadit import cli
-from vadit.commands import convert, encode, evaluate, prepare, report, sample, train
+from vadit.commands import convert, demo, encode, evaluate, prepare, report, sample, train
 from vadit.commands.arguments import flags_of, parse
 from vadit.config import (
     DiTConfig,
     StageSpec,
 )
 from vadit.config.files import save_config
-from vadit.demo.options import DemoOptions
 from vadit.kernels import dispatch
 from vadit.recipes import get_recipe
 from vadit.runtime.errors import UsageError
@@ -32,7 +31,7 @@ PACKAGE = Path(vadit.__file__).parent
 OPTIONS = (
     *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
     *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
-    *(evaluate.MakeReferenceOptions, prepare.PrepareOptions, DemoOptions),
+    *(evaluate.MakeReferenceOptions, prepare.PrepareOptions, demo.DemoOptions),
     *(convert.ImportOptions, convert.ExportOptions),
 )
 COMMON = {"--help", "--version", "--debug", "--local_rank", "--local-rank"}

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 from vadit.commands.arguments import parse
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The whole system in small: train, encode, sample and evaluate on real pictures, on any machine."""
+
+    out: str = "runs/demo"
+    """Folder for everything that is made; the same command goes on from what is there."""
+    data: Literal["digits", "photos"] = "digits"
+    """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""
+    quick: bool = False
+    """A quarter of the training steps: everything runs, the pictures are worse."""
 
 
 def run(arguments: list[str]) -> None:
     """Run the demo."""
-    from vadit.demo.options import DemoOptions
-
     options = parse(DemoOptions, arguments, command="demo")
     from vadit.demo.run import run_demo
     from vadit.train import engine
 
     try:
-        run_demo(options)
+        run_demo(Path(options.out), options.data, quick=options.quick)
     finally:
         engine.finish()

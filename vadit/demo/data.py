@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIZE = 32
@@ -79,6 +80,11 @@ def _photos() -> tuple[np.ndarray, np.ndarray, list[str]]:
             crops.append(np.asarray(crop))
             labels.append(label)
     return np.stack(crops), np.asarray(labels, np.int64), list(PHOTOS)
+
+
+def channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) to (N, 3, H, W)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def photograph(name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vadit.config import FoundationSpec
-from vadit.demo.data import SIZE
+from vadit.demo.data import SIZE, DemoData, channels_first
 from vadit.images.pixels import to_signed
 from vadit.models.pretrained import read_safetensors, write_safetensors
+from vadit.runtime import rng
+from vadit.runtime.console import ProgressBar
 
 BATCH = 64
 LR = 2e-3
+NOISE = 0.1
 
 
 def foundation_spec(weights: str, num_classes: int) -> FoundationSpec:
@@ -53,51 +57,37 @@ class Judge(nn.Module):
     def assess(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 images (N, 32, 32, 3) to features (N, 64) and predicted classes (N,)."""
         self.eval()
-        x = as_input(pixels)
+        x = to_signed(channels_first(pixels))
         features = torch.cat([self.features(part) for part in x.split(256)])
         return features, self.head(F.relu(features)).argmax(1)
 
 
-def as_input(pixels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
-    return to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+def trained(path: Path, build: Callable[[], nn.Module], data: DemoData, *, title: str, steps: int, seed: int) -> Any:
+    """The classifier whose weights lie at `path`; trained on the labels and saved where there are none.
 
-
-def fit(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    steps: int,
-    seed: int,
-    noise: float = 0.0,
-    progress: Callable[[int], None],
-) -> None:
-    """Train a classifier on images (N, 3, H, W) with random shifts of up to 2 pixels, and noise where asked."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
-    network.train()
-    for step in range(steps):
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        x = images[chosen].roll((dy, dx), dims=(2, 3))
-        x = x + noise * torch.randn(x.shape, generator=generator)
-        loss = F.cross_entropy(network(x), labels[chosen], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress((step + 1) * BATCH)
-    network.eval()
-
-
-def train_once(path: Path, build: Callable[[], nn.Module], train: Callable[[nn.Module], None]) -> nn.Module:
-    """The network whose weights lie at `path`; trained and saved (whole or not at all) where there are none."""
+    Images are shifted at random by up to 2 pixels, and get noise.
+    """
+    torch.manual_seed(rng.fold(seed))
     network = build()
     if path.is_file():
         network.load_state_dict(read_safetensors(path))
         return network.eval()
-    train(network)
+    images, labels = to_signed(channels_first(data.train_images)), torch.from_numpy(data.train_labels)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    network.train()
+    with ProgressBar(title, steps * BATCH) as bar:
+        for step in range(steps):
+            chosen = torch.randint(len(images), (BATCH,), generator=generator)
+            dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            x = images[chosen].roll((dy, dx), dims=(2, 3))
+            x = x + NOISE * torch.randn(x.shape, generator=generator)
+            loss = F.cross_entropy(network(x), labels[chosen], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update((step + 1) * BATCH)
     write_safetensors(network.state_dict(), path)
-    return network
+    return network.eval()

@@ -9,7 +9,6 @@ import numpy as np
 
 from vadit.demo.data import DemoData
 from vadit.images.pixels import image_grid, reconstruction_pairs
-from vadit.report.charts import Chart
 from vadit.report.page import Section, write_report
 from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
@@ -29,8 +28,6 @@ def write(
     data: DemoData,
     metrics: dict[str, Any],
     *,
-    tokenizer_run: Path,
-    generator: Path,
     plain: Path,
     guided: Path,
     reconstructions: np.ndarray,
@@ -43,41 +40,35 @@ def write(
     _save_grid(out / "samples-plain.png", plain)
     originals = data.held_out_images[: len(reconstructions)]
     reconstruction_pairs(originals, reconstructions, columns=12).save(out / "reconstructions.png")
-    sections = [
-        Section(
-            title="Samples",
-            images=[
-                (f"With guidance. One column per class: {', '.join(data.classes)}.", out / "samples.png"),
-                ("Without guidance.", out / "samples-plain.png"),
-            ],
-            table=[
-                (name.removeprefix("samples_") + " " + key, f"{value:.3f}")
-                for name, scores in metrics.items()
-                if name.startswith("samples_")
-                for key, value in scores.items()
-            ],
-            text="The judge is a classifier that shares nothing with generator or foundation model; agreement is the "
-            "share of samples that it reads as the class they were asked to be. Distances are in its features.",
-        ),
-        Section(
-            title="Tokenizer (VA-VAE)",
-            charts=_charts(tokenizer_run),
-            images=[("Images that no network saw in training.", out / "reconstructions.png")],
-            table=[(key, f"{value:.3f}") for key, value in metrics["tokenizer"].items()],
-            settings=[("All settings", tokenizer_run / "config.json")],
-        ),
-        Section(
-            title="Generator (LightningDiT)",
-            charts=_charts(generator),
-            settings=[("All settings", generator / "config.json")],
-        ),
+    scores = [
+        (f"{name.removeprefix('samples_')} {key}", f"{value:.3f}")
+        for name, found in metrics.items()
+        if name.startswith("samples_")
+        for key, value in found.items()
     ]
-    write_report(out / "report.html", "vadit demo", LEAD, sections)
+    samples = Section(
+        title="Samples",
+        images=[
+            (f"With guidance. One column per class: {', '.join(data.classes)}.", out / "samples.png"),
+            ("Without guidance.", out / "samples-plain.png"),
+        ],
+        table=scores,
+        text="The judge is a classifier that shares nothing with generator or foundation model; agreement is the "
+        "share of samples that it reads as the class they were asked to be. Distances are in its features.",
+    )
+    tokenizer = Section(
+        title="Tokenizer (VA-VAE)",
+        images=[("Images that no network saw in training.", out / "reconstructions.png")],
+        table=[(key, f"{value:.3f}") for key, value in metrics["tokenizer"].items()],
+        **_logged(out / "tokenizer"),
+    )
+    generator = Section(title="Generator (LightningDiT)", **_logged(out / "generator"))
+    write_report(out / "report.html", "vadit demo", LEAD, [samples, tokenizer, generator])
 
 
-def _charts(run: Path) -> list[Chart]:
-    """Every quantity that a run logged."""
-    return quantity_charts(read_runs([run]))
+def _logged(run: Path) -> dict[str, Any]:
+    """Every quantity that a run logged, and its settings."""
+    return {"charts": quantity_charts(read_runs([run])), "settings": [("All settings", run / "config.json")]}
 
 
 def _save_grid(path: Path, npz: Path) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +32,7 @@ from vadit.config import (
     TokenizerLossSpec,
 )
 from vadit.demo import networks, report
-from vadit.demo.data import SIZE, DemoData, prepare
-from vadit.demo.options import DemoOptions
+from vadit.demo.data import SIZE, DemoData, channels_first, prepare
 from vadit.eval.latents import evaluate_latents, open_vectors
 from vadit.eval.metrics import frechet_distance, mean_and_covariance, precision_recall
 from vadit.eval.tokenizer import evaluate_tokenizer, reconstruct
@@ -42,10 +40,10 @@ from vadit.images.backends import open_images
 from vadit.images.pixels import channels_last, to_uint8
 from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
+from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
-from vadit.runtime import rng
 from vadit.runtime.console import ProgressBar, console
-from vadit.runtime.errors import UsageError
+from vadit.runtime.files import refuse_other_settings
 from vadit.sampling.draw import sampler_name
 from vadit.sampling.write import write_samples
 from vadit.train import dit, tokenizer
@@ -53,6 +51,8 @@ from vadit.train.checkpoint.export import load_autoencoder, load_generator
 
 GUIDED_SCALE = 2.5
 UNIFORMITY_VECTORS = 800
+SHOWN = 24
+"""Reconstructions on the page."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,7 @@ FULL = Sizes(foundation=200, judge=300, tokenizer=600, generator=1000, samples=5
 QUICK = Sizes(foundation=60, judge=100, tokenizer=120, generator=200, samples=100)
 
 
-def sizes(options: DemoOptions) -> Sizes:
-    """Lengths for what was asked."""
-    return QUICK if options.quick else FULL
-
-
-def tokenizer_config(
-    out: Path, images: Path, foundation: Path, num_classes: int, *, steps: int, vf_weight: float, seed: int
-) -> TokenizerConfig:
+def tokenizer_config(out: Path, images: Path, foundation: Path, num_classes: int, *, steps: int) -> TokenizerConfig:
     """An f8d16 VA-VAE of 0.7M weights for 32x32 images; its VF loss is that of the paper's single-stage recipe."""
     batch = 16  # many small steps: 700 of 16 reach 32.9 dB where 320 of 32 reach 26.5
     return TokenizerConfig(
@@ -89,19 +82,19 @@ def tokenizer_config(
         # No VGG file comes with any package, so no LPIPS.
         loss=TokenizerLossSpec(
             perceptual_weight=0.0, disc_channels=16, disc_layers=2, disc_start_step=steps * 3 // 4, disc_weight=0.1,
-            vf_weight=vf_weight,
+            vf_weight=0.1,
         ),
         optimizer=OptimizerSpec(lr=2e-3, betas=(0.5, 0.9), schedule="one_cycle"),
         engine=EngineSpec(ema_decays=(), max_grad_norm=0.0),
         run=RunSpec(
-            out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
+            out=str(out), total_images=steps * batch, batch_size=batch,
             log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
         ),
         data=ImageDataSpec(path=str(images), loader="torch", num_workers=2),  # the same numbers everywhere
     )  # fmt: skip
 
 
-def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int, seed: int) -> DiTConfig:
+def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int) -> DiTConfig:
     """A LightningDiT of 1.3M weights on 4x4 latents with every switch of the paper's."""
     batch = 64
     return DiTConfig(
@@ -114,139 +107,108 @@ def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int, 
         optimizer=OptimizerSpec(lr=2e-3, schedule="one_cycle"),
         engine=EngineSpec(ema_decays=(0.99,)),
         run=RunSpec(
-            out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
+            out=str(out), total_images=steps * batch, batch_size=batch,
             log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
         ),
         data=LatentDataSpec(path=str(latents), flip=False),
-        sample=SampleSpec(num_steps=50, seed=seed, labels="balanced"),
+        sample=SampleSpec(num_steps=50, labels="balanced"),
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ the stages
+def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool) -> None:
+    """Everything that `vadit demo` does, in the folder `out`."""
+    start = time.perf_counter()
+    torch.set_num_threads(fastest_threads())
+    console.print(f"[bold]vadit demo[/bold]: {kind}, into {out}")
+    _claim(out, {"data": kind, "quick": quick})
+    sizes = QUICK if quick else FULL
+    data = prepare(out / "data", kind)
+    num_classes = len(data.classes)
 
+    # networks that look at pictures: one for the tokenizer to align to, one to judge what comes out
+    weights = out / "networks" / "foundation.safetensors"
+    spec = networks.foundation_spec("random", num_classes)
+    networks.trained(
+        weights, lambda: FoundationModel(spec, SIZE // 8).model.requires_grad_(True), data,
+        title="foundation model", steps=sizes.foundation, seed=1,
+    )  # fmt: skip
+    judge: networks.Judge = networks.trained(
+        out / "networks" / "judge.safetensors", lambda: networks.Judge(num_classes), data,
+        title="independent judge", steps=sizes.judge, seed=2,
+    )  # fmt: skip
 
-class Demo:
-    """The stages of one demo folder, each a method that does its part once."""
+    # the two trainers
+    tokenizer_run = tokenizer.train(
+        tokenizer_config(out / "tokenizer", data.train, weights, num_classes, steps=sizes.tokenizer), title="VA-VAE"
+    )
+    autoencoder = load_autoencoder(tokenizer_run)
+    latents = _encode(autoencoder, data.train, out / "latents")
+    generator_run = dit.train(
+        generator_config(out / "generator", out / "latents", num_classes, steps=sizes.generator), title="LightningDiT"
+    )
+    generator = load_generator(generator_run)
 
-    def __init__(self, options: DemoOptions) -> None:
-        self.options = options
-        self.sizes = sizes(options)
-        self.out = Path(options.out)
-        self._claim()
-        self.data: DemoData = prepare(self.out / "data", options.data)
-        self.num_classes = len(self.data.classes)
-
-    def _claim(self) -> None:
-        """A folder belongs to one kind of demo."""
-        mine = {"data": self.options.data, "quick": self.options.quick}
-        path = self.out / "demo.json"
-        if path.is_file() and (found := json.loads(path.read_text())) != mine:
-            raise UsageError(f"{self.out} holds a demo made with {found}, this command says {mine}; use another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine))
-
-    def _classifier(self, file: str, title: str, build: Callable[[], Any], *, steps: int, seed: int) -> Any:
-        images, labels = networks.as_input(self.data.train_images), torch.from_numpy(self.data.train_labels)
-
-        def train(network: Any) -> None:
-            with ProgressBar(title, steps * networks.BATCH) as bar:
-                networks.fit(network, images, labels, steps=steps, seed=seed, noise=0.1, progress=bar.update)
-
-        torch.manual_seed(rng.fold(seed))
-        return networks.train_once(self.out / "networks" / file, build, train)
-
-    @property
-    def foundation_weights(self) -> Path:
-        """File of the small foundation model's weights."""
-        return self.out / "networks" / "foundation.safetensors"
-
-    def foundation(self) -> None:
-        """Train the small vision foundation model on the labels."""
-
-        def build() -> Any:
-            return FoundationModel(
-                networks.foundation_spec("random", self.num_classes), SIZE // 8
-            ).model.requires_grad_(True)
-
-        self._classifier("foundation.safetensors", "foundation model", build, steps=self.sizes.foundation, seed=1)
-
-    def judge(self) -> networks.Judge:
-        """Train the classifier that judges samples."""
-        judge: networks.Judge = self._classifier(
-            "judge.safetensors", "independent judge", lambda: networks.Judge(self.num_classes),
-            steps=self.sizes.judge, seed=2,
-        )  # fmt: skip
-        return judge
-
-    def tokenizer(self, name: str = "tokenizer", *, vf_weight: float = 0.1, seed: int = 0) -> Path:
-        """Train VA-VAE against the foundation model."""
-        config = tokenizer_config(
-            self.out / name, self.data.train, self.foundation_weights, self.num_classes,
-            steps=self.sizes.tokenizer, vf_weight=vf_weight, seed=seed,
-        )  # fmt: skip
-        return tokenizer.train(config, title=_title("VA-VAE", name))
-
-    def latents(self, tokenizer_run: Path, name: str = "latents") -> Path:
-        """Encode the training images."""
-        spec = ImageDataSpec(path=str(self.data.train), num_workers=2)
-        images = open_images(spec, SIZE)
-        with ProgressBar(_title("encode to latents", name), len(images)) as bar:
-            encode(
-                load_autoencoder(tokenizer_run), images, self.out / name,
-                batch_size=64, flip=False, dtype="fp32", num_workers=2, progress=bar.update,
-            )  # fmt: skip
-            bar.update(len(images))
-        return self.out / name
-
-    def generator(self, latents: Path, name: str = "generator", *, seed: int = 0) -> Path:
-        """Train LightningDiT on the latents."""
-        config = generator_config(self.out / name, latents, self.num_classes, steps=self.sizes.generator, seed=seed)
-        return dit.train(config, title=_title("LightningDiT", name))
-
-    def samples(
-        self, generator: Path, tokenizer_run: Path, latents: Path, name: str, *, cfg_scale: float, seed: int = 0
-    ) -> Path:
-        """Draw and decode samples."""
-        dataset = LatentDataset(latents, flip=False)
-        spec = SampleSpec(num_steps=50, seed=seed, labels="balanced", cfg_scale=cfg_scale)
-        with ProgressBar(_title("sample", name), self.sizes.samples) as bar:
+    # samples, and numbers
+    metrics: dict[str, Any] = {"data": kind, "sizes": dataclasses.asdict(sizes)}
+    right = judge.assess(data.held_out_images)[1] == torch.from_numpy(data.held_out_labels)
+    metrics["judge_accuracy_held_out"] = float(right.float().mean())
+    metrics["tokenizer"] = _assess_tokenizer(autoencoder, data, latents.folder)
+    drawn = []
+    for name, scale in (("samples", 1.0), ("samples-guided", GUIDED_SCALE)):
+        drawing = SampleSpec(num_steps=50, labels="balanced", cfg_scale=scale)
+        with ProgressBar("sample", sizes.samples) as bar:
             files = write_samples(
-                self.out / name, load_generator(generator), load_autoencoder(tokenizer_run), spec,
-                num_samples=self.sizes.samples, mean=dataset.mean, std=dataset.std,
-                source={"generator": str(generator)}, progress=bar.update,
+                out / name, generator, autoencoder, drawing, num_samples=sizes.samples, mean=latents.mean,
+                std=latents.std, source={"generator": str(generator_run)}, progress=bar.update,
             )  # fmt: skip
-        return files.npz
-
-    # -------------------------------------------------------------------------------------------- numbers
-
-    def judge_samples(self, judge: networks.Judge, npz: Path) -> dict[str, float]:
-        """Agreement of the judge with the labels, and distances of its features to those of the training images."""
-        with np.load(npz) as file:
-            images, labels = file["arr_0"], torch.from_numpy(file["labels"])
-        fake, predicted = judge.assess(images)
-        real, _ = judge.assess(self.data.train_images)
-        precision, recall = precision_recall(real, fake)
-        return {
-            "agreement": float((predicted == labels).float().mean()),
-            "frechet": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake)),
-            "precision": precision,
-            "recall": recall,
-        }
-
-    def judge_tokenizer(self, tokenizer_run: Path, latents: Path) -> dict[str, float]:
-        """Reconstruction of images that nothing was trained on, and uniformity of the latent."""
-        autoencoder = load_autoencoder(tokenizer_run)
-        held_out = torch.from_numpy(self.data.held_out_images).permute(0, 3, 1, 2)
-        scores = evaluate_tokenizer(autoencoder, held_out.split(64))
-        num_vectors = min(UNIFORMITY_VECTORS, len(self.data.train_images))
-        (uniformity,) = evaluate_latents(open_vectors(latents), num_vectors, [0])
-        return {"psnr": scores.psnr, "ssim": scores.ssim, **uniformity}
+        drawn.append(files.npz)
+        metrics[f"samples_{sizes.samples}_{sampler_name(drawing)}"] = _assess_samples(judge, files.npz, data)
+    metrics["seconds_this_start"] = round(time.perf_counter() - start, 1)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    pixels = channels_first(data.held_out_images[:SHOWN])
+    reconstructions = channels_last(to_uint8(reconstruct(autoencoder, pixels, 0, posterior="mode", seed=0))).numpy()
+    report.write(out, data, metrics, plain=drawn[0], guided=drawn[1], reconstructions=reconstructions)
+    _print_results(out, metrics)
 
 
-def _title(what: str, name: str) -> str:
-    """Folders of the comparison carry their variant behind a dash."""
-    variant = name.partition("-")[2]
-    return f"{what} ({variant})" if variant else what
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """A folder belongs to one kind of demo."""
+    path = out / "demo.json"
+    if path.is_file():
+        refuse_other_settings(out, "a demo", json.loads(path.read_text()), settings, "use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+def _encode(autoencoder: Autoencoder, pictures: Path, out: Path) -> LatentDataset:
+    images = open_images(ImageDataSpec(path=str(pictures), num_workers=2), SIZE)
+    with ProgressBar("encode to latents", len(images)) as bar:
+        encode(autoencoder, images, out, batch_size=64, flip=False, dtype="fp32", num_workers=2, progress=bar.update)
+        bar.update(len(images))
+    return LatentDataset(out, flip=False)
+
+
+def _assess_tokenizer(autoencoder: Autoencoder, data: DemoData, latents: Path) -> dict[str, float]:
+    """Reconstruction of images that nothing was trained on, and uniformity of the latent."""
+    scores = evaluate_tokenizer(autoencoder, channels_first(data.held_out_images).split(64))
+    num_vectors = min(UNIFORMITY_VECTORS, len(data.train_images))
+    (uniformity,) = evaluate_latents(open_vectors(latents), num_vectors, [0])
+    return {"psnr": scores.psnr, "ssim": scores.ssim, **uniformity}
+
+
+def _assess_samples(judge: networks.Judge, npz: Path, data: DemoData) -> dict[str, float]:
+    """Agreement of the judge with the labels, and distances of its features to those of the training images."""
+    with np.load(npz) as file:
+        images, labels = file["arr_0"], torch.from_numpy(file["labels"])
+    fake, predicted = judge.assess(images)
+    real, _ = judge.assess(data.train_images)
+    precision, recall = precision_recall(real, fake)
+    return {
+        "agreement": float((predicted == labels).float().mean()),
+        "frechet": frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake)),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def fastest_threads() -> int:
@@ -265,44 +227,6 @@ def fastest_threads() -> int:
             found.append(time.perf_counter() - began)
     torch.set_num_threads(before)
     return min(seconds, key=lambda threads: float(np.median(seconds[threads])))
-
-
-def run_demo(options: DemoOptions) -> None:
-    """Everything that `vadit demo` does."""
-    start = time.perf_counter()
-    torch.set_num_threads(fastest_threads())
-    console.print(f"[bold]vadit demo[/bold]: {options.data}, into {options.out}")
-    demo = Demo(options)
-    demo.foundation()
-    judge = demo.judge()
-    tokenizer_run = demo.tokenizer()
-    latents = demo.latents(tokenizer_run)
-    generator = demo.generator(latents)
-    plain = demo.samples(generator, tokenizer_run, latents, "samples", cfg_scale=1.0)
-    guided = demo.samples(generator, tokenizer_run, latents, "samples-guided", cfg_scale=GUIDED_SCALE)
-
-    metrics: dict[str, Any] = {"data": options.data, "sizes": dataclasses.asdict(demo.sizes)}
-    held_out_agreement = judge.assess(demo.data.held_out_images)[1] == torch.from_numpy(demo.data.held_out_labels)
-    metrics["judge_accuracy_held_out"] = float(held_out_agreement.float().mean())
-    metrics["tokenizer"] = demo.judge_tokenizer(tokenizer_run, latents)
-    for npz, scale in ((plain, 1.0), (guided, GUIDED_SCALE)):
-        name = f"{demo.sizes.samples}_{sampler_name(SampleSpec(num_steps=50, labels='balanced', cfg_scale=scale))}"
-        metrics[f"samples_{name}"] = demo.judge_samples(judge, npz)
-    metrics["seconds_this_start"] = round(time.perf_counter() - start, 1)
-    (demo.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    report.write(
-        demo.out, demo.data, metrics, tokenizer_run=tokenizer_run, generator=generator, plain=plain, guided=guided,
-        reconstructions=reconstruction_pixels(demo, tokenizer_run, 24),
-    )  # fmt: skip
-    _print_results(demo.out, metrics)
-
-
-def reconstruction_pixels(demo: Demo, tokenizer_run: Path, count: int) -> np.ndarray:
-    """Reconstructions uint8 (count, H, W, 3) of the first held-out images."""
-    pixels = torch.from_numpy(demo.data.held_out_images[:count]).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        decoded = reconstruct(load_autoencoder(tokenizer_run), pixels, 0, posterior="mode", seed=0)
-    return channels_last(to_uint8(decoded)).numpy()
 
 
 def _print_results(out: Path, metrics: dict[str, Any]) -> None:
