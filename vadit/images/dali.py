@@ -15,20 +15,19 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vadit.images.jpeg import MAX_AREA, jpeg_area
-from vadit.images.loader import Decoded, Decoder, ImageSet, Request, undecodable
+from vadit.images.loader import Decoder, ImageSet, Request, undecodable
+from vadit.images.pillow import ThreadedDecoder
 from vadit.images.transforms import Crop, open_image, plan_crop, to_rgb
 from vadit.runtime.errors import RunError, UsageError
 
@@ -41,7 +40,7 @@ GPU_PIPELINES = 2
 logger = logging.getLogger(__name__)
 
 
-class DaliDecoder:
+class DaliDecoder(ThreadedDecoder):
     """An ImageDecoder over DALI pipelines, and the context manager that ends its threads.
 
     On a CPU `num_workers` threads read, decode and scale, each with a pipeline of its own. On a GPU the workers are
@@ -52,56 +51,36 @@ class DaliDecoder:
     """
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> None:
-        self._images = images
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
         if on_gpu and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self._num_pipelines = GPU_PIPELINES if on_gpu else max(1, num_workers)
-        self._chunk = GPU_CHUNK if on_gpu else CHUNK
+        count, part = (GPU_PIPELINES, GPU_CHUNK) if on_gpu else (max(1, num_workers), CHUNK)
         # A stream of its own: it does not wait for the training step. None is no stream, on a CPU.
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
-        Image.init()  # register all of Pillow's formats before threads need them
         self._pipelines: SimpleQueue[_JpegPipeline] = SimpleQueue()
-        for _ in range(self._num_pipelines):
-            self._pipelines.put(_JpegPipeline(self._chunk, -(-num_workers // self._num_pipelines), self._device))
-        self._pool = ThreadPoolExecutor(self._num_pipelines, thread_name_prefix="vadit-data")
+        for _ in range(count):
+            self._pipelines.put(_JpegPipeline(part, -(-num_workers // count), self._device))
+        super().__init__(images, count, part=part, num_parts=count, pinned=False)
         self._warned = False
-
-    def __enter__(self) -> DaliDecoder:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        super().__exit__(kind, error, traceback)
         while not self._pipelines.empty():
             self._pipelines.get()
 
-    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
-        """Threads decode chunks of the batch into their places."""
-        size, num_images = self._images.size, len(requests)
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
         with torch.cuda.stream(self._stream):
-            pixels = torch.empty((num_images, size, size, 3), dtype=torch.uint8, device=self._device)
-        chunk = max(1, min(self._chunk, -(-num_images // self._num_pipelines)))
-        starts = range(0, num_images, chunk)
-        futures: list[Future[dict[int, RunError]]] = [
-            self._pool.submit(self._decode, requests[start : start + chunk], pixels[start : start + chunk])
-            for start in starts
-        ]
+            return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
-        def wait() -> Decoded:
-            failures: dict[int, RunError] = {}
-            for start, future in zip(starts, futures, strict=True):
-                failures |= {start + place: error for place, error in future.result().items()}
-            if self._stream is not None:
-                pixels.record_stream(torch.cuda.current_stream(self._device))
-            return Decoded(pixels, failures)
-
-        return wait
+    def _finished(self, pixels: Tensor) -> Tensor:
+        if self._stream is not None:
+            pixels.record_stream(torch.cuda.current_stream(self._device))
+        return pixels
 
     def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
-        """Some images into uint8 (n, size, size, 3); returned is place -> why it does not decode."""
         contents: dict[int, bytes] = {}
         failures: dict[int, RunError] = {}
         for place, request in enumerate(requests):

@@ -16,9 +16,10 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from queue import SimpleQueue
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -26,13 +27,15 @@ import torch
 from torch import Tensor
 
 from vadit.images.beton import BetonSource
-from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, undecodable
+from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request, undecodable
 from vadit.images.page_order import PageOrder
-from vadit.images.pillow import decode
+from vadit.images.pillow import ThreadedDecoder, decode
 from vadit.images.transforms import plan_crop
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import split_epochs
 
+VERSION = "1.0.2"
+"""Of FFCV, whose inside `_Pipeline` uses."""
 CHUNK = 16
 """Most images that a thread takes at a time."""
 TJ_FLAGS = 0
@@ -58,7 +61,9 @@ def why_not(images: ImageSet) -> str:
         with _torch_threads_kept():
             import ffcv.libffcv  # noqa: F401
     except Exception as error:  # a native library that is missing shows in many ways
-        return f"ffcv does not import ({type(error).__name__}: {error}); pip install 'vadit[ffcv]'"
+        return f"ffcv does not import ({first_line(error)}); pip install 'vadit[ffcv]'"
+    if (found := metadata.version("ffcv")) != VERSION:
+        return f"ffcv {found} is installed, and this loader is made for {VERSION} (pip install 'vadit[ffcv]')"
     return ""
 
 
@@ -88,12 +93,14 @@ class FfcvImageLoader(ImageLoader):
         pipeline = _Pipeline(source, images.size)
         pinned = torch.device(device).type == "cuda"
 
-        @contextlib.contextmanager
-        def start() -> Iterator[FfcvDecoder]:
-            with pipeline.benches(max(1, num_workers)) as benches:
-                yield FfcvDecoder(images, pipeline, benches, pinned=pinned)
-
-        super().__init__(images, batch_size, seed, rank, world_size, decoder=start)
+        super().__init__(
+            images,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+            decoder=lambda: FfcvDecoder(images, pipeline, max(1, num_workers), pinned=pinned),
+        )
         self.page_order = PageOrder(source) if order == "quasi_random" else None
 
     @contextlib.contextmanager
@@ -130,57 +137,24 @@ class _Bench:
     """
 
 
-class _Benches:
-    """Threads, and a bench for each."""
+class FfcvDecoder(ThreadedDecoder):
+    """An ImageDecoder over FFCV's compiled pipeline; each thread takes a bench while it decodes."""
 
-    def __init__(self, pool: ThreadPoolExecutor, benches: Sequence[_Bench]) -> None:
-        self.pool = pool
-        self.count = len(benches)
-        self._free: SimpleQueue[_Bench] = SimpleQueue()
-        for bench in benches:
-            self._free.put(bench)
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[_Bench]:
-        """A bench that no other thread has."""
-        bench = self._free.get()
-        try:
-            yield bench
-        finally:
-            self._free.put(bench)
-
-
-class FfcvDecoder:
-    """An ImageDecoder over FFCV's compiled pipeline: threads decode parts of a batch straight into it."""
-
-    def __init__(self, images: ImageSet, pipeline: _Pipeline, benches: _Benches, *, pinned: bool) -> None:
-        self._images = images
+    def __init__(self, images: ImageSet, pipeline: _Pipeline, num_threads: int, *, pinned: bool) -> None:
+        super().__init__(images, num_threads, part=CHUNK, num_parts=2 * num_threads, pinned=pinned)
         self._pipeline = pipeline
-        self._benches = benches
-        self._pinned = pinned
+        self._benches: SimpleQueue[_Bench] = SimpleQueue()
+        for _ in range(num_threads):
+            self._benches.put(pipeline.bench())
 
-    def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
-        """Begin with some requests; the function that is returned waits for them."""
-        size = self._images.size
-        pixels = torch.empty((len(requests), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
-        places = pixels.numpy()
-        step = max(1, min(CHUNK, -(-len(requests) // (2 * self._benches.count))))
-        parts: list[tuple[int, Future[dict[int, RunError]]]] = [
-            (
-                start,
-                self._benches.pool.submit(self._decode, requests[start : start + step], places[start : start + step]),
-            )
-            for start in range(0, len(requests), step)
-        ]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        while not self._benches.empty():
+            self._pipeline.free(self._benches.get())
 
-        def wait() -> Decoded:
-            failures = {start + place: error for start, part in parts for place, error in part.result().items()}
-            return Decoded(pixels, failures)
-
-        return wait
-
-    def _decode(self, requests: Sequence[Request], pixels: np.ndarray) -> dict[int, RunError]:
-        """Decode into `pixels` (len(requests), size, size, 3); place -> why it failed."""
+    def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
         failures: dict[int, RunError] = {}
         plan = np.zeros((len(requests), 3), _PLAN)
         good: list[int] = []
@@ -195,12 +169,15 @@ class FfcvDecoder:
             plan[place] = (*crop.window, request.mirror)
             good.append(place)
         indices = np.array([requests[place].index for place in good], np.int64)
-        with self._benches.one() as bench:
-            statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels, plan, bench)
+        bench = self._benches.get()
+        try:
+            statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels.numpy(), plan, bench)
+        finally:
+            self._benches.put(bench)
         for place, status in zip(good, statuses.tolist(), strict=True):
             if status:  # turbojpeg refuses or warns: Pillow has the last word, as with every other loader
                 try:
-                    pixels[place] = decode(self._images, requests[place])
+                    pixels[place].numpy()[:] = decode(self._images, requests[place])
                 except RunError as error:
                     failures[place] = error
         return failures
@@ -215,39 +192,14 @@ class _Pipeline:
 
     def __init__(self, source: BetonSource, size: int) -> None:
         self.source = source
-        with _torch_threads_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecated syntax trees, from inside FFCV
-            import ffcv._libffcv
-            from ffcv.loader import Loader, OrderOption
-            from ffcv.pipeline import PipelineSpec
-
-            others = {field.name: None for field in source.file.fields}
-            self._loader = Loader(
-                source.name,
-                batch_size=1,
-                num_workers=1,  # the threads are ours
-                os_cache=True,
-                order=OrderOption.SEQUENTIAL,  # never iterated
-                pipelines={**others, source.image_field: PipelineSpec(source.image_field, _operation())},
-            )
-        manager = self._loader.memory_manager
-        manager.sample_to_pages = manager.page_to_samples = manager.ptr_to_size = {}  # a kilobyte per sample, unused
-        context = manager.schedule_epoch([])
-        context.__enter__()
-        self._storage = context.state
+        self._code, self._node, self._rows, self._storage = _insides(source)
         self.mapped = memoryview(self._storage[0])
-        ((code, _),) = self._loader.code[0]
-        (node,) = (node.id for node in self._loader.graph.root_nodes)
-        key = (str(source.file.rows.dtype), self._loader.field_name_to_f_ix[source.image_field])
-        self._code, self._node = _COMPILED.setdefault(key, (code, node))
-        self._library = ctypes.CDLL(ffcv._libffcv.__file__)
-        self._library.tjInitDecompress.restype = ctypes.c_void_p
-        self._library.tjDestroy.argtypes = [ctypes.c_void_p]
+        self._library = _turbojpeg()
         jpegs = source.widths * source.heights * source.is_jpeg
         self._scratch_bytes = max(int(jpegs.max()) * 3, 1)
-        with self.benches(1) as benches, benches.one() as bench:  # compiles
-            none = np.zeros(0, np.int64)
-            self.run(none, none, np.zeros((1, size, size, 3), np.uint8), np.zeros((0, 3), _PLAN), bench)
+        none, bench = np.zeros(0, np.int64), self.bench()
+        self.run(none, none, np.zeros((1, size, size, 3), np.uint8), np.zeros((0, 3), _PLAN), bench)  # compiles
+        self.free(bench)
 
     def run(
         self, indices: np.ndarray, places: np.ndarray, pixels: np.ndarray, plan: np.ndarray, bench: _Bench
@@ -258,23 +210,60 @@ class _Pipeline:
         memory = (pixels.reshape(len(pixels), -1), bench.scratch, places, plan, statuses, numbers)
         self._code(
             batch_indices=indices,
-            metadata=self._loader.reader.metadata,
+            metadata=self._rows,
             storage_state=self._storage,
             **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
         )
         return statuses
 
-    @contextlib.contextmanager
-    def benches(self, count: int) -> Iterator[_Benches]:
-        """Threads and benches, which end with the context."""
-        handles = [self._library.tjInitDecompress() for _ in range(count)]
-        pool = ThreadPoolExecutor(count, thread_name_prefix="vadit-data")
-        try:
-            yield _Benches(pool, [_Bench(handle, np.empty((1, self._scratch_bytes), np.uint8)) for handle in handles])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            for handle in handles:
-                self._library.tjDestroy(handle)
+    def bench(self) -> _Bench:
+        """What one more thread needs."""
+        return _Bench(self._library.tjInitDecompress(), np.empty((1, self._scratch_bytes), np.uint8))
+
+    def free(self, bench: _Bench) -> None:
+        """Give back what turbojpeg holds."""
+        self._library.tjDestroy(bench.handle)
+
+
+def _insides(source: BetonSource) -> tuple[Callable[..., Any], int, np.ndarray, tuple[Any, ...]]:
+    """What of FFCV is used that it does not promise: the only place, for FFCV VERSION.
+
+    The compiled pipeline, the number of its one node (which its arguments are named by), the file's rows, and what the
+    pipeline reads from: the mapped file with the sorted addresses and sizes of its payloads.
+    """
+    with _torch_threads_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated syntax trees, from inside FFCV
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.pipeline import PipelineSpec
+
+        others = {field.name: None for field in source.file.fields}
+        loader = Loader(
+            source.name,
+            batch_size=1,
+            num_workers=1,  # the threads are ours
+            os_cache=True,
+            order=OrderOption.SEQUENTIAL,  # never iterated
+            pipelines={**others, source.image_field: PipelineSpec(source.image_field, _operation())},
+        )
+    ((code, _),) = loader.code[0]
+    (node,) = (node.id for node in loader.graph.root_nodes)
+    key = (str(source.file.rows.dtype), loader.field_name_to_f_ix[source.image_field])
+    code, node = _COMPILED.setdefault(key, (code, node))
+    manager = loader.memory_manager
+    return code, node, loader.reader.metadata, (np.memmap(source.name, np.uint8, "r"), manager.ptrs, manager.sizes)
+
+
+def _turbojpeg() -> ctypes.CDLL:
+    """The turbojpeg that FFCV links. Addresses as integers: numba passes arrays' addresses so."""
+    import ffcv._libffcv
+
+    library = ctypes.CDLL(ffcv._libffcv.__file__)
+    address, number = ctypes.c_int64, ctypes.c_int32
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjDestroy.argtypes = [ctypes.c_void_p]
+    library.tjDecompress2.argtypes = [address, address, ctypes.c_uint64, address, *[number] * 5]
+    library.tjDecompress2.restype = number
+    return library
 
 
 @contextlib.contextmanager
@@ -289,16 +278,11 @@ def _torch_threads_kept() -> Iterator[None]:
 
 def _operation() -> Any:
     """The decoder in FFCV's pipeline (its base class is there only with FFCV)."""
-    import ffcv._libffcv
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
 
-    # Of the turbojpeg that FFCV links. Addresses as integers: numba passes arrays' addresses so.
-    decompress = ctypes.CDLL(ffcv._libffcv.__file__).tjDecompress2
-    address, number = ctypes.c_int64, ctypes.c_int32
-    decompress.argtypes = [address, address, ctypes.c_uint64, address, number, number, number, number, number]
-    decompress.restype = number
+    decompress = _turbojpeg().tjDecompress2
 
     class CropDecoder(Operation):  # type: ignore[misc, unused-ignore]
         """Cuts the planned square out of each image; its memory is what `_Pipeline.run` passes."""

@@ -1,64 +1,91 @@
-"""Decoding with Pillow in threads (it releases the interpreter's lock): needs nothing else, and is the pixel rule."""
+"""Decoding in threads, and Pillow's decoder (it releases the interpreter's lock), which is the pixel rule."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vadit.images.loader import Decoded, Decoder, ImageSet, Request, undecodable
 from vadit.images.transforms import apply_crop, open_image, plan_crop, to_rgb
 from vadit.runtime.errors import RunError
 
 
-class PillowDecoder:
-    """An ImageDecoder whose pixels are exactly those of vadit.images.transforms."""
+class ThreadedDecoder(ABC):
+    """An ImageDecoder whose threads decode parts of a batch straight into it, and the context that ends them.
 
-    def __init__(self, images: ImageSet, pool: ThreadPoolExecutor, *, pinned: bool) -> None:
+    A part holds at most `part` images, and fewer where a batch would else give less than `num_parts` parts. Batches for
+    a GPU lie in pinned memory (`pinned`).
+    """
+
+    def __init__(self, images: ImageSet, num_threads: int, *, part: int, num_parts: int, pinned: bool) -> None:
+        Image.init()  # register all of Pillow's formats before threads need them
         self._images = images
-        self._pool = pool
-        self._pinned = pinned
+        self._part, self._num_parts, self._pinned = part, num_parts, pinned
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vadit-data")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, requests: Sequence[Request]) -> Callable[[], Decoded]:
-        """Every image is decoded by some thread into its place of the batch."""
-        size = self._images.size
-        pixels = torch.empty((len(requests), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
-        places = pixels.numpy()
-        futures = [
-            self._pool.submit(self._decode_into, places[place], request) for place, request in enumerate(requests)
+        """Begin with some requests; the function that is returned waits for them."""
+        pixels = self._empty((len(requests), self._images.size, self._images.size, 3))
+        step = max(1, min(self._part, -(-len(requests) // self._num_parts)))
+        parts: list[tuple[int, Future[dict[int, RunError]]]] = [
+            (start, self._pool.submit(self._decode, requests[start : start + step], pixels[start : start + step]))
+            for start in range(0, len(requests), step)
         ]
 
         def wait() -> Decoded:
-            errors = [future.result() for future in futures]
-            return Decoded(pixels, {place: error for place, error in enumerate(errors) if error is not None})
+            failures = {start + place: error for start, part in parts for place, error in part.result().items()}
+            return Decoded(self._finished(pixels), failures)
 
         return wait
 
-    def _decode_into(self, pixels: np.ndarray, request: Request) -> RunError | None:
-        try:
-            pixels[:] = decode(self._images, request)
-        except RunError as error:
-            return error
-        return None
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def _finished(self, pixels: Tensor) -> Tensor:
+        """A batch when all of it is decoded."""
+        return pixels
+
+    @abstractmethod
+    def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
+        """Some images into uint8 (n, size, size, 3); returned is place -> why it does not decode."""
+
+
+class PillowDecoder(ThreadedDecoder):
+    """An ImageDecoder whose pixels are exactly those of vadit.images.transforms."""
+
+    def __init__(self, images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> None:
+        pinned = torch.device(device).type == "cuda"
+        super().__init__(images, max(1, num_workers), part=1, num_parts=1, pinned=pinned)
+
+    def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
+        failures: dict[int, RunError] = {}
+        for place, request in enumerate(requests):
+            try:
+                pixels[place].numpy()[:] = decode(self._images, request)
+            except RunError as error:
+                failures[place] = error
+        return failures
 
 
 def pillow_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
-    """Starts PillowDecoders with so many threads; batches for a GPU lie in pinned memory."""
-
-    @contextlib.contextmanager
-    def start() -> Iterator[PillowDecoder]:
-        Image.init()  # register all of Pillow's formats before threads need them
-        pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="vadit-data")
-        try:
-            yield PillowDecoder(images, pool, pinned=torch.device(device).type == "cuda")
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    return start
+    """Starts PillowDecoders with so many threads."""
+    return lambda: PillowDecoder(images, num_workers, device)
 
 
 def decode(images: ImageSet, request: Request) -> np.ndarray:

@@ -75,7 +75,7 @@ OPTIONAL_PACKAGES = (
         "FFCV",
         r"ffcv",
         "a loader of packed images",
-        "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv",
+        "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv==1.0.2",
     ),
 )
 
