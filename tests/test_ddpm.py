@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vadit.objectives import ddpm
+from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import sample_ddpm
 
@@ -32,7 +33,8 @@ def test_schedule_is_linear_beta():
 
 def test_fewer_steps_keep_the_signal_at_their_timesteps():
     full, short = ddpm.make_schedule(), ddpm.make_schedule(50)
-    assert short.timesteps[0] == 0 and short.timesteps[-1] == 999 and len(set(short.timesteps.tolist())) == 50
+    assert short.timesteps.tolist() == [round(999 * number / 49) for number in range(50)]
+    assert ddpm.spaced_timesteps(2) == [0, 999]
     torch.testing.assert_close(short.signal, full.signal[short.timesteps])
     # the product of the new 1 - beta is the kept signal squared
     torch.testing.assert_close(torch.cumprod(1 - short.log_variance_high.exp(), 0), short.signal**2)
@@ -57,22 +59,35 @@ def test_posterior_is_bayes_rule(num_steps):
     torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_bound_vanishes_where_the_network_is_the_posterior():
+def test_bound_is_the_divergence_of_two_gaussians():
     schedule = ddpm.make_schedule()
     x1, eps, step = _data(4, 3, 2, 2), _data(4, 3, 2, 2, seed=1), torch.tensor([1, 10, 500, 999])
     x_t = schedule.signal[step].reshape(-1, 1, 1, 1) * x1 + schedule.noise[step].reshape(-1, 1, 1, 1) * eps
     exact = ddpm.variational_term(schedule, _output_for(eps, 0), x1, x_t, step)
     torch.testing.assert_close(exact, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-10)
-    wrong_variance = ddpm.variational_term(schedule, _output_for(eps, 1), x1, x_t, step)
-    wrong_mean = ddpm.variational_term(schedule, _output_for(eps + 1, 0), x1, x_t, step)
-    assert (wrong_variance[:2] > 1e-4).all() and (wrong_mean > 1e-5).all()
+    # another noise and another place of the log-variance between its bounds
+    found = ddpm.variational_term(schedule, _output_for(eps + 1, 0.3), x1, x_t, step)
+    alpha_bar, low, high = (
+        table[step].reshape(-1, 1, 1, 1)
+        for table in (schedule.signal**2, schedule.log_variance_low, schedule.log_variance_high)
+    )
+    true_mean, _ = ddpm.posterior(schedule, x1, x_t, step)
+    data = (x_t - (1 - alpha_bar).sqrt() * (eps + 1)) / alpha_bar.sqrt()
+    mean, _ = ddpm.posterior(schedule, data, x_t, step)
+    true, predicted = (
+        torch.distributions.Normal(*pair)
+        for pair in ((true_mean, (0.5 * low).exp()), (mean, (0.5 * (0.3 * high + 0.7 * low)).exp()))
+    )
+    bits = torch.distributions.kl_divergence(true, predicted).mean(dim=(1, 2, 3)) / math.log(2)
+    torch.testing.assert_close(found, bits, rtol=1e-9, atol=1e-12)
 
 
-def test_bound_at_step_zero_is_a_likelihood_over_bins():
-    """Over all 256 values of an 8-bit picture the probabilities sum to one, whatever the network says."""
+@pytest.mark.parametrize("place", [-1.0, 0.3, 1.0])
+def test_bound_at_step_zero_is_a_likelihood_over_bins(place):
+    """Over all 256 values of an 8-bit picture the probabilities sum to one, wherever the network expects them."""
     schedule = ddpm.make_schedule()
     values = torch.linspace(-1, 1, 256, dtype=torch.float64).reshape(256, 1, 1, 1)
-    x_t = torch.full_like(values, 0.3)
+    x_t = torch.full_like(values, place)
     output = _output_for(torch.full_like(values, 0.2), 0.5)
     bits = ddpm.variational_term(schedule, output, values, x_t, torch.zeros(256, dtype=torch.long))
     assert float(torch.exp(-bits * math.log(2)).sum()) == pytest.approx(1, abs=1e-6)
@@ -80,22 +95,29 @@ def test_bound_at_step_zero_is_a_likelihood_over_bins():
 
 def test_hybrid_loss_trains_the_variance_only_through_the_bound():
     parameter = nn.Parameter(torch.zeros(1, 4, 1, 1))
-    times = []
+    seen = []
 
     def model(x, t, labels):
-        times.append(t)
+        seen.append((x.detach(), t))
         return torch.cat([x, x], dim=1) * 0.1 + parameter
 
     x1 = torch.randn(64, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(64, dtype=torch.long)
     loss = ddpm.training_loss(model, x1, labels, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(loss.total, loss.mse + loss.variational)
     (from_bound,) = torch.autograd.grad(loss.variational, parameter, retain_graph=True)
     (from_mse,) = torch.autograd.grad(loss.mse, parameter)
     assert (from_bound[:, :2] == 0).all() and (from_bound[:, 2:] != 0).all()
     assert (from_mse[:, :2] != 0).all() and (from_mse[:, 2:] == 0).all()
-    assert times[0].dtype == torch.float32 and (times[0] == times[0].round()).all()
-    assert float(times[0].min()) >= 0 and 500 < float(times[0].max()) <= 999
+    ((x_t, t),) = seen
+    assert t.dtype == torch.float32 and (t == t.round()).all() and t.min() >= 0 and 500 < t.max() <= 999
+    schedule, step = ddpm.make_schedule(), t.long()
+    signal, noise = (table[step].float().reshape(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    eps = (x_t - signal * x1) / noise
+    assert loss.mse.item() == pytest.approx((0.1 * x_t - eps).square().mean().item(), rel=1e-3)
+    output = torch.cat([x_t, x_t], dim=1) * 0.1
+    bound = ddpm.variational_term(schedule, output, x1, x_t, step).mean().item()
+    assert loss.variational.item() == pytest.approx(bound, rel=1e-5)
+    assert loss.total.item() == pytest.approx(loss.mse.item() + bound, rel=1e-5)
 
 
 class GaussianDenoiser(nn.Module):
@@ -138,13 +160,27 @@ def test_ddpm_samples_do_not_depend_on_the_batch():
     assert not torch.allclose(whole, other_seed)
 
 
-def test_ddpm_guidance_runs_inside_its_interval_only():
-    model, guided = GaussianDenoiser(), GaussianDenoiser()
-    noise, labels = torch.randn(3, 1, 2, 2), torch.tensor([0, 0, 1])
-    plain = sample_ddpm(model, noise, labels, num_steps=10)
-    with_guidance = sample_ddpm(guided, noise, labels, num_steps=10, cfg_scale=3.0, cfg_interval=(0.5, 1.0))
-    assert model.rows == [3] * 10 and guided.rows == [3] * 5 + [6] * 5
-    assert (with_guidance[:2].mean() > plain[:2].mean()) and (with_guidance[2].mean() < plain[2].mean())
+@pytest.mark.parametrize(("interval", "guided_steps"), [((0.0, 1.0), [0, 1, 2, 3, 4]), ((0.5, 0.8), [1, 2])])
+@pytest.mark.parametrize("power", [None, 4.0])
+def test_ddpm_guidance_by_hand(interval, guided_steps, power):
+    """Time is 1 - timestep / 1000: the timesteps 0, 250, 500, 749, 999 lie at 1, 0.75, 0.5, 0.251, 0.001."""
+    model, schedule = GaussianDenoiser(), ddpm.make_schedule(5)
+    x = noise = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels, null = torch.tensor([0, 0, 1]), torch.tensor([2, 2, 2])
+    for step in reversed(range(5)):
+        timestep = int(schedule.timesteps[step])
+        output = model.forward_with_variance(x, torch.full((3,), float(timestep)), labels)
+        if step in guided_steps:
+            weak = model.forward_with_variance(x, torch.full((3,), float(timestep)), null)
+            rise = 1 if power is None else (1 - math.cos(math.pi * (1 - timestep / 1000) ** power)) / 2
+            eps = weak[:, :1] + (1 + 2 * rise) * (output - weak)[:, :1]
+            output = torch.cat([eps, output[:, 1:]], dim=1)  # of one channel; the variance is the conditional one's
+        kick = rng.normal(rng.fold(1, "step", step), range(3), (2, 2, 2)) if step else torch.zeros_like(x)
+        x = ddpm.ancestral_step(schedule, output, x, step, kick)
+    model.rows.clear()
+    settings = {"cfg_scale": 3.0, "cfg_interval": interval, "cfg_channels": 1, "cfg_power": power}
+    torch.testing.assert_close(sample_ddpm(model, noise, labels, num_steps=5, seed=1, **settings), x)
+    assert model.rows == [6 if step in guided_steps else 3 for step in reversed(range(5))]
 
 
 def test_ddpm_refuses_a_model_without_variance():

@@ -7,14 +7,17 @@ import pytest
 import scipy.linalg
 import torch
 
+from vadit.eval import metrics
 from vadit.eval.metrics import (
     FeatureMoments,
+    count_name,
     frechet_distance,
     inception_score,
     kernel_distance,
     mean_and_covariance,
+    mean_kernel,
     precision_recall,
-    softmax,
+    squared_mmd,
 )
 from vadit.runtime.errors import UsageError
 
@@ -81,6 +84,10 @@ def test_frechet_distance_of_rank_deficient_covariances() -> None:
     mean, covariance = mean_and_covariance(features)
     assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(mean, covariance, mean + 0.5, covariance) == pytest.approx(20 * 0.25, abs=1e-6)
+    assert frechet_distance(mean, covariance, mean, covariance * 0) == pytest.approx(np.trace(covariance))
+    factor, order = metrics._factor(covariance)
+    assert factor.shape == (20, 4)
+    np.testing.assert_allclose(factor @ factor.T, covariance[np.ix_(order, order)], atol=1e-12)
 
 
 def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
@@ -91,6 +98,10 @@ def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
         frechet_distance(np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), eye)
     with pytest.raises(UsageError, match="at least 2 samples, found 1"):
         mean_and_covariance(np.zeros((1, 2)))
+    assert mean_and_covariance(np.array([[0.0], [2.0]])) == (1.0, 2.0)  # divisor N - 1
+    for shape in ((3,), (0, 2)):
+        with pytest.raises(UsageError, match=r"must have shape \(N, D\) with N >= 1"):
+            mean_and_covariance(np.zeros(shape))
     with pytest.raises(UsageError, match="one width"):
         frechet_distance(np.zeros(2), eye, np.zeros(3), np.eye(3))
     with pytest.raises(UsageError, match="NaN"):
@@ -112,13 +123,13 @@ def test_inception_score_splits_in_file_order() -> None:
     assert inception_score(sorted_by_class, split_size=10) == pytest.approx(1)  # each split holds one class
     assert inception_score(sorted_by_class, split_size=20) == pytest.approx(2)
     assert inception_score(sorted_by_class[:30], split_size=20) == pytest.approx((2 + 1) / 2)  # a short last split
+    assert inception_score(np.eye(2)[np.repeat([0, 1], 5000)]) == pytest.approx(1)  # splits of 5,000
 
 
-def test_softmax_feeds_the_inception_score_and_logits_are_refused() -> None:
-    logits = torch.tensor([[1000.0, 0.0, -1000.0], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(softmax(logits), [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], atol=1e-12)
-    with pytest.raises(UsageError, match="softmax"):
-        inception_score(logits)
+def test_inception_score_refuses_what_are_no_probabilities() -> None:
+    for values in ([[0.9, 0.0], [0.9, 0.0]], [[1.5, -0.5], [0.5, 0.5]]):
+        with pytest.raises(UsageError, match="softmax"):
+            inception_score(np.array(values))
 
 
 def test_precision_and_recall_on_a_line() -> None:
@@ -127,6 +138,8 @@ def test_precision_and_recall_on_a_line() -> None:
     real = np.array([[0.0], [1.0], [2.0], [3.0]])
     fake = np.array([[3.5], [10.0], [10.1], [10.2]])
     assert precision_recall(real, fake, k=1) == (0.25, 1.0)
+    # a point at the very edge of a ball is inside, on both sides: 5 is 2 from 3, the balls of 3 and 5 have radius 2
+    assert precision_recall(np.array([[1.0], [3.0]]), np.array([[5.0], [7.0]]), k=1) == (0.5, 0.5)
     far = np.array([[20.0], [20.1], [20.2], [20.3]])
     assert precision_recall(real, far, k=1) == (0.0, 0.0)
     assert precision_recall(real, real.copy(), k=1) == (1.0, 1.0)
@@ -136,7 +149,7 @@ def test_precision_and_recall_take_the_kth_neighbour() -> None:
     # The 3rd neighbour of 0 is 3 away: 6 lies inside the ball of 3 (radius 3), not inside any with k=2 (radius <= 2).
     real = np.array([[0.0], [1.0], [2.0], [3.0]])
     fake = np.array([[6.0], [100.0], [200.0], [300.0]])
-    assert precision_recall(real, fake, k=3)[0] == 0.25
+    assert precision_recall(real, fake)[0] == 0.25  # k is 3, as ADM's
     assert precision_recall(real, fake, k=2)[0] == 0.0
 
 
@@ -161,26 +174,67 @@ def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypa
     assert 0.1 < expected[1] < expected[0] < 1
 
 
-def test_precision_and_recall_refuse_too_few_points() -> None:
+def test_features_that_are_none_are_refused() -> None:
     with pytest.raises(UsageError, match="more than 3 sample images, found 3"):
         precision_recall(np.zeros((5, 2)), np.zeros((3, 2)))
+    with pytest.raises(UsageError, match="more than 3 reference images, found 3"):
+        precision_recall(np.zeros((3, 2)), np.zeros((5, 2)))
+    for wrong, message in (
+        (np.zeros((5, 3)), "width 2 and sample features 3"),
+        (np.zeros(5), r"must have shape \(N, D\)"),
+        (np.zeros((0, 2)), r"must have shape \(N, D\)"),
+        (np.full((5, 2), np.nan), "NaN"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            precision_recall(np.zeros((5, 2)), wrong)
 
 
-def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
-    generator = np.random.default_rng(2)
-    features = generator.normal(size=(4000, 8))
-    same = kernel_distance(features[:2000], features[2000:], num_subsets=40, subset_size=200)
-    assert abs(same.mean) < 4 * same.std / np.sqrt(40)
-    biased = kernel_distance(features[:2000], features[2000:] + 0.3, num_subsets=40, subset_size=200)
-    assert biased.mean > 10 * abs(same.mean)
-    assert kernel_distance(features[:300], features[300:600], subset_size=100, seed=1) == kernel_distance(
-        features[:300], features[300:600], subset_size=100, seed=1
-    )
+def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (np.einsum("id,jd->ij", a, b) / a.shape[1] + 1) ** 3
 
 
-def test_kernel_distance_by_hand() -> None:
+def unbiased(x: np.ndarray, y: np.ndarray) -> float:
+    within = [kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
+    return within[0] + within[1] - 2 * kernel(x, y).mean()
+
+
+def test_squared_mmd_is_the_mean_over_all_pairs_in_any_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(23, 6)), generator.normal(size=(17, 6)) + 0.4
+    for block in (4096, 5):
+        monkeypatch.setattr(metrics, "_BLOCK", block)
+        assert squared_mmd(x, y) == pytest.approx(unbiased(x, y), rel=1e-12)
+        assert squared_mmd(x, y, mean_kernel(x)) == pytest.approx(unbiased(x, y), rel=1e-12)
+    assert squared_mmd(x[:2], y[:2]) == pytest.approx(unbiased(x[:2], y[:2]), rel=1e-12)
+    with pytest.raises(UsageError, match="at least 2 images"):
+        squared_mmd(x, y[:1])
+
+
+def test_kernel_distance_is_the_mean_over_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = np.random.default_rng(2).normal(size=(250, 3))
+    real, fake = features[:120], features[120:] + 0.3
+    draw = np.random.default_rng(3)
+    expected = [
+        unbiased(real[draw.choice(120, 100, replace=False)], fake[draw.choice(130, 100, replace=False)])
+        for _ in range(20)
+    ]
+    found = kernel_distance(real, fake, num_subsets=20, subset_size=100, seed=3)
+    assert found == pytest.approx(np.mean(expected), rel=1e-9)
+    assert abs(kernel_distance(real, fake - 0.3, num_subsets=20, subset_size=100)) < 0.3 * found  # about 0: unbiased
+    sizes: list[tuple[int, int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "squared_mmd", lambda a, b: sizes.append((len(a), len(b))) or float(len(sizes)))
+        assert kernel_distance(np.zeros((1001, 2)), np.zeros((1002, 2))) == np.arange(1, 101).mean()
+    assert sizes == [(1000, 1000)] * 100
     # Whole sets as the one subset: E k(x,x') = (0 + 1)^3, E k(y,y') = (4 + 1)^3, cross = 1 (x = 0).
-    zeros, twos = np.zeros((3, 2)), np.full((3, 2), 2.0)
-    assert kernel_distance(zeros, twos, num_subsets=2, subset_size=3).mean == pytest.approx(1 + 125 - 2)
-    with pytest.raises(UsageError, match="subset_size 4"):
-        kernel_distance(zeros, twos, subset_size=4)
+    zeros, twos = np.zeros((2, 2)), np.full((2, 2), 2.0)
+    assert kernel_distance(zeros, twos, num_subsets=1, subset_size=2) == pytest.approx(1 + 125 - 2)
+    for settings, message in (({"subset_size": 3}, "subset_size 3"), ({"subset_size": 1}, "subset_size 1")):
+        with pytest.raises(UsageError, match=message):
+            kernel_distance(zeros, twos, **settings)
+    with pytest.raises(UsageError, match="num_subsets is 0"):
+        kernel_distance(zeros, twos, subset_size=2, num_subsets=0)
+
+
+def test_counts_in_names() -> None:
+    assert [count_name(count) for count in (999, 1000, 1797, 50_000)] == ["999", "1k", "1797", "50k"]

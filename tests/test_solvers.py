@@ -12,8 +12,9 @@ from torch import nn
 from vadit import kernels
 from vadit.config import FlowSpec
 from vadit.objectives import flow
+from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
-from vadit.sampling.solvers import sample_ode, sample_sde, time_grid
+from vadit.sampling.solvers import Guidance, sample_ode, sample_sde, time_grid
 
 MEAN, STD = 1.5, 0.5
 
@@ -80,6 +81,7 @@ def test_time_grid_and_shift():
         t = number / 249
         assert float(times[number]) == pytest.approx(0.3 * t / (1 - 0.7 * t), rel=1e-6)
     torch.testing.assert_close(time_grid(5), torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    assert time_grid(2, 0.1, 0.9).tolist() == pytest.approx([0.1, 0.9])
     with pytest.raises(UsageError, match="num_steps is 1"):
         time_grid(1)
 
@@ -90,7 +92,9 @@ def test_solver_converges_at_its_order(method, order):
     exact = _exact_transport(noise, labels)
 
     def error(num_steps: int) -> float:
-        samples = sample_ode(GaussianVelocity(), noise, labels, method=method, num_steps=num_steps)
+        model = GaussianVelocity()
+        samples = sample_ode(model, noise, labels, method=method, num_steps=num_steps)
+        assert len(model.calls) == order * (num_steps - 1)
         return float((samples - exact).abs().max())
 
     assert math.log2(error(41) / error(81)) == pytest.approx(order, abs=0.25)
@@ -111,12 +115,96 @@ def test_dopri5_reaches_the_data_on_every_path(path, prediction):
     torch.testing.assert_close(samples, expected, rtol=0, atol=2e-3)
 
 
-def test_evaluations_per_solver():
-    noise, labels = _batch()
-    for method, evaluations in (("euler", 9), ("heun", 18)):
+def test_dopri5_meets_its_tolerances():
+    noise, labels = _batch(64)
+    errors, calls = [], []
+    for settings in ({}, {"atol": 1e-2, "rtol": 1e-2}, {"atol": 1e-6, "rtol": 1e-6}):
         model = GaussianVelocity()
-        sample_ode(model, noise, labels, method=method, num_steps=10)
-        assert len(model.calls) == evaluations
+        samples = sample_ode(model, noise, labels, method="dopri5", **settings)
+        errors.append(float((samples - _exact_transport(noise, labels)).abs().max()))
+        calls.append(len(model.calls))
+    assert errors[2] < 1e-4 < errors[0] < 0.1 < errors[1] and calls[1] < calls[0] < calls[2]
+
+
+def test_dopri5_reports_an_explosion_as_a_run_error_and_a_fault_of_ours_as_it_is():
+    model = GaussianVelocity()
+    model.forward = lambda x, t, labels: x * x * 1e3
+    with pytest.raises(RunError, match="dopri5"):
+        sample_ode(model, *_batch(), method="dopri5")
+    with pytest.raises(RunError, match="dopri5"):
+        sample_ode(lambda x, t, labels: x * math.nan, *_batch(), method="dopri5")
+
+    def broken(x, t, labels):
+        raise AssertionError("of the network")
+
+    with pytest.raises(AssertionError, match="of the network"):
+        sample_ode(broken, *_batch(), method="dopri5")
+
+
+def test_dopri5_takes_plain_torch_ops():
+    """It makes 5e-5 of the 3e-7 by which compiled ops round otherwise: too much for parity with the reference."""
+    noise, labels = _batch()
+    model, seen = SmallNet(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(set(kernels.backends().values())))
+    before = kernels.backends()
+    with kernels.dispatch.setting("auto"):
+        sample_ode(model, noise, labels, method="dopri5")
+    assert len(seen) > 6 and all(backends == {"reference"} for backends in seen)
+    assert kernels.backends() == before
+
+
+@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler", "none"])
+@pytest.mark.parametrize("form", ["sigma", "constant"])
+def test_sde_is_euler_maruyama_by_hand(form, last_step):
+    noise, labels = _batch(3)
+    means = (MEAN * (labels + 1)).reshape(-1, 1, 1, 1)
+
+    def exact(x, t):
+        """Velocity, score and the data's expectation at t on the linear path."""
+        variance = t**2 * STD**2 + (1 - t) ** 2
+        score = -(x - t * means) / variance
+        data = means - t * STD**2 * score
+        return data + (1 - t) * score, score, data
+
+    high = 1.0 if last_step == "none" else 0.96
+    times = [high * 0.3 * u / (1 - 0.7 * u) for u in (0, 0.25, 0.5, 0.75, 1)]
+    x = noise
+    for step, (t, after) in enumerate(itertools.pairwise(times)):
+        w = 1 - t if form == "sigma" else 1.0
+        velocity, score, _ = exact(x, t)
+        kick = rng.normal(rng.fold(5, "step", step), [7, 8, 9], (4, 2, 2))
+        x = x + (after - t) * (velocity + w * score) + math.sqrt(2 * w * (after - t)) * kick
+    velocity, score, data = exact(x, high)
+    w = 1 - high if form == "sigma" else 1.0
+    ends = {"mean": x + 0.04 * (velocity + w * score), "euler": x + 0.04 * velocity, "tweedie": data, "none": x}
+    found = sample_sde(
+        GaussianVelocity(),
+        noise,
+        labels,
+        num_steps=5,
+        diffusion_form=form,
+        last_step=last_step,
+        timestep_shift=0.3,
+        seed=5,
+        indices=[7, 8, 9],
+    )
+    torch.testing.assert_close(found, ends[last_step], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"])
+def test_sde_has_the_marginals_of_the_data(form):
+    noise = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(60, dtype=torch.long)
+    settings = {"num_steps": 100, "diffusion_form": form, "last_step": "euler"}
+    samples = sample_sde(GaussianVelocity(), noise, labels, seed=1, **settings)
+    # standard error of the mean 0.008
+    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.04)
+    assert float(samples.std()) == pytest.approx(STD, abs=0.04)
+    part = sample_sde(GaussianVelocity(), noise[3:6], labels[3:6], seed=1, indices=[3, 4, 5], **settings)
+    torch.testing.assert_close(samples[3:6], part)
+
+
+# ------------------------------------------------------------------------------------------------ guidance
 
 
 def test_unconditional_pass_runs_only_where_guidance_acts():
@@ -125,70 +213,84 @@ def test_unconditional_pass_runs_only_where_guidance_acts():
         (1.0, (0.0, 1.0), [6] * 10),
         (4.0, (0.0, 1.0), [12] * 10),
         (4.0, (0.25, 1.0), [6] * 3 + [12] * 7),
-        (4.0, (0.25, 0.55), [6] * 3 + [12] * 3 + [6] * 4),
+        (2.0, (0.25, 0.55), [6] * 3 + [12] * 3 + [6] * 4),
+        # the points are k / 10 in fp32, not equal to the doubles 0.3 and 0.7: the ends are inside
+        (2.0, (0.3, 0.7), [6] * 3 + [12] * 5 + [6] * 2),
+        (2.0, (0.5, 0.5), [6] * 5 + [12] + [6] * 4),
     ):
         model = SmallNet()
         sample_ode(model, noise, labels, num_steps=11, cfg_scale=scale, cfg_interval=interval)
         assert [rows for _, rows in model.calls] == expected
-        adaptive = SmallNet()
-        sample_ode(adaptive, noise, labels, method="dopri5", cfg_scale=scale, cfg_interval=interval)
-        for t, rows in adaptive.calls:
-            acts = scale != 1 and interval[0] <= t and (t <= interval[1] or interval[1] == 1)
-            assert rows == (12 if acts else 6), f"{rows} rows at t {t}"
+        for channels in (None, 4):  # all are not a part: the state is not doubled
+            adaptive = SmallNet()
+            settings = {"cfg_scale": scale, "cfg_interval": interval, "cfg_channels": channels}
+            sample_ode(adaptive, noise, labels, method="dopri5", **settings)
+            assert any(t > 1 for t, _ in adaptive.calls), "it steps beyond the end"
+            for t, rows in adaptive.calls:
+                acts = scale != 1 and interval[0] <= t and (t <= interval[1] or interval[1] == 1)
+                assert rows == (12 if acts else 6), f"{rows} rows at t {t}"
 
 
-def test_interval_ends_are_inside_in_fp32():
+def _scale_at(t: float, scale: float, power: float | None) -> float:
+    return scale if power is None else 1 + (scale - 1) * (1 - math.cos(math.pi * t**power)) / 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "power"), [(None, None), (1, None), (3, None), (4, None), (3, 4.0), (None, 1.0), (None, 0.5)]
+)
+def test_guidance_by_hand(channels, power):
+    """Of the first channels alone, by a constant scale or MDT's power-cosine schedule (Gao et al. 2023)."""
     noise, labels = _batch()
-    model = SmallNet()
-    # the points are k / 10 in fp32, not equal to the doubles 0.3 and 0.7
-    sample_ode(model, noise, labels, num_steps=11, cfg_scale=2.0, cfg_interval=(0.3, 0.7))
-    assert [rows for _, rows in model.calls] == [6] * 3 + [12] * 5 + [6] * 2
-
-
-def _guided_by_hand(model, noise, labels, scale, channels):
-    x, times = noise, torch.linspace(0, 1, 11)
-    for t, t_next in itertools.pairwise(times):
+    model, x = SmallNet().eval(), noise
+    for t, t_next in itertools.pairwise(torch.linspace(0, 1, 11)):
         strong = model(x, t.expand(len(x)), labels)
         weak = model(x, t.expand(len(x)), torch.full_like(labels, 2))
         output = strong.clone()
+        scale = _scale_at(float(t), 3.0, power)
         output[:, :channels] = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
         x = x + (t_next - t) * output
-    return x.detach()
+    settings = {"num_steps": 11, "cfg_scale": 3.0, "cfg_channels": channels, "cfg_power": power}
+    torch.testing.assert_close(sample_ode(SmallNet(), noise, labels, **settings), x.detach())
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, None])
-def test_guidance_formula_and_channels(channels):
+def test_every_sampler_takes_a_rising_scale():
     noise, labels = _batch()
-    expected = _guided_by_hand(SmallNet().eval(), noise, labels, 3.0, channels)
-    samples = sample_ode(SmallNet(), noise, labels, num_steps=11, cfg_scale=3.0, cfg_channels=channels)
-    torch.testing.assert_close(samples, expected)
+
+    def both(sample, **options):
+        constant, rising = (sample(SmallNet(), noise, labels, cfg_scale=3.0, cfg_power=s, **options) for s in (None, 4))
+        return (constant - rising).abs().max()
+
+    assert both(sample_ode, method="heun", num_steps=4) > 1e-2
+    assert both(sample_ode, method="dopri5", cfg_channels=3) > 1e-2
+    assert both(sample_sde, num_steps=4) > 1e-2
+    rising = Guidance(3.0, (0.0, 1.0), None, None, 2.0)
+    assert [rising.at(torch.tensor(t)).scale for t in (-0.1, 0.0, 1.0, 1.5)] == [1.0, 1.0, 3.0, 3.0]
 
 
 def test_dopri5_controls_its_steps_on_both_halves():
-    """The doubled state changes which steps are taken, not what is integrated: tight tolerances agree with Euler."""
+    """The doubled state changes which steps are taken, not what is integrated: tight tolerances agree with Heun."""
     noise, labels = _batch()
-    settings = {"cfg_scale": 3.0, "cfg_channels": 3}
-    fine = sample_ode(SmallNet().double(), noise.double(), labels, method="heun", num_steps=400, **settings)
+    settings = {"cfg_scale": 3.0, "cfg_channels": 3, "cfg_interval": (0.1, 0.6)}
+    fine = sample_ode(SmallNet().double(), noise.double(), labels, method="heun", num_steps=801, **settings)
     model = SmallNet().double()
     samples = sample_ode(model, noise.double(), labels, method="dopri5", atol=1e-8, rtol=1e-8, **settings)
-    torch.testing.assert_close(samples, fine, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(samples, fine, rtol=1e-2, atol=5e-3)  # the jumps at the ends cost Heun its order
     assert {rows for _, rows in model.calls} == {12} and samples.shape == noise.shape
+    alone = SmallNet()
+    sample_ode(alone, noise, labels, method="dopri5", guide=SmallNet(), **settings)
+    sample_ode(alone, noise, labels, method="dopri5", **settings | {"cfg_scale": 1.0})
+    assert {rows for _, rows in alone.calls} == {6}, "a weaker network and no guidance need no second half"
 
 
 def test_autoguidance_asks_the_weaker_network_for_the_same_class():
     noise, labels = _batch()
     strong, weak = GaussianVelocity(), SmallNet()
-    samples = sample_ode(strong, noise, labels, num_steps=11, cfg_scale=2.0, cfg_interval=(0.45, 1), guide=weak)
+    sample_ode(strong, noise, labels, num_steps=11, cfg_scale=2.0, cfg_interval=(0.45, 1), guide=weak)
     assert [rows for _, rows in strong.calls] == [6] * 10 and [rows for _, rows in weak.calls] == [6] * 5
-    t, x = torch.full((6,), 0.9), noise
-    by_hand = weak.eval()(x, t, labels) + 2.0 * (strong(x, t, labels) - weak(x, t, labels))
-    last = sample_ode(
-        strong, noise, labels, num_steps=2, cfg_scale=2.0, guide=lambda x, t, labels: weak(x, t + 0.9, labels)
-    )
+    found = sample_ode(strong, noise, labels, num_steps=2, cfg_scale=2.0, guide=weak)
     start = torch.zeros(6)
-    expected = noise + weak(x, t, labels) + 2.0 * (strong(x, start, labels) - weak(x, t, labels))
-    torch.testing.assert_close(last, expected.detach())
-    assert not torch.allclose(samples, by_hand)
+    expected = noise + weak.eval()(noise, start, labels) * (1 - 2.0) + 2.0 * strong(noise, start, labels)
+    torch.testing.assert_close(found, expected.detach())
 
 
 def test_sampling_turns_dropout_off_and_restores_the_mode():
@@ -205,7 +307,9 @@ def test_sampling_turns_dropout_off_and_restores_the_mode():
         ({"method": "rk4"}, "'rk4'"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cfg_channels": 5}, "cfg_channels is 5"),
+        ({"cfg_channels": 0}, "cfg_channels is 0"),
         ({"cfg_interval": (0.5, 0.2)}, "cfg_interval"),
+        ({"cfg_power": 0.0}, "cfg_power is 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -214,43 +318,3 @@ def test_impossible_settings_are_refused(settings, message):
         sample_ode(SmallNet(), noise, labels, **settings)
     with pytest.raises(UsageError, match="labels"):
         sample_ode(SmallNet(), noise, labels[:2])
-
-
-def test_dopri5_reports_an_explosion_as_a_run_error():
-    model = GaussianVelocity()
-    model.forward = lambda x, t, labels: x * x * 1e3
-    with pytest.raises(RunError, match="dopri5"):
-        sample_ode(model, *_batch(), method="dopri5")
-
-
-def test_dopri5_takes_plain_torch_ops():
-    """It makes 5e-5 of the 3e-7 by which compiled ops round otherwise: too much for parity with the reference."""
-    noise, labels = _batch()
-    model, seen = SmallNet(), []
-    model.register_forward_pre_hook(lambda *_: seen.append(set(kernels.backends().values())))
-    before = kernels.backends()
-    with kernels.dispatch.setting("auto"):
-        sample_ode(model, noise, labels, method="dopri5")
-    assert len(seen) > 6 and all(backends == {"reference"} for backends in seen)
-    assert kernels.backends() == before
-
-
-@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler", "none"])
-@pytest.mark.parametrize("form", ["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"])
-def test_sde_has_the_marginals_of_the_data(form, last_step):
-    noise = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(60, dtype=torch.long)
-    samples = sample_sde(
-        GaussianVelocity(), noise, labels, num_steps=100, diffusion_form=form, last_step=last_step, seed=1
-    )
-    # standard error of the mean 0.008; the bias of the last step, which adds no noise, is up to 17% of the spread
-    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.04)
-    assert float(samples.std()) == pytest.approx(STD, abs=0.09 if last_step == "mean" else 0.04)
-
-
-def test_sde_noise_is_a_function_of_seed_index_and_step():
-    noise, labels = _batch(6, channels=1)
-    whole = sample_sde(GaussianVelocity(), noise, labels, num_steps=10, seed=5)
-    part = sample_sde(GaussianVelocity(), noise[3:], labels[3:], num_steps=10, seed=5, indices=[3, 4, 5])
-    torch.testing.assert_close(whole[3:], part)
-    assert not torch.allclose(whole, sample_sde(GaussianVelocity(), noise, labels, num_steps=10, seed=6))

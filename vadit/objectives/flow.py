@@ -107,21 +107,14 @@ def interpolate(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, 
 # ------------------------------------------------------------------------------------------------ time
 
 
-def end_epsilon(spec: FlowSpec, *, training: bool) -> float:
-    """How far t keeps away from ends where the path or a conversion is singular (SiT's settings)."""
-    if spec.path == "vp":
-        return 1e-5 if training else 1e-3
-    return 0.0 if spec.prediction == "velocity" else 1e-3
-
-
 def training_interval(spec: FlowSpec) -> tuple[float, float]:
-    """The range of t in training: vp avoids 1, noise and score prediction avoid both ends."""
-    return _interval(spec, end_epsilon(spec, training=True))
+    """The range of t in training: vp avoids 1, noise and score prediction avoid both ends (SiT's settings)."""
+    return _interval(spec, vp_end=1e-5)
 
 
 def sampling_interval(spec: FlowSpec) -> tuple[float, float]:
     """First and last t of the probability-flow ODE."""
-    return _interval(spec, end_epsilon(spec, training=False))
+    return _interval(spec, vp_end=1e-3)
 
 
 def sde_interval(spec: FlowSpec, form: DiffusionForm, last_step_size: float) -> tuple[float, float]:
@@ -136,8 +129,11 @@ def sde_interval(spec: FlowSpec, form: DiffusionForm, last_step_size: float) -> 
     return low, 1 - last_step_size if last_step_size > 0 else high
 
 
-def _interval(spec: FlowSpec, eps: float) -> tuple[float, float]:
-    return (0.0, 1.0 - eps) if spec.path == "vp" else (eps, 1.0 - eps)
+def _interval(spec: FlowSpec, vp_end: float) -> tuple[float, float]:
+    if spec.path == "vp":
+        return 0.0, 1.0 - vp_end
+    end = 0.0 if spec.prediction == "velocity" else 1e-3
+    return end, 1.0 - end
 
 
 def sample_time(
@@ -259,31 +255,20 @@ def to_score(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t:
     return (ratio * output - x_t) / (point.sigma**2 - ratio * point.d_sigma * point.sigma)
 
 
-def to_noise(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The noise E[x0 | x_t] that a network's output stands for: -sigma times the score."""
-    if prediction == "noise":
-        return output
-    point = path_point(path, t, like=x_t)
-    if prediction == "score":
-        return -point.sigma * output
-    ratio = point.alpha / point.d_alpha
-    return (ratio * output - x_t) / (ratio * point.d_sigma - point.sigma)
-
-
-def sde_diffusion(path: Path, form: DiffusionForm, t: Tensor, *, norm: float = 1.0) -> Tensor:
+def sde_diffusion(path: Path, form: DiffusionForm, t: Tensor) -> Tensor:
     """w(t) of the sampling SDE dx = (v + w score) dt + sqrt(2 w) dW, shaped like t (SiT, section 2.4 and its code)."""
     if form == "constant":
-        return torch.full_like(t, norm)
+        return torch.ones_like(t)
     if form == "sbdm":
-        return norm * path_point(path, t).diffusion
+        return path_point(path, t).diffusion
     if form == "sigma":
-        return norm * path_point(path, t).sigma
+        return path_point(path, t).sigma
     if form == "linear":
-        return norm * (1 - t)
+        return 1 - t
     if form == "decreasing":
-        return 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2
+        return 0.25 * (torch.cos(math.pi * t) + 1) ** 2
     if form == "increasing_decreasing":
-        return norm * torch.sin(math.pi * t) ** 2
+        return torch.sin(math.pi * t) ** 2
     raise UsageError(
         f"diffusion_form {form!r} is unknown; choose constant, sbdm, sigma, linear, decreasing or increasing_decreasing"
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vadit.config import FlowSpec
+from vadit.config import FlowSpec, SampleSpec
 from vadit.kernels import exact
 from vadit.objectives import ddpm
 from vadit.objectives.flow import (
@@ -34,6 +34,9 @@ from vadit.runtime.errors import RunError, UsageError
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 LastStep = Literal["mean", "tweedie", "euler", "none"]
 
+LAST_STEP_SIZE = 0.04
+"""Of an SDE's last step, where it has one (SiT)."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -43,15 +46,15 @@ class Guidance:
     that network's at the same label (autoguidance: Karras et al. 2024).
     """
 
-    scale: float = 1.0
+    scale: float
     """1 is no guidance: the weak network does not run."""
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float]
     """Guidance acts where low <= t <= high (Kynkaanniemi et al. 2024), t = 1 being data."""
-    channels: int | None = None
+    channels: int | None
     """How many of the channels are guided; None: all."""
-    guide: Any = None
+    guide: Any
     """A weaker network to guide with, called as the sampled one is."""
-    power: float | None = None
+    power: float | None
     """s of the power-cosine schedule, 1 + (scale - 1) (1 - cos(pi t^s)) / 2 (Gao et al. 2023: 4); None: constant."""
 
     def check(self, num_channels: int) -> None:
@@ -71,7 +74,7 @@ class Guidance:
         # high = 1 is no limit: dopri5 steps beyond 1 and interpolates back, guided all the way
         return self.scale != 1 and not bool(t < low) and (high >= 1 or not bool(t > high))
 
-    def at(self, t: Tensor | float) -> Guidance:
+    def at(self, t: Tensor) -> Guidance:
         """The guidance at t, with the scale that its schedule has there."""
         if self.power is None:
             return self
@@ -98,17 +101,17 @@ def sample_ode(
     noise: Tensor,
     labels: Tensor,
     *,
-    method: Literal["euler", "heun", "dopri5"] | str = "euler",
-    num_steps: int = 250,
-    timestep_shift: float = 0.0,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cfg_channels: int | None = None,
-    atol: float = 1e-6,
-    rtol: float = 1e-3,
-    flow: FlowSpec | None = None,
+    method: str = SampleSpec.method,
+    num_steps: int = SampleSpec.num_steps,
+    timestep_shift: float = SampleSpec.timestep_shift,
+    cfg_scale: float = SampleSpec.cfg_scale,
+    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
+    cfg_channels: int | None = SampleSpec.cfg_channels,
+    cfg_power: float | None = SampleSpec.cfg_power,
     guide: nn.Module | None = None,
-    cfg_power: float | None = None,
+    atol: float = SampleSpec.atol,
+    rtol: float = SampleSpec.rtol,
+    flow: FlowSpec | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from noise (B, C, h, w) to latents of that shape.
 
@@ -146,25 +149,23 @@ def sample_sde(
     noise: Tensor,
     labels: Tensor,
     *,
-    num_steps: int = 250,
-    diffusion_form: DiffusionForm = "sigma",
-    diffusion_norm: float = 1.0,
-    last_step: LastStep = "mean",
-    last_step_size: float = 0.04,
-    timestep_shift: float = 0.0,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cfg_channels: int | None = None,
-    flow: FlowSpec | None = None,
+    num_steps: int = SampleSpec.num_steps,
+    diffusion_form: DiffusionForm = SampleSpec.sde_diffusion,
+    last_step: LastStep = SampleSpec.sde_last_step,
+    timestep_shift: float = SampleSpec.timestep_shift,
+    cfg_scale: float = SampleSpec.cfg_scale,
+    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
+    cfg_channels: int | None = SampleSpec.cfg_channels,
+    cfg_power: float | None = SampleSpec.cfg_power,
     guide: nn.Module | None = None,
-    cfg_power: float | None = None,
-    seed: int = 0,
+    flow: FlowSpec | None = None,
+    seed: int = SampleSpec.seed,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
     """Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW (SiT, eq. 5), then one step without noise.
 
-    num_steps - 1 steps over linspace(0, 1 - last_step_size, num_steps), then the last one: mean (the SDE's drift),
-    euler (the ODE's velocity), tweedie (E[x1 | x_t]) or none (and no last_step_size). The shift acts on the share
+    num_steps - 1 steps over linspace(0, 1 - LAST_STEP_SIZE, num_steps), then the last one: mean (the SDE's drift),
+    euler (the ODE's velocity), tweedie (E[x1 | x_t]) or none (the grid then ends at 1). The shift acts on the share
     of the interval. The noise of step k in sample i is a function of (seed, i, k); indices default to 0..B-1.
     """
     flow = flow or FlowSpec()
@@ -172,7 +173,7 @@ def sample_sde(
         raise UsageError(f"last_step {last_step!r} is unknown; choose mean, tweedie, euler or none")
     guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
     _check_batch(noise, labels, guidance)
-    low, high = sde_interval(flow, diffusion_form, 0.0 if last_step == "none" else last_step_size)
+    low, high = sde_interval(flow, diffusion_form, 0.0 if last_step == "none" else LAST_STEP_SIZE)
     times = low + (high - low) * time_grid(num_steps, shift=timestep_shift)
     indices = range(len(noise)) if indices is None else indices
     with evaluation(model, guide):
@@ -181,7 +182,7 @@ def sample_sde(
         for step, (t, t_next) in enumerate(itertools.pairwise(times)):
             dt = t_next - t
             velocity, score = field.velocity_and_score(x, t)
-            w = sde_diffusion(flow.path, diffusion_form, t, norm=diffusion_norm)
+            w = sde_diffusion(flow.path, diffusion_form, t)
             kick = _step_noise(seed, step, indices, x)
             x = x + dt * (velocity + w * score) + torch.sqrt(2 * w * dt) * kick
         if last_step == "none":
@@ -191,8 +192,8 @@ def sample_sde(
             point = path_point(flow.path, times[-1])
             return x / point.alpha + point.sigma**2 / point.alpha * score
         if last_step == "mean":
-            velocity = velocity + sde_diffusion(flow.path, diffusion_form, times[-1], norm=diffusion_norm) * score
-        return x + last_step_size * velocity
+            velocity = velocity + sde_diffusion(flow.path, diffusion_form, times[-1]) * score
+        return x + LAST_STEP_SIZE * velocity
 
 
 def sample_ddpm(
@@ -200,20 +201,19 @@ def sample_ddpm(
     noise: Tensor,
     labels: Tensor,
     *,
-    num_steps: int = 250,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cfg_channels: int | None = None,
+    num_steps: int = SampleSpec.num_steps,
+    cfg_scale: float = SampleSpec.cfg_scale,
+    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
+    cfg_channels: int | None = SampleSpec.cfg_channels,
+    cfg_power: float | None = SampleSpec.cfg_power,
     guide: nn.Module | None = None,
-    cfg_power: float | None = None,
-    seed: int = 0,
+    seed: int = SampleSpec.seed,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
     """Ancestral sampling in num_steps of the 1000 steps of a DDPM with learned variance (ADM, DiT).
 
     model has `forward_with_variance(x, t, labels) -> (B, 2C, h, w)` and `num_classes`. Guidance acts on the noise
-    prediction, the variance is the conditional one's (DiT); cfg_interval counts 1 - timestep / 999, so 1 is data
-    (and cfg_power 1 - timestep / 1000, as MDT).
+    prediction, the variance is the conditional one's (DiT); its time is 1 - timestep / 1000 (MDT), so 1 is data.
     """
     guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
     _check_batch(noise, labels, guidance)
@@ -226,10 +226,10 @@ def sample_ddpm(
         x = noise
         for step in reversed(range(num_steps)):
             times = _fill(x, float(timesteps[step]))
-            if guidance.active(torch.tensor(1 - timesteps[step] / (ddpm.NUM_STEPS - 1))):
+            t = torch.tensor(1 - timesteps[step] / ddpm.NUM_STEPS)
+            if guidance.active(t):
                 strong_output, weak_output = _both(predict, weak, x, times, labels, model.num_classes)
-                now = guidance.at(1 - timesteps[step] / ddpm.NUM_STEPS)
-                output = now.combine(strong_output, weak_output, x.shape[1])
+                output = guidance.at(t).combine(strong_output, weak_output, x.shape[1])
             else:
                 output = predict(x, times, labels)
             kick = _step_noise(seed, step, indices, x) if step else torch.zeros_like(x)
