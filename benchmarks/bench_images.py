@@ -1,16 +1,18 @@
 """Images per second of every image loader against torchvision's: python benchmarks/bench_images.py
 
-    python benchmarks/bench_images.py [--num-images 2000] [--batch 64] [--size 256] [--workers 2] [--rounds 3]
-        [--batches 12] [--only NAME ...] [--folder DIR] [--no-save]
-
 The pictures are JPEGs of 500 x 375 (ImageNet's usual size), quality 90-95: random parts of the photographs in
-scikit-image and scikit-learn. A contender hands out normalised float32 batches in random order: torchvision as
-ImageFolder + DataLoader(Resize, CenterCrop, ToTensor, Normalize), ours as their uint8 batches through `to_signed`.
+scikit-image and scikit-learn. They are read as three sets of files, and speeds are compared within a set:
 
-Contenders take turns. A turn opens the loader, waits for its first batch (that time is "first"; the first turn's
-includes imports and FFCV's compiler), lets the queues fill for FILL batches and then times `--batches` of them, in a
-steady state: as many batches are under way at the start as at the end. Rows go to
-benchmarks/results/image-loaders-HARDWARE.csv.
+- "500x375": the pictures themselves, which are scaled in every epoch;
+- "scaled": the same scaled once by `vadit prepare` to JPEGs of the side that is wanted; in a folder, and as the very
+  same bytes in a .beton, which FFCV reads;
+- "raw": their pixels in a .beton, which torchvision cannot read.
+
+A contender hands out normalised float32 batches in random order: torchvision as ImageFolder + DataLoader(Resize,
+CenterCrop, ToTensor, Normalize), ours as their uint8 batches through `to_signed`. Contenders take turns. A turn opens
+the loader, waits for its first batch (that time is "first"; the first turn's includes imports and FFCV's compiler),
+lets the queues fill for FILL batches and then times `--batches` of them, in a steady state: as many batches are under
+way at the start as at the end. Rows go to benchmarks/results/image-loaders-HARDWARE.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.util
 import os
 import random
 import statistics
@@ -27,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import harness
@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader
 
 from vadit.config import ImageDataSpec
 from vadit.demo.data import PHOTOS, photograph
-from vadit.images.backends import open_images, open_loader
+from vadit.images.backends import PACKAGES, installed, open_images, open_loader
+from vadit.images.beton import BetonSource
 from vadit.images.pixels import to_signed
 from vadit.images.prepare import prepare_images
 
@@ -47,6 +48,8 @@ FILL = 5
 """Batches that are not timed: every queue here holds fewer."""
 BASELINE = "torchvision"
 
+Key = tuple[str, str, int]
+"""Set of files, contender, workers."""
 Stream = Callable[[], contextlib.AbstractContextManager[Iterator[Tensor]]]
 """Opens a loader; the iterator gives float32 batches (B, 3, S, S) for ever."""
 
@@ -57,6 +60,7 @@ class Row(harness.Stamp):
 
     num_images: int
     pixels: str
+    """The set of files."""
     batch: int
     size: int
     contender: str
@@ -65,7 +69,7 @@ class Row(harness.Stamp):
     q1_img_per_s: float
     q3_img_per_s: float
     ratio: float
-    """To torchvision with as many workers."""
+    """To torchvision with as many workers on the same set."""
     cold_first_s: float
     """From opening the loader to its first batch, the first time in the process."""
     first_s: float
@@ -74,16 +78,11 @@ class Row(harness.Stamp):
     rounds: int
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ files
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """`count` JPEGs in a folder per photograph, with all cores; a function of their number alone."""
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(_make_photograph, PHOTOS, [folder] * len(PHOTOS), [count] * len(PHOTOS)))
-
-
-def _make_photograph(name: str, folder: Path, count: int) -> None:
+def make_photographs(name: str, folder: Path, count: int) -> None:
+    """The pictures that show one photograph, of `count` in all; a function of their number alone."""
     photo = Image.fromarray(photograph(name)).convert("RGB")
     (folder / name).mkdir(parents=True)
     for number in range(PHOTOS.index(name), count, len(PHOTOS)):
@@ -94,6 +93,25 @@ def _make_photograph(name: str, folder: Path, count: int) -> None:
         box = (left, top, left + width, top + height)
         picture = photo.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)
         picture.save(folder / name / f"{number:05d}.jpg", quality=draw.randint(90, 95))
+
+
+def make_sets(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Path, Path | None]]:
+    """By name: the folder of a set (of "raw" its .beton) and the .beton of the same files, where there is one."""
+    pictures, scaled = folder / f"pictures-{options.num_images}", folder / f"scaled-{options.num_images}-{options.size}"
+    if not pictures.exists():
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(make_photographs, PHOTOS, [pictures] * len(PHOTOS), [options.num_images] * len(PHOTOS)))
+    raw, jpeg = (scaled.with_suffix(f".{kind}.beton") for kind in ("raw", "jpeg"))
+    for encode, path in (("raw", raw), ("jpeg", jpeg)):
+        spec = ImageDataSpec(path=str(pictures))
+        prepare_images(spec, path, size=options.size, encode=encode, verify="none")  # type: ignore[arg-type]
+    if not scaled.exists():
+        source = BetonSource(jpeg)
+        for index, label in enumerate(source.labels.tolist()):
+            path = scaled / source.classes[label] / f"{index:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(source.read(index))
+    return {f"{WIDTH}x{HEIGHT}": (pictures, None), "scaled": (scaled, jpeg), "raw": (raw, raw)}
 
 
 # ------------------------------------------------------------------------------------------------ contenders
@@ -137,39 +155,21 @@ def our_stream(path: Path, options: argparse.Namespace, loader: str, workers: in
     return start
 
 
-def contenders(pictures: Path, options: argparse.Namespace) -> dict[tuple[str, int], tuple[Stream, Path]]:
-    """By name and workers: the stream, and what it reads."""
-    workers = options.workers
-    found = {
-        (BASELINE, 0): (torchvision_stream(pictures, options, 0), pictures),
-        (BASELINE, workers): (torchvision_stream(pictures, options, workers), pictures),
-        ("torch", workers): (our_stream(pictures, options, "torch", workers), pictures),
-    }
-    if missing("nvidia.dali"):
-        print("without dali: nvidia.dali is not installed (pip install 'vadit[dali]')")
-    else:
-        found["dali", workers] = (our_stream(pictures, options, "dali", workers), pictures)
-    for encode in ("jpeg", "raw"):
-        name = f"ffcv-{encode}"
-        if missing("ffcv"):
-            print(f"without {name}: ffcv is not installed (pip install 'vadit[ffcv]')")
-            continue
-        beton = pictures.with_name(f"{encode}-{options.size}.beton")
-        if not beton.exists():
-            started = time.perf_counter()
-            prepare_images(ImageDataSpec(path=str(pictures)), beton, size=options.size, encode=encode, verify="none")
-            print(f"{beton.name}: made in {time.perf_counter() - started:.1f} s")
-        found[name, workers] = (our_stream(beton, options, "ffcv", workers), beton)
-        if encode == "raw":
-            found["torch-raw", workers] = (our_stream(beton, options, "torch", workers), beton)
-    return {key: value for key, value in found.items() if not options.only or key[0] in options.only}
-
-
-def missing(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is None
-    except ModuleNotFoundError:
-        return True
+def contenders(folder: Path, options: argparse.Namespace) -> dict[Key, tuple[Stream, Path]]:
+    """The streams, and what they read."""
+    found: dict[Key, tuple[Stream, Path]] = {}
+    for name, (files, beton) in make_sets(folder, options).items():
+        if files.is_dir():
+            for workers in sorted({0, options.workers}):
+                found[name, BASELINE, workers] = (torchvision_stream(files, options, workers), files)
+        for loader, path in (("torch", files), ("dali", files if files.is_dir() else None), ("ffcv", beton)):
+            if path is not None:
+                found[name, loader, options.workers] = (our_stream(path, options, loader, options.workers), path)
+    for loader, package in PACKAGES.items():
+        if not installed(package):
+            print(f"without {loader}: {package} is not installed (pip install 'vadit[{loader}]')")
+            found = {key: value for key, value in found.items() if key[1] != loader}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -190,72 +190,44 @@ def turn(stream: Stream, options: argparse.Namespace) -> tuple[float, float]:
         return options.batch * options.batches / (time.perf_counter() - started), first
 
 
-def disk_bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def versions() -> str:
-    parts = [f"torch {torch.__version__}"]
-    for name in ("torchvision", "pillow", "nvidia-dali-cuda130", "ffcv"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            parts.append(f"{name} {metadata.version(name)}")
-    return ", ".join(parts)
-
-
-def measure(pictures: Path, options: argparse.Namespace) -> list[Row]:
+def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
     """All rounds."""
-    found = contenders(pictures, options)
-    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in found}
-    firsts: dict[tuple[str, int], list[float]] = {key: [] for key in found}
+    found = contenders(folder, options)
+    turns: dict[Key, list[tuple[float, float]]] = {key: [] for key in found}
     for number in range(options.rounds):
         for key, (stream, _) in found.items():
-            speed, first = turn(stream, options)
-            speeds[key].append(speed)
-            firsts[key].append(first)
-        done = "  ".join(f"{name}/{workers} {speeds[name, workers][-1]:.0f}" for name, workers in found)
-        print(f"round {number + 1}: {done}", flush=True)
-    medians = {key: statistics.median(values) for key, values in speeds.items()}
+            turns[key].append(turn(stream, options))
+        print(f"round {number + 1} of {options.rounds} is done", flush=True)
+    medians = {key: statistics.median(speed for speed, _ in values) for key, values in turns.items()}
     rows = []
-    for (name, workers), values in speeds.items():
-        q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        rows.append(
-            Row(
-                date=datetime.date.today().isoformat(),
-                commit=harness.commit("../vadit/images", "../benchmarks/*.py"),
-                hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
-                versions=versions(),
-                num_images=options.num_images,
-                pixels=f"{WIDTH}x{HEIGHT}",
-                batch=options.batch,
-                size=options.size,
-                contender=name,
-                workers=workers,
-                median_img_per_s=round(median, 1),
-                q1_img_per_s=round(q1, 1),
-                q3_img_per_s=round(q3, 1),
-                ratio=round(median / medians[BASELINE, workers], 2) if (BASELINE, workers) in medians else float("nan"),
-                cold_first_s=round(firsts[name, workers][0], 3),
-                first_s=round(statistics.median(firsts[name, workers][1:] or firsts[name, workers]), 3),
-                disk_bytes=disk_bytes(found[name, workers][1]),
-                rounds=len(values),
-            )
+    for (files, name, workers), values in turns.items():
+        speeds, waits = zip(*values, strict=True)
+        q1, median, q3 = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
+        path = found[files, name, workers][1]
+        stored = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        row = Row(
+            date=datetime.date.today().isoformat(),
+            commit=harness.commit("../vadit/images", "../benchmarks/*.py"),
+            hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
+            versions=harness.versions("cpu", "torchvision", "pillow", "nvidia-dali-cuda130", "ffcv"),
+            num_images=options.num_images,
+            pixels=files,
+            batch=options.batch,
+            size=options.size,
+            contender=name,
+            workers=workers,
+            median_img_per_s=round(median, 1),
+            q1_img_per_s=round(q1, 1),
+            q3_img_per_s=round(q3, 1),
+            ratio=round(median / medians.get((files, BASELINE, workers), float("nan")), 2),
+            cold_first_s=round(waits[0], 3),
+            first_s=round(statistics.median(waits[1:] or waits), 3),
+            disk_bytes=sum(file.stat().st_size for file in stored),
+            rounds=len(values),
         )
+        rows.append(row)
+        print(f"{files:8} {name:12} {workers} {row.median_img_per_s:8.0f} img/s {row.ratio:6.2f}x {row.first_s:6.2f} s")
     return rows
-
-
-def show(rows: list[Row]) -> None:
-    print(f"{'contender':12} workers    img/s  ratio  first batch: cold, warm [s]  MB on disk")
-    for row in rows:
-        print(
-            f"{row.contender:12} {row.workers:7} {row.median_img_per_s:8.0f} {row.ratio:6.2f}"
-            f" {row.cold_first_s:19.2f} {row.first_s:6.2f} {row.disk_bytes / 1e6:13.0f}"
-        )
-
-
-def save(rows: list[Row]) -> None:
-    """Append to the file of this hardware."""
-    harness.append(harness.RESULTS / f"image-loaders-{harness.hardware('cpu')}.csv", rows)
 
 
 def main() -> None:
@@ -266,20 +238,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=12, help="batches timed in a turn")
-    parser.add_argument("--only", nargs="*", help="names of contenders; all if left out")
-    parser.add_argument("--folder", type=Path, help="keeps pictures and betons for the next run")
+    parser.add_argument("--folder", type=Path, help="keeps the files for the next run")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or Path(scratch)
-        pictures = folder / f"pictures-{options.num_images}"
-        if not pictures.exists():
-            make_pictures(pictures, options.num_images)
-        rows = measure(pictures, options)
-    show(rows)
+        rows = measure(options.folder or Path(scratch), options)
     if not options.no_save:
-        save(rows)
+        harness.append(harness.RESULTS / f"image-loaders-{harness.hardware('cpu')}.csv", rows)
 
 
 if __name__ == "__main__":

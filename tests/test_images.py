@@ -324,7 +324,7 @@ class Broken:
 
 def with_dali(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
     """DALI as it is where it is not installed (None), where it works ("none"), or has a fault."""
-    monkeypatch.setattr(loaders, "_installed", lambda package: package == "nvidia.dali" and fault is not None)
+    monkeypatch.setattr(loaders, "installed", lambda package: package == "nvidia.dali" and fault is not None)
     real = loaders._decoder
 
     def decoder(name: str, images: ImageSet, num_workers: int, device: Any) -> Any:

@@ -141,7 +141,7 @@ def _problem(name: str, spec: ImageDataSpec, images: ImageSet, device: torch.dev
     """Why a loader cannot be had here; empty where it can."""
     if name == "torch":
         return ""
-    if not _installed(PACKAGES[name]):
+    if not installed(PACKAGES[name]):
         extra = {"dali": "vadit[dali]", "ffcv": "vadit[ffcv]"}[name]
         return f"{PACKAGES[name]} is not installed (pip install '{extra}')"
     if name == "dali":
@@ -153,7 +153,8 @@ def _problem(name: str, spec: ImageDataSpec, images: ImageSet, device: torch.dev
     return why_not(images)
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package is there, as far as can be told without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a parent package
