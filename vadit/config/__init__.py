@@ -7,8 +7,8 @@ Progress is counted in images, so a recipe survives a change of batch size. Noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.masks import check_masks
@@ -38,6 +38,7 @@ __all__ = [
     "StageSpec",
     "TokenizerConfig",
     "TokenizerLossSpec",
+    "vary",
 ]
 
 
@@ -144,6 +145,16 @@ class DiTConfig:
 
 
 Config = TokenizerConfig | DiTConfig
+C = TypeVar("C", bound=Config)
+
+
+def vary(config: C, **groups: Any) -> C:
+    """`config` with some settings of some groups changed: vary(config, run={"batch_size": 256}, stages=())."""
+    parts = {
+        name: replace(getattr(config, name), **values) if isinstance(values, dict) else values
+        for name, values in groups.items()
+    }
+    return replace(config, **parts)
 
 
 def _check_optimizer(optimizer: OptimizerSpec, engine: EngineSpec) -> None:

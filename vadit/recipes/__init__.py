@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
-from vadit.config import Config
+from vadit.config import Config, vary
 from vadit.recipes import beyond, generators, peers, table1, tokenizers
 from vadit.recipes.debug import debug_twin
 from vadit.recipes.sizes import DIT_SIZES
@@ -51,8 +50,7 @@ def _tables() -> dict[str, Recipe]:
 
 
 def _named(name: str, recipe: Recipe) -> Config:
-    config = recipe()
-    return replace(config, run=replace(config.run, out=f"runs/{name}"))
+    return vary(recipe(), run={"out": f"runs/{name}"})
 
 
 def _twin(name: str) -> Config:

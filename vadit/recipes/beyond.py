@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from vadit.config import DiTConfig, FoundationSpec, Paper, RepaSpec
-from vadit.recipes.generators import RELEASED, lightningdit_xl_64ep
+from vadit.config import DiTConfig, FoundationSpec, RepaSpec, vary
+from vadit.recipes.generators import lightningdit_xl_64ep
 from vadit.recipes.sizes import BATCH_SIZE
 
 
@@ -32,16 +30,15 @@ def lightningdit_xl_beyond() -> DiTConfig:
     """
     base = lightningdit_xl_64ep()
     latent_numbers = base.model.in_channels * base.model.input_size**2
-    return replace(
+    return vary(
         base,
-        model=replace(base.model, qk_norm=True, value_residual=True),
-        flow=replace(base.flow, contrastive_weight=0.05, time_shift=(latent_numbers / 4096) ** 0.5),
+        model={"qk_norm": True, "value_residual": True},
+        flow={"contrastive_weight": 0.05, "time_shift": (latent_numbers / 4096) ** 0.5},
         repa=RepaSpec(weight=0.5, block=8, foundation=FoundationSpec(name="vit_base_patch14_dinov2.lvd142m")),
-        optimizer=replace(base.optimizer, schedule="linear", warmup_images=1_000 * BATCH_SIZE),
-        engine=replace(base.engine, max_grad_norm=1.0, ema_decays=(0.9999, 0.9998, 0.9995)),
-        paper=Paper(
-            source="no row: what others report to help",
-            metric="none published; lightningdit-xl-64ep is what it is to beat",
-            tokenizer=RELEASED,
-        ),
+        optimizer={"schedule": "linear", "warmup_images": 1_000 * BATCH_SIZE},
+        engine={"max_grad_norm": 1.0, "ema_decays": (0.9999, 0.9998, 0.9995)},
+        paper={
+            "source": "no row: what others report to help",
+            "metric": "none published; lightningdit-xl-64ep is what it is to beat",
+        },
     )

@@ -6,9 +6,7 @@ call the sampler of Table 3 "250 steps": linspace(0, 1, 250), which is 249 of th
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from vadit.config import DiTConfig, DiTSpec, EngineSpec, Paper, RunSpec, SampleSpec
+from vadit.config import DiTConfig, DiTSpec, EngineSpec, Paper, RunSpec, SampleSpec, vary
 from vadit.recipes.sizes import BATCH_SIZE, DIT_SIZES, EPOCHS_80
 from vadit.recipes.tokenizers import Row
 
@@ -39,17 +37,15 @@ def lightningdit_xl_64ep() -> DiTConfig:
 
 def lightningdit_xl_800ep() -> DiTConfig:
     """The long run: 1,000,000 steps of 1024 images, uniform time after 600,000 of them, gentler guidance."""
-    short = lightningdit_xl_64ep()
-    return replace(
-        short,
-        flow=replace(short.flow, uniform_after_images=600_000 * BATCH_SIZE),
-        run=replace(short.run, total_images=1_000_000 * BATCH_SIZE),
-        sample=replace(short.sample, cfg_scale=6.7, cfg_interval=(0.125, 1.0)),
-        paper=Paper(
-            source="Table 3, LightningDiT, 800 epochs",
-            metric="fid50k_euler249_shift0.3_random 2.17, fid50k_euler249_shift0.3_cfg6.7_from0.125_ch3_random 1.35",
-            tokenizer=RELEASED,
-        ),
+    return vary(
+        lightningdit_xl_64ep(),
+        flow={"uniform_after_images": 600_000 * BATCH_SIZE},
+        run={"total_images": 1_000_000 * BATCH_SIZE},
+        sample={"cfg_scale": 6.7, "cfg_interval": (0.125, 1.0)},
+        paper={
+            "source": "Table 3, LightningDiT, 800 epochs",
+            "metric": "fid50k_euler249_shift0.3_random 2.17, fid50k_euler249_shift0.3_cfg6.7_from0.125_ch3_random 1.35",
+        },
     )
 
 
@@ -58,12 +54,11 @@ def lightningdit(size: str, row: Row) -> DiTConfig:
 
     Sampled with dopri5, without guidance, interval or shift (section 5.2).
     """
-    base = lightningdit_xl_64ep()
     epochs = 160 if size == "B" else 80
-    return replace(
-        base,
-        model=replace(base.model, **DIT_SIZES[size], in_channels=row.channels),
-        run=replace(base.run, total_images=epochs // 80 * EPOCHS_80),
+    return vary(
+        lightningdit_xl_64ep(),
+        model={**DIT_SIZES[size], "in_channels": row.channels},
+        run={"total_images": epochs // 80 * EPOCHS_80},
         sample=SampleSpec(method="dopri5"),
         paper=Paper(
             source=f"{row.tables if size == 'B' else 'Table 2'}, {row.label}, LightningDiT-{size}, {epochs} epochs",

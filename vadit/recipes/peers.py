@@ -8,40 +8,34 @@ recipe says so. Guidance of DiT and SiT touches three of the four channels, as i
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from vadit.config import DiTConfig, FoundationSpec, MaskSpec, Paper, RepaSpec, SampleSpec
-from vadit.recipes.table1 import SD_VAE, plain_dit
+from vadit.config import DiTConfig, FoundationSpec, MaskSpec, RepaSpec, SampleSpec, vary
+from vadit.recipes.table1 import plain_dit
 
 
 def dit_xl2() -> DiTConfig:
     """DiT-XL/2 (Peebles & Xie 2023): Table 1's first row for 7,000,000 steps of 256 images, drawn with guidance."""
-    start = plain_dit()
-    return replace(
-        start,
-        run=replace(start.run, total_images=7_000_000 * 256),
-        sample=replace(start.sample, cfg_scale=1.5, cfg_channels=3),
-        paper=Paper(
-            source="Table 3, DiT, 1400 epochs",
-            metric="fid50k_ddpm250_random 9.62, fid50k_ddpm250_cfg1.5_ch3_random 2.27",
-            tokenizer=SD_VAE,
-        ),
+    return vary(
+        plain_dit(),
+        run={"total_images": 7_000_000 * 256},
+        sample={"cfg_scale": 1.5, "cfg_channels": 3},
+        paper={
+            "source": "Table 3, DiT, 1400 epochs",
+            "metric": "fid50k_ddpm250_random 9.62, fid50k_ddpm250_cfg1.5_ch3_random 2.27",
+        },
     )
 
 
 def sit_xl2() -> DiTConfig:
     """SiT-XL/2 (Ma et al. 2024): DiT as a flow with uniform time, drawn by the SDE in 250 steps."""
-    dit = dit_xl2()
-    return replace(
-        dit,
-        model=replace(dit.model, learn_sigma=False),
-        flow=replace(dit.flow, objective="flow"),
-        sample=SampleSpec(method="euler_maruyama", num_steps=250, cfg_scale=1.5, cfg_channels=3),
-        paper=Paper(
-            source="Table 3, SiT, 1400 epochs",
-            metric="fid50k_euler_maruyama250_random 8.61, fid50k_euler_maruyama250_cfg1.5_ch3_random 2.06",
-            tokenizer=SD_VAE,
-        ),
+    return vary(
+        dit_xl2(),
+        model={"learn_sigma": False},
+        flow={"objective": "flow"},
+        sample={"method": "euler_maruyama"},
+        paper={
+            "source": "Table 3, SiT, 1400 epochs",
+            "metric": "fid50k_euler_maruyama250_random 8.61, fid50k_euler_maruyama250_cfg1.5_ch3_random 2.06",
+        },
     )
 
 
@@ -51,16 +45,14 @@ def fasterdit_xl2() -> DiTConfig:
     Its paper also scales the latents to choose the distribution of signal over noise. That factor is not known here:
     data.multiplier is SD-VAE's own, and the sampler is taken to be SiT's.
     """
-    sit = sit_xl2()
-    return replace(
-        sit,
-        flow=replace(sit.flow, time_law="logit_normal", direction_loss=True),
-        run=replace(sit.run, total_images=2_000_000 * 256),
-        paper=Paper(
-            source="Table 3, FasterDiT, 400 epochs",
-            metric="fid50k 7.91 (no guidance), 2.03 (guidance); sampler not known",
-            tokenizer=SD_VAE,
-        ),
+    return vary(
+        sit_xl2(),
+        flow={"time_law": "logit_normal", "direction_loss": True},
+        run={"total_images": 2_000_000 * 256},
+        paper={
+            "source": "Table 3, FasterDiT, 400 epochs",
+            "metric": "fid50k 7.91 (no guidance), 2.03 (guidance); sampler not known",
+        },
     )
 
 
@@ -72,19 +64,18 @@ def repa_xl2() -> DiTConfig:
     here each latent is one draw and the resize is bilinear. Features: `vadit encode --features
     vit_base_patch14_dinov2.lvd142m`, or --repa.features online with --data.images.
     """
-    sit = sit_xl2()
-    return replace(
-        sit,
+    return vary(
+        sit_xl2(),
         repa=RepaSpec(weight=0.5, block=8, foundation=FoundationSpec(name="vit_base_patch14_dinov2.lvd142m")),
-        engine=replace(sit.engine, max_grad_norm=1.0),
-        data=replace(sit.data, flip=False),
-        run=replace(sit.run, total_images=4_000_000 * 256),
-        sample=replace(sit.sample, cfg_scale=1.8, cfg_interval=(0.3, 1.0), cfg_channels=None),
-        paper=Paper(
-            source="Table 3, REPA, 800 epochs",
-            metric="fid50k_euler_maruyama250_random 5.90, fid50k_euler_maruyama250_cfg1.8_from0.3_random 1.42",
-            tokenizer="SD-VAE f8d4 (ft-mse)",
-        ),
+        engine={"max_grad_norm": 1.0},
+        data={"flip": False},
+        run={"total_images": 4_000_000 * 256},
+        sample={"cfg_scale": 1.8, "cfg_interval": (0.3, 1.0), "cfg_channels": None},
+        paper={
+            "source": "Table 3, REPA, 800 epochs",
+            "metric": "fid50k_euler_maruyama250_random 5.90, fid50k_euler_maruyama250_cfg1.8_from0.3_random 1.42",
+            "tokenizer": "SD-VAE f8d4 (ft-mse)",
+        },
     )
 
 
@@ -93,17 +84,15 @@ def maskdit_xl2() -> DiTConfig:
 
     The published system trains with EDM's preconditioning and noise levels; here it is a flow with uniform time.
     """
-    sit = sit_xl2()
-    return replace(
-        sit,
+    return vary(
+        sit_xl2(),
         mask=MaskSpec(kind="maskdit", ratio=0.5, decoder_depth=8, decoder_width=512, reconstruction_weight=0.1),
-        run=replace(sit.run, batch_size=1024, total_images=2_000_000 * 1024),
+        run={"batch_size": 1024, "total_images": 2_000_000 * 1024},
         sample=SampleSpec(method="heun", num_steps=41, cfg_scale=1.5),
-        paper=Paper(
-            source="Table 3, MaskDiT, 1600 epochs",
-            metric="fid50k 5.69 (no guidance), 2.28 (guidance); tuned without masks, drawn by EDM's sampler",
-            tokenizer=SD_VAE,
-        ),
+        paper={
+            "source": "Table 3, MaskDiT, 1600 epochs",
+            "metric": "fid50k 5.69 (no guidance), 2.28 (guidance); tuned without masks, drawn by EDM's sampler",
+        },
     )
 
 
@@ -113,13 +102,12 @@ def maskdit_xl2_unmasked() -> DiTConfig:
     Its code allows 100,000 steps and saves every 12,500; how many the published number took is not known here. It also
     knows a stage whose share of masked tokens falls as a cosine, which vadit does not.
     """
-    first = maskdit_xl2()
-    return replace(
-        first,
-        mask=replace(first.mask, unmasked_after_images=0),
-        optimizer=replace(first.optimizer, lr=5e-5),
-        run=replace(first.run, init_from="runs/maskdit-xl2", batch_size=512, total_images=50_000 * 512),
-        paper=replace(first.paper, source="Table 3, MaskDiT, fine-tuning on all tokens"),
+    return vary(
+        maskdit_xl2(),
+        mask={"unmasked_after_images": 0},
+        optimizer={"lr": 5e-5},
+        run={"init_from": "runs/maskdit-xl2", "batch_size": 512, "total_images": 50_000 * 512},
+        paper={"source": "Table 3, MaskDiT, fine-tuning on all tokens"},
     )
 
 
@@ -129,16 +117,14 @@ def mdt_xl2() -> DiTConfig:
     6,500,000 steps of 256 images at a rate of 3e-4. Its 1.79 is drawn with a guidance that rises during sampling
     (power-cosine, 3.8). In its code the two passes of a step share the time; here each draws its own.
     """
-    dit = dit_xl2()
-    return replace(
-        dit,
+    return vary(
+        dit_xl2(),
         mask=MaskSpec(kind="mdt", ratio=0.3, decoder_depth=2),
-        optimizer=replace(dit.optimizer, lr=3e-4),
-        sample=replace(dit.sample, cfg_scale=3.8, cfg_power=4.0, cfg_channels=3),
-        run=replace(dit.run, total_images=6_500_000 * 256),
-        paper=Paper(
-            source="Table 3, MDT, 1300 epochs",
-            metric="fid50k_ddpm250_random 6.23, fid50k_ddpm250_cfg3.8_ch3_power4_random 1.79",
-            tokenizer=SD_VAE,
-        ),
+        optimizer={"lr": 3e-4},
+        sample={"cfg_scale": 3.8, "cfg_power": 4.0},
+        run={"total_images": 6_500_000 * 256},
+        paper={
+            "source": "Table 3, MDT, 1300 epochs",
+            "metric": "fid50k_ddpm250_random 6.23, fid50k_ddpm250_cfg3.8_ch3_power4_random 1.79",
+        },
     )

@@ -8,9 +8,9 @@ latents are SD-VAE's f8d4, only multiplied by 0.18215: so the authors answer on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from vadit.config import DiTConfig, DiTSpec, EngineSpec, FlowSpec, LatentDataSpec, OptimizerSpec, Paper, RunSpec
+from vadit.config import DiTConfig, DiTSpec, EngineSpec, FlowSpec, LatentDataSpec, OptimizerSpec, Paper, RunSpec, vary
 from vadit.config import SampleSpec as Sample
 from vadit.recipes.sizes import DIT_SIZES
 
@@ -40,30 +40,27 @@ def plain_dit() -> DiTConfig:
         run=RunSpec(batch_size=256, total_images=400_000 * 256),
         data=LatentDataSpec(normalize=False, multiplier=0.18215),
         sample=Sample(method="ddpm", num_steps=250),
+        paper=Paper(tokenizer=SD_VAE),
     )
 
 
 def rectified_flow(config: DiTConfig) -> DiTConfig:
     """`config` as a flow: straight paths, velocity, no learnt variance; drawn with an ODE solver."""
-    return replace(
-        config,
-        model=replace(config.model, learn_sigma=False),
-        flow=replace(config.flow, objective="flow"),
-        sample=Sample(method="dopri5"),
-    )
+    return vary(config, model={"learn_sigma": False}, flow={"objective": "flow"}, sample={"method": "dopri5"})
 
 
 def large_batch(config: DiTConfig) -> DiTConfig:
     """`config` with four times the batch and twice the learning rate, on as many images."""
-    return replace(config, run=replace(config.run, batch_size=1024), optimizer=replace(config.optimizer, lr=2e-4))
+    return vary(config, run={"batch_size": 1024}, optimizer={"lr": 2e-4})
 
 
 def on_vavae(config: DiTConfig) -> DiTConfig:
     """`config` on normalised VA-VAE f16d32 latents, one token per latent position: as many tokens as before."""
-    return replace(
+    return vary(
         config,
-        model=replace(config.model, patch_size=1, in_channels=32, input_size=16),
-        data=replace(config.data, normalize=True, multiplier=1.0),
+        model={"patch_size": 1, "in_channels": 32, "input_size": 16},
+        data={"normalize": True, "multiplier": 1.0},
+        paper={"tokenizer": "vavae-f16d32-dinov2"},
     )
 
 
@@ -84,19 +81,12 @@ ROWS = (
     Row("dit", "DiT-XL/2", 19.50, lambda c: c),
     Row("rectified-flow", "+ rectified flow", 17.20, rectified_flow),
     Row("batch-1024", "+ batch size x4 and learning rate x2", 16.59, large_batch),
-    Row("beta2", "+ AdamW beta2 0.95", 16.61, lambda c: replace(c, optimizer=replace(c.optimizer, betas=(0.9, 0.95)))),
-    Row(
-        "logit-normal",
-        "+ logit-normal time",
-        13.99,
-        lambda c: replace(c, flow=replace(c.flow, time_law="logit_normal")),
-    ),
-    Row(
-        "direction", "+ velocity direction loss", 12.52, lambda c: replace(c, flow=replace(c.flow, direction_loss=True))
-    ),
-    Row("swiglu", "+ SwiGLU", 10.10, lambda c: replace(c, model=replace(c.model, swiglu=True))),
-    Row("rmsnorm", "+ RMSNorm", 9.25, lambda c: replace(c, model=replace(c.model, rmsnorm=True))),
-    Row("rope", "+ RoPE", 7.13, lambda c: replace(c, model=replace(c.model, rope=True))),
+    Row("beta2", "+ AdamW beta2 0.95", 16.61, lambda c: vary(c, optimizer={"betas": (0.9, 0.95)})),
+    Row("logit-normal", "+ logit-normal time", 13.99, lambda c: vary(c, flow={"time_law": "logit_normal"})),
+    Row("direction", "+ velocity direction loss", 12.52, lambda c: vary(c, flow={"direction_loss": True})),
+    Row("swiglu", "+ SwiGLU", 10.10, lambda c: vary(c, model={"swiglu": True})),
+    Row("rmsnorm", "+ RMSNorm", 9.25, lambda c: vary(c, model={"rmsnorm": True})),
+    Row("rope", "+ RoPE", 7.13, lambda c: vary(c, model={"rope": True})),
     Row("vavae", "+ patch size 1 and VA-VAE", 4.29, on_vavae),
 )
 """Each line is one change to the line above it."""
@@ -108,11 +98,4 @@ def table1(number: int) -> DiTConfig:
     for row in ROWS[: number + 1]:
         config = row.change(config)
     row, sampler = ROWS[number], "dopri5" if number else "ddpm250"
-    return replace(
-        config,
-        paper=Paper(
-            source=f"Table 1, {row.label}",
-            metric=f"fid50k_{sampler}_random {row.fid:.2f}",
-            tokenizer="vavae-f16d32-dinov2" if config.data.normalize else SD_VAE,
-        ),
-    )
+    return vary(config, paper={"source": f"Table 1, {row.label}", "metric": f"fid50k_{sampler}_random {row.fid:.2f}"})
