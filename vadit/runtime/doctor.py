@@ -5,10 +5,7 @@ Optional packages are looked up by their metadata and never imported: a broken o
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import os
 import platform
 import re
 import shutil
@@ -26,12 +23,16 @@ class Finding:
     """One line of the report."""
 
     name: str
-    state: Literal["ok", "missing"]
-    version: str
     detail: str
     """What it is good for, or why it is missing."""
+    version: str = ""
     remedy: str = ""
-    """The command that brings it."""
+    """The command that brings what is missing; empty for what is there."""
+
+    @property
+    def state(self) -> Literal["ok", "missing"]:
+        """Whether it is there."""
+        return "missing" if self.remedy else "ok"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,6 @@ OPTIONAL_PACKAGES = (
     ),
 )
 
-OP_LIBRARIES = {"async_io": "apt-get install libaio-dev"}
-"""What brings a DeepSpeed op that lacks a system library."""
-
 NVIDIA_APEX = (
     "git clone https://github.com/NVIDIA/apex && pip install -v --no-build-isolation "
     '--config-settings "--build-option=--cpp_ext --cuda_ext" ./apex'
@@ -89,16 +87,16 @@ NVIDIA_APEX = (
 
 
 def examine() -> list[Finding]:
-    """Everything that the doctor looks at, in the order of the report; takes seconds (torch and DeepSpeed)."""
+    """Everything that the doctor looks at, in the order of the report; takes seconds (torch)."""
     return [
-        Finding("Python", "ok", platform.python_version(), platform.platform()),
+        Finding("Python", platform.platform(), platform.python_version()),
         *_torch(),
         _compiler(),
         _extension(),
         *_backends(),
         *(_optional(package) for package in OPTIONAL_PACKAGES),
         _apex(),
-        *_deepspeed(),
+        _deepspeed(),
     ]
 
 
@@ -126,33 +124,32 @@ def distribution(pattern: str) -> tuple[str, str] | None:
 # ------------------------------------------------------------------------------------------------ torch and our kernels
 
 
-def _torch() -> list[Finding]:
+def _torch() -> Iterator[Finding]:
     import torch
 
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    findings = [Finding("torch", "ok", torch.__version__, f"{build}; {torch.get_num_threads()} CPU threads")]
+    yield Finding("torch", f"{build}; {torch.get_num_threads()} CPU threads", torch.__version__)
     driver = _driver()
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         sizes = [f"{card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}" for card in cards]
         names = ", ".join(f"{card.name} ({size})" for card, size in zip(cards, sizes, strict=True))
-        findings.append(Finding("CUDA", "ok", torch.version.cuda or "", f"driver {driver}; {names}"))
+        yield Finding("CUDA", f"driver {driver}; {names}", torch.version.cuda or "")
     elif torch.version.cuda is None:
-        why = "this torch is a CPU build"
-        findings.append(Finding("CUDA", "missing", "", why, "pip install --force-reinstall -c constraints.txt torch"))
+        remedy = "pip install --force-reinstall -c constraints.txt torch"
+        yield Finding("CUDA", "this torch is a CPU build", remedy=remedy)
     elif driver is None:
-        why = "no NVIDIA driver is loaded; everything runs on the CPU"
-        findings.append(Finding("CUDA", "missing", "", why, "install your GPU's NVIDIA driver (nvidia-smi shows it)"))
+        remedy = "install your GPU's NVIDIA driver (nvidia-smi shows it)"
+        yield Finding("CUDA", "no NVIDIA driver is loaded; everything runs on the CPU", remedy=remedy)
     else:
         why = f"driver {driver} is loaded, but torch sees no GPU: too old for CUDA {torch.version.cuda}, or hidden"
-        findings.append(Finding("CUDA", "missing", "", why, "check nvidia-smi and CUDA_VISIBLE_DEVICES"))
+        yield Finding("CUDA", why, remedy="check nvidia-smi and CUDA_VISIBLE_DEVICES")
     triton = distribution("triton")
     if triton is None:
-        findings.append(Finding("Triton", "missing", "", "fused GPU kernels", "pip install triton"))
+        yield Finding("Triton", "fused GPU kernels", remedy="pip install triton")
     else:
         used = "fused GPU kernels" if torch.cuda.is_available() else "installed; its kernels need a GPU"
-        findings.append(Finding("Triton", "ok", triton[1], used))
-    return findings
+        yield Finding("Triton", used, triton[1])
 
 
 def _driver() -> str | None:
@@ -164,10 +161,10 @@ def _driver() -> str | None:
 
 def _compiler() -> Finding:
     tools = {name: shutil.which(name) for name in ("g++", "ninja", "nvcc")}
-    found = ", ".join(f"{name} {path}" for name, path in tools.items() if path)
     if tools["g++"] is None:
-        return Finding("compilers", "missing", "", "no g++: nothing can be compiled here", "apt-get install g++")
-    return Finding("compilers", "ok", "", found + ("" if tools["nvcc"] else "; no nvcc: CUDA code is not compiled"))
+        return Finding("compilers", "no g++: nothing can be compiled here", remedy="apt-get install g++")
+    found = ", ".join(f"{name} {path}" for name, path in tools.items() if path)
+    return Finding("compilers", found + ("" if tools["nvcc"] else "; no nvcc: CUDA code is not compiled"))
 
 
 def _extension() -> Finding:
@@ -175,11 +172,10 @@ def _extension() -> Finding:
 
     files = sorted(Path(vadit.__file__).parent.glob("_C*.so"))
     if files:
-        return Finding("vadit._C", "ok", vadit.__version__, f"compiled kernels: {files[0].name}")
-    why = "the C++ kernels are not compiled; plain torch and Triton do their work"
+        return Finding("vadit._C", f"compiled kernels: {files[0].name}", vadit.__version__)
     install = "pip install --no-build-isolation -e .  (in the checkout; it says why where it cannot compile)"
     remedy = install if shutil.which("g++") else f"apt-get install g++ && {install}"
-    return Finding("vadit._C", "missing", "", why, remedy)
+    return Finding("vadit._C", "not compiled; plain torch and Triton do the work of the C++ kernels", remedy=remedy)
 
 
 def _backends() -> Iterator[Finding]:
@@ -188,17 +184,17 @@ def _backends() -> Iterator[Finding]:
     for device in ("cpu", "cuda"):
         reasons = kernels.reasons(device)
         for name, backend in kernels.backends(device).items():
-            yield Finding(f"kernel {name}", "ok", "", f"on {device}: {backend} ({reasons[name]})")
+            yield Finding(f"kernel {name}", f"on {device}: {backend} ({reasons[name]})")
 
 
-# ------------------------------------------------------------------------------------------------ optional packages
+# ------------------------------------------------------------------------------------------------ other packages
 
 
 def _optional(package: OptionalPackage) -> Finding:
     found = distribution(package.distributions)
     if found is None:
-        return Finding(package.name, "missing", "", f"not installed ({package.use}); optional", package.remedy)
-    return Finding(package.name, "ok", found[1], package.use)
+        return Finding(package.name, f"not installed ({package.use}); optional", remedy=package.remedy)
+    return Finding(package.name, package.use, found[1])
 
 
 def _apex() -> Finding:
@@ -208,65 +204,18 @@ def _apex() -> Finding:
     spec = importlib.util.find_spec("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     parts = ("normalization", "optimizers")
-    real = any(all((Path(folder) / part).is_dir() for part in parts) for folder in folders)
-    if real:
-        return Finding("apex", "ok", found[1] if found else "", use)
+    if any(all((Path(folder) / part).is_dir() for part in parts) for folder in folders):
+        return Finding("apex", use, found[1] if found else "")
     if found or spec:
         version = f" {found[1]}" if found else ""
         why = f"the installed apex{version} is another project (PyPI's `apex`), not NVIDIA's"
-        return Finding("apex", "missing", "", why, f"pip uninstall apex && {NVIDIA_APEX}")
+        return Finding("apex", why, remedy=f"pip uninstall apex && {NVIDIA_APEX}")
     why = f"not installed ({use}); optional. PyPI's `apex` is another project: do not pip install it"
-    return Finding("apex", "missing", "", why, NVIDIA_APEX)
+    return Finding("apex", why, remedy=NVIDIA_APEX)
 
 
-# ------------------------------------------------------------------------------------------------ DeepSpeed
-
-
-def _deepspeed() -> list[Finding]:
+def _deepspeed() -> Finding:
     found = distribution("deepspeed")
     if found is None:
-        return [Finding("DeepSpeed", "missing", "", "the engine of both trainers", "pip install deepspeed")]
-    # It probes compilers and prints what it misses; the table below says the same in one line each.
-    with _quiet():
-        from deepspeed.git_version_info import installed_ops
-        from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
-        states = {
-            name: (bool(installed_ops.get(name)), builder.is_compatible(verbose=False), builder.BUILD_VAR)
-            for name, builder in ALL_OPS.items()
-            if name != "deepspeed_not_implemented"
-        }
-    findings = [Finding("DeepSpeed", "ok", found[1], f"{len(states)} ops for this accelerator")]
-    for name, (installed, compatible, variable) in states.items():
-        if installed:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "built in"))
-        elif compatible:
-            findings.append(Finding(f"DeepSpeed {name}", "ok", "", "builds at first use (ninja, some seconds)"))
-        else:
-            why = "its compiler or libraries are not here; only needed by runs that ask for it"
-            build = f"{variable}=1 pip install --no-build-isolation deepspeed  (says what it misses)"
-            remedy = OP_LIBRARIES.get(name, build)
-            findings.append(Finding(f"DeepSpeed {name}", "missing", "", why, remedy))
-    return findings
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence prints, logging, and what child processes write to the two streams."""
-    import logging
-
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    saved = {stream: os.dup(stream) for stream in (1, 2)}
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for stream in saved:
-            os.dup2(null, stream)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for stream, copy in saved.items():
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(null)
-        logging.disable(previous)
+        return Finding("DeepSpeed", "the engine of both trainers", remedy="pip install deepspeed")
+    return Finding("DeepSpeed", "the engine of both trainers; no run asks for its compiled ops", found[1])
