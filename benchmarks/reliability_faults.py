@@ -300,7 +300,7 @@ def hang(reference: Path, folder: Path) -> list[Outcome]:
         pair = Pair(config, hook=hook)
         codes = pair.wait()
         _need(codes == [HANG_CODE, HANG_CODE], f"ended with {codes}: {pair.said()[-2000:]}")
-        words = f"rank 1 does not get on; the last step it told is {AT - 1} (training)"
+        words = f"rank 1 does not get on; the last step it reported is {AT - 1} (training)"
         _need(words in pair.said(), f"said {pair.said()[-2000:]}")
         _need(saved_steps(folder / "run") == AT - EVERY, "the last checkpoint is missing")
         _finish(config, reference)

@@ -187,7 +187,7 @@ def test_a_cable_pulled_for_long_ends_both_and_the_same_command_goes_on(
     for rank in (0, 1):
         text = told(out, rank).read_text()
         assert f"[rank {rank}] error: rank {1 - rank} has not been heard of for" in text
-        found = re.search(r"the last step it told is (\d+)", text)
+        found = re.search(r"the last step it reported is (\d+)", text)
         assert found and 5 < int(found[1]) < STEPS  # about 12: what was told lags behind what was done
         assert "Current thread" in text
     assert len(logged(out)) < STEPS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +16,7 @@ import pytest
 
 from vadit.runtime.errors import UsageError
 from vadit.train import watchdog
-from vadit.train.watchdog import HANG_CODE, Watchdog, judge
-from vadit.train.watchdog_peers import Standing
+from vadit.train.watchdog import HANG_CODE, Standing, Watchdog, judge
 
 WORKER = Path(__file__).parent / "watchdog_worker.py"
 
@@ -30,14 +31,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Pat
     return json.loads((out / "codes.json").read_text()), out
 
 
-@pytest.mark.parametrize("case", ["well", "asked", "paused"])
+@pytest.mark.parametrize("case", ["well", "asked", "paused", "nonsense"])
 def test_a_run_in_order_is_left_alone(case: str, pairs: tuple[dict[str, int], Path]) -> None:
     codes, out = pairs
     assert (codes[f"{case}-0"], codes[f"{case}-1"]) == (0, 0)
     assert "error:" not in (out / f"{case}-0.txt").read_text() + (out / f"{case}-1.txt").read_text()
 
 
-TOLD = "the last step it told is 3 (training)"
+TOLD = "the last step it reported is 3 (training)"
 ENDED = {
     # case and rank of one that is well: its exit code and its last line
     "stopped-0": (HANG_CODE, "rank 1 has not been heard of for", TOLD),
@@ -77,7 +78,7 @@ def test_a_main_thread_that_keeps_the_gil_is_ended_with_its_stack(pairs: tuple[d
 
 
 def sentence(*standings: Standing) -> str | None:
-    return judge(list(standings), timeout_s=60.0, grace_s=10.0)
+    return judge(list(standings), timeout_s=60.0, grace_s=10.0) or None
 
 
 def test_nobody_is_judged_while_somebody_gets_on() -> None:
@@ -94,7 +95,7 @@ def test_the_one_that_lags_is_named() -> None:
     behind = Standing(1, step=7, doing="saving", idle_s=70.0, where="flush (checkpoint.py:9)")
     text = sentence(waiting[0], behind, waiting[1])
     assert text == (
-        "rank 1 lags behind step 8; the last step it told is 7 (saving), 70 s ago, in flush (checkpoint.py:9)"
+        "rank 1 lags behind step 8; the last step it reported is 7 (saving), 70 s ago, in flush (checkpoint.py:9)"
     )
     text = sentence(*waiting)
     assert text is not None and text.startswith("nobody gets on; rank 0: ") and "rank 2: " in text
@@ -106,7 +107,7 @@ def test_the_one_that_lags_is_named() -> None:
 @pytest.mark.parametrize(
     ("file", "waits"),
     [
-        ("vadit/train/meter.py", True),  # reads on the host what NCCL is to deliver
+        ("vadit/train/tracker.py", True),  # reads on the host what NCCL is to deliver
         ("vadit/runtime/distributed.py", True),
         ("site-packages/deepspeed/runtime/utils.py", True),
         ("torch/distributed/distributed_c10d.py", True),
@@ -129,6 +130,31 @@ def test_a_process_that_waits_for_others_is_told_from_one_that_is_stuck(file: st
     lock.release()
     thread.join()
     assert found is waits
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"\xff\xfe", b"null", b"{}", b"[" * 100_000, b'{"step": "x"}', b'{"step": 1e999}', b"9" * 5000]
+    + [json.dumps(dataclasses.asdict(Standing(1)) | {name: []}).encode() for name in ("step", "idle_s")],
+)
+def test_no_message_ends_the_watchdog(message: bytes) -> None:
+    assert Standing.parse(1, message) is None
+
+
+def test_a_message_is_read_as_it_was_meant() -> None:
+    own = Standing(1, 7, "saving", 3.5, "flush (save.py:9)", waits=True, accuses=True, done=True)
+    assert Standing.parse(1, json.dumps(dataclasses.asdict(own)).encode()) == own
+    never = Standing.parse(1, json.dumps(dataclasses.asdict(own) | {"idle_s": math.nan}).encode())
+    assert never is not None and never.idle_s == 0
+
+
+@pytest.mark.parametrize("case", ["watchdog_fails", "messenger_fails"])
+def test_a_watchdog_that_fails_ends_the_run(case: str, pairs: tuple[dict[str, int], Path]) -> None:
+    codes, out = pairs
+    assert codes[f"{case}-1"] == HANG_CODE and codes[f"{case}-0"] in (1, HANG_CODE)
+    assert "[rank 1] error: the watchdog itself has failed (TypeError: " in (out / f"{case}-1.txt").read_text()
+    text = (out / f"{case}-0.txt").read_text()
+    assert "the watchdog itself has failed" in text or "rank 1 is gone" in text
 
 
 def test_a_failed_collective_shortens_the_wait_for_the_dead() -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from vadit.runtime.errors import RunError
 from vadit.train import watchdog
-from vadit.train.watchdog import Watchdog
+from vadit.train.watchdog import Messenger, Watchdog
 
 TIMEOUT_S, GRACE_S = 6.0, 2.0
 STEPS, LAST_STEP = 6, 3
@@ -61,6 +61,20 @@ def keep_the_gil() -> None:
     ctypes.PyDLL(None).sleep(1000)
 
 
+def break_watchdog() -> None:
+    watchdog.judge = None  # type: ignore[assignment]
+    sleep_for_ever()
+
+
+def break_messenger() -> None:
+    Messenger.exchange = None  # type: ignore[assignment,method-assign]
+    sleep_for_ever()
+
+
+def talk_nonsense() -> None:
+    json.dumps = lambda message: "[" * 100_000  # type: ignore[assignment]
+
+
 def nothing() -> None:
     pass
 
@@ -83,6 +97,9 @@ CASES: dict[str, tuple[int, Callable[[], None], Callable[[], None]]] = {
     "kept_gil": (2, nothing, keep_the_gil),
     "alone": (1, sleep_for_ever, nothing),
     "paused": (2, nothing, nothing),
+    "watchdog_fails": (2, nothing, break_watchdog),
+    "messenger_fails": (2, nothing, break_messenger),
+    "nonsense": (2, nothing, talk_nonsense),
 }
 
 

@@ -46,10 +46,10 @@ def processes(choice: str) -> Iterator[Any]:
     if distributed.world_size() == 1:
         yield device
         return
-    from vadit.train import collectives, engine
+    from vadit.train import engine
 
     engine.start(device)
-    collectives.outlast(0)  # rank 0 may read all latents for their statistics while the others wait
+    distributed.set_collective_timeout(0)  # rank 0 may read all latents for their statistics while the others wait
     try:
         yield device
     finally:

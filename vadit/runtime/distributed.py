@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from vadit.runtime.errors import RunError, UsageError
 
@@ -60,6 +62,18 @@ def device(choice: str = "auto") -> torch.device:
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
     return torch.device("cuda", index)
+
+
+def set_collective_timeout(hang_timeout_s: float) -> None:
+    """Let no collective give up before the watchdog does, after `hang_timeout_s` seconds (0: never).
+
+    By itself NCCL aborts the process after 10 minutes, with no word about who is missing, where one of them perhaps
+    still writes a large checkpoint to a slow disk. Call it once all process groups are made.
+    """
+    limit = timedelta(seconds=2 * hang_timeout_s + 600) if hang_timeout_s else timedelta(days=7)
+    set_timeout = getattr(distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout)  # before torch 2.14
+    for group in list(distributed_c10d._world.pg_map):
+        set_timeout(limit, group)
 
 
 def barrier() -> None:

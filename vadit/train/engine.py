@@ -20,7 +20,7 @@ from torch import nn
 
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
-from vadit.train import collectives, optimizers
+from vadit.train import optimizers
 from vadit.train.layout import Piece, cut_each, cut_row, gaps
 
 MAX_BUCKET = 500_000_000
@@ -94,7 +94,8 @@ def start(device: torch.device) -> None:
         # speed up sums between processes of one machine: gloo serves for what runs there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        collectives.outlast(START_S)  # the processes have met; one may now look through much data while others wait
+        # The processes have met; one may now look through much data while the others wait.
+        distributed.set_collective_timeout(START_S)
 
 
 def _hush() -> None:

@@ -16,13 +16,12 @@ from vadit.runtime import distributed
 from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
-from vadit.train import collectives
 from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
 from vadit.train.guard import Guard, StopRequest, not_finite
 from vadit.train.optimizers import learning_rate
-from vadit.train.tracker import Tracker
+from vadit.train.tracker import Tracker, timed_collectives
 from vadit.train.watchdog import Watchdog
 
 
@@ -120,10 +119,10 @@ def run(
         return
     log = _open_log(folder, position)
     tracker = _tracker(task, spec, device)
-    collectives.outlast(spec.hang_timeout_s)
+    distributed.set_collective_timeout(spec.hang_timeout_s)
     with (
         contextlib.closing(task.loader.stream()) as stream,
-        collectives.timed(communication_backend(), tracker.communication),
+        timed_collectives(communication_backend(), tracker.communication),
         StopRequest() as stop,
         contextlib.nullcontext(watchdog) if watchdog else Watchdog(spec.hang_timeout_s) as watchdog,
         ProgressBar(task.title, spec.total_images, done=position.images_seen) as bar,

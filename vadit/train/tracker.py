@@ -1,4 +1,4 @@
-"""What a log point tells besides the loss: how fast the run is, what it waits for, and how far it is from its goal.
+"""What a log point holds besides the loss: how fast the run is, what it waits for, and how far it is from its goal.
 
     images_per_s            images of all processes over the time of their steps; saves and evaluations are not in it
     images_per_s_per_gpu    that over the number of processes
@@ -16,32 +16,28 @@ Nothing here waits for the device between two log points.
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from vadit.runtime import distributed
-from vadit.train.meter import Meter, Stopwatch
 
-MEASURED = frozenset(
-    {
-        "images_per_s",
-        "images_per_s_per_gpu",
-        "mfu",
-        "data_wait_share",
-        "comm_share",
-        "memory_gib",
-        "hours_left",
-        "hours_to_64_epochs",
-        "save_stall_ms",
-        "save_write_ms",
-    }
-)
+MEASURED = frozenset((
+    "images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib", "hours_left",
+    "hours_to_64_epochs", "save_stall_ms", "save_write_ms",
+))  # fmt: skip
 """Values of a log point that a clock or the machine gives; all others are the same at every run of equal settings."""
+_COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast", "all_to_all_single",
+)  # fmt: skip
+"""What a step calls of DeepSpeed's backend."""
 GOAL_EPOCHS = 64
 """Epochs of the paper's headline."""
 
@@ -60,22 +56,16 @@ class Tracker:
         peak_flops: float | None = None,
         communication_known: bool = True,
     ) -> None:
-        self._device = device
-        self._batch_size = batch_size
-        self._total_images = total_images
-        self._num_samples = num_samples
-        self._flops_per_image = flops_per_image
-        self._peak_flops = peak_flops
-        self._communication_known = communication_known
-        self._meter = Meter()
+        self._device, self._communication_known = device, communication_known
+        self._batch_size, self._total_images, self._num_samples = batch_size, total_images, num_samples
+        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
         self.waiting = Stopwatch(device)
         """For data."""
         self.communication = Stopwatch(device)
         """In collectives of the engines."""
-        self._start = time.perf_counter()
-        self._paused_s = 0.0
-        self._peak_gib = 0.0  # of the steps before the last pause
         self._pace: tuple[float, int] | None = None  # time of the first log point of this start, and its images
+        self._peak_gib = 0.0
+        self._begin()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -87,8 +77,11 @@ class Tracker:
             yield batch
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """The terms of one step that counts."""
-        self._meter.add(terms)
+        """The terms of one step that counts, scalars on the device: summed there, so that no step waits for it."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._steps += 1
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -108,12 +101,14 @@ class Tracker:
             self._paused_s += time.perf_counter() - begin
 
     def read(self, images_seen: int) -> dict[str, float]:
-        """The values of a log point by name; waits for the device. Collective."""
-        steps = self._meter.steps
-        values = self._meter.read()
+        """The values of a log point, terms as means over processes and steps; waits for the device. Collective."""
+        values: dict[str, float] = {}
+        if self._steps:
+            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+            values |= zip(self._sums, distributed.all_mean(means).tolist(), strict=True)
         now = time.perf_counter()
         seconds = max(now - self._start - self._paused_s, 1e-9)
-        rate = steps * self._batch_size / seconds
+        rate = self._steps * self._batch_size / seconds
         values |= {"images_per_s": rate, "images_per_s_per_gpu": rate / distributed.world_size()}
         if self._flops_per_image is not None and self._peak_flops is not None:
             values["mfu"] = values["images_per_s_per_gpu"] * self._flops_per_image / self._peak_flops
@@ -125,23 +120,30 @@ class Tracker:
             values["comm_share"] = min(communicated, 1.0)
         peak_gib = max(self._peak_gib, _memory_gib(self._device))
         values["memory_gib"] = distributed.any_most(peak_gib, self._device)
-        values |= self._distances(images_seen, steps, now)
-        self._start, self._paused_s, self._peak_gib = time.perf_counter(), 0.0, 0.0
+        values |= self._distances(images_seen, now)
+        self._begin()
         return values
 
     def restart(self) -> None:
         """Forget the steps since the last log point: the run goes back."""
-        self._meter = Meter()
         self.waiting.read()
         self.communication.read()
-        self._start, self._paused_s, self._pace = time.perf_counter(), 0.0, None
+        self._pace = None
+        self._begin()
 
-    def _distances(self, images_seen: int, steps: int, now: float) -> dict[str, float]:
+    def _begin(self) -> None:
+        """Begin the steps of the next log point."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}  # a term may begin between two log points
+        self._steps, self._start, self._paused_s = 0, time.perf_counter(), 0.0
+        self._peak_gib = 0.0  # of the steps before the last pause
+
+    def _distances(self, images_seen: int, now: float) -> dict[str, float]:
         """How far it is to the ends, in epochs and hours."""
         if self._pace is not None and images_seen > self._pace[1]:
             pace = (now - self._pace[0]) / (images_seen - self._pace[1])
         else:  # the first point: its steps may hold a compilation, so that the pace is counted from here on
-            pace = (now - self._start) / max(steps * self._batch_size, 1)
+            pace = (now - self._start) / max(self._steps * self._batch_size, 1)
             self._pace = (now, images_seen)
         hours = {"hours_left": max(self._total_images - images_seen, 0) * pace / 3600}
         if self._num_samples is None:
@@ -160,3 +162,110 @@ def _memory_gib(device: torch.device) -> float:
         return most / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ------------------------------------------------------------------------------------------ clocks
+
+
+class Stopwatch:
+    """Seconds that a device spent in some stretches of work.
+
+    On a GPU a stretch lies between two events of the default stream: where the host waits for data while the GPU has
+    work left, nothing is counted; where a collective runs beside the arithmetic, on a stream of its own, neither. On a
+    CPU it is the time of the wall.
+    """
+
+    _MANY = 256
+    """Open stretches from which on those that are over are read, so that a log point finds few."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._pairs: deque[tuple[Any, Any]] = deque()
+        self._spare: list[Any] = []
+        self._seconds = 0.0
+        self._inside = False
+        self.stopped = False
+        """Whether stretches are not counted at the moment."""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is inside, once where such stretches are nested."""
+        beside = self._cuda and torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device)
+        if self._inside or self.stopped or beside:
+            yield
+            return
+        self._inside = True
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._inside = False
+            end = self._now()
+            if self._cuda:
+                self._pairs.append((begin, end))
+                self._drain(wait=False)
+            else:
+                self._seconds += end - begin
+
+    def read(self) -> float:
+        """Seconds since the last reading; waits for the last stretch."""
+        self._drain(wait=True)
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.default_stream(self._device))
+        return event
+
+    def _drain(self, *, wait: bool) -> None:
+        if not wait and len(self._pairs) < self._MANY:
+            return
+        while self._pairs and (wait or self._pairs[0][1].query()):
+            begin, end = self._pairs.popleft()
+            if wait:
+                end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3
+            self._spare += [begin, end]
+
+
+@contextlib.contextmanager
+def timed_collectives(backend: Any, watch: Stopwatch) -> Iterator[None]:
+    """Count with `watch` how long the collectives of `backend` take, and how long what they began is waited for.
+
+    backend: `vadit.train.engine.communication_backend()`.
+    """
+    names = [name for name in _COLLECTIVES if hasattr(backend, name)] if distributed.world_size() > 1 else []
+
+    def clocked(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with watch.running():
+                handle = collective(*args, **kwargs)
+            return _TimedHandle(handle, watch) if hasattr(handle, "wait") else handle
+
+        return call
+
+    for name in names:
+        setattr(backend, name, clocked(getattr(backend, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(backend, name)  # the class's own shows again
+
+
+class _TimedHandle:
+    """A collective under way, whose wait is counted."""
+
+    def __init__(self, handle: Any, watch: Stopwatch) -> None:
+        self._handle, self._watch = handle, watch
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._watch.running():
+            return self._handle.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)

@@ -1,47 +1,92 @@
 """Ends a run whose processes wait for one that is dead or stuck, and says which one.
 
-A collective that waits for a lost process cannot be interrupted, and when its own time limit ends it, nobody knows for
-whom it waited (`collectives.outlast` moves that limit out of the way). So each process has a thread that goes round
-them: every few seconds it tells rank 0, over a TCP connection of its own, the last step that the main thread has told
-and for how long it has told nothing. Rank 0 ends the run for all once no process gets on any more; the others end it by
-themselves where rank 0 is the one that is lost.
-
-How the threads talk is in `watchdog_peers.py`.
+A collective that waits for a lost process cannot be interrupted, and when its own timeout ends it, nobody knows for
+whom it waited (`distributed.set_collective_timeout` moves that timeout out of the way). So each process has two threads
+beside the main one. The messenger writes into the process group's store how this process gets on, and reads how others
+do; a store that is out of reach may hold it up for ever. The watchdog judges by what the messenger last brought, and is
+never held up. Rank 0 knows of all and ends the run for all once no process gets on any more; the others end it where
+rank 0, which keeps the store, or a process of their own machine is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import faulthandler
+import json
 import os
 import re
+import resource
+import secrets
+import select
+import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
-from vadit.train.watchdog_peers import Hub, Link, Peers, Standing, master_address
 
 HANG_CODE = 75
 """Exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)."""
-
 GRACE_S = 10.0
 """Time that a process has to end by itself after another one has failed or gone."""
-
 GIL_S = 60.0
-"""What the thread that needs no GIL waits longer than the one that can tell more."""
-
+"""What the thread that needs no GIL waits longer than the one that can say more."""
+HURRY_S = 0.2
+"""Pause between two rounds once something is wrong."""
+STORE_S = 60.0
+"""Timeout of the store's calls, as far as they keep to it."""
 STDERR = 2
-_COLLECTIVES = tuple(f"{os.sep}{name}{os.sep}" for name in (f"torch{os.sep}distributed", "deepspeed"))
-_READERS = (f"{os.sep}vadit{os.sep}train{os.sep}", f"{os.sep}vadit{os.sep}distributed.py")
-"""Where the main thread stands still for numbers of the device alone: it loads, saves and computes in other files."""
 MAX_NAMED = 8
 """Processes that a message describes one by one."""
-
 AGAIN = "the same command goes on from the last checkpoint"
+_COLLECTIVES = tuple(f"{os.sep}{name}{os.sep}" for name in (f"torch{os.sep}distributed", "deepspeed"))
+_READERS = tuple(f"{os.sep}vadit{os.sep}{name}" for name in (f"train{os.sep}", f"runtime{os.sep}distributed.py"))
+"""Where the main thread stands still for numbers of the device alone: it loads, saves and computes in other files."""
+
+
+@dataclass
+class Standing:
+    """What is known of a process; the first part as it reports it, the last two as the reader finds them."""
+
+    rank: int
+    step: int = 0
+    doing: str = "starting"
+    idle_s: float = 0.0
+    """Time for which its main thread has reported nothing, by its own clock."""
+    where: str = ""
+    """Where its main thread stands, once it has been idle for a while."""
+    waits: bool = False
+    """Whether that is in a collective: it waits for the others."""
+    accuses: bool = False
+    """Whether a collective has failed there, as it does where another process dies."""
+    done: bool = False
+    """Whether it has left."""
+    silent_s: float = 0.0
+    """Time since its own threads were heard."""
+    gone_s: float | None = None
+    """Time since its process was found to have ended."""
+
+    @classmethod
+    def parse(cls, rank: int, message: bytes) -> Standing | None:
+        """Out of a message; None where it makes no sense, which counts as silence."""
+        try:
+            told = json.loads(message)
+            idle_s = max(0.0, float(told["idle_s"]))  # 0 for NaN, too
+            flags = {name: bool(told[name]) for name in ("waits", "accuses", "done")}
+            return cls(rank, int(told["step"]), str(told["doing"]), idle_s, str(told["where"]), **flags)
+        except Exception:  # whatever it is: no message may end the watchdog
+            return None
 
 
 class Watchdog:
@@ -63,116 +108,170 @@ class Watchdog:
             raise UsageError(f"run.hang_timeout_s is {timeout_s}; it must be a number of seconds, or 0 for never")
         self.timeout_s = timeout_s
         self.grace_s = min(grace_s, timeout_s)
-        # Rank 0 reads thirty messages a second at most, each for about 0.2 ms.
-        self.interval_s = min(max(timeout_s / 60, 0.2), max(1.0, distributed.world_size() / 30), 30.0)
+        # Rank 0 reads 500 messages a second at most, each for about 10 us.
+        self.interval_s = min(max(timeout_s / 60, 0.2), max(1.0, distributed.world_size() / 500), 30.0)
+        self.quiet_s = 3 * self.interval_s + 1
+        """Silence that a process whose threads run does not keep."""
         self._beat = (0, "starting")
-        self._accusing = False
-        self._peers: Peers | None = None
-        self._leaving = threading.Event()
-        self._judged = threading.Event()
-        self._verdict: str | None = None
+        self._own = Standing(distributed.rank())
+        self._messenger: Messenger | None = None
+        self._hurry, self._judged = threading.Event(), threading.Event()
+        self._leaving, self._left = threading.Event(), threading.Event()
+        self._verdict = ""
         self._main = 0
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads: list[threading.Thread] = []
 
     def beat(self, step: int, doing: str = "training") -> None:
-        """Tell that the main thread gets on: `step` steps are done, `doing` is what comes now."""
+        """Report that the main thread gets on: `step` steps are done, `doing` is what comes now."""
         self._beat = (step, doing)
 
     def __enter__(self) -> Watchdog:
         if self.timeout_s:
             self._main = threading.get_ident()
-            self._peers = _meet()
-            self._thread.start()
+            works: dict[str, Callable[[], None]] = {"watchdog": self._watch}
+            if distributed.world_size() > 1:
+                self._messenger = Messenger(self._own)
+                works["messenger"] = self._talk
+            for name, work in works.items():
+                self._threads.append(threading.Thread(target=self._or_end, args=(work,), name=name, daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._peers is None:
+        if not self.timeout_s:
             return
-        if error is not None and distributed.world_size() > 1 and _tells_of_another(error):
-            self._accusing = True
-            self._peers.wake()
-            self._judged.wait(self.grace_s + 2)  # the others may know who it was
+        if error is not None and self._messenger is not None and _speaks_of_another(error):
+            self._own.accuses = True
+            self._hurry.set()
+            self._judged.wait(self.grace_s + self.quiet_s)  # the others may know who it was
         self._leaving.set()
-        self._peers.wake()
-        self._thread.join()
-        # Stopped is of the loop: all processes leave, each in its time.
-        in_order = error is None or isinstance(error, SystemExit) or type(error).__name__ == "Stopped"
-        self._peers.leave(None if in_order or self._verdict else _sentence(error))
-        if self._accusing and self._verdict:
+        self._hurry.set()
+        self._threads[0].join()
+        if self._messenger is not None:
+            # Stopped is of the loop: all processes leave, each in its time.
+            in_order = error is None or isinstance(error, SystemExit) or type(error).__name__ == "Stopped"
+            self._messenger.publish("" if in_order else f"rank {self._own.rank} failed: {_sentence(error)}")
+            self._own.done = True
+            if distributed.is_main():  # the store goes with this process: let all read it first
+                self._messenger.wait(self.grace_s if in_order else self.quiet_s)
+            self._left.set()
+            self._threads[1].join(self.quiet_s)  # the store may be out of reach
+        if self._own.accuses and self._verdict:
             raise RunError(f"{self._verdict}; {AGAIN}") from error
 
-    # ------------------------------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------------------------------ the threads
+
+    def _or_end(self, work: Callable[[], None]) -> None:
+        """A thread's work; should it fail the run ends, for nobody would guard it."""
+        try:
+            work()
+        except BaseException as error:
+            traceback.print_exc(file=sys.__stderr__)
+            self._exit(f"the watchdog itself has failed ({type(error).__name__}: {error})")
+
+    def _pause(self) -> None:
+        if self._hurry.wait(self.interval_s):
+            time.sleep(HURRY_S)
+
+    def _talk(self) -> None:
+        assert self._messenger is not None
+        while not self._left.is_set():
+            self._messenger.exchange()
+            self._pause()
+        self._messenger.exchange()
 
     def _watch(self) -> None:
-        own = Standing(rank=distributed.rank())
-        seen: tuple[int, str] | None = None
-        before = time.monotonic()
+        own, seen, before = self._own, None, time.monotonic()
         try:
             while not self._leaving.is_set():
-                if distributed.world_size() > 1:
+                if self._messenger is not None:
                     # A main thread that never lets go of the GIL holds this one up, too: a thread of C ends us then.
                     faulthandler.dump_traceback_later(self.timeout_s + GIL_S, exit=True, file=STDERR)
                 now = time.monotonic()
-                passed = min(now - before, 2 * self.interval_s + 3)  # more: this process was stopped meanwhile
+                passed_s = min(now - before, 2 * self.interval_s + 3)  # more: this process was stopped meanwhile
                 before, beat = now, self._beat
-                own.idle_s = own.idle_s + passed if beat is seen else 0.0
+                own.idle_s = own.idle_s + passed_s if beat is seen else 0.0
                 (own.step, own.doing), seen = beat, beat
-                self._round(own, passed)
+                own.where, own.waits = _whereabouts(self._main) if own.idle_s > self.timeout_s / 4 else ("", False)
+                if verdict := self._judge(passed_s):
+                    self._end(verdict)
+                self._pause()
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _round(self, own: Standing, passed_s: float) -> None:
-        assert self._peers is not None
-        own.accuses = self._accusing
-        own.where, own.waits = _whereabouts(self._main) if own.idle_s > self.timeout_s / 4 else ("", False)
-        self._peers.round(own, self.interval_s, passed_s)
-        standings = self._peers.standings(own)
-        verdict = self._peers.verdict or judge(standings, timeout_s=self.timeout_s, grace_s=self.grace_s)
-        if verdict is not None and not self._leaving.is_set():
-            self._end(verdict, own)
+    def _judge(self, passed_s: float) -> str:
+        others = [] if self._messenger is None else self._messenger.standings(passed_s)
+        if self._messenger is not None and self._messenger.verdict:
+            return self._messenger.verdict
+        limits = {"timeout_s": self.timeout_s, "grace_s": self.grace_s, "quiet_s": self.quiet_s}
+        return judge([self._own, *others], **limits, of_all=distributed.is_main())
 
-    def _end(self, verdict: str, own: Standing) -> None:
-        """Tell the others; end the process, unless its main thread is about to do so by itself."""
-        assert self._peers is not None
-        self._peers.tell(verdict)
+    def _end(self, verdict: str) -> None:
+        """Publish a verdict; end the process, unless its main thread is about to do so by itself."""
         self._verdict = verdict
+        if self._messenger is not None:
+            self._messenger.publish(verdict)
+        self._hurry.set()
         self._judged.set()
         # One that has waited all the time for nothing will not.
-        if self._leaving.wait(0.0 if own.idle_s >= self.timeout_s else self.grace_s):
-            return
-        who = f"[rank {own.rank}] " if distributed.world_size() > 1 else ""
+        if not self._leaving.wait(0.0 if self._own.idle_s >= self.timeout_s else self.grace_s):
+            self._exit(verdict)
+
+    def _exit(self, verdict: str) -> None:
+        who = f"[rank {self._own.rank}] " if self._messenger is not None else ""
         stream = sys.__stderr__
         print(f"\n{who}error: {verdict}; the threads of this process stand here:", file=stream, flush=True)
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         print(f"{who}error: {verdict}; {AGAIN}", file=stream, flush=True)  # once more, where it is seen
         leave_for_torchrun(f"error: {verdict}")
+        faulthandler.cancel_dump_traceback_later()
+        if self._messenger is not None:
+            self._messenger.publish(verdict)
+            time.sleep(self.quiet_s)  # the store goes with rank 0: let all read the verdict
         os._exit(HANG_CODE)
 
 
-def judge(standings: list[Standing], *, timeout_s: float, grace_s: float) -> str | None:
-    """Who holds the run up, in a sentence, or None while there is somebody who gets on."""
-    others = [each for each in standings if not each.done]
-    gone = [each for each in others if each.gone_s is not None]
-    silent = [each for each in others if each not in gone and each.silent_s >= timeout_s / 2]
-    living = [each for each in others if each not in gone and each not in silent]
+def judge(
+    standings: list[Standing], *, timeout_s: float, grace_s: float, quiet_s: float = 4.0, of_all: bool = True
+) -> str:
+    """Who holds the run up, in a sentence; empty while there is somebody who gets on.
+
+    of_all: whether these are the standings of all processes; those of a few say only who is lost.
+    """
+    present = [each for each in standings if not each.done]
+    accused = any(each.accuses for each in present)
+    gone = [each for each in present if each.gone_s is not None]
+    heard = [each for each in present if each not in gone]
+    silent = [each for each in heard if each.silent_s >= (quiet_s if accused else timeout_s / 2)]
+    living = [each for each in heard if each not in silent]
     idle_s = min((each.idle_s for each in living), default=timeout_s)
-    patience_s = min(grace_s, 1.0) if any(each.accuses for each in others) else grace_s
-    if any((each.gone_s or 0) >= patience_s for each in gone) and (patience_s < grace_s or idle_s >= grace_s):
-        return _list(gone, "{who} is gone (its connection has closed); {told}")
-    if idle_s < timeout_s:
-        return None
-    if gone or silent:
-        return _list(gone + silent, "{who} has not been heard of for {silent_s:.0f} s; {told}")
-    newest = max(each.step for each in living)
+    stalled = idle_s >= timeout_s
+    newest = max((each.step for each in living), default=0)
     behind = [each for each in living if each.step < newest]
-    if behind:
-        return _list(behind, f"{{who}} lags behind step {newest}; {{told}}, {{idle_s:.0f}} s ago{{where}}")
     busy = [each for each in living if not each.waits]
-    if busy and (len(busy) < len(living) or len(living) == 1):
-        return _list(busy, "{who} does not get on; {told}, {idle_s:.0f} s ago{where}")
-    return "nobody gets on; " + _list(living, "{who}: {told}, {idle_s:.0f} s ago{where}")
+    gone_s = max((each.gone_s or 0.0 for each in gone), default=0.0)
+    ended = gone_s >= 1.0 if accused else min(gone_s, idle_s) >= grace_s
+    unheard = "{who} has not been heard of for {silent_s:.0f} s; {last}"
+    cases = [
+        # whether it is so, whom it names, what it says
+        (ended, gone, "{who} is gone (its process has ended); {last}"),
+        (accused and not gone, silent, unheard),
+        (stalled, gone + silent, unheard),
+        (stalled and of_all, behind, f"{{who}} lags behind step {newest}; {{last}}, {{idle_s:.0f}} s ago{{where}}"),
+        (
+            stalled and of_all and (len(busy) < len(living) or len(living) == 1),
+            busy,
+            "{who} does not get on; {last}, {idle_s:.0f} s ago{where}",
+        ),
+    ]
+    for so, named, sentence in cases:
+        if so and named:
+            return _list(named, sentence)
+    if stalled and of_all:
+        return "nobody gets on; " + _list(living, "{who}: {last}, {idle_s:.0f} s ago{where}")
+    return ""
 
 
 def _list(standings: list[Standing], sentence: str) -> str:
@@ -180,7 +279,7 @@ def _list(standings: list[Standing], sentence: str) -> str:
     texts = [
         sentence.format(
             who=f"rank {each.rank}",
-            told=f"the last step it told is {each.step} ({each.doing})",
+            last=f"the last step it reported is {each.step} ({each.doing})",
             silent_s=each.silent_s,
             idle_s=each.idle_s,
             where=each.where and f", in {each.where}",
@@ -191,26 +290,113 @@ def _list(standings: list[Standing], sentence: str) -> str:
     return "; ".join(texts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _meet() -> Peers:
-    """Connect the threads of all processes. Collective."""
-    if distributed.world_size() == 1:
-        return Hub(1)
-    hub = Hub(distributed.world_size()) if distributed.is_main() else None
-    message = [None if hub is None else (hub.port, hub.token)]
-    dist.broadcast_object_list(message, src=0)
-    if hub is not None:
-        return hub
-    assert message[0] is not None
-    port, token = message[0]
-    return Link(distributed.rank(), address=master_address(), port=port, token=token)
+# ------------------------------------------------------------------------------------------ what processes say
 
 
-def _tells_of_another(error: BaseException | None) -> bool:
+class Messenger:
+    """Exchanges standings and the verdict by the process group's store, over a client of its own; collective to make.
+
+    Keys are watchdog/NONCE/RANK and watchdog/NONCE/verdict, with a nonce of this start: torchrun may keep one store
+    over its restarts. Rank 0 reads all processes, the others rank 0 and those of their machine, whose end the system
+    tells.
+    """
+
+    def __init__(self, own: Standing) -> None:
+        self._own = own
+        self.verdict = ""
+        """Why the run ends: the first sentence that any process has published."""
+        ranks, main = range(distributed.world_size()), distributed.is_main()
+        nonce, machine = secrets.token_hex(8), _machine()
+        if main:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the store has one more connection per process
+        self._store: dist.Store | None = _connect()
+        if main:  # who asks for a missing key waits
+            for name in (*ranks, "verdict"):
+                self._store.set(f"watchdog/{nonce}/{name}", "")
+        found: list[Any] = [None for _ in ranks]
+        dist.all_gather_object(found, (nonce, machine, os.getpid()))
+        self._prefix = f"watchdog/{found[0][0]}/"
+        self._near: dict[int, int] = {}  # rank by handle, of the processes of this machine
+        self._ends = select.poll()
+        for rank in ranks:
+            if rank != own.rank and found[rank][1] == machine:
+                with contextlib.suppress(OSError, AttributeError):  # a system without such handles
+                    handle = os.pidfd_open(found[rank][2])
+                    self._ends.register(handle, select.POLLIN)
+                    self._near[handle] = rank
+        others = set(ranks) if main else {0, *self._near.values()}
+        self._known = {rank: Standing(rank) for rank in sorted(others - {own.rank})}
+        self._messages: dict[int, bytes] = {}
+        self._heard: dict[int, bytes] = {}
+        self._number = 0
+        self._closed = False
+        """Whether nobody listens any more where rank 0 kept the store."""
+
+    def publish(self, verdict: str) -> None:
+        """Let all know why the run ends, unless that is known."""
+        self.verdict = self.verdict or verdict
+
+    def exchange(self) -> None:
+        """Write and read once; blocks while the store is out of reach."""
+        try:
+            store = self._store = self._store or _connect()
+            self._number += 1
+            message = dataclasses.asdict(self._own) | {"number": self._number}
+            store.set(f"{self._prefix}{self._own.rank}", json.dumps(message))
+            if self.verdict:  # of several the first one stays
+                store.compare_set(f"{self._prefix}verdict", "", self.verdict)
+            *messages, verdict = store.multi_get([f"{self._prefix}{name}" for name in (*self._known, "verdict")])
+            self._messages = dict(zip(self._known, messages, strict=True))
+            self.verdict = verdict.decode(errors="replace") or self.verdict
+            self._closed = False
+        except dist.DistStoreError:
+            pass  # it answers late
+        except (dist.DistNetworkError, OSError) as error:
+            self._store = None
+            self._closed |= isinstance(error, ConnectionRefusedError)
+
+    def standings(self, passed_s: float) -> list[Standing]:
+        """What is known of the others, `passed_s` after the last call."""
+        ended = {self._near[handle] for handle, _ in self._ends.poll(0)} | ({0} if self._closed else set())
+        for rank, message in self._messages.items():
+            if message != self._heard.get(rank) and (news := Standing.parse(rank, message)) is not None:
+                news.silent_s, news.gone_s = -passed_s, self._known[rank].gone_s
+                self._known[rank] = news
+            self._heard[rank] = message
+        for rank, each in self._known.items():
+            each.silent_s += passed_s
+            each.gone_s = None if rank not in ended else 0.0 if each.gone_s is None else each.gone_s + passed_s
+        return list(self._known.values())
+
+    def wait(self, limit_s: float) -> None:
+        """Until all others have left."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and not all(each.done or each.gone_s for each in self.standings(HURRY_S)):
+            time.sleep(HURRY_S)
+
+
+def _connect() -> dist.Store:
+    """A client of the process group's store, whose own one other threads wait with."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with socket.create_connection(address, STORE_S):  # the client itself does not say that nobody listens
+        pass
+    return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=STORE_S), wait_for_workers=False)
+
+
+def _machine() -> tuple[str, ...]:
+    """What processes share whose ids mean the same: the system's start, and the container."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    return (secrets.token_hex(8),)
+
+
+def _speaks_of_another(error: BaseException | None) -> bool:
     """Whether a collective has failed, which is how other processes' deaths are felt here."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
         return True
     if isinstance(error, RunError):  # of a save, for one, that a collective is a part of
-        return _tells_of_another(error.__cause__)
+        return _speaks_of_another(error.__cause__)
     text = str(error)
     return type(error) is RuntimeError and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|was)", text) is not None
 
