@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vadit import cli
-from vadit.commands import train as train_command
 from vadit.runtime.errors import RunError, UsageError
+from vadit.train.loop import Stopped
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,6 +93,10 @@ REFUSALS = {
         ["--engine.precision is 'fp8'", "fp32, bf16, autocast"],
     ),
     "value missing": (["train", "lightningdit-b", "--optimizer.betas", "0.9"], ["--optimizer.betas needs FLOAT FLOAT"]),
+    "no before the group": (
+        ["train", "lightningdit-b", "--no-data.normalize"],
+        ["unknown setting --no-data.normalize", "did you mean --data.no-normalize?"],
+    ),
     "stray word": (["train", "lightningdit-b", "faster"], ["'faster'", "--name value"]),
     "impossible value": (["train", "lightningdit-b", "--run.batch-size", "0"], ["run.batch_size is 0", "at least 1"]),
     "image size": (
@@ -154,23 +159,21 @@ def test_missing_input_is_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_of_its_own_exits_with_2_and_no_traceback() -> None:
-    done = run("train", "lightningdit-c")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown recipe 'lightningdit-c'")
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() -> None:
+    plain, debug = run("train", "lightningdit-c"), run("train", "--debug", "lightningdit-c")
+    assert (plain.returncode, debug.returncode, plain.stdout) == (2, 2, "")
+    assert plain.stderr.startswith("error: unknown recipe 'lightningdit-c'") and plain.stderr.count("\n") == 1
+    assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
 
 
-def test_debug_adds_the_traceback() -> None:
-    done = run("train", "--debug", "lightningdit-c")
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr and "error: unknown recipe" in done.stderr
-
-
-def test_only_rank_0_tells_a_mistake_in_the_settings() -> None:
-    done = run("train", "lightningdit-c", RANK="1", WORLD_SIZE="2")
-    assert (done.returncode, done.stderr) == (2, "")
+def test_only_rank_0_reports_a_mistake_in_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, reported in (("0", "[rank 0] error: unknown recipe"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "lightningdit-c"]) == 2
+        assert capsys.readouterr().err[: len(reported) or None] == reported
 
 
 @pytest.mark.parametrize(("processes", "ends"), [("1", ["at exit", "interpreter's end"]), ("2", ["at exit"])])
@@ -193,17 +196,34 @@ cli.entry()
     assert done.stdout.splitlines()[1:] == ends and done.stderr == ""
 
 
+FULL = "the GPU's memory is used up"
+KERNELS = "VADIT_KERNELS is 'turbo'; set it to one of auto, reference"
+
+
 @pytest.mark.parametrize(
-    ("error", "code", "words"),
+    ("command", "error", "code", "words"),
     [
-        (UsageError("a is 1;\n set it to 2"), 2, "error: a is 1; set it to 2"),
-        (RunError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
-        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "free some space"),
-        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "/data/x: Permission denied"),
-        (KeyboardInterrupt(), 130, "stopped"),
+        ("train", UsageError("a is 1;\n set it to 2"), 2, "error: a is 1; set it to 2"),
+        ("train", ValueError(KERNELS), 2, f"error: {KERNELS}"),
+        ("train", RunError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
+        ("train", OSError(errno.ENOSPC, "No space left", "/x"), 1, "error: /x: No space left; free some space"),
+        ("train", OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: Quota exceeded; free some space"),
+        ("train", PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+        ("train", Stopped("stopped after step 3", interrupted=False), 0, "stopped after step 3"),
+        ("train", Stopped("stopped after step 3", interrupted=True), 130, "stopped after step 3"),
+        ("train", KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        ("train", SystemExit(3), 3, ""),
+        ("train", torch.OutOfMemoryError(), 1, f"error: {FULL}; raise --engine.gradient-accumulation"),
+        ("encode", torch.OutOfMemoryError(), 1, f"error: {FULL}; lower --batch-size\n"),
+        ("evaluate samples", torch.OutOfMemoryError(), 1, f"error: {FULL}; lower --batch-size\n"),
+        ("sample", torch.OutOfMemoryError(), 1, f"error: {FULL}; free it of other programs, or use a GPU with more"),
+        ("train", ZeroDivisionError(), 1, "Traceback"),
+        ("train", ValueError("of VADIT_KERNELS is said nothing here"), 1, "Traceback"),
     ],
+    ids=str,
 )
-def test_failures_become_exit_codes(
+def test_failures_become_exit_codes_and_one_sentence_but_our_mistakes(
+    command: str,
     error: BaseException,
     code: int,
     words: str,
@@ -213,21 +233,11 @@ def test_failures_become_exit_codes(
     def fail(arguments: list[str]) -> None:
         raise error
 
-    monkeypatch.setattr(train_command, "run", fail)
-    assert cli.main(["train"]) == code
-    told = capsys.readouterr().err
-    assert words in told and "Traceback" not in told
-
-
-def test_a_mistake_of_ours_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(arguments: list[str]) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(train_command, "run", fail)
-    assert cli.main(["train"]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    module, _, function = cli.COMMANDS[command][0].partition(":")
+    monkeypatch.setattr(f"vadit.commands.{module}.{function}", fail)
+    assert cli.main(command.split()) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(words) and (printed.count("\n") > 1) == (words == "Traceback")
 
 
 # ------------------------------------------------------------------------------------------------ dry run

@@ -17,30 +17,6 @@ from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, To
 from vadit.config.training import EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.runtime.errors import UsageError
 
-__all__ = [
-    "AutoencoderSpec",
-    "Config",
-    "DiTConfig",
-    "DiTSpec",
-    "EngineSpec",
-    "EvaluationSpec",
-    "FlowSpec",
-    "FoundationSpec",
-    "GuardSpec",
-    "ImageDataSpec",
-    "LatentDataSpec",
-    "MaskSpec",
-    "OptimizerSpec",
-    "Paper",
-    "RepaSpec",
-    "RunSpec",
-    "SampleSpec",
-    "StageSpec",
-    "TokenizerConfig",
-    "TokenizerLossSpec",
-    "vary",
-]
-
 
 @dataclass(frozen=True)
 class Paper:
