@@ -6,12 +6,10 @@
 Kinds: one posterior sample as the reference stores it (bf16 and fp32), and moments (bf16), all 32 x 16 x 16, plain and
 mirrored, in shards of 10,000, warm in the page cache. A contender hands out batches in random order: latents, plain or
 mirrored by chance, normalised, float32, and labels. The reference opens a file per sample (`safe_open`, `get_slice`)
-in a torch DataLoader; for moments it draws the posterior with torch. "memcpy" copies the stored bytes of a batch, rows
-in random order, from mapped files to one buffer: no more than reading.
+in a torch DataLoader; for moments it draws the posterior with torch.
 
 Contenders take turns. A turn opens the loader, takes FILL batches and times those that follow, in a steady state.
-Then the index: 20,000 and 1,280,000 latents of 1 x 1 x 1, so that nothing but the bookkeeping costs, and a folder of
-128 shards of 10,000 latents of full size without content (sparse files): time to open it, and from a saved position to
+Then the index: 128 names of one shard, as ImageNet has: time to open 1,280,000 latents, and from a saved position to
 the first batch. Rows go to benchmarks/results/latent-loaders-HARDWARE.csv.
 """
 
@@ -20,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import statistics
 import tempfile
@@ -31,23 +28,25 @@ from importlib import metadata
 from pathlib import Path
 
 import harness
-import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vadit.latents.dataset import LatentDataset, LatentLoader
-from vadit.latents.shards import open_folder
+from vadit.latents.dataset import LatentDataset
+from vadit.latents.loader import LatentLoader
 
 CHANNELS, SIDE, CLASSES = 32, 16, 1000
 SHARD_SIZE = 10_000
+NUM_SHARDS = 128
 FILL = 5
 """Batches that are not timed: every queue here holds fewer."""
 MIN_TURN_S, MIN_BATCHES = 0.25, 6
 BASELINE = "reference"
 KINDS = {"sample": torch.bfloat16, "sample-fp32": torch.float32, "moments": torch.bfloat16}
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+
+SHOWN = ("kind", "contender", "workers", "median_per_s", "ratio", "open_s", "restore_s")
 
 Stream = Callable[[], contextlib.AbstractContextManager[Iterator[object]]]
 """Opens a loader; the iterator gives batches for ever."""
@@ -64,52 +63,30 @@ class Row(harness.Stamp):
     contender: str
     workers: int
     median_per_s: float
-    """Latents (of the index: latents of one number) per second."""
     q1_per_s: float
     q3_per_s: float
-    ratio: float
-    """To the reference's way with as many workers (vadit's two threads: with 2)."""
-    share_of_memcpy: float
-    open_s: float
-    """Index: from the folder's name to a data set."""
-    restore_s: float
-    """Index: from a saved position to the first batch."""
     rounds: int
+    ratio: float | str = ""
+    """To the reference's way with as many workers (vadit's two threads: with 2)."""
+    open_s: float | str = ""
+    """Index: from the folder's name to a data set."""
+    restore_s: float | str = ""
+    """Index: from a saved position to the first batch."""
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
-def make_folder(folder: Path, count: int, shape: tuple[int, int, int], kind: str, *, sparse: bool = False) -> Path:
-    """Shards in the reference's layout. `sparse`: files of the right size without content."""
+def make_folder(folder: Path, count: int, kind: str) -> Path:
+    """Shards in the reference's layout."""
     folder.mkdir(parents=True)
-    dtype, key = KINDS[kind], "moments" if kind == "moments" else "latents"
-    channels, height, width = (shape[0] * (1 + (kind == "moments")), *shape[1:])
-    tile = torch.randn(1000, channels, height, width)
-    if kind == "moments":
-        tile[:, shape[0] :] = tile[:, shape[0] :].abs() * 0.1
-    content = tile.to(dtype).view(torch.uint8).numpy().reshape(-1).data
+    key, channels = ("moments", 2 * CHANNELS) if kind == "moments" else ("latents", CHANNELS)
     for number, start in enumerate(range(0, count, SHARD_SIZE)):
         rows = min(SHARD_SIZE, count - start)
-        sizes = {name: rows * len(content) // 1000 for name in (key, f"{key}_flip")} | {"labels": 8 * rows}
-        header, offset = {}, 0
-        for name, size in sizes.items():
-            full = [rows] if name == "labels" else [rows, channels, height, width]
-            kinds = NAMES[torch.int64] if name == "labels" else NAMES[dtype]
-            header[name] = {"dtype": kinds, "shape": full, "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / f"latents_rank00_shard{number:03d}.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            if sparse:
-                file.truncate(8 + len(text) + offset)
-                continue
-            for size in list(sizes.values())[:2]:
-                for begin in range(0, size, len(content)):
-                    file.write(content[: min(size - begin, len(content))])
-            file.write(np.random.default_rng(number).integers(0, CLASSES, rows).tobytes())
-    values = {"mean": torch.rand(1, shape[0], 1, 1), "std": torch.rand(1, shape[0], 1, 1) + 0.5}
+        stored = torch.randn(1000, channels, SIDE, SIDE)
+        if kind == "moments":
+            stored[:, CHANNELS:] = stored[:, CHANNELS:].abs() * 0.1
+        stored = stored.to(KINDS[kind]).repeat(-(-rows // 1000), 1, 1, 1)[:rows]
+        tensors = {key: stored, f"{key}_flip": stored.flip(-1), "labels": torch.randint(CLASSES, (rows,))}
+        save_file(tensors, folder / f"latents_rank00_shard{number:03d}.safetensors")
+    values = {"mean": torch.rand(1, CHANNELS, 1, 1), "std": torch.rand(1, CHANNELS, 1, 1) + 0.5}
     torch.save(values, folder / "latents_stats.pt")
     return folder
 
@@ -156,64 +133,14 @@ def reference_stream(folder: Path, options: argparse.Namespace, workers: int) ->
             while True:
                 yield from loader
 
-        stream = batches()
-        yield stream
-        stream.close()  # ends the workers
+        with contextlib.closing(batches()) as stream:  # the end of it ends the workers
+            yield stream
 
     return start
 
 
-def our_stream(path: Path, options: argparse.Namespace) -> Stream:
-    data = LatentDataset(path)  # once, as in a run: its maps stay from epoch to epoch
-
-    @contextlib.contextmanager
-    def start() -> Iterator[Iterator[object]]:
-        stream = LatentLoader(data, options.batch).stream()
-        yield stream
-        stream.close()  # ends the threads
-
-    return start
-
-
-def memcpy_stream(folder: Path, options: argparse.Namespace) -> Stream:
-    """Rows of the mapped files, in random order, to one buffer that is used again."""
-    shards = open_folder(folder)
-    mapped = [np.memmap(shard.path, np.uint8, mode="r").view(np.ndarray) for shard in shards]
-    size = shards[0].plain.row_bytes
-    buffer = np.empty((options.batch, size), np.uint8)
-
-    places = [
-        (number, rows.start + row * size)
-        for number, shard in enumerate(shards)
-        for rows in (shard.plain, shard.flipped or shard.plain)
-        for row in range(shard.count)
-    ]
-    order = np.random.default_rng(0).permutation(len(places))
-
-    @contextlib.contextmanager
-    def start() -> Iterator[Iterator[object]]:
-        def batches() -> Iterator[object]:
-            while True:
-                for begin in range(0, len(order) - options.batch, options.batch):
-                    for row, place in enumerate(order[begin : begin + options.batch].tolist()):
-                        number, offset = places[place]
-                        buffer[row] = mapped[number][offset : offset + size]
-                    yield buffer
-
-        yield batches()
-
-    return start
-
-
-def contenders(folder: Path, kind: str, options: argparse.Namespace) -> dict[tuple[str, int], Stream]:
-    """By name and workers."""
-    found = {(BASELINE, workers): reference_stream(folder, options, workers) for workers in (0, 2)}
-    found["vadit", 2] = our_stream(folder, options)
-    found["memcpy", 0] = memcpy_stream(folder, options)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ timing
+def our_stream(data: LatentDataset, options: argparse.Namespace) -> Stream:
+    return lambda: contextlib.closing(LatentLoader(data, options.batch).stream())
 
 
 def turn(stream: Stream, options: argparse.Namespace) -> float:
@@ -229,99 +156,66 @@ def turn(stream: Stream, options: argparse.Namespace) -> float:
         return options.batch * count / passed
 
 
+# ------------------------------------------------------------------------------------------------ rows
+
+
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> list[Row]:
     """All rounds of one kind of latents."""
-    found = contenders(folder, kind, options)
-    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in found}
+    contenders = {(BASELINE, workers): reference_stream(folder, options, workers) for workers in (0, 2)}
+    contenders["vadit", 2] = our_stream(LatentDataset(folder), options)
+    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
     for number in range(options.rounds):
-        for key, stream in found.items():
+        for key, stream in contenders.items():
             speeds[key].append(turn(stream, options))
-        done = "  ".join(f"{name}/{workers} {speeds[name, workers][-1]:,.0f}" for name, workers in found)
+        done = "  ".join(f"{name}/{workers} {speeds[name, workers][-1]:,.0f}" for name, workers in contenders)
         print(f"{kind} round {number + 1}: {done}", flush=True)
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     rows = []
     for (name, workers), values in speeds.items():
-        rows.append(
-            row(
-                options,
-                values,
-                num_latents=options.num_latents,
-                kind=kind,
-                shape=f"{CHANNELS}x{SIDE}x{SIDE}",
-                contender=name,
-                workers=workers,
-                ratio=round(medians[name, workers] / medians[BASELINE, workers], 2),
-                share_of_memcpy=round(medians[name, workers] / medians["memcpy", 0], 3),
-            )
-        )
+        ratio = round(medians[name, workers] / medians[BASELINE, workers], 2)
+        rows.append(row(options, values, options.num_latents, kind, name, workers, ratio=ratio))
     return rows
 
 
-def measure_index(folder: Path, shape: tuple[int, int, int], options: argparse.Namespace) -> Row:
+def measure_index(folder: Path, options: argparse.Namespace) -> Row:
     """Opening, restoring a position in the middle, and the pace of a folder of many latents."""
+    shard = make_folder(folder, SHARD_SIZE, "sample") / "latents_rank00_shard000.safetensors"
+    for number in range(1, NUM_SHARDS):
+        shard.with_name(f"latents_rank00_shard{number:03d}.safetensors").symlink_to(shard)
     started = time.perf_counter()
     data = LatentDataset(folder)
     open_s = time.perf_counter() - started
-    state = LatentLoader(data, options.batch).state_dict() | {"images_seen": len(data) // 2 + 12_345}
     started = time.perf_counter()
     loader = LatentLoader(data, options.batch)
-    loader.load_state_dict(state)
-    stream = loader.stream()
-    next(stream)
-    restore_s = time.perf_counter() - started
-    stream.close()
-    opened = our_stream(folder, options)
-    values = [turn(opened, options) for _ in range(options.rounds)]
-    return row(
-        options,
-        values,
-        num_latents=len(data),
-        kind="index",
-        shape="x".join(map(str, shape)),
-        contender="vadit",
-        workers=2,
-        open_s=round(open_s, 4),
-        restore_s=round(restore_s, 4),
-    )
+    loader.load_state_dict(loader.state_dict() | {"images_seen": len(data) // 2 + 12_345})
+    with contextlib.closing(loader.stream()) as stream:
+        next(stream)
+        restore_s = time.perf_counter() - started
+    values = [turn(our_stream(data, options), options) for _ in range(options.rounds)]
+    return row(options, values, len(data), "index", "vadit", 2, open_s=round(open_s, 4), restore_s=round(restore_s, 4))
 
 
-def row(options: argparse.Namespace, values: list[float], **changes: object) -> Row:
+def row(
+    options: argparse.Namespace, values: list[float], num: int, kind: str, contender: str, workers: int, **extra: float
+) -> Row:
     q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    fields: dict = {
-        "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../vadit/latents", "../vadit/runtime/rng.py", "../benchmarks/*.py"),
-        "hardware": f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
-        "versions": versions(),
-        "batch": options.batch,
-        "median_per_s": round(median),
-        "q1_per_s": round(q1),
-        "q3_per_s": round(q3),
-        "rounds": len(values),
-    }
-    empty = {"ratio": "", "share_of_memcpy": "", "open_s": "", "restore_s": ""}
-    return Row(**(empty | fields | changes))
-
-
-def versions() -> str:
-    return f"torch {torch.__version__}, numpy {np.__version__}, safetensors {metadata.version('safetensors')}"
-
-
-def show(rows: list[Row]) -> None:
-    print(
-        f"{'latents':>9} {'kind':12} {'shape':9} {'contender':12} {'workers':>7} {'per s':>9}  ratio memcpy "
-        " open, restore [s]"
+    return Row(
+        date=datetime.date.today().isoformat(),
+        commit=harness.commit("../vadit/latents", "../vadit/runtime/*.py", "../benchmarks/*.py"),
+        hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
+        versions=f"torch {torch.__version__}, safetensors {metadata.version('safetensors')}",
+        num_latents=num,
+        kind=kind,
+        shape=f"{CHANNELS}x{SIDE}x{SIDE}",
+        batch=options.batch,
+        contender=contender,
+        workers=workers,
+        median_per_s=round(median),
+        q1_per_s=round(q1),
+        q3_per_s=round(q3),
+        rounds=len(values),
+        **extra,
     )
-    for line in rows:
-        index = f"{line.open_s} {line.restore_s}"
-        print(
-            f"{line.num_latents:9,} {line.kind:12} {line.shape:9} {line.contender:12} {line.workers:7}"
-            f" {line.median_per_s:9,.0f} {line.ratio:6} {line.share_of_memcpy:6}  {index}"
-        )
-
-
-def save(rows: list[Row]) -> None:
-    """Append to the file of this hardware."""
-    harness.append(harness.RESULTS / f"latent-loaders-{harness.hardware('cpu')}.csv", rows)
 
 
 def main() -> None:
@@ -335,20 +229,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
-    shape = (CHANNELS, SIDE, SIDE)
-    for kind in KINDS:
-        if kind in options.only:
-            with tempfile.TemporaryDirectory(dir=options.folder) as scratch:  # one kind at a time on the disk
-                rows += measure(make_folder(Path(scratch) / kind, options.num_latents, shape, kind), kind, options)
-    if "index" in options.only:
-        for count in (20_000, 1_280_000):
-            for size, sparse in (((1, 1, 1), False), (shape, True)):
-                with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-                    folder = make_folder(Path(scratch) / "index", count, size, "sample", sparse=sparse)
-                    rows.append(measure_index(folder, size, options))
-    show(rows)
+    for kind in options.only:
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:  # one kind at a time on the disk
+            folder = Path(scratch) / kind
+            if kind == "index":
+                rows.append(measure_index(folder, options))
+            else:
+                rows += measure(make_folder(folder, options.num_latents, kind), kind, options)
+    for line in rows:
+        print({name: getattr(line, name) for name in SHOWN})
     if not options.no_save:
-        save(rows)
+        harness.append(harness.RESULTS / f"latent-loaders-{harness.hardware('cpu')}.csv", rows)
 
 
 if __name__ == "__main__":

@@ -334,13 +334,13 @@ def _make_latents(folder: Path, channels: int, size: int) -> None:
 
 
 def bad_shard(reference: Path, folder: Path) -> list[Outcome]:
-    """A shard is cut short after the run has begun, before its first latent is read: with both --data.on-error."""
+    """A shard is cut short after the run has begun, before its first latent is read."""
     data = folder / "data"
 
-    def config(name: str, **settings: Any) -> DiTConfig:
+    def config(name: str) -> DiTConfig:
         made = GENERATOR.config(folder / name)
         assert isinstance(made, DiTConfig)
-        return dataclasses.replace(made, data=dataclasses.replace(made.data, path=str(data), **settings))
+        return dataclasses.replace(made, data=dataclasses.replace(made.data, path=str(data)))
 
     def shard() -> Path:
         return next(data.glob("*-last.safetensors"))
@@ -373,19 +373,8 @@ def bad_shard(reference: Path, folder: Path) -> list[Outcome]:
         shard().write_bytes(whole)
         _finish(config("cut"), folder / "straight")
 
-    def check_skip() -> None:
-        pair = Pair(config("skipped", on_error="skip", max_bad_share=0.2), prepare=cut)
-        codes = pair.wait()
-        _need(codes == [0, 0] and pair.steps() == STEPS, f"ended with {codes}: {pair.said()[-2000:]}")
-        _need(f"damaged and were skipped: {shard()}" in pair.said(), f"not told: {pair.said()[-2000:]}")
-
-    fault = "unreadable shard in mid-epoch"
     ended = "named, and all ended; with the shard put back bit-equal"
-    skipped = "told and counted; other latents took the places of its own"
-    return [
-        _judged(fault, f"at most {2 * EVERY - 1} steps", ended, check_raise),
-        _judged(f"{fault}, --data.on-error skip", f"its {PER_SHARD} latents", skipped, check_skip),
-    ]
+    return [_judged("unreadable shard in mid-epoch", f"at most {2 * EVERY - 1} steps", ended, check_raise)]
 
 
 FAULTS: dict[str, Callable[[Path, Path], list[Outcome]]] = {

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vadit.latents.dataset import compute_statistics
 from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
+from vadit.latents.statistics import compute_statistics
 
 CHANNELS, SIDE, CLASSES = 4, 3, 5
 COUNTS = (7, 5, 1)
@@ -44,7 +44,7 @@ def reference_folder(folder: Path, *, dtype: torch.dtype = torch.float32, stats:
 def settings(**changes: object) -> LatentSettings:
     values: dict = {
         "tokenizer": "abc",
-        "config": "{}",
+        "config": {},
         "source": "images",
         "num_images": 6,
         "num_classes": CLASSES,

@@ -22,7 +22,6 @@ FAULTS = {
     "SIGTERM to one rank": "sigterm",
     "a rank hangs": "hang",
     "unreadable shard in mid-epoch": "bad-shard",
-    "unreadable shard in mid-epoch, --data.on-error skip": "bad-shard",
 }
 
 

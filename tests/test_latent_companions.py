@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +17,15 @@ from vadit.commands import encode as encode_command
 from vadit.config import AutoencoderSpec, DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
+from vadit.images.online import open_online_images
 from vadit.images.pillow import decode
 from vadit.images.pixels import to_signed
 from vadit.latents.companions import DEBUG_WIDTH
-from vadit.latents.dataset import LatentDataset, LatentLoader, LatentSource, compute_statistics, open_latents
+from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
 from vadit.latents.encode import encode
-from vadit.latents.shards import LatentShardWriter, open_folder, save_index
+from vadit.latents.loader import LatentLoader
+from vadit.latents.shards import LatentShardWriter, open_folder, open_shard, save_index
+from vadit.latents.statistics import compute_statistics
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
 from vadit.runtime.errors import RunError, UsageError
@@ -45,10 +47,10 @@ VIT = FoundationSpec(
     weights="random",
     model_args={"img_size": IMAGE_SIDE, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
 )
-ABOUT = json.dumps({"name": "dinov2", "timm": "vit_large", "input_size": 28, "input_range": "normalized"})
+ABOUT = {"name": "dinov2", "timm": "vit_large", "input_size": 28, "input_range": "normalized"}
 
 
-def write_folder(folder: Path, *, features: str = ABOUT, grid: int = 2, damaged: int | None = None) -> None:
+def write_folder(folder: Path, *, features: dict | None = ABOUT, grid: int = 2) -> None:
     """Latent i is i everywhere and mirrored i + 100, its features i + 0.5 and i + 100.5; in two shards."""
     folder.mkdir()
     changes = {"store": "sample", "num_images": COUNT, "size": IMAGE_SIDE, "shard_size": 7, "features": features}
@@ -57,8 +59,6 @@ def write_folder(folder: Path, *, features: str = ABOUT, grid: int = 2, damaged:
         values = ids[:, None, None, None].float()
         latents = values.expand(-1, CHANNELS, SIDE, SIDE)
         extra = (values + 0.5).expand(-1, WIDTH, grid, grid).clone()
-        if damaged is not None:
-            extra[ids == damaged, 1] = float("nan")
         pair = (extra, extra + 100) if features else None
         writer.add(latents, latents + 100, ids % CLASSES, ids, pair)
         writer.close()
@@ -110,38 +110,19 @@ def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -
             assert torch.equal(part, whole[rank::2])
 
 
-def test_a_loader_names_the_samples_between_two_states(tmp_path: Path) -> None:
-    write_folder(tmp_path / "l", features="")
-    loaders = [LatentLoader(open_latents(spec_of(tmp_path / "l"), MODEL), 2, 3, rank, 2) for rank in range(2)]
-    before = [loader.state_dict() for loader in loaders]
-    batches = [list(islice(loader.stream(), 4)) for loader in loaders]  # 16 positions: into the second epoch
-    seen = []
-    for pair in zip(*batches, strict=True):  # positions go round the ranks
-        seen += [int(value) % 100 for values in zip(*map(which, pair), strict=True) for value in values]
-    for loader, state in zip(loaders, before, strict=True):
-        assert loader.ids_between(state, loader.state_dict()) == seen
-        assert loader.ids_between(state, state) == []
-
-
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_damaged_features_are_damage_of_the_latent(tmp_path: Path, on_error: str) -> None:
-    write_folder(tmp_path / "l", damaged=8)
-    dataset = open_latents(spec_of(tmp_path / "l", on_error=on_error, max_bad_share=0.2), MODEL, CACHED)
-    loader = LatentLoader(dataset, 4, seed=1)
-    if on_error == "raise":
-        with pytest.raises(RunError, match=r"shard-00001.safetensors: .*latent 8 \(row 1\).*features hold values"):
-            list(loader)
-        return
-    seen = [value % 100 for batch in loader for value in which(batch)]
-    assert len(seen) == COUNT and set(seen) == set(range(COUNT)) - {8}
-    assert isinstance(dataset, LatentDataset) and list(dataset.bad) == [8]
-    again = LatentLoader(dataset, 4)
-    again.load_state_dict({"seed": 1, "images_seen": 4})
-    assert [value % 100 for batch in again for value in which(batch)] == seen[4:]
+def test_damaged_features_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "l")
+    path = tmp_path / "l" / "shard-00001.safetensors"
+    entry, data = open_shard(path).tensors["features"], bytearray(path.read_bytes())
+    data[entry.offset + entry.row_bytes + 2 : entry.offset + entry.row_bytes + 4] = b"\xff\xff"
+    path.write_bytes(data)
+    loader = LatentLoader(open_latents(spec_of(tmp_path / "l", flip=False), MODEL, CACHED), 4)
+    with pytest.raises(RunError, match=r"shard-00001.safetensors: row 1 of features \(latent 8\) holds values .*wrong"):
+        list(loader)
 
 
 def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "none", features="")
+    write_folder(tmp_path / "none", features=None)
     with pytest.raises(UsageError, match=r"holds no foundation features; make them with `vadit encode --features dino"):
         open_latents(spec_of(tmp_path / "none"), MODEL, CACHED)
     write_folder(tmp_path / "coarse", grid=1)
@@ -161,18 +142,24 @@ def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_shards_with_and_without_features_do_not_mix(tmp_path: Path) -> None:
     write_folder(tmp_path / "l")
-    write_folder(tmp_path / "none", features="")
+    write_folder(tmp_path / "none", features=None)
     (tmp_path / "none" / "shard-00001.safetensors").rename(tmp_path / "l" / "shard-00001.safetensors")
-    with pytest.raises(
-        RunError, match=r"shard-00001.* but shard-00000.* with features \(3, 2, 2\); keep shards of one"
-    ):
+    with pytest.raises(RunError, match=r"shard-00001.* but shard-00000.*features.*; keep shards of one"):
         open_folder(tmp_path / "l")
 
 
 # ------------------------------------------------------------------------------------------------ images
 
 
-def sorted_folder(tmp_path: Path, **changes: object) -> tuple[LatentSource, ImageSet]:
+def with_images(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugLatents:
+    """As the trainer does."""
+    dataset = open_latents(spec, model, ONLINE)
+    assert dataset.companion is None
+    dataset.companion = open_online_images(spec, dataset, model.input_size // model.patch_size)
+    return dataset
+
+
+def sorted_folder(tmp_path: Path) -> tuple[LatentDataset | DebugLatents, ImageSet]:
     """Latents made as `vadit encode` makes them of a folder of images, of which the second does not decode."""
     write_images(tmp_path / "images", classes=2)
     bad = tmp_path / "images" / "0" / "02.png"
@@ -182,9 +169,9 @@ def sorted_folder(tmp_path: Path, **changes: object) -> tuple[LatentSource, Imag
     torch.manual_seed(0)
     encode(Autoencoder(SPEC), skipping, tmp_path / "l", batch_size=4, dtype="fp32", store="sample", shard_size=4)
     bad.write_bytes(whole)
-    spec = spec_of(tmp_path / "l", images=str(tmp_path / "images"), **changes)
+    spec = spec_of(tmp_path / "l", images=str(tmp_path / "images"))
     images = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE)
-    return open_latents(spec, DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2), ONLINE), images
+    return with_images(spec, DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2)), images
 
 
 def test_online_images_are_those_that_were_encoded(tmp_path: Path) -> None:
@@ -211,33 +198,31 @@ def test_online_images_are_those_that_were_encoded(tmp_path: Path) -> None:
     assert set(mirrored) == {True, False}
 
 
-def test_an_image_that_does_not_decode_any_more(tmp_path: Path) -> None:
-    dataset, images = sorted_folder(tmp_path, on_error="skip", max_bad_share=0.2)
+def test_an_image_that_does_not_decode_any_more_is_named(tmp_path: Path) -> None:
+    dataset, images = sorted_folder(tmp_path)
     path = Path(images.source.describe(7))
     path.write_text("no image")
-    labels = [int(label) for batch in LatentLoader(dataset, 4, seed=1) for label in batch[1]]
-    assert len(labels) == COUNT - 1
-    assert isinstance(dataset, LatentDataset) and list(dataset.bad) == [6]  # of the latents
-    assert str(path) in str(dataset.bad[6])
+    with pytest.raises(RunError, match=rf"{path}, the image of latent 6, does not decode any more"):
+        list(LatentLoader(dataset, 4, seed=1))
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "l", features="")
+    write_folder(tmp_path / "l", features=None)
     with pytest.raises(UsageError, match=r"repa.features is online but data.images is empty"):
-        open_latents(spec_of(tmp_path / "l"), MODEL, ONLINE)
+        with_images(spec_of(tmp_path / "l"), MODEL)
     images = write_images(tmp_path / "images")  # sorted by class: not the latents' order
     with pytest.raises(UsageError, match=r"0/05.png is of class 0 but its latent 1 in .* is of class 1"):
-        open_latents(spec_of(tmp_path / "l", images=str(images)), MODEL, ONLINE)
+        with_images(spec_of(tmp_path / "l", images=str(images)), MODEL)
     (images / "0" / "05.png").unlink()
     with pytest.raises(UsageError, match=rf"holds {COUNT - 1} images but the latents of .* are of {COUNT}"):
-        open_latents(spec_of(tmp_path / "l", images=str(images)), MODEL, ONLINE)
+        with_images(spec_of(tmp_path / "l", images=str(images)), MODEL)
 
 
 def test_debug_latents_have_companions() -> None:
     spec = LatentDataSpec(path="debug:10")
     batch = next(LatentLoader(open_latents(spec, MODEL, CACHED), 4).stream())
     assert batch[2].shape == (4, DEBUG_WIDTH, 2, 2) and batch[2].dtype == torch.bfloat16
-    batch = next(LatentLoader(open_latents(spec, MODEL, ONLINE), 4).stream())
+    batch = next(LatentLoader(with_images(spec, MODEL), 4).stream())
     assert batch[2].shape == (4, 3, 32, 32) and batch[2].dtype == torch.uint8
 
 
@@ -267,11 +252,11 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
     latents, _, features = next(iter(LatentLoader(open_latents(spec_of(tmp_path / "with"), spec, repa), 4)))
     assert latents.shape == (4, 3, 4, 4) and features.shape == (4, 16, 2, 2)
     for changed in (None, FoundationModel(VIT, 2)):  # the latter with other weights
-        with pytest.raises(UsageError, match=r"holds latents made with features "):
+        with pytest.raises(UsageError, match=r"holds latents made with features"):
             encode(autoencoder, images, tmp_path / "with", features=changed, **options)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(RunError, match=r"the features of vit_tiny_patch16_224 are not finite"):
+    with pytest.raises(RunError, match=r"the features of images 0 to 2 are not finite"):
         encode(autoencoder, images, tmp_path / "bad", features=model, **options)
 
 
@@ -281,8 +266,9 @@ def test_encode_command_with_features(tmp_path: Path) -> None:
     arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random", "--image-size", "32"]
     encode_command.run([*arguments, "--out", str(tmp_path / "l")])
     (shard,) = open_folder(tmp_path / "l")
-    assert shard.features is not None and shard.features.shape == (192, 2, 2) and shard.features.flipped is None
-    assert shard.settings is not None and json.loads(shard.settings.features)["input_size"] == 32
+    assert shard.tensors["features"].shape == (3, 192, 2, 2) and "features_flip" not in shard.tensors
+    assert shard.settings is not None and shard.settings.features is not None
+    assert shard.settings.features["input_size"] == 32
     assert shard.settings.shard_size == 2_500
     with pytest.raises(UsageError, match=r"--features-grid is 0"):
         encode_command.run([*arguments, "--out", str(tmp_path / "m"), "--features-grid", "0"])

@@ -14,7 +14,8 @@ from torch import Tensor
 from training_plain import BATCH, logged, tiny_dit
 
 from vadit.config import DiTConfig, MaskSpec
-from vadit.latents.dataset import LatentLoader, open_latents
+from vadit.latents.dataset import open_latents
+from vadit.latents.loader import LatentLoader
 from vadit.models.interop import save_reference
 from vadit.models.masked import MDT, MaskDiT, build_generator
 from vadit.objectives import ddpm, flow, masked

@@ -19,7 +19,8 @@ from torch import Tensor
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
-from vadit.latents.dataset import LatentLoader, open_latents
+from vadit.latents.dataset import open_latents
+from vadit.latents.loader import LatentLoader
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.dit import LightningDiT

@@ -20,7 +20,7 @@ _HOMES = {
     "load_reference_autoencoder": "vadit.models.interop",
     "sample_ode": "vadit.sampling.solvers",
     "LatentDataset": "vadit.latents.dataset",
-    "LatentLoader": "vadit.latents.dataset",
+    "LatentLoader": "vadit.latents.loader",
 }
 __all__ = list(_HOMES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vadit.commands.arguments import parse
@@ -74,16 +75,11 @@ def run(arguments: list[str]) -> None:
     """Encode, or compute statistics alone."""
     options = parse(EncodeOptions, arguments, command="encode")
     if options.stats_only is not None:
-        from vadit.latents.statistics import compute_statistics, statistics_path
+        from vadit.latents.shards import STATISTICS_FILE
+        from vadit.latents.statistics import compute_statistics
 
-        statistics = compute_statistics(
-            options.stats_only,
-            samples=options.stats_samples,
-            seed=options.seed,
-            on_error=options.on_error,
-            max_bad_share=options.max_bad_share,
-        )
-        print(f"{statistics_path(options.stats_only)}: {statistics.mean.numel()} channels")
+        statistics = compute_statistics(options.stats_only, samples=options.stats_samples, seed=options.seed)
+        print(f"{Path(options.stats_only) / STATISTICS_FILE}: {statistics.mean.numel()} channels")
         return
     for name in ("tokenizer", "images", "out"):
         if not getattr(options, name):

@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
         options = parse(SampleOptions, arguments, command="sample", default=replace(options, **settings))
     import torch
 
-    from vadit.latents.dataset import load_statistics
+    from vadit.latents.statistics import load_statistics
     from vadit.runtime.console import ProgressBar
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator

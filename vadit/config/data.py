@@ -44,7 +44,3 @@ class LatentDataSpec:
     """Images that the latents were encoded from, in the same order: for repa.features online."""
     flip: bool = True
     """Take the mirrored latent with probability 1/2."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a shard that is damaged or a latent that is not finite: stop and name it, or leave it out."""
-    max_bad_share: float = 0.01
-    """With on_error skip: the share of bad latents above which the run stops all the same."""

@@ -6,7 +6,7 @@ is there is not made again, so the same command continues an interrupted one, al
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -23,12 +23,20 @@ from vadit.config import ImageDataSpec
 from vadit.images.loader import Decoder, ImageDecoder, ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed
-from vadit.latents.shards import INDEX_FILE, STATISTICS_FILE, LatentSettings, LatentShardWriter, open_shard, save_index
+from vadit.latents.shards import (
+    STATISTICS_FILE,
+    LatentSettings,
+    LatentShardWriter,
+    open_finished_folder,
+    open_shard,
+    save_index,
+)
 from vadit.latents.statistics import compute_statistics
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import refuse_other_settings
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -94,8 +102,8 @@ def encode(
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
     settings = LatentSettings(
+        config=asdict(autoencoder.spec),
         tokenizer=weights_hash(autoencoder),
-        config=json.dumps(asdict(autoencoder.spec)),
         source=images.source.name,
         num_images=len(images),
         num_classes=len(images.classes),
@@ -105,35 +113,34 @@ def encode(
         flip=flip,
         seed=seed if store == "sample" else 0,
         shard_size=shard_size,
-        features="" if features is None else describe_features(features),
+        features=None if features is None else describe_features(features),
     )
     networks = _Networks(autoencoder, features)
     started = time.monotonic()
     num_shards = -(-len(images) // shard_size)
     finished = _finished_shards(out, settings, num_shards)
-    complete = len(finished) == num_shards and (out / INDEX_FILE).exists() and (out / STATISTICS_FILE).exists()
     distributed.barrier()  # every process has seen the folder before one of them changes it
-    if rank == 0 and not complete:
-        (out / INDEX_FILE).unlink(missing_ok=True)  # the mark of a complete folder: first to go, last to come
     mine = range(rank, num_shards, world_size)
     was_training = autoencoder.training
     autoencoder.eval()
     try:
         with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-            num_encoded = _encode_share(networks, images, out, settings, mine, finished, batch_size, active, progress)
+            num_encoded, num_written = _encode_share(
+                networks, images, out, settings, mine, finished, batch_size, active, progress
+            )
     finally:
         autoencoder.train(was_training)
         images.warn_of_bad_files()
     encoding_s = time.monotonic() - started
     distributed.barrier()
-    if rank == 0 and not complete:
+    if rank == 0:
         _complete(out, settings, images, num_shards, stats_samples, seed)
     distributed.barrier()
     if joined:
         dist.destroy_process_group()
     return EncodeSummary(
         num_images=num_encoded,
-        num_shards=sum(number not in finished for number in mine),
+        num_shards=num_written,
         seconds=time.monotonic() - started,
         images_per_s=num_encoded / max(encoding_s, 1e-9),
     )
@@ -162,13 +169,13 @@ def _encode_share(
     batch_size: int,
     decoder: ImageDecoder,
     progress: Callable[[int], object] | None,
-) -> int:
-    """Write this process's shards that are not finished; the number of images encoded."""
+) -> tuple[int, int]:
+    """Write this process's shards that are not finished or have another checksum by now; images and shards written."""
     share = sum(len(_shard_ids(number, settings)) for number in mine)
-    num_done = num_encoded = 0
+    num_done = num_encoded = num_written = 0
     for number in mine:
         ids = _shard_ids(number, settings)
-        if number not in finished:
+        if number not in finished or not _is_intact(shard_path(out, number)):
             writer = LatentShardWriter(shard_path(out, number), settings)
             for batch in load_in_order(images, ids, batch_size, decoder):
                 pixels = networks.pixels(batch.images)
@@ -177,10 +184,11 @@ def _encode_share(
                 if progress is not None:
                     progress((num_done + writer.count) * len(images) // share)
             num_encoded += _close(writer, images, ids)
+            num_written += 1
         num_done += len(ids)
         if progress is not None:
             progress(num_done * len(images) // share)
-    return num_encoded
+    return num_encoded, num_written
 
 
 def _join() -> bool:
@@ -199,20 +207,18 @@ def shard_path(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.safetensors"
 
 
-def describe_features(model: FoundationModel) -> str:
-    """What a foundation model's features depend on, as JSON: readers compare name, size and range with a run's."""
+def describe_features(model: FoundationModel) -> dict[str, Any]:
+    """What a foundation model's features depend on: readers compare name, size and range with a run's."""
     from vadit.models.foundation import TIMM_NAMES
 
     spec = model.spec
-    return json.dumps(
-        {
-            "name": spec.name,
-            "timm": TIMM_NAMES.get(spec.name, spec.name),
-            "weights": weights_hash(model.model),
-            "input_size": model.input_size,
-            "input_range": spec.input_range,
-        }
-    )
+    return {
+        "name": spec.name,
+        "timm": TIMM_NAMES.get(spec.name, spec.name),
+        "weights": weights_hash(model.model),
+        "input_size": model.input_size,
+        "input_range": spec.input_range,
+    }
 
 
 def _encode_batch(
@@ -239,11 +245,7 @@ def _features(
     """Features of images (B, 3, H, W) in [-1, 1] and of their mirror images, (B, D, h, w) each."""
     if model is None:
         return None
-    found = (model(pixels), model(pixels.flip(-1)) if settings.flip else None)
-    for part in found:
-        if part is not None and not torch.isfinite(part).all():
-            raise RunError(f"the features of {model.spec.name} are not finite; check its weights {model.spec.weights}")
-    return found
+    return model(pixels), model(pixels.flip(-1)) if settings.flip else None
 
 
 def _shard_ids(number: int, settings: LatentSettings) -> range:
@@ -260,7 +262,7 @@ def _close(writer: LatentShardWriter, images: ImageSet, ids: range) -> int:
 
 
 def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> set[int]:
-    """Numbers of the shards that are there and whole; refuses a folder that holds anything else."""
+    """Numbers of the shards whose headers are sound; refuses a folder that holds anything else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         present = sorted(out.glob("*.safetensors"))
@@ -276,44 +278,37 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
         except RunError as error:
             if path not in expected:
                 raise
-            logger.warning("%s; it is encoded anew", error)
+            logger.warning("%s: this command does", error)
             continue
-        _refuse_other_settings(path, found, settings)
-        if path in expected:
-            finished.add(expected[path])
+        if found is None:
+            raise UsageError(f"{path} is not from `vadit encode`; set --out to an empty folder")
+        remedy = "set --out to an empty folder, or remove this one"
+        refuse_other_settings(out, "latents", asdict(found), asdict(settings), remedy)
+        if path not in expected:
+            raise UsageError(f"{path} is none of this folder's {num_shards} shards; remove it")
+        finished.add(expected[path])
     return finished
 
 
-def _refuse_other_settings(path: Path, found: LatentSettings | None, settings: LatentSettings) -> None:
-    if found is None:
-        raise UsageError(f"{path} is not from `vadit encode`; set --out to an empty folder")
-    fields = asdict(settings)
-    for name in ("config", *fields):  # the tokenizer's shape tells more than the hash of its weights
-        if (old := getattr(found, name)) != fields[name]:
-            told = _difference(name, old, fields[name])
-            raise UsageError(f"{path.parent} holds latents {told}; set --out to an empty folder, or remove this one")
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    """What latents were made of, and what they should be made of, in few words."""
-    if name == "tokenizer":
-        return f"of another tokenizer (weights {old}, now {new})"
-    if name not in ("config", "features"):
-        return f"made with {name} {old}, not {new}"
-    before, now = (json.loads(text) if text else {} for text in (old, new))
-    first = next((key for key in (*before, *now) if before.get(key) != now.get(key)), "")
-    what = "a tokenizer" if name == "config" else "features"
-    return f"made with {what} of {first} {before.get(first, 'none')}, not {now.get(first, 'none')}"
+def _is_intact(path: Path) -> bool:
+    """Whether a shard's content is still that of its checksum."""
+    shard = open_shard(path)
+    if shard.is_intact():
+        return True
+    logger.warning("%s has another checksum than its header says; it is encoded anew", path)
+    return False
 
 
 def _complete(
     out: Path, settings: LatentSettings, images: ImageSet, num_shards: int, stats_samples: int, seed: int
 ) -> None:
-    """Write statistics and index, once all shards are there."""
+    """Write statistics and index once all shards are there, where they are not those of these shards already."""
     missing = [number for number in range(num_shards) if not shard_path(out, number).exists()]
     if missing:
         raise RunError(f"{shard_path(out, missing[0])} is missing; run the same command again to encode it")
-    compute_statistics(
-        out, samples=stats_samples, seed=seed, on_error=images.on_error, max_bad_share=images.max_bad_share
-    )
+    with contextlib.suppress(UsageError, RunError):
+        open_finished_folder(out)
+        if (out / STATISTICS_FILE).exists():
+            return
+    compute_statistics(out, samples=stats_samples, seed=seed)
     save_index(out, settings, images.classes)

@@ -13,52 +13,33 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vadit.runtime import rng
 
 NUM_POINTS = 1 << 16
 VALUES_PER_WORD = 4
+BLOCK = 32
+"""Rows made at a time: their words fit a core's cache."""
 _MIX = np.uint32(0x846CA68B)  # of lowbias32, https://nullprogram.com/blog/2018/07/31/
 _GOLDEN_SECTION = 0.6180339887498949
 
 
-def row_keys(seed: int, ids: Tensor) -> np.ndarray:
-    """Two keys per row, uint32 (B, 2); the second is odd."""
-    first = rng.integers(rng.fold(seed, "xor"), ids, 1 << 32).numpy()
-    second = rng.integers(rng.fold(seed, "multiply"), ids, 1 << 32).numpy()
-    return np.stack([first, second | 1], axis=1).astype(np.uint32)
-
-
-class NoiseScratch:
-    """Memory for the noise of up to `rows` rows of `size` values: one thread's, used again and again."""
-
-    def __init__(self, rows: int, size: int) -> None:
-        self._size = size
-        self._num_words = -(-size // VALUES_PER_WORD)
-        self._words = np.empty((rows, self._num_words), np.uint32)
-        self._shifted = np.empty_like(self._words)
-        self._points = np.empty((rows, 2 * self._num_words), np.intp)
-        # four values come at a time; where rows are no multiple of that, they are cut out of this
-        self._values = np.empty((rows, 2 * self._num_words), np.float64) if size % VALUES_PER_WORD else None
-
-    def fill(self, keys: np.ndarray, out: np.ndarray) -> None:
-        """Noise of the rows with these keys (see `row_keys`) to `out`, float32 (rows, size), contiguous."""
-        rows = len(keys)
-        words, shifted = self._words[:rows], self._shifted[:rows]
-        np.bitwise_xor(_fixed_words(self._num_words), keys[:, :1], out=words)
-        words *= keys[:, 1:]
-        np.right_shift(words, 15, out=shifted)
-        words ^= shifted
+def posterior_noise(seed: int, ids: Tensor, size: int) -> Tensor:
+    """Float32 (B, size); row i is a function of (seed, ids[i]), the start of that of any larger size."""
+    first = rng.integers(rng.fold(seed, "xor"), ids, 1 << 32).numpy()[:, None].astype(np.uint32)
+    second = rng.integers(rng.fold(seed, "multiply"), ids, 1 << 32).numpy()[:, None].astype(np.uint32) | np.uint32(1)
+    fixed, plane = _fixed_words(-(-size // VALUES_PER_WORD)), _plane()
+    values = np.empty((len(ids), 2 * len(fixed)), np.float64)  # two float32 each
+    for start in range(0, len(ids), BLOCK):
+        block = slice(start, start + BLOCK)
+        words = (fixed ^ first[block]) * second[block]
+        words ^= words >> np.uint32(15)
         words *= _MIX
-        np.right_shift(words, 16, out=shifted)
-        words ^= shifted
-        points = self._points[:rows]
-        np.copyto(points, words.view("<u2"))
-        values = out.view(np.float64) if self._values is None else self._values[:rows]
-        np.take(_plane(), points, out=values, mode="clip")  # "raise" would go through a second buffer
-        if self._values is not None:
-            out[...] = values.view(np.float32)[:, : self._size]
+        words ^= words >> np.uint32(16)
+        np.take(plane, words.view("<u2"), out=values[block], mode="clip")  # "raise" would go through a second buffer
+    return torch.from_numpy(values.view(np.float32)[:, :size])
 
 
 @lru_cache(maxsize=8)

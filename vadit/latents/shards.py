@@ -1,7 +1,5 @@
 """The files of a latent folder: safetensors shards, `index.json` and `latents_stats.pt`, read and written.
 
-A shard's header says where each row lies (`vadit.runtime.safetensors_file`).
-
 | key | shape | content |
 |---|---|---|
 | `latents`, `latents_flip` | (N, d, h, w) | one posterior sample of image and mirror image (the authors' layout) |
@@ -9,37 +7,53 @@ A shard's header says where each row lies (`vadit.runtime.safetensors_file`).
 | `features`, `features_flip` | (N, D, h, w) | a foundation model's features of both (`vadit encode --features`) |
 | `labels` | (N,) | class |
 | `ids` | (N,) | index of the image in its source (our shards) |
+
+The header of a shard of ours holds its settings and the SHA-256 of its tensors, and so does the index.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.safetensors_file import REMEDY, TensorEntry, parse_header, write_parts, write_tensors
+from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.files import saved_file
+from vadit.runtime.safetensors_file import save_tensors
 
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
 FORMAT = "vadit-latents"
+KINDS = ("latents", "moments", "features")
+"""Tensors that all shards of a folder have in one shape and type, or none."""
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+REMEDY = "fetch or encode the file anew"
 
 
 @dataclass(frozen=True)
 class LatentSettings:
     """What the latents of a folder depend on; it stands in every shard's header and in the index."""
 
+    config: dict[str, Any]
+    """The autoencoder's spec."""
     tokenizer: str
     """Hash of the autoencoder's weights."""
-    config: str
-    """The autoencoder's spec as JSON."""
     source: str
     """Where the images came from."""
     num_images: int
@@ -58,26 +72,26 @@ class LatentSettings:
     """Seed of the draw (store="sample")."""
     shard_size: int
     """Images per shard."""
-    features: str = ""
-    """What the foundation features are of, as JSON (`vadit.latents.encode`); empty where there are none."""
+    features: dict[str, Any] | None = None
+    """What the foundation features are of (`vadit.latents.encode`); None where there are none."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the rows of a tensor lie in their file: one after another from `start` on."""
+class TensorEntry:
+    """A tensor as the header of its file describes it."""
 
-    start: int
-    row_bytes: int
-
-
-@dataclass(frozen=True)
-class FeatureRows:
-    """The foundation features of a shard, (D, h, w) each."""
-
-    shape: tuple[int, int, int]
     dtype: torch.dtype
-    plain: Rows
-    flipped: Rows | None
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one entry along the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -85,128 +99,162 @@ class LatentShard:
     """One shard: what its header says, and the labels. Rows are read when they are wanted."""
 
     path: Path
-    count: int
-    shape: tuple[int, int, int]
-    """(d, h, w) of one latent; stored rows have 2d channels where `has_moments`."""
-    dtype: torch.dtype
-    has_moments: bool
-    plain: Rows
-    flipped: Rows | None
+    tensors: dict[str, TensorEntry]
+    key: Literal["latents", "moments"]
     labels: Tensor
     """int64 (N,)."""
-    num_bytes: int
-    """Of the file."""
     settings: LatentSettings | None
-    """None for a shard that is not ours."""
-    features: FeatureRows | None = None
-    """Foundation features beside the latents."""
+    """None for a shard that is not ours, as is the checksum."""
+    sha256: str | None
 
     @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of a stored row."""
-        channels, height, width = self.shape
-        return (2 * channels if self.has_moments else channels, height, width)
+    def count(self) -> int:
+        """Latents of the shard."""
+        return len(self.labels)
 
     @property
-    def kind(self) -> tuple[tuple[int, int, int], torch.dtype, bool, tuple[int, int, int] | None]:
-        """What shards of one folder have in common."""
-        return (self.shape, self.dtype, self.has_moments, self.features.shape if self.features is not None else None)
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return self.tensors[self.key].dtype
+
+    @property
+    def has_moments(self) -> bool:
+        """Rows hold mean and deviation, and not one draw."""
+        return self.key == "moments"
+
+    @property
+    def has_flipped(self) -> bool:
+        """The mirrored latents are there, too."""
+        return f"{self.key}_flip" in self.tensors
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d, h, w) of one latent."""
+        _, channels, height, width = self.tensors[self.key].shape
+        return (channels // 2 if self.has_moments else channels, height, width)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """(D, h, w) of one latent's features, where there are any."""
+        entry = self.tensors.get("features")
+        return None if entry is None else entry.shape[1:]
 
     def rows(self, start: int, stop: int, *, flipped: bool) -> Tensor:
-        """Rows [start, stop) as stored, (stop - start, c, h, w). RunError where the file is cut by now."""
-        source = self.flipped if flipped and self.flipped is not None else self.plain
-        stored = torch.empty((stop - start, *self.stored_shape), dtype=self.dtype)
-        target = stored.view(torch.uint8).numpy().reshape(-1).data if stored.numel() else memoryview(b"")
+        """Rows [start, stop) as stored: (stop - start, d or 2d, h, w)."""
+        name = f"{self.key}_flip" if flipped and self.has_flipped else self.key
+        return read_rows(self.path, self.tensors[name], start, stop)
+
+    def ids(self) -> Tensor | None:
+        """Of each latent: the index of its image in the source, int64 (N,); None where the shard has none."""
+        return read_rows(self.path, self.tensors["ids"], 0, self.count).long() if "ids" in self.tensors else None
+
+    def is_intact(self) -> bool:
+        """Whether the content has the checksum of the header; reads the whole file."""
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(source.start + start * source.row_bytes)
-                done = 0
-                while done < len(target):
-                    count = file.readinto(target[done:])
-                    if not count:
-                        raise RunError(f"{self.path} is cut short; fetch or encode the file anew")
-                    done += count
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be read ({error.strerror or error}); {REMEDY}") from None
-        return stored
+            return checksum(load_file(self.path)) == self.sha256
+        except (OSError, SafetensorError):
+            return False
+
+    def damage(self, problem: str) -> RunError:
+        """What is wrong with the file, whether its checksum says so, too, and what mends it."""
+        if self.sha256 is None:
+            return RunError(f"{self.path}: {problem}; {REMEDY}")
+        intact = self.is_intact()
+        return RunError(
+            f"{self.path}: {problem}, and its checksum {'is right' if intact else 'is wrong'}; "
+            f"{'remove it and ' if intact else ''}run the `vadit encode` command of {self.path.parent} again, "
+            "which makes this shard anew"
+        )
+
+
+def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor in a file; RunError where they are not there by now."""
+    num_bytes = (stop - start) * entry.row_bytes
+    try:
+        data = np.fromfile(path, np.uint8, num_bytes, offset=entry.offset + start * entry.row_bytes)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+    if len(data) != num_bytes:
+        raise RunError(f"{path} is cut short; {REMEDY}")
+    return torch.from_numpy(data).view(entry.dtype).reshape(stop - start, *entry.shape[1:])
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether none of the values, at least one, is infinite or NaN."""
+    return all(math.isfinite(value) for value in values.aminmax())  # both are NaN wherever there is one
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Every tensor of a safetensors file and the header's metadata; RunError where it is damaged or cut short.
+
+    The library checks the header and the file's size, but does not say where the tensors lie.
+    """
+    try:
+        with path.open("rb") as file, safe_open(path, framework="numpy"):
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{path} is cut short or damaged ({first_line(error)}); {REMEDY}") from None
+    metadata = header.pop("__metadata__", {})
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise RunError(f"{path}: {name} is {entry['dtype']}; needed: {', '.join(DTYPES)}; {REMEDY}")
+    return {
+        name: TensorEntry(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }, metadata
 
 
 def open_shard(path: Path) -> LatentShard:
     """Read a shard's header; RunError names a file that is cut short or whose header does not fit its content."""
-    tensors, metadata = parse_header(path)
-    key = next((key for key in ("latents", "moments") if key in tensors), None)
-    if key is None or "labels" not in tensors:
+    tensors, metadata = read_header(path)
+    key: Literal["latents", "moments"] = "latents" if "latents" in tensors else "moments"
+    if key not in tensors or "labels" not in tensors:
         raise RunError(f"{path} holds {sorted(tensors)}; needed: latents or moments, and labels; remove the file")
-    plain, flipped, has_moments = tensors[key], tensors.get(f"{key}_flip"), key == "moments"
-    labels = _read_integers(path, "labels", tensors["labels"])
-    if len(plain.shape) != 4 or not plain.dtype.is_floating_point or (has_moments and plain.shape[1] % 2):
-        raise RunError(
-            f"{path}: {key} is {plain.dtype} {plain.shape}; needed: floating point (N, channels, h, w); {REMEDY}"
-        )
-    if flipped is not None and (flipped.shape != plain.shape or flipped.dtype != plain.dtype):
-        raise RunError(
-            f"{path}: {key}_flip {flipped.dtype} {flipped.shape} does not match {key} {plain.dtype} {plain.shape}"
-        )
-    count, channels, height, width = plain.shape
-    if labels.shape != (count,):
-        raise RunError(f"{path}: {tuple(labels.shape)} labels for {count} {key}; the file is damaged; {REMEDY}")
-    settings = _parse_settings(path, metadata)
-    if settings is not None and metadata.get("count") != str(count):
-        raise RunError(
-            f"{path}: the header counts {metadata.get('count')} images but {count} are there; encode it anew"
-        )
-    row_bytes = math.prod(plain.shape[1:]) * plain.dtype.itemsize
+    plain = tensors[key]
+    if len(plain.shape) != 4 or not plain.dtype.is_floating_point or (key == "moments" and plain.shape[1] % 2):
+        raise RunError(f"{path}: {key} is {plain}; needed: floating point (N, channels, h, w); {REMEDY}")
+    needed = {
+        f"{key}_flip": (plain.shape, {plain.dtype}),
+        "labels": (plain.shape[:1], {torch.int64, torch.int32}),
+        "ids": (plain.shape[:1], {torch.int64, torch.int32}),
+    }
+    if "features" in tensors:
+        shape = (*plain.shape[:1], *tensors["features"].shape[1:4])
+        needed |= {name: (shape, {torch.bfloat16}) for name in ("features", "features_flip")}
+        if len(shape) != 4 or (f"{key}_flip" in tensors) != ("features_flip" in tensors):
+            raise RunError(f"{path}: its features are not those of its latents; {REMEDY}")
+    for name, (shape, dtypes) in needed.items():
+        if name in tensors and (tensors[name].shape != shape or tensors[name].dtype not in dtypes):
+            raise RunError(f"{path}: {name} is {tensors[name]}; needed: {shape}, as {key} is {plain}; {REMEDY}")
+    settings = sha256 = None
+    if FORMAT in metadata:
+        try:
+            about = json.loads(metadata[FORMAT])
+            settings, sha256 = LatentSettings(**about["settings"]), about["sha256"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise RunError(f"{path} has damaged metadata ({error!r}); remove it and encode it anew") from None
     return LatentShard(
-        path=path,
-        count=count,
-        shape=(channels // 2 if has_moments else channels, height, width),
-        dtype=plain.dtype,
-        has_moments=has_moments,
-        plain=Rows(plain.offset, row_bytes),
-        flipped=Rows(flipped.offset, row_bytes) if flipped is not None else None,
-        labels=labels,
-        features=_features(path, tensors, count, flipped is not None),
-        num_bytes=max(entry.offset + math.prod(entry.shape) * entry.dtype.itemsize for entry in tensors.values()),
-        settings=settings,
+        path, tensors, key, read_rows(path, tensors["labels"], 0, plain.shape[0]).long(), settings, sha256
     )
-
-
-def _features(path: Path, tensors: dict[str, TensorEntry], count: int, has_flipped: bool) -> FeatureRows | None:
-    """Where the features lie, checked to fit the latents; None where there are none."""
-    plain, flipped = tensors.get("features"), tensors.get("features_flip")
-    if plain is None:
-        return None
-    if len(plain.shape) != 4 or plain.shape[0] != count or plain.dtype != torch.bfloat16:
-        raise RunError(
-            f"{path}: features are {plain.dtype} {plain.shape}; needed: bfloat16 ({count}, D, h, w); {REMEDY}"
-        )
-    if (flipped is not None) != has_flipped or (flipped is not None and flipped.shape != plain.shape):
-        found = "are missing" if flipped is None else f"have shape {flipped.shape}"
-        raise RunError(f"{path}: features_flip {found}; they must match features and the mirrored latents; {REMEDY}")
-    _, channels, height, width = plain.shape
-    row_bytes = math.prod(plain.shape[1:]) * plain.dtype.itemsize
-    mirrored = Rows(flipped.offset, row_bytes) if flipped is not None else None
-    return FeatureRows((channels, height, width), plain.dtype, Rows(plain.offset, row_bytes), mirrored)
-
-
-def read_ids(path: Path) -> Tensor | None:
-    """Of each latent of a shard: the index of its image in the source, int64 (N,); None where the shard has none."""
-    tensors, _ = parse_header(path)
-    return _read_integers(path, "ids", tensors["ids"]) if "ids" in tensors else None
 
 
 def open_folder(folder: Path) -> list[LatentShard]:
     """All shards of a latent folder in file-name order, checked to agree with each other."""
-    shards = []
-    for path in shard_paths(folder):
-        shards.append(open_shard(path))
-        refuse_other_kind(shards[-1], shards[0])
-    return shards
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """The files of a latent folder, sorted by name."""
-    if not str(folder) or not folder.is_dir():
+    if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
     try:
@@ -217,17 +265,51 @@ def shard_paths(folder: Path) -> list[Path]:
         raise UsageError(
             f"data.path {folder} holds no .safetensors shards; set it to a folder that `vadit encode` wrote"
         )
-    return paths
+    shards = [open_shard(path) for path in paths]
+    kinds = [
+        {name: (entry.dtype, *entry.shape[1:]) for name, entry in shard.tensors.items() if name in KINDS}
+        for shard in shards
+    ]
+    for shard, kind in zip(shards, kinds, strict=True):
+        if kind != kinds[0]:
+            raise RunError(
+                f"{shard.path} holds {kind} but {paths[0].name} {kinds[0]}; keep shards of one kind in a folder"
+            )
+    return shards
 
 
-def refuse_other_kind(shard: LatentShard, first: LatentShard) -> None:
-    """RunError where a shard does not go together with the first one of its folder."""
-    if shard.kind != first.kind:
-        what, other = (
-            f"{one.dtype} {one.stored_shape}" + (f" with features {one.features.shape}" if one.features else "")
-            for one in (shard, first)
-        )
-        raise RunError(f"{shard.path} holds {what} but {first.path.name} {other}; keep shards of one kind in a folder")
+def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
+    """The shards and the number of classes, checked to agree with the index where there is one.
+
+    The authors' folders have none; there the largest label tells the number of classes.
+    """
+    shards = open_folder(folder)
+    path = folder / INDEX_FILE
+    if path.exists():
+        try:
+            index = json.loads(path.read_text())
+            num_classes = int(index["num_classes"])
+            expected = {shard["file"]: (shard["count"], shard["sha256"]) for shard in index["shards"]}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(
+                f"{path} is damaged ({error!r}); run the `vadit encode` command again to rewrite it"
+            ) from None
+        found = {shard.path.name: (shard.count, shard.sha256) for shard in shards}
+        for name in sorted(found | expected):
+            if found.get(name) != expected.get(name):
+                raise RunError(f"{folder / name} does not agree with index.json; run the `vadit encode` command again")
+    elif any(shard.settings is not None for shard in shards):
+        raise UsageError(f"data.path {folder} is not finished: run its `vadit encode` command again to complete it")
+    else:
+        num_classes = max((int(shard.labels.max()) for shard in shards if shard.count), default=0) + 1
+    for shard in shards:
+        outside = shard.labels[(shard.labels < 0) | (shard.labels >= num_classes)]
+        if len(outside):
+            raise UsageError(f"{shard.path} holds label {int(outside[0])}; labels must be in [0, {num_classes})")
+    return shards, num_classes
+
+
+# ------------------------------------------------------------------------------------------------ writing
 
 
 class LatentShardWriter:
@@ -249,26 +331,36 @@ class LatentShardWriter:
     ) -> None:
         """Append rows: latents (B, c, h, w), c = 2d (mean, std) for moments; labels and ids (B,).
 
-        features: those of the images and of their mirror images, (B, D, h, w) each, kept as bfloat16.
+        features: those of the images and of their mirror images, (B, D, h, w) each, kept as bfloat16. RunError where
+        anything is not finite.
         """
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
         key = "moments" if self.settings.store == "moments" else "latents"
-        rows = {"labels": labels.to(torch.int64), "ids": ids.to(torch.int64), key: latents.to(dtype)}
-        if flipped is not None:
-            rows[f"{key}_flip"] = flipped.to(dtype)
-        for name, part in zip(("features", "features_flip"), features or (None, None), strict=True):
-            if part is not None:
-                rows[name] = part.to(torch.bfloat16)
-        for name, part in rows.items():
-            self._parts.setdefault(name, []).append(part.detach().cpu().contiguous())
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
+        plain_features, flipped_features = features or (None, None)
+        for name, part, kind in (
+            (key, latents, dtype),
+            (f"{key}_flip", flipped, dtype),
+            ("features", plain_features, torch.bfloat16),
+            ("features_flip", flipped_features, torch.bfloat16),
+            ("labels", labels, torch.int64),
+            ("ids", ids, torch.int64),
+        ):
+            if part is None:
+                continue
+            stored = part.detach().to("cpu", kind).contiguous()
+            if not is_finite(stored):
+                raise RunError(
+                    f"the {name} of images {ids[0]} to {ids[-1]} are not finite; check the network's weights"
+                )
+            self._parts.setdefault(name, []).append(stored)
         self.count += len(labels)
 
     def close(self) -> int:
         """Write the shard; the number of images in it. RunError where the disk is full, and no partial file stays."""
-        values = {name: str(value) for name, value in asdict(self.settings).items()}
-        if not self.settings.features:
-            del values["features"]  # such files stay as they were before there were features
-        write_tensors(self.path, self._parts, {"format": FORMAT, "count": str(self.count), **values})
+        tensors = {name: torch.cat(self._parts.pop(name)) for name in list(self._parts)}
+        about = {"sha256": checksum(tensors), "settings": asdict(self.settings)}
+        with saved_file(self.path) as partial:
+            save_tensors(partial, tensors, {FORMAT: json.dumps(about)})
         return self.count
 
 
@@ -282,63 +374,7 @@ def save_index(folder: Path, settings: LatentSettings, classes: Sequence[str]) -
         "classes": list(classes),
         "statistics": STATISTICS_FILE,
         "settings": asdict(settings),
-        "shards": [{"file": shard.path.name, "count": shard.count} for shard in shards],
+        "shards": [{"file": shard.path.name, "count": shard.count, "sha256": shard.sha256} for shard in shards],
     }
-    write_atomically(folder / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
-
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """The content of index.json, or None where there is none (the authors' folders)."""
-    path = folder / INDEX_FILE
-    if not path.exists():
-        return None
-    try:
-        index = json.loads(path.read_text())
-        # The keys that readers use; anything else in the file is information for people.
-        return {
-            "num_classes": int(index["num_classes"]),
-            "shards": {str(shard["file"]): int(shard["count"]) for shard in index["shards"]},
-        }
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); run the `vadit encode` command again to rewrite it") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; RunError where the disk does not take it."""
-    write_parts(path, [content])
-
-
-def _read_integers(path: Path, name: str, entry: TensorEntry) -> Tensor:
-    """int64, of the shape that the file has."""
-    if entry.dtype not in (torch.int64, torch.int32):
-        raise RunError(f"{path}: {name} are {entry.dtype}; needed: int64 or int32; {REMEDY}")
-    kind = np.int64 if entry.dtype == torch.int64 else np.int32
-    try:
-        values = np.fromfile(path, kind, math.prod(entry.shape), offset=entry.offset)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
-    if len(values) != math.prod(entry.shape):
-        raise RunError(f"{path} is cut short; {REMEDY}")
-    return torch.from_numpy(values.astype(np.int64).reshape(entry.shape))
-
-
-def _parse_settings(path: Path, metadata: dict[str, str]) -> LatentSettings | None:
-    if metadata.get("format") != FORMAT:
-        return None
-    try:
-        return LatentSettings(
-            tokenizer=metadata["tokenizer"],
-            config=metadata["config"],
-            source=metadata["source"],
-            num_images=int(metadata["num_images"]),
-            num_classes=int(metadata["num_classes"]),
-            size=int(metadata["size"]),
-            store="moments" if metadata["store"] == "moments" else "sample",
-            dtype="fp32" if metadata["dtype"] == "fp32" else "bf16",
-            flip=metadata["flip"] == "True",
-            seed=int(metadata["seed"]),
-            shard_size=int(metadata["shard_size"]),
-            features=metadata.get("features", ""),
-        )
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{path} has damaged metadata ({error!r}); remove it and encode it anew") from None
+    with saved_file(folder / INDEX_FILE) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n")

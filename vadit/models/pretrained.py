@@ -6,7 +6,6 @@ Foreign files are read here, too (`read_weights`), and never with code that the 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,12 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.files import whole_file
+from vadit.runtime.safetensors_file import save_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -44,23 +44,13 @@ def save_model(model: nn.Module, spec: Any, folder: str | Path) -> None:
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to one file; never half a file, also where it fails."""
-    # safetensors refuses strided and shared storage, and keeps tensors on the host
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         with whole_file(path) as partial:
-            save_tensors(tensors, partial)
+            save_tensors(partial, state)
     except (SafetensorError, OSError) as error:
         raise RunError(
             f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
         ) from None
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' save_file, but with the permissions of any new file: its own lets the owner alone read."""
-    save_file(tensors, path)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def read_spec(kind: type[S], folder: str | Path) -> S:

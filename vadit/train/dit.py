@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vadit.config import DiTConfig
 from vadit.estimate import flops
+from vadit.images.online import open_online_images
 from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
-from vadit.latents.dataset import LatentLoader, open_latents
+from vadit.latents.dataset import open_latents
+from vadit.latents.loader import LatentLoader
 from vadit.models import attention
 from vadit.models.dit import Attention, DiTOutput, LightningDiT
 from vadit.models.foundation import FoundationModel
@@ -42,6 +44,9 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     dataset = open_latents(config.data, config.model, config.repa)
+    if config.repa.weight > 0 and config.repa.features == "online":
+        grid = config.model.input_size // config.model.patch_size
+        dataset.companion = open_online_images(config.data, dataset, grid)
     folder = runs.open_folder(config)
     runs.seed_everything(config.run)
 

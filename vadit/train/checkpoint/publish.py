@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vadit.runtime import distributed
 from vadit.runtime.console import console
 from vadit.runtime.errors import write_fault
+from vadit.runtime.safetensors_file import save_tensors
 
 MANIFEST = "manifest.json"
 
@@ -37,7 +37,7 @@ class TensorFile:
 
 def write_tensors(path: Path, file: TensorFile) -> dict[str, Any]:
     """Write a safetensors file through to the disk, without holding up Python; its size and SHA-256."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in file.tensors.items()}, path, file.metadata)
+    save_tensors(path, file.tensors, file.metadata)
     return _flushed(path)
 
 

@@ -1,0 +1,145 @@
+"""The order of the data: which sample comes when, on which rank, after which resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from vadit.runtime import rng
+from vadit.runtime.errors import UsageError
+from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, debug_count, sample_ids, split_epochs
+
+N, SEED = 11, 5
+
+
+class Ids(PositionedLoader[list[tuple[int, int]]]):
+    """Batches of (epoch, id); remembers what was begun and whether its session is over."""
+
+    def __init__(self, batch_size: int, seed: int = SEED, rank: int = 0, world_size: int = 1, n: int = N) -> None:
+        super().__init__(n, batch_size, seed, rank, world_size)
+        self.begun: list[list[int]] = []
+        self.closed = 0
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], list[tuple[int, int]]]]]:
+        def start(positions: Tensor) -> Callable[[], list[tuple[int, int]]]:
+            self.begun.append(positions.tolist())
+            parts = list(sample_ids(positions, self.num_samples, self.seed))
+            return lambda: [(epoch, index) for epoch, ids in parts for index in ids.tolist()]
+
+        yield start
+        self.closed += 1
+
+
+def expected(start: int, stop: int, seed: int = SEED) -> list[tuple[int, int]]:
+    """By the definition: position p shows permute(p % n) under the key of its epoch."""
+    return [
+        (p // N, int(rng.permute(torch.tensor([p % N]), N, rng.fold(seed, "order", p // N))[0]))
+        for p in range(start, stop)
+    ]
+
+
+def test_positions_are_cut_at_the_ends_of_epochs() -> None:
+    found = [(epoch, places.tolist()) for epoch, places in split_epochs(torch.tensor([4, 7, 10, 13, 25]), 5)]
+    assert found == [(0, [4]), (1, [2]), (2, [0, 3]), (5, [0])]
+    ids = [(epoch, index) for epoch, ids in sample_ids(torch.arange(8, 24), N, SEED) for index in ids.tolist()]
+    assert ids == expected(8, 24)
+    # A golden value: another order would go on with other samples where a run was interrupted.
+    assert [int(ids[0]) for _, ids in sample_ids(torch.tensor([0, 1_000_003]), 1_000_003, 5)] == [575127, 407537]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_stream_is_shared_out_over_ranks(world_size: int) -> None:
+    loaders = [Ids(2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    streams = [loader.stream() for loader in loaders]
+    for step in range(14):  # past two epochs, which end inside batches
+        whole = expected(2 * world_size * step, 2 * world_size * (step + 1))
+        assert [next(stream) for stream in streams] == [whole[rank::world_size] for rank in range(world_size)]
+        assert {loader.images_seen for loader in loaders} == {2 * world_size * (step + 1)}
+        assert {loader.epoch for loader in loaders} == {2 * world_size * (step + 1) // N}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_iteration_gives_what_is_left_of_the_epoch(world_size: int) -> None:
+    for seen in (0, 4, 10, 11, 13):
+        loaders = [Ids(2, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for loader in loaders:
+            loader.load_state_dict({"seed": SEED, "images_seen": seen})
+        batches = [list(loader) for loader in loaders]
+        end = (seen // N + 1) * N
+        for rank, found in enumerate(batches):
+            cuts = range(seen, end, 2 * world_size)
+            parts = [expected(cut, min(cut + 2 * world_size, end))[rank::world_size] for cut in cuts]
+            assert found == [part for part in parts if part]
+        assert {loader.images_seen for loader in loaders} == {end}
+        assert {loader.closed for loader in loaders} == {1}
+
+
+@pytest.mark.parametrize("new_world_size", [1, 2, 4])
+def test_resume_goes_on_with_the_next_sample_on_any_number_of_ranks(new_world_size: int) -> None:
+    loader = Ids(2, rank=1, world_size=2)
+    list(islice(loader.stream(), 2))
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state == {"seed": SEED, "images_seen": 8, "epoch": 0, "num_samples": N}
+    for rank in range(new_world_size):
+        resumed = Ids(4 // new_world_size, 0, rank, new_world_size)
+        resumed.load_state_dict(state)
+        found = list(chain.from_iterable(islice(resumed.stream(), 5)))
+        assert found == expected(8, 28)[rank::new_world_size]
+
+
+def test_an_iterator_follows_its_loader_to_another_position_and_seed() -> None:
+    for endless in (True, False):
+        loader = Ids(3)
+        running = loader.stream() if endless else iter(loader)
+        assert next(running) == expected(0, 3)
+        for seen, seed in ((9, SEED), (9, 6), (22, 6)):
+            loader.load_state_dict({"seed": seed, "images_seen": seen})
+            assert next(running) == expected(
+                seen, seen + 3 if endless else min(seen + 3, -(-(seen + 1) // N) * N), seed
+            )
+
+
+def test_batches_are_begun_ahead_and_counted_when_they_are_handed_out() -> None:
+    loader = Ids(2)
+    stream = loader.stream()
+    for step in range(1, 4):
+        next(stream)
+        assert len(loader.begun) == step - 1 + PREFETCH_BATCHES and loader.images_seen == 2 * step
+    stream.close()
+    assert loader.state_dict()["images_seen"] == 6
+
+
+def test_samples_between_two_states() -> None:
+    loaders = [Ids(2, rank=rank, world_size=2) for rank in range(2)]
+    streams = [loader.stream() for loader in loaders]
+    before = [(next(stream), loader.state_dict())[1] for stream, loader in zip(streams, loaders, strict=True)]
+    for stream in streams:
+        list(islice(stream, 4))
+    for loader, state in zip(loaders, before, strict=True):
+        assert loader.ids_between(state, loader.state_dict()) == [index for _, index in expected(4, 20)]
+        assert loader.ids_between(state, state) == []
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for options, message in (
+        ({"n": 0}, "the data set is empty"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rank": 2, "world_size": 2}, r"rank 2 is outside \[0, 2\)"),
+        ({"rank": -1}, "rank -1 is outside"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Ids(**({"batch_size": 1} | options))
+    assert Ids(1, n=1).num_samples == 1
+    with pytest.raises(UsageError, match=r"counts 12 samples but the data set has 11"):
+        Ids(2).load_state_dict({"seed": 0, "images_seen": 4, "num_samples": 12})
+    assert debug_count("debug:1") == 1 and debug_count("debug:64") == 64
+    for path in ("debug:0", "debug:", "debug:-1", "debug:x"):
+        with pytest.raises(UsageError, match="debug data needs a count of at least 1"):
+            debug_count(path)
