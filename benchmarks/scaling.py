@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,8 +179,8 @@ class Row:
 
 def model(recipe: str, config: Config, cluster: Cluster, *, global_batch: int, per_gpu: int) -> list[Row]:
     """Strong scaling with `global_batch` images per step, weak with `per_gpu` images on each GPU."""
-    networks, activations = memory.count(config)
-    weights = float(sum(network.num_trained for network in networks))
+    trace = functools.cache(functools.partial(memory.trace, config))
+    weights = float(sum(network.num_trained for network in trace(per_gpu)[0]))
     number = memory.BF16 if config.engine.precision == "bf16" else memory.FP32
     # Under autocast DeepSpeed sends gradients of products in bf16, which are nearly all.
     gradient = memory.BF16 if config.engine.precision == "autocast" else number
@@ -190,7 +191,7 @@ def model(recipe: str, config: Config, cluster: Cluster, *, global_batch: int, p
             images = global_batch // gpus if scaling == "strong" else per_gpu
             if images < 1:
                 continue
-            held = memory.stages(config, networks, activations, gpus, images)
+            held = memory.stages(config, *trace(images), gpus)
             arithmetic = max(images * flops / (cluster.peak_tflops * 1e12 * cluster.mfu), cluster.launch_ms * 1e-3)
             optimizer = weights / gpus * ADAM_BYTES / (cluster.memory_gbs * 1e9)
             for scheme in SCHEMES:

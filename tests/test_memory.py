@@ -19,10 +19,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig
 from vadit.estimate import memory
+from vadit.estimate.networks import Network
 from vadit.recipes import get_recipe
 
 TOLERANCE = 0.15
@@ -126,19 +128,47 @@ def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch
     assert stage.total == pytest.approx(held, rel=TOLERANCE), (stage.peak.name, stage.total / held)
 
 
-def test_moments_of_a_step_differ_by_stage(tmp_path: Path) -> None:
-    config = Case(1, batch=1).config(tmp_path)
-    networks, activations = memory.count(config)
-    none = replace(activations, per_image=0.0, fixed=0.0)
-    trained = networks[0].num_trained
-    config = replace(config, run=replace(config.run, device="cuda"))
-    rows = memory.stages(config, networks, none, 64, 1)
-    # Without activations ZeRO 1 is fullest once its whole gradients lie beside the bucket that they go to.
-    assert rows[1].peak.name == "backward" and rows[1].peak.total == 2 * 4 * trained
-    assert rows[2].peak.total == 2 * 4 * trained and rows[2].peak.name == "reduction"
-    # ZeRO 3 gathers all weights of a small network, and those to come once more.
-    assert rows[3].peak.total == pytest.approx(3 * 4 * trained, rel=0.02)
-    assert [row.optimizer for row in rows] == [8 * trained, *[12 * trained / 64] * 3]
+@pytest.mark.parametrize(
+    ("engine", "gpus", "expected"),
+    [
+        # Weights without activations, in units of a weight: (fp32 weights, optimizer, averages, gradients, buffers).
+        ({}, 64, [(4, 8, 4, 4, 4), (4, 12 / 64, 4 / 64, 4, 8), (4, 12 / 64, 4 / 64, 4 / 64, 8), None]),
+        ({}, 1, [(4, 8, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 8)]),
+        ({"precision": "bf16"}, 64, [None, (2, 12 / 64, 4 / 64, 2, 4), (2, 12 / 64, 4 / 64, 2 / 64, 4), None]),
+        ({"precision": "bf16"}, 1, [None, (2, 12, 4, 2, 6), None, (2, 12, 4, 2, 8)]),
+        ({"precision": "autocast"}, 2, [None, (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
+        ({"overlap_comm": True}, 2, [(4, 8, 4, 4, 4), (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
+        ({"offload_optimizer": True, "ema_decays": (0.9, 0.99)}, 2, [(4, 8, 8, 4, 4), (4, 0, 0, 4, 8), None, None]),
+        # ZeRO 3 gathers all weights of a small network, and those to come once more.
+        ({"gradient_accumulation": 2}, 64, [(4, 8, 4, 4, 4), None, None, (4 / 64, 12 / 64, 4 / 64, 4 / 64, 12)]),
+        ({"precision": "autocast"}, 64, [None, None, None, (4 / 64, 12 / 64, 4 / 64, 4 / 64, 14)]),
+    ],
+)
+def test_shares_of_the_stages(engine: Any, gpus: int, expected: list[Any]) -> None:
+    config = get_recipe("lightningdit-b")
+    config = replace(config, engine=replace(config.engine, **{"ema_decays": (0.9,), "precision": "fp32", **engine}))
+    network = Network("one", torch.nn.Linear(10, 10, bias=False, device="meta"), averaged=True)
+    rows = memory.stages(config, [network], memory.Activations(0, 0), gpus)
+    assert [row.stage for row in rows] == [0, 1, 2, 3]
+    for row, wanted in zip(rows, expected, strict=True):
+        if wanted is not None:
+            found = (row.weights, row.optimizer, row.averages, row.gradients, row.buffers)
+            assert [value / 100 for value in found] == pytest.approx(list(wanted)), row.stage
+            assert row.total == pytest.approx(100 * sum(wanted))
+
+
+def test_what_is_held_is_counted_where_it_is_fullest() -> None:
+    """Two layers of 100 weights on 8 rows: they keep their inputs, and tanh its output, which is one of them."""
+    with FakeTensorMode():
+        layers = [torch.nn.Linear(10, 10, bias=False), torch.nn.Tanh(), torch.nn.Linear(10, 10, bias=False)]
+        model = torch.nn.Sequential(*layers)
+        network = Network("two", model, lambda rows: model(torch.zeros(rows, 10)).sum())
+        held, half = memory._Held(network, 8, "fp32"), memory._Held(network, 8, "autocast")
+    row, weight = 8 * 10 * 4, 100 * 4
+    assert held.kept == 2 * row + 4
+    # In the backward pass of the last layer: the gradient of its output, then that of its weight, then of its input.
+    assert held.most == held.kept + 4 + row + weight and held.most_with_gradients == held.most + row
+    assert half.kept == 2 * row / 2 + 2 * weight / 2 + 2  # autocast keeps its copies of the weights
 
 
 # ------------------------------------------------------------------------------------------------ in own processes

@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: FLOPs against torch's counter, bytes against two processes, "modelled" on every row."""
+"""benchmarks/scaling.py: bytes against two processes, "modelled" on every row."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from vadit.config import DiTConfig, TokenizerConfig
-from vadit.estimate import flops as vadit_flops
-from vadit.models.autoencoder import Autoencoder
-from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -27,32 +21,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     import scaling
     import scaling_validation
 
-    yield vadit_flops, scaling, scaling_validation
+    yield scaling, scaling_validation
     for name in ("scaling", "scaling_validation"):
         sys.modules.pop(name)
-
-
-@pytest.mark.parametrize("recipe", ["lightningdit-xl-64ep", "dit-xl2-ddpm", "lightningdit-b-debug"])
-def test_flops_of_generators_are_what_torch_counts(recipe: str, modules: Any) -> None:
-    config = get_recipe(recipe)
-    assert isinstance(config, DiTConfig)
-    spec = config.model
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x = torch.empty(1, spec.in_channels, spec.input_size, spec.input_size)
-        drop = torch.zeros(1, dtype=torch.bool)
-        LightningDiT(spec)(x, torch.empty(1), torch.empty(1, dtype=torch.long), drop, with_variance=spec.learn_sigma)
-    assert modules[0].dit_flops(spec) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("recipe", ["vavae-f16d32-dinov2", "vavae-f16d32-dinov2-debug"])
-def test_flops_of_the_tokenizer_are_what_torch_counts(recipe: str, modules: Any) -> None:
-    config = get_recipe(recipe)
-    assert isinstance(config, TokenizerConfig)
-    spec = config.autoencoder
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = Autoencoder(spec)
-        model.decode(model.encode(torch.empty(1, spec.in_channels, spec.image_size, spec.image_size)).mean)
-    assert modules[0].autoencoder_flops(spec) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +37,7 @@ def test_flops_of_the_tokenizer_are_what_torch_counts(recipe: str, modules: Any)
     ],
 )
 def test_bytes_are_what_two_processes_send(stage: int, accumulation: int, modules: Any) -> None:
-    validation = modules[2]
+    validation = modules[-1]
     found = validation.launch(2, stage=stage, precision="fp32", accumulation=accumulation, steps=2, gloo=False)
     rows = validation.compare(stage, "fp32", accumulation, found)
     assert {row["what"] for row in rows} >= {"bytes of all_gather" if stage else "bytes of all_reduce"}
@@ -76,7 +47,7 @@ def test_bytes_are_what_two_processes_send(stage: int, accumulation: int, module
 
 
 def test_rings(modules: Any) -> None:
-    scaling = modules[1]
+    scaling = modules[0]
     cluster = scaling.Cluster(nvlink_gbs=100, link_gbs=10, nvlink_us=0, link_us=0)
     # Each of 8 GPUs receives 7 eighths; over 2 nodes the 8 adapters of a node carry 15 sixteenths together.
     assert cluster.collective_s(8e9, 8) == pytest.approx(7e9 / 100e9)
@@ -87,7 +58,7 @@ def test_rings(modules: Any) -> None:
 
 
 def test_what_was_modelled_says_so(modules: Any, tmp_path: Path) -> None:
-    scaling = modules[1]
+    scaling = modules[0]
     config = get_recipe("lightningdit-b-debug")
     rows = scaling.model("lightningdit-b-debug", config, scaling.Cluster(), global_batch=1024, per_gpu=4)
     scaling.save(rows, tmp_path / "rows.csv")

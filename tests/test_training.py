@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
-from vadit.config import EngineSpec, OptimizerSpec, TokenizerConfig
+from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.train import dit, loop, runs, tokenizer
 from vadit.train.checkpoint import export, publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import MAX_BUCKET, Engine, deepspeed_config
+from vadit.train.engine import Engine, deepspeed_config
 
 CPU = torch.device("cpu")
 

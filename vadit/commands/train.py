@@ -122,9 +122,9 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
     for row in needed.stages:
         chosen = row.stage == options.config.engine.zero_stage
         values = [f"{getattr(row, column) / gib:,.2f}" for column in columns]
-        table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, row.peak.name, style="bold" if chosen else None)
+        table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, row.moment, style="bold" if chosen else None)
     print_table(table)
     print(
-        f"* engine.zero_stage. Activations: {needed.activations.per_image / gib:.3f} GiB per image. "
+        f"* engine.zero_stage. Activations: {needed.activations.alone / needed.micro_batch / gib:.3f} GiB per image. "
         "Estimated, at the fullest moment of a step; CUDA's context, workspace and fragmentation come on top."
     )

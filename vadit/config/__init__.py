@@ -14,7 +14,7 @@ from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
-from vadit.config.training import EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
+from vadit.config.training import MAX_BUCKET, EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.runtime.errors import UsageError
 
 

@@ -8,6 +8,9 @@ from typing import Literal
 from vadit.config.ranges import at_least
 from vadit.runtime.errors import UsageError
 
+MAX_BUCKET = 500_000_000
+"""Weights that DeepSpeed reduces or gathers in one piece, at most."""
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:

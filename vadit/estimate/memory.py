@@ -1,8 +1,8 @@
 """What a run needs of each GPU, before it starts: parameters and bytes, by ZeRO stage.
 
 Weights, gradients, optimizer state, averages and DeepSpeed's buckets are counted by formula (Rajbhandari et al. 2020,
-section 5). What a forward and a backward pass hold is counted on the networks themselves, with fake tensors, which
-have shapes and no storage. These do not all exist at once: what counts is the fullest moment of a step.
+section 5); what a forward and a backward pass hold, on the networks themselves, with fake tensors, which have shapes
+and no storage. These do not all exist at once: what counts is the fullest moment of a step.
 
 Not counted: the CUDA context (0.3-0.6 GiB) and NCCL's buffers, workspace of cuDNN and cuBLAS, fragmentation, the
 batches that a loader keeps ready, what torch.compile changes, and of an evaluation during training all but its
@@ -21,28 +21,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vadit.config import Config
+from vadit.config import MAX_BUCKET, Config
 from vadit.estimate.networks import Network, networks
+from vadit.runtime import distributed
 
 FP32, BF16 = 4, 2
 """Bytes per number."""
-MAX_BUCKET = 500_000_000
-"""Weights that DeepSpeed reduces or gathers in one piece, at most (`vadit.train.engine`)."""
 PREFETCH = 50_000_000
 """Weights that ZeRO 3 gathers ahead of their use (DeepSpeed's default)."""
 MAX_LIVE = 1_000_000_000
 """Weights that ZeRO 3 leaves gathered from the forward to the backward pass (DeepSpeed's default)."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Parameters of one network of a run."""
-
-    name: str
-    num_trained: int
-    """Those that the optimizer sees."""
-    num_frozen: int
-    averaged: bool
 
 
 @dataclass(frozen=True)
@@ -74,57 +62,50 @@ class StageMemory:
     @property
     def total(self) -> float:
         """Sum of the parts."""
-        return sum((self.weights, self.optimizer, self.averages, self.gradients, self.buffers, self.activations))
+        return self.weights + self.optimizer + self.averages + self.gradients + self.buffers + self.activations
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What `vadit train --dry-run` prints."""
 
-    networks: tuple[Size, ...]
+    networks: list[Network]
     micro_batch: int
     """Images per GPU in one pass."""
     activations: Activations
-    stages: tuple[StageMemory, ...]
-    """ZeRO 0, 1, 2 and 3."""
+    stages: list[StageMemory]
 
 
-def estimate(config: Config, world_size: int, micro_batch: int | None = None) -> Estimate:
-    """Parameters and memory per GPU of a run on `world_size` GPUs.
-
-    micro_batch: images per GPU in one pass; by default what the run's settings give.
-    """
-    images = micro_batch or config.run.batch_size // (world_size * config.engine.gradient_accumulation)
-    sizes, activations = trace(config, images)
-    rows = tuple(_stage(config, sizes, activations, stage, world_size) for stage in range(4))
-    return Estimate(sizes, images, activations, rows)
+def estimate(config: Config, world_size: int) -> Estimate:
+    """Parameters and memory per GPU of a run on `world_size` GPUs; UsageError for a batch that does not divide."""
+    images = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation, world_size)
+    found, activations = trace(config, images)
+    return Estimate(found, images, activations, stages(config, found, activations, world_size))
 
 
-# ------------------------------------------------------------------------------------------------ formulas
+def stages(config: Config, found: list[Network], activations: Activations, world_size: int) -> list[StageMemory]:
+    """Memory per GPU under ZeRO 0, 1, 2 and 3."""
+    return [_stage(config, found, activations, stage, world_size) for stage in range(4)]
 
 
-def _stage(
-    config: Config, sizes: tuple[Size, ...], activations: Activations, stage: int, world_size: int
-) -> StageMemory:
+def _stage(config: Config, found: list[Network], activations: Activations, stage: int, world_size: int) -> StageMemory:
     spec = config.engine
-    trained = sum(size.num_trained for size in sizes)
-    averaged = sum(size.num_trained for size in sizes if size.averaged)
+    trained, averaged = (sum(n.num_trained for n in found if n.averaged or both) for both in (True, False))
     number = BF16 if spec.precision == "bf16" else FP32
-    optimizer_share = trained / (world_size if stage else 1)
-    weights_share = 0 if stage == 3 and spec.offload_weights else trained / (world_size if stage == 3 else 1)
+    shards = world_size if stage else 1
     # ZeRO keeps its own fp32 masters even where the weights are fp32 already; without it the weights are the masters.
-    per_weight = 2 * FP32 + (FP32 if stage or spec.precision == "bf16" else 0)
-    on_host = stage > 0 and spec.offload_optimizer
-    moments = _moments(config, [size.num_trained for size in sizes], activations, stage, world_size)
+    per_weight = 2 * FP32 + (FP32 if stage else 0)
+    moments = _moments(config, [n.num_trained for n in found], activations, stage, world_size)
     if config.evaluation.every_images:  # fills a network of its own, between two steps
         moments["evaluation"] = (0, FP32 * averaged, 0)
-    moment = max(moments, key=lambda name: sum(moments[name]))
-    gradients, buffers, held = moments[moment]
+    moment, (gradients, buffers, held) = max(moments.items(), key=lambda item: sum(item[1]))
+    on_host = stage > 0 and spec.offload_optimizer
+    weights = 0 if stage == 3 and spec.offload_weights else number * trained / (world_size if stage == 3 else 1)
     return StageMemory(
         stage=stage,
-        weights=number * weights_share + FP32 * sum(size.num_frozen for size in sizes),
-        optimizer=0 if on_host else per_weight * optimizer_share,
-        averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / (world_size if stage else 1),
+        weights=weights + FP32 * sum(n.num_frozen for n in found),
+        optimizer=0 if on_host else per_weight * trained / shards,
+        averages=0 if on_host else len(spec.ema_decays) * FP32 * averaged / shards,
         gradients=gradients,
         buffers=buffers,
         activations=held,
@@ -139,91 +120,62 @@ def _moments(
 
     sizes: trained weights of each network; they run backward and step one after the other, the largest decides.
     """
-    spec = config.engine
+    spec, autocast = config.engine, config.engine.precision == "autocast"
     number = BF16 if spec.precision == "bf16" else FP32
-    # Under autocast some gradients are sent in bf16, the rest in fp32: a bucket for each, each as large as if for all.
-    sent = FP32 + BF16 if spec.precision == "autocast" else number
-    largest = max(sizes)
-    bucket = min(MAX_BUCKET, largest)
-    whole = number * sum(sizes)
+    whole, largest = number * sum(sizes), max(sizes)
     share = whole / (world_size if stage else 1)
-    alone, together = activations.alone, activations.with_gradients
+    bucket = number * min(MAX_BUCKET, largest)
+    # Under autocast some gradients are sent in bf16, the rest in fp32: a bucket for each, each as large as if for all.
+    buckets = bucket * (2 if spec.overlap_comm else 1) * (2 if autocast else 1) if stage else 0
+    sent = bucket if world_size > 1 or stage == 0 else 0  # a copy, which ZeRO 0 makes for a single process, too
+    kept = whole if stage < 2 else share
+    passes = (kept if spec.gradient_accumulation > 1 else 0, buckets, activations.alone)
+    if stage < 2 and spec.gradient_accumulation == 1:
+        passes = (activations.with_gradients - activations.alone, buckets, activations.alone)
+    if stage == 3:  # buckets and the gradients' shard are made at the start and stay
+        buckets = sum(min(MAX_BUCKET, size) for size in sizes) * (FP32 + BF16 if autocast else number)
+        gathered = number * (min(MAX_LIVE, largest) + min(PREFETCH, largest)) if world_size > 1 else 0
+        passes, sent = (share, buckets + gathered, activations.alone), bucket
     # A step lays gradients end to end, and in bf16 makes an fp32 copy of them.
     copies = largest / world_size * (number + (FP32 if number == BF16 else 0)) if stage else 0
-    if stage == 3:  # buckets and the gradients' shard are made at the start and stay
-        buckets = sent * sum(min(MAX_BUCKET, size) for size in sizes)
-        gathered = number * (min(MAX_LIVE, largest) + min(PREFETCH, largest)) if world_size > 1 else 0
-        return {
-            "backward": (share, buckets + gathered, alone),
-            "reduction": (share, buckets + number * bucket, 0),
-            "step": (share, buckets + copies, 0),
-        }
-    buckets = bucket * sent * (2 if spec.overlap_comm else 1) if stage else 0
-    if stage == 2:  # each gradient moves into the bucket, and out of it
-        kept = share if spec.gradient_accumulation > 1 else 0
-        passes = (kept, buckets, alone)
-    elif spec.gradient_accumulation > 1:
-        passes = (whole, buckets, alone)
-    else:
-        passes = (together - alone, buckets, alone)
-    # What is sent is a copy of a bucket; DeepSpeed makes it for a single process, too, at stage 0.
-    copy = sent * bucket if world_size > 1 or stage == 0 else 0
-    left = share if stage == 2 else whole
     return {
         "backward": passes,
-        "reduction": (left, buckets + copy, 0),
-        "step": (share, copies, 0),
+        "reduction": (kept, buckets + sent, 0),
+        "step": (share, copies + (buckets if stage == 3 else 0), 0),
     }
 
 
 # ------------------------------------------------------------------------------------------------ the networks
 
 
-def trace(config: Config, images: int) -> tuple[tuple[Size, ...], Activations]:
+def trace(config: Config, images: int) -> tuple[list[Network], Activations]:
     """The networks of a run, and what passes over `images` hold."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
         found = networks(config)
-        held = [_pass(network, images, config) for network in found if network.forward is not None]
-    main, critics = held[0], held[1:]
+        main, *critics = [_Held(network, images, config.engine.precision) for network in found if network.forward]
     # A critic's graph goes once its gradient at the reconstruction is known: one is there beside the autoencoder's.
     beside = main.kept + max((critic.most for critic in critics), default=0)
-    sizes = tuple(Size(network.name, network.num_trained, network.num_frozen, network.averaged) for network in found)
-    return sizes, Activations(max(main.most, beside), max(main.most_with_gradients, beside))
-
-
-def _pass(network: Network, images: int, config: Config) -> _Held:
-    """One forward and backward pass of a network."""
-    assert network.forward is not None, "this network has no backward pass"
-    if config.engine.precision == "bf16" and network.num_trained:
-        _halve(network.module)
-    held = _Held([*network.module.parameters(), *network.module.buffers()])
-    for weight in network.module.parameters():
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(held.keep_gradient)
-    with held, torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "autocast"):
-        loss = network.forward(images)
-        held.kept = held.now
-        loss.backward()
-    return held
-
-
-def _halve(module: nn.Module) -> None:
-    """`module.bfloat16()`, which fake tensors refuse."""
-    for part in module.modules():
-        for kept in (part._parameters, part._buffers):
-            for name, value in kept.items():
-                if value is not None and value.is_floating_point():
-                    half = value.detach().bfloat16()
-                    kept[name] = nn.Parameter(half, value.requires_grad) if isinstance(value, nn.Parameter) else half
+    return found, Activations(max(main.most, beside), max(main.most_with_gradients, beside))
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive but those in `weights`: torch's MemTracker, in small."""
+    """Counts the bytes of all tensors that are alive in one pass, its weights aside: torch's MemTracker, in small."""
 
-    def __init__(self, weights: list[Tensor]) -> None:
+    def __init__(self, network: Network, images: int, precision: str) -> None:
         super().__init__()
-        self.now = self.kept = self.most = self.most_with_gradients = self._gradients = 0
+        assert network.forward is not None, "it has a backward pass"
+        if precision == "bf16" and network.num_trained:
+            _halve(network.module)
+        self._now = self.most = self.most_with_gradients = self._gradients = 0
+        weights = [*network.module.parameters(), *network.module.buffers()]
         self._known = {tensor.untyped_storage()._cdata for tensor in weights}
+        for weight in network.module.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(self._keep)
+        with self, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss = network.forward(images)
+            self.kept = self._now
+            loss.backward()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -235,16 +187,25 @@ class _Held(TorchDispatchMode):
         if storage._cdata in self._known:
             return
         self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most_with_gradients = max(self.most_with_gradients, self.now)
-        self.most = max(self.most, self.now - self._gradients)
+        self._now += storage.nbytes()
+        self.most_with_gradients = max(self.most_with_gradients, self._now)
+        self.most = max(self.most, self._now - self._gradients)
         weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
 
     def _release(self, known: int, num_bytes: int) -> None:
         self._known.discard(known)
-        self.now -= num_bytes
+        self._now -= num_bytes
 
-    def keep_gradient(self, weight: Tensor) -> None:
-        """Take the gradient that a weight has just got for what stays."""
+    def _keep(self, weight: Tensor) -> None:
         assert weight.grad is not None, "called once it is there"
         self._gradients += weight.grad.nbytes
+
+
+def _halve(module: nn.Module) -> None:
+    """`module.bfloat16()`, which fake tensors refuse."""
+    for part in module.modules():
+        for kept in (part._parameters, part._buffers):
+            for name, value in kept.items():
+                if value is not None and value.is_floating_point():
+                    half = value.detach().bfloat16()
+                    kept[name] = nn.Parameter(half, value.requires_grad) if isinstance(value, nn.Parameter) else half  # type: ignore[assignment]

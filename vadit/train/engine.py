@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit.config import EngineSpec, OptimizerSpec
+from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
 from vadit.train import optimizers
 from vadit.train.layout import Piece, cut_each, cut_row, gaps
 
-MAX_BUCKET = 500_000_000
-"""Weights that are reduced or gathered in one piece, at most."""
 START_S = 600.0
 """What a process may take to get ready, while no watchdog looks after it yet; the others wait for three times that."""
 
