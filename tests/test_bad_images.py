@@ -8,9 +8,9 @@ import logging
 import os
 import tarfile
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 import torch
@@ -22,7 +22,7 @@ from vadit.images.backends import open_images, open_loader
 from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
-from vadit.images.prepare import PrepareSummary, prepare_images
+from vadit.images.prepare import prepare_images
 from vadit.images.transforms import center_crop, to_rgb
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
@@ -83,70 +83,27 @@ def stem(images: ImageSet, index: int) -> str:
     return Path(images.source.describe(index).rpartition(":")[2]).name.split(".")[0]
 
 
-@dataclass
-class Seen:
-    """What one decoder made of everything, odd, bad and good, in one batch."""
-
-    loader: str
-    images: ImageSet
-    pixels: dict[str, np.ndarray]
-    failures: dict[str, RunError]
-
-
-@pytest.fixture(scope="module", params=LOADERS)
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_files_show_and_what_is_refused_with_its_name(tmp_path: Path, loader: str) -> None:
+    """Odd, bad and good files in one batch."""
     files = GOOD | {odd.name: odd.data for odd in ODD.values()} | dict(BAD.values())
-    places = [] if request.param == "webdataset" else list(PLACES)
-    root = write(tmp_path_factory.mktemp("everything") / "images", files, places)
-    images = open_set(request.param, root)
-    with decoder_of(request.param, images)() as decoder:
+    places = [] if loader == "webdataset" else list(PLACES)  # a .tar holds bytes, not places
+    images = open_set(loader, write(tmp_path / "images", files, places))
+    with decoder_of(loader, images)() as decoder:
         decoded = decoder.submit([Request(index) for index in range(len(images))])()
-    names = {index: stem(images, index) for index in range(len(images))}
-    shown = {names[index]: pixels.cpu().numpy() for index, pixels in enumerate(decoded.pixels)}
-    failures = {names[index]: error for index, error in decoded.failures.items()}
-    return Seen(request.param, images, {name: shown[name] for name in shown.keys() - failures.keys()}, failures)
-
-
-def check_pixels(seen: Seen, name: str, shown: np.ndarray, min_psnr: float) -> None:
-    expected = np.asarray(center_crop(Image.fromarray(shown), SIZE))
-    found = seen.pixels[name.split(".")[0]]
-    assert found.shape == (SIZE, SIZE, 3) and found.dtype == np.uint8
-    assert psnr(found, expected) >= (min(min_psnr, DALI_PSNR) if seen.loader == "dali" else min_psnr)
-
-
-@pytest.mark.parametrize("kind", ODD)
-def test_odd_files_show_what_is_in_them(seen: Seen, kind: str) -> None:
-    check_pixels(seen, ODD[kind].name, ODD[kind].pixels, ODD[kind].min_psnr)
-
-
-def test_good_files_beside_bad_ones_keep_their_pixels(seen: Seen) -> None:
-    for name, data in GOOD.items():
-        with Image.open(io.BytesIO(data)) as image:
-            shown = np.array(image)
-        check_pixels(seen, name, shown, EXACT)
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_files_are_refused_with_their_names(seen: Seen, kind: str) -> None:
-    check_refusal(seen, BAD[kind][0])
-
-
-def test_what_cannot_be_read_is_refused_with_its_name(seen: Seen) -> None:
-    for name, _ in PLACES.values():
-        if seen.loader != "webdataset":  # a .tar holds bytes, not places
-            check_refusal(seen, name)
-
-
-def check_refusal(seen: Seen, name: str) -> None:
-    error = seen.failures[name.split(".")[0]]
-    assert isinstance(error, RunError)
-    assert name in str(error) and "skip" in str(error), str(error)
-
-
-def test_nothing_else_is_refused(seen: Seen) -> None:
-    bad = {name.split(".")[0] for name, *_ in [*BAD.values(), *PLACES.values()]}
-    assert set(seen.failures) <= bad
-    assert len(seen.pixels) + len(seen.failures) == len(seen.images)
+    assert decoded.pixels.shape == (len(images), SIZE, SIZE, 3) and decoded.pixels.dtype == torch.uint8
+    place = {stem(images, index): index for index in range(len(images))}
+    bad = [name for name, *_ in [*BAD.values(), *(PLACES[kind] for kind in places)]]
+    assert decoded.failures.keys() == {place[name.split(".")[0]] for name in bad}
+    for name in bad:
+        error = decoded.failures[place[name.split(".")[0]]]
+        assert isinstance(error, RunError) and name in str(error) and "skip" in str(error)
+    shown = [(odd.name, odd.pixels, odd.min_psnr) for odd in ODD.values()]
+    shown += [(name, image_files.decoded(data), EXACT) for name, data in GOOD.items()]
+    for name, pixels, min_psnr in shown:
+        expected = np.asarray(center_crop(Image.fromarray(pixels), SIZE))
+        near = psnr(decoded.pixels[place[name.split(".")[0]]].numpy(), expected)
+        assert near >= (min(min_psnr, DALI_PSNR) if loader == "dali" else min_psnr), name
 
 
 # ------------------------------------------------------------------------------------------------ raise and skip
@@ -240,64 +197,25 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
 # ------------------------------------------------------------------------------------------------ prepared data
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[PrepareSummary, Path]:
-    """All of the files through `vadit prepare`, kept as pixels."""
+def test_prepared_files_show_what_they_did(tmp_path: Path) -> None:
     files = GOOD | {odd.name: odd.data for odd in ODD.values()} | dict(BAD.values())
-    base = tmp_path_factory.mktemp("prepared")
-    root = write(base / "images", files, list(PLACES))
-    spec = ImageDataSpec(path=str(root), on_error="skip", max_bad_share=0.75)
-    return prepare_images(spec, base / "out.beton", size=SIZE, num_workers=1), base / "out.beton"
-
-
-def prepared_rule() -> list[np.ndarray]:
-    """Pixels of the good and odd files in the folder's order, by Pillow's rule from the files themselves."""
-    data = GOOD | {odd.name: odd.data for odd in ODD.values()}
-    found = []
-    for name in sorted(data):
-        with Image.open(io.BytesIO(data[name])) as image:
-            found.append(np.asarray(center_crop(to_rgb(image), SIZE)))
-    return found
-
-
-def test_preparing_names_the_bad_files_and_keeps_the_others_pixels(prepared: tuple[PrepareSummary, Path]) -> None:
-    summary, out = prepared
+    spec = ImageDataSpec(path=str(write(tmp_path / "images", files, list(PLACES))), on_error="skip", max_bad_share=0.75)
+    summary = prepare_images(spec, tmp_path / "out.beton", size=SIZE, num_workers=1)
     names = [name for name, *_ in [*BAD.values(), *PLACES.values()]]
     assert sorted(Path(path).name for path in summary.bad) == sorted(names)
-    assert summary.num_images == len(GOOD) + len(ODD)
-    assert summary.bad_file is not None
-    report = summary.bad_file.read_text()
-    assert all(f"{path}" in report for path in summary.bad)
-    images = open_images(ImageDataSpec(path=str(out)), SIZE)
-    with pillow_decoder(images, 2)() as decoder:
-        (batch,) = load_in_order(images, range(len(images)), len(images), decoder)
-    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), np.stack(prepared_rule()))
-
-
-def test_ffcv_shows_what_was_prepared(prepared: tuple[PrepareSummary, Path]) -> None:
-    _, out = prepared
-    pytest.importorskip("ffcv")
-    spec = ImageDataSpec(path=str(out), loader="ffcv", num_workers=2)
-    images = open_images(spec, SIZE)
-    loader, choice = open_loader(spec, images, 8, seed=5)
-    assert choice.name == "ffcv"
-    expected = prepared_rule()
-    batches = list(loader)
-    assert sorted(ids_of(batches)) == list(range(len(expected)))
-    for batch in batches:
-        for pixels, index in zip(batch.images.permute(0, 2, 3, 1), batch.ids.tolist(), strict=True):
-            assert np.array_equal(pixels.numpy(), expected[index])
-
-
-def test_preparing_stops_at_a_bad_file(tmp_path: Path) -> None:
-    name, data = BAD["jpeg cut in the middle"]
-    root = write(tmp_path / "images", GOOD | {name: data})
-    with pytest.raises(RunError, match=name):
-        prepare_images(ImageDataSpec(path=str(root)), tmp_path / "out.beton", size=SIZE, num_workers=1)
-    few = ImageDataSpec(path=str(root), on_error="skip", max_bad_share=0.05)
-    with pytest.raises(RunError, match=r"1 of 9 images are bad, more than max_bad_share 0.05"):
-        prepare_images(few, tmp_path / "out.beton", size=SIZE, num_workers=1)
-    assert not (tmp_path / "out.beton").exists()
+    expected = []
+    for _, data in sorted((GOOD | {odd.name: odd.data for odd in ODD.values()}).items()):
+        with Image.open(io.BytesIO(data)) as image:
+            expected.append(np.asarray(center_crop(to_rgb(image), SIZE)))
+    for loader in ("torch", "ffcv"):
+        if loader == "ffcv":
+            pytest.importorskip("ffcv")
+        spec = ImageDataSpec(path=str(tmp_path / "out.beton"), loader=loader, num_workers=2)  # type: ignore[arg-type]
+        batches = list(open_loader(spec, open_images(spec, SIZE), 8, seed=5)[0])
+        assert sorted(ids_of(batches)) == list(range(len(GOOD) + len(ODD)))
+        for batch in batches:
+            for pixels, index in zip(batch.images.permute(0, 2, 3, 1), batch.ids.tolist(), strict=True):
+                assert np.array_equal(pixels.numpy(), expected[index])
 
 
 # ------------------------------------------------------------------------------------------------ odd folders
@@ -330,6 +248,8 @@ def test_bad_labels_files_are_refused(tmp_path: Path, content: str | bytes, prob
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=rf"labels_file .*labels.txt.*{problem}"):
         FolderSource(root, file)
+    with pytest.raises(UsageError, match=r"labels_file .*gone.txt cannot be read"):
+        FolderSource(root, tmp_path / "gone.txt")
 
 
 def test_a_pipe_does_not_hang_the_loader(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -69,13 +68,6 @@ def test_classes_are_sorted_folder_names_and_pixels_follow_the_crop_rule(folder:
         with Image.open(path) as image:
             expected = np.asarray(center_crop(image.convert("RGB"), SIZE))
         assert np.array_equal(load(dataset, index, seed=0, epoch=0), expected)
-
-
-def test_flat_folder_has_one_class(tmp_path: Path) -> None:
-    for number in range(3):
-        save_picture(tmp_path / f"{number}.JPG", number)
-    dataset = image_set(tmp_path)
-    assert len(dataset) == 3 and dataset.labels.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -167,48 +159,6 @@ def test_no_threads_are_left_behind(folder: Path) -> None:
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("vadit-data")]
 
 
-def damage(folder: Path, kind: str) -> Path:
-    path = folder / "a" / "02.png"
-    whole = path.read_bytes()
-    path.unlink()
-    if kind == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("no image at all")
-    elif kind == "broken link":
-        path.symlink_to(folder / "gone.png")
-    elif kind == "thin":
-        Image.new("RGB", (1, 3000)).save(path)
-    return path
-
-
-KINDS = ["truncated", "empty", "text", "broken link", "thin"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_image_is_named(folder: Path, kind: str) -> None:
-    path = damage(folder, kind)
-    with pytest.raises(RunError, match=rf"{path} (does not decode|cannot be read) .*--data.on-error skip"):
-        list(image_loader(image_set(folder), 4))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_image_is_skipped_and_counted(folder: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = damage(folder, kind)
-    dataset = image_set(folder, on_error="skip", max_bad_share=0.1)
-    bad = dataset.source.paths.index(str(path))
-    with caplog.at_level(logging.WARNING):
-        ids = ids_of(image_loader(dataset, 4))
-    assert len(ids) == 13 and set(ids) == set(range(13)) - {bad}
-    assert list(dataset.bad_files) == [str(path)]
-    assert "1 images do not decode" in caplog.text and str(path) in caplog.text
-    # The replacement is a function of the position, not of the batch or the ranks.
-    again = [ids_of(image_loader(dataset, 1, 0, rank, 2, num_workers=1)) for rank in range(2)]
-    assert [again[position % 2][position // 2] for position in range(13)] == ids
-
-
 def test_all_images_bad_ends_with_an_error(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_text("x")
@@ -216,8 +166,14 @@ def test_all_images_bad_ends_with_an_error(tmp_path: Path) -> None:
         list(image_loader(image_set(tmp_path, on_error="skip", max_bad_share=1.0), 2))
 
 
-def test_in_order_loading_leaves_bad_images_out(folder: Path) -> None:
-    path = damage(folder, "text")
+def damage(folder: Path) -> Path:
+    path = folder / "a" / "02.png"
+    path.write_text("no image at all")
+    return path
+
+
+def test_in_order_loading_takes_each_image_once_unmirrored(folder: Path) -> None:
+    path = damage(folder)
     dataset = image_set(folder, crop="random", flip=True, on_error="skip", max_bad_share=0.1)
     bad = dataset.source.paths.index(str(path))
     with pillow_decoder(dataset, 2)() as decoder:
@@ -254,17 +210,8 @@ def test_debug_images_need_no_files() -> None:
         open_images(ImageDataSpec(path="debug:x"), 16)
 
 
-def test_too_many_bad_images_end_the_run_all_the_same(folder: Path) -> None:
-    for number in (2, 5, 8):
-        (folder / "bca"[number % 3] / f"{number:02d}.png").write_text("no image")
-    within = image_set(folder, on_error="skip", max_bad_share=0.25)
-    assert len(ids_of(image_loader(within, 4))) == 13 and len(within.bad_files) == 3
-    with pytest.raises(RunError, match=r"3 of 13 images .* more than data.max_bad_share 0.2 .*02.png"):
-        list(image_loader(image_set(folder, on_error="skip", max_bad_share=0.2), 4))
-
-
 def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = damage(folder, "text")
+    path = damage(folder)
     dataset = image_set(folder, on_error="skip", max_bad_share=0.1)
     bad = dataset.source.paths.index(str(path))
     loader = image_loader(dataset, 4)
@@ -285,18 +232,6 @@ def test_a_labels_file_gives_order_and_classes(folder: Path, tmp_path: Path, sep
     file.write_text(f"b/00.png{separator}2\na/02.png{separator}0\n")
     source = FolderSource(folder, file)
     assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [2, 0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "names no images"), ("a.png", "line 1: 'a.png' is not NAME LABEL"), ("a 1\nb 2\na 1", "names a twice")],
-)
-def test_a_wrong_labels_file_is_named(folder: Path, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "labels.txt").write_text(text)
-    with pytest.raises(UsageError, match=message):
-        FolderSource(folder, tmp_path / "labels.txt")
-    with pytest.raises(UsageError, match=r"data.labels_file .*gone.txt cannot be read"):
-        FolderSource(folder, tmp_path / "gone.txt")
 
 
 # ---------------------------------------------------------------------------------------- which loader

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from types import TracebackType
@@ -94,7 +93,7 @@ class DaliDecoder(ThreadedDecoder):
                 for place, image in itertools.zip_longest(places, by_dali):
                     request = requests[place]
                     try:
-                        pixels[place] = self._finish(read_rgb(contents[place]) if image is None else image, request)
+                        pixels[place] = self._finish(_by_pillow(contents[place]) if image is None else image, request)
                     except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
                         failures[place] = undecodable(self._images, request.index, error)
                 if refusal and failures.keys().isdisjoint(places):
@@ -203,6 +202,11 @@ def _groups(areas: dict[int, int]) -> Iterator[tuple[list[int], bool]]:
         yield others, False
 
 
+def _by_pillow(data: bytes) -> Tensor:
+    """Any image file as uint8 (H, W, 3); raises whatever Pillow does where it is damaged."""
+    return torch.from_numpy(np.array(to_rgb(open_image(data))))
+
+
 def resample(image: Tensor, crop: Crop, *, as_float: bool = False) -> Tensor:
     """The four steps of a Crop on uint8 (H, W, 3): uint8 (size, size, 3), within rounding of apply_crop's.
 
@@ -261,16 +265,3 @@ def _window_of_three(side: int) -> int | None:
         if sum(-0.5 < (pixel - centre + 0.5) * (1 / scale) <= 0.5 for pixel in pixels) == 3:
             return window
     return None
-
-
-def read_rgb(data: bytes) -> Tensor:
-    """Any image file as uint8 (H, W, 3); raises whatever Pillow does where it is damaged."""
-    if header := _PPM_HEADER.match(data):
-        width, height = int(header[1]), int(header[2])
-        if len(data) - header.end() == 3 * width * height > 0:
-            pixels = np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
-            return torch.from_numpy(pixels.copy())  # a writable one
-    return torch.from_numpy(np.array(to_rgb(open_image(data))))
-
-
-_PPM_HEADER = re.compile(rb"P6\s([0-9]{1,9})\s([0-9]{1,9})\s255\s")
