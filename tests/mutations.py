@@ -19,7 +19,6 @@ import pytest
 from vadit.runtime.errors import RunError, UsageError
 
 NUM_CASES = {
-    "jpeg": 240,
     "png": 60,
     "latents": 200,
     "authors": 100,
