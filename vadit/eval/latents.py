@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,16 +27,6 @@ READ_AT_ONCE = 256
 
 Draw = Callable[[int, int], np.ndarray]
 """(num_vectors, seed) to latent vectors (num_vectors, C), normalised by channel."""
-
-
-class LatentImages(Protocol):
-    """A set of latents that can be read in part, normalised by channel: `vadit.latents.dataset.LatentDataset`."""
-
-    size: int
-
-    def __len__(self) -> int: ...
-
-    def batch(self, ids: Tensor, epoch: int, seed: int) -> tuple[Tensor, ...]: ...
 
 
 def evaluate_latents(
@@ -150,7 +139,7 @@ def open_vectors(path: str | Path) -> Draw:
     return partial(folder_vectors, LatentDataset(str(path), flip=False))
 
 
-def folder_vectors(latents: LatentImages, num_vectors: int, seed: int) -> np.ndarray:
+def folder_vectors(latents: LatentDataset, num_vectors: int, seed: int) -> np.ndarray:
     """One random position of each of `num_vectors` random latents, which alone are read: float64 (num_vectors, C)."""
     images, positions = _random_places(len(latents), latents.size**2, num_vectors, seed)
     parts = []

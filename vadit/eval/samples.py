@@ -7,6 +7,7 @@ the reference holds too little for is left out, and a set that could not be read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import zipfile
@@ -61,6 +62,8 @@ class _Reference:
     pool: tuple[np.ndarray, np.ndarray]
     spatial: tuple[np.ndarray, np.ndarray] | None
     features: np.ndarray | None
+    own_kernel: float | None = None
+    """KID's kernel's mean over pairs of the features, where it is known."""
 
 
 def named(numbers: dict[str, float], count: int, sampler: str) -> dict[str, float]:
@@ -187,15 +190,11 @@ class SampleScorer:
     ) -> None:
         self._batch_size = batch_size
         self._extractor = Inception(inception_weights, device)
-        file = (
-            None
-            if cache is None
-            else Path(cache) / f"reference-{_key(Path(reference), Path(inception_weights or ''))}.npz"
-        )
+        path, file = Path(reference), None
+        if cache is not None:
+            file = Path(cache) / f"reference-{_key(path, Path(inception_weights or ''))}.npz"
         kept = None if file is None else _read_kept(file)
-        if kept is None:
-            kept = _keep(_load_reference(Path(reference), self._extractor, batch_size), file)
-        self._reference, self._own_kernel = kept
+        self._reference = kept or _keep(_load_reference(path, self._extractor, batch_size), file)
 
     def features(self, images: Tensor) -> Tensor:
         """Inception's pool features (B, 2048), on the CPU, of uint8 images (B, 3, H, W)."""
@@ -205,7 +204,7 @@ class SampleScorer:
         """Named numbers of features (N, 2048): fid1k_euler49_random and, where the reference has images, kid1k_..."""
         numbers = {"fid": frechet_distance(*self._reference.pool, *mean_and_covariance(features))}
         if self._reference.features is not None:
-            numbers["kid"] = squared_mmd(self._reference.features, features, self._own_kernel)
+            numbers["kid"] = squared_mmd(self._reference.features, features, self._reference.own_kernel)
         return named(numbers, len(features), sampler)
 
 
@@ -259,24 +258,24 @@ def _key(reference: Path, weights: Path) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
-def _keep(reference: _Reference, file: Path | None) -> tuple[_Reference, float | None]:
-    """The reference with the kernel's mean over its own pairs, written to `file` where one is named."""
-    own = None if reference.features is None else mean_kernel(reference.features)
+def _keep(reference: _Reference, file: Path | None) -> _Reference:
+    """The reference with its own kernel, written to `file` where one is named."""
     arrays: dict[str, Any] = {"mu": reference.pool[0], "sigma": reference.pool[1]}
-    if reference.features is not None and own is not None:
-        arrays |= {"features": reference.features, "own_kernel": np.array(own)}
+    if reference.features is not None:
+        reference = dataclasses.replace(reference, own_kernel=mean_kernel(reference.features))
+        arrays |= {"features": reference.features, "own_kernel": np.array(reference.own_kernel)}
     if file is not None:
         with saved_file(file, "make room there") as partial, partial.open("wb") as stream:
             np.savez(stream, **arrays)
-    return reference, own
+    return reference
 
 
-def _read_kept(file: Path) -> tuple[_Reference, float | None] | None:
+def _read_kept(file: Path) -> _Reference | None:
     """What `_keep` wrote; None where there is nothing, or nothing whole."""
     try:
         with np.load(file, allow_pickle=False) as kept:
-            own, features = kept.get("own_kernel"), kept.get("features")
-            return _Reference((kept["mu"], kept["sigma"]), None, features), None if own is None else float(own)
+            own = float(kept["own_kernel"]) if "own_kernel" in kept else None
+            return _Reference((kept["mu"], kept["sigma"]), None, kept.get("features"), own)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 

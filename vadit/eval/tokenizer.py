@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,25 +20,9 @@ from vadit.eval.metrics import FeatureMoments, count_name, frechet_distance
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed, to_uint8
+from vadit.models.autoencoder import Autoencoder
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
-
-
-class _Posterior(Protocol):
-    @property
-    def mean(self) -> Tensor: ...
-
-    @property
-    def std(self) -> Tensor: ...
-
-
-class Tokenizer(Protocol):
-    """What is evaluated: `vadit.models.autoencoder.Autoencoder`, or anything with the same two methods."""
-
-    def encode(self, x: Tensor, /) -> _Posterior: ...
-
-    def decode(self, z: Tensor, /) -> Tensor: ...
-
 
 GROUP = 32
 """Images that the networks see together."""
@@ -69,7 +53,7 @@ class ReconstructionMetrics:
 
 @torch.no_grad()
 def reconstruct(
-    autoencoder: Tokenizer,
+    autoencoder: Autoencoder,
     pixels: Tensor,
     first: int,
     *,
@@ -109,7 +93,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def evaluate_image_set(
-    autoencoder: Tokenizer,
+    autoencoder: Autoencoder,
     images: ImageSet,
     *,
     seeds: Sequence[int],
@@ -155,7 +139,7 @@ def share_of_images(num_images: int) -> list[int]:
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    autoencoder: Tokenizer,
+    autoencoder: Autoencoder,
     batches: Iterable[Tensor],
     *,
     ids: Sequence[int] | None = None,

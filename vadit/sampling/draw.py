@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vadit.config import FlowSpec, SampleSpec
 from vadit.images.pixels import to_uint8
+from vadit.models.autoencoder import Autoencoder
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
@@ -24,12 +25,6 @@ GROUP = 64
 """Samples that are computed together: index i belongs to group i // 64."""
 DECODE_BATCH = 16
 """Latents that are decoded together: a decoder's activations are large, and the cut must not depend on anything."""
-
-
-class Decoder(Protocol):
-    """What is needed of an autoencoder."""
-
-    def decode(self, z: Tensor, /) -> Tensor: ...
 
 
 class Drawn(NamedTuple):
@@ -166,7 +161,7 @@ def draw_group(
     return Drawn(list(indices), latents, labels)
 
 
-def decode(autoencoder: Decoder, latents: Tensor) -> Tensor:
+def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Images uint8 (n, 3 or 1, H, W) of latents (n, C, h, w) as the decoder takes them, some at a time."""
     with evaluation(autoencoder):
         return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(DECODE_BATCH)])

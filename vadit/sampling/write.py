@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vadit.config import FlowSpec, SampleSpec
 from vadit.config.files import from_dict
 from vadit.images.pixels import channels_last, image_grid, read_png
+from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, saved_file
 from vadit.sampling.draw import (
-    Decoder,
     check_request,
     decode,
     device_of,
@@ -52,7 +52,7 @@ class SampleFiles(NamedTuple):
 def write_samples(
     out: str | Path,
     model: Any,
-    autoencoder: Decoder,
+    autoencoder: Autoencoder,
     spec: SampleSpec,
     *,
     num_samples: int,
