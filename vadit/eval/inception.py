@@ -90,7 +90,7 @@ def _check_weights(weights: str | Path | None) -> Path:
         )
     path = Path(weights)
     try:
-        # torch-fidelity unpickles the file freely; this look makes sure that it holds nothing but tensors.
+        # torch-fidelity unpickles the file freely; this makes sure that it holds nothing but tensors.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         raise RunError(
@@ -107,7 +107,7 @@ def _build(path: Path) -> Any:
     except ImportError:
         raise UsageError("evaluation needs torch-fidelity: pip install torch-fidelity") from None
     try:
-        # Weights are drawn before they are loaded: not from the random state of a training run that looks at samples.
+        # Weights are drawn before they are loaded: not from the random state of a training run that evaluates samples.
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
     except RuntimeError as error:

@@ -34,23 +34,20 @@ class FeatureMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean = np.zeros(0)
-        self._scatter = np.zeros((0, 0))
+        self._mean = self._scatter = np.zeros(())
 
     def update(self, features: Array) -> None:
         """Take in a batch (B, D)."""
         batch = _matrix(features, "features")
-        if self.count == 0:
-            self._mean = np.zeros(batch.shape[1])
-            self._scatter = np.zeros((batch.shape[1], batch.shape[1]))
-        elif batch.shape[1] != len(self._mean):
+        if self.count > 0 and batch.shape[1] != len(self._mean):
             raise UsageError(
                 f"features have width {batch.shape[1]}, the earlier ones {len(self._mean)}; use one feature extractor"
             )
         mean = batch.mean(axis=0)
         centred, shift = batch - mean, mean - self._mean
         total = self.count + len(batch)
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        between = np.outer(shift, shift) * (self.count * len(batch) / total)
+        self._scatter = self._scatter + (centred.T @ centred + between)
         self._mean = self._mean + shift * (len(batch) / total)
         self.count = total
 

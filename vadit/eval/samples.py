@@ -117,7 +117,7 @@ class SampleEvaluator:
 
     @functools.cached_property
     def _reference_summary(self) -> tuple[np.ndarray, np.ndarray]:
-        assert self._dinov2 is not None, "the caller has looked"
+        assert self._dinov2 is not None, "the caller has checked"
         return _summary_moments(open_images(self._path).batches(self._batch_size), self._dinov2)
 
     def evaluate_sets(
@@ -172,7 +172,7 @@ class SampleEvaluator:
 
 
 class SampleScorer:
-    """FID and KID of images in memory against one reference, for a look during training.
+    """FID and KID of images in memory against one reference, for evaluation during training.
 
     At a small n FID is biased upwards and only comparable with itself at that n; its name carries n. KID is here the
     unbiased estimate from all pairs of images, not a mean over subsets: less noise, and a second instead of a minute.

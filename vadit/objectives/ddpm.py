@@ -26,7 +26,7 @@ class Schedule:
     """Coefficients of N steps, each (N,) float64, entry 0 nearest to the data."""
 
     timesteps: Tensor
-    """(N,) int64: which of the 1000 steps the network is told."""
+    """(N,) int64: which of the 1000 steps the network gets as its time."""
     signal: Tensor
     """sqrt(abar): share of the data in x_t."""
     noise: Tensor
