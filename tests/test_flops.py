@@ -1,0 +1,107 @@
+"""FLOPs of training steps, and the peaks of GPUs that they are set against."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from vadit.config import DiTConfig, TokenizerConfig
+from vadit.estimate import flops
+from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def test_peaks_by_name() -> None:
+    known = {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200": 989,
+        "NVIDIA B200": 2250,
+        "NVIDIA L40S": 362,
+        "NVIDIA L4": 121,
+        "NVIDIA GeForce RTX 4090": 165,
+        "AMD Instinct MI300X": 1307,
+    }
+    assert {name: flops.named_peak(name) for name in known} == {name: 1e12 * value for name, value in known.items()}
+    assert sum(flops.PEAK_TFLOPS.values()) == pytest.approx(21043.5)  # the data sheets', read once more
+    unknown = (
+        "NVIDIA H20X",
+        "Tesla V100-SXM2",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    )
+    assert [flops.named_peak(name) for name in unknown] == [None] * len(unknown)
+    config = get_recipe("lightningdit-b-debug")
+    assert flops.peak_flops(config, CPU) is None
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=2.0))
+    assert flops.peak_flops(config, CPU) == 2e12
+    with pytest.raises(UsageError, match="peak_tflops is 0"):
+        dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=0.0))
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """By hand: 256 tokens, width D, 28 blocks with qkv, two products of attention, proj, an MLP and the modulation."""
+    config = get_recipe("lightningdit-xl-64ep")
+    assert isinstance(config, DiTConfig)
+    N, D, F = 256, 1152, 3072
+    block = N * (4 * D * D + 2 * N * D + 3 * D * F) + 6 * D * D
+    ends = N * (32 * D + 32 * D) + 2 * D * D + 256 * D + D * D  # patches in and out, last modulation, time
+    assert flops.dit_flops(config.model) == 2 * (28 * block + ends)
+    assert flops.training_flops(config) == 3 * flops.dit_flops(config.model)
+
+
+# What the formulas said that stood here before torch's counter did.
+COUNTED = {
+    ("maskdit-xl2", True): 130_902_818_816,
+    ("maskdit-xl2", False): 251_547_779_072,
+    ("mdt-xl2", True): 177_936_823_296,
+    ("mdt-xl2", False): 237_242_843_136,
+    ("dit-xl2-ddpm", False): 237_242_843_136,
+}
+
+
+@pytest.mark.parametrize(("recipe", "masked"), COUNTED)
+def test_flops_of_masked_passes(recipe: str, masked: bool) -> None:
+    config = get_recipe(recipe)
+    assert isinstance(config, DiTConfig)
+    assert flops.dit_flops(config.model, config.mask, masked=masked) == COUNTED[recipe, masked]
+
+
+def test_flops_of_a_tokenizer() -> None:
+    config = get_recipe("vavae-f16d32-dinov2")
+    assert isinstance(config, TokenizerConfig)
+
+    def counted(**loss: float) -> float:
+        off = {"disc_weight": 0.0, "perceptual_weight": 0.0, "vf_weight": 0.0}
+        return flops.training_flops(dataclasses.replace(config, loss=dataclasses.replace(config.loss, **(off | loss))))
+
+    alone = counted()
+    assert alone == 3 * 390_131_613_696
+    assert counted(disc_weight=1.0) - alone == 8 * 6_293_618_688  # both networks' steps
+    assert counted(perceptual_weight=1.0) - alone == pytest.approx(3 * 2 * 15.35e9 * (256 / 224) ** 2, rel=0.01)
+    assert counted(vf_weight=1.0) - alone == pytest.approx(2 * 304e6 * 256, rel=0.01)  # DINOv2-L, forward
+
+
+def test_flops_of_a_step_count_every_pass_and_what_is_aligned() -> None:
+    maskdit, tuned, mdt = (get_recipe(name) for name in ("maskdit-xl2", "maskdit-xl2-unmasked", "mdt-xl2"))
+    assert isinstance(maskdit, DiTConfig) and isinstance(tuned, DiTConfig) and isinstance(mdt, DiTConfig)
+    assert flops.training_flops(maskdit) == 3 * flops.dit_flops(maskdit.model, maskdit.mask, masked=True)
+    assert flops.training_flops(tuned) == 3 * flops.dit_flops(tuned.model, tuned.mask)
+    passes = [flops.dit_flops(mdt.model, mdt.mask, masked=masked) for masked in (False, True)]
+    assert flops.training_flops(mdt) == 3 * sum(passes)
+    changing = dataclasses.replace(maskdit, mask=dataclasses.replace(maskdit.mask, unmasked_after_images=1024))
+    assert flops.tracked_flops(changing) is None and flops.tracked_flops(maskdit) is not None
+
+    repa = get_recipe("repa-xl2")
+    assert isinstance(repa, DiTConfig) and repa.repa.features == "cached"
+    projector = 256 * (1152 * 2048 + 2048 * 2048 + 2048 * 768)
+    assert flops.training_flops(repa) == 3 * (flops.dit_flops(repa.model) + 2 * projector)
+    online = dataclasses.replace(
+        repa, repa=dataclasses.replace(repa.repa, features="online"), data=dataclasses.replace(repa.data, images="x")
+    )
+    assert flops.training_flops(online) - flops.training_flops(repa) == pytest.approx(2 * 86.6e6 * 256, rel=0.01)
