@@ -101,6 +101,14 @@ def test_choice_of_backend() -> None:
     assert set(kernels.reasons()) == set(kernels.backends()) == set(dispatch.OPS)
 
 
+@needs_extension
+def test_what_runs_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dispatch.setting("auto"):
+        monkeypatch.setattr(dispatch, "_backend_of", lambda *_: pytest.fail("decided again"))
+        assert all(dispatch.kernels_for(op, torch.ones(2)) is torch.ops.vadit for op in dispatch.OPS)
+        monkeypatch.undo()
+
+
 def test_exact_takes_plain_torch_and_any_layout() -> None:
     x = torch.ones(2, 8, 3).transpose(1, 2)
     with dispatch.setting("auto"):

@@ -143,7 +143,8 @@ def test_packed_gradient_where_values_are_not_used() -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 16, 24), (2, 3, 0, 24)])
 def test_empty(shape: tuple[int, ...]) -> None:
     op, _ = with_tables(*angles(*shape[2:]))
-    assert all(t.shape == shape for t in results_and_gradients(op, [normal(*shape), normal(*shape)]))
+    *found, dweight = results_and_gradients(op, [normal(*shape), normal(*shape), normal(shape[-1])])
+    assert all(t.shape == shape for t in found) and not dweight.any()
     B, H, N, K = shape
     found = results_and_gradients(lambda qkv: rope_qkv(qkv, *angles(N, K))[:2], [normal(B, N, 3, H, K)])
     assert [t.shape for t in found] == [shape, shape, (B, N, 3, H, K)]
@@ -177,15 +178,13 @@ def test_opcheck(normed: bool) -> None:
     ops = dispatch.kernels_for("rope", normal(1))
     if ops is None:
         pytest.skip("plain torch")
-    weights = tuple(1 + 0.2 * normal(12, seed=s).requires_grad_() for s in (3, 4)) if normed else (None, None)
-    q = normal(2, 3, 5, 12).requires_grad_()
-    k = normal(2, 5, 3, 12).transpose(1, 2).requires_grad_()
+    weights = tuple(1 + 0.2 * normal(12, seed=s) for s in (3, 4)) if normed else (None, None)
+    q, k = normal(2, 3, 5, 12), normal(2, 5, 3, 12).transpose(1, 2)
     tables = angles(5, 12)
     torch.library.opcheck(ops.rope.default, (q, k, *tables, *weights, 1e-6))
-    inputs = (q, k) if normed else (None, None)
-    plain = [None if t is None else t.detach() for t in (q, k, *inputs, *tables, *weights)]
-    torch.library.opcheck(ops.rope_backward.default, (*plain, 1e-6))
-    torch.library.opcheck(ops.rope_qkv_backward.default, (*plain[:2], plain[0], *plain[2:], 1e-6))
+    saved = (*((q, k) if normed else (None, None)), *tables, *weights, 1e-6)
+    torch.library.opcheck(ops.rope_backward.default, (q, k, *saved))
+    torch.library.opcheck(ops.rope_qkv_backward.default, (q, k, q, *saved))
 
 
 def test_second_derivative_is_refused_by_kernels() -> None:

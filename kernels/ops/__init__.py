@@ -27,7 +27,7 @@ __all__ = [
 
 
 def register(namespace: str) -> None:
-    """Register shapes and gradients of every op in a namespace that has their implementations."""
+    """Register the shapes of every op's results in a namespace that has their implementations."""
     for op in dispatch.OPS:
         module = importlib.import_module(f".{op}", __name__)
         if namespace == "vadit_triton":

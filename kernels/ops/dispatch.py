@@ -83,6 +83,8 @@ _setting = os.environ.get("VADIT_KERNELS", "auto")
 _exact = False
 _distrusted: dict[tuple[str, str], str] = {}
 """(op, backend) that failed the self-check, and how."""
+_table: dict[tuple[str, str], Any | None] = {}
+"""(op, device type) to the ops it runs on, None for plain torch: decided at import, and again by what changes it."""
 
 
 def namespaces() -> list[str]:
@@ -127,10 +129,25 @@ def kernels_for(op: str, *tensors: Tensor | None) -> Any | None:
     """The ops (`torch.ops.NAMESPACE`) that `op` runs on for these tensors; None: plain torch."""
     first = tensors[0]
     assert first is not None, "the first tensor of an op is never optional"
-    name, _ = _backend_of(op, first.device.type)
-    if name == "reference" or any(t is not None and t.dtype not in DTYPES for t in tensors):
-        return None
-    return getattr(torch.ops, BACKENDS[name].namespace)
+    key = op, first.device.type
+    ops = _table[key] if key in _table else _find(*key)
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return None
+    return ops
+
+
+def _find(op: str, device: str) -> Any | None:
+    name, _ = _backend_of(op, device)
+    return None if name == "reference" else getattr(torch.ops, BACKENDS[name].namespace)
+
+
+def _decide() -> None:
+    """Fill the table; without what cannot be had, which the first call reports."""
+    _table.clear()
+    for device in AUTO:
+        with contextlib.suppress(ValueError):
+            _table.update({(op, device): _find(op, device) for op in OPS})
 
 
 def backends(device: str = "cpu") -> dict[str, str]:
@@ -146,6 +163,7 @@ def reasons(device: str = "cpu") -> dict[str, str]:
 def distrust(op: str, backend: str, why: str) -> None:
     """Take plain torch instead of this backend's `op` from now on."""
     _distrusted[op, backend] = why
+    _decide()
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -157,8 +175,12 @@ def define_triton_ops(op: str, schemas: dict[str, str]) -> None:
     _libraries.append(library)
 
     def implementation(name: str) -> Callable[..., Any]:
+        found: list[Callable[..., Any]] = []
+
         def run(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"vadit.kernels.triton_kernels.{op}"), name)(*args)
+            if not found:
+                found.append(getattr(importlib.import_module(f"vadit.kernels.triton_kernels.{op}"), name))
+            return found[0](*args)
 
         return run
 
@@ -172,13 +194,22 @@ _libraries: list[torch.library.Library] = []
 """Registrations last as long as the object that made them."""
 
 
-def refuse_second_derivative(qualified_op: str) -> None:
-    """Make differentiating a backward op an error; torch would warn and return zeros."""
+def run_backward(namespace: str, name: str, *inputs: Any) -> Any:
+    """Run a backward op. Differentiating it is an error; torch would warn and return zeros."""
+    if torch.is_grad_enabled():
+        return _Once.apply(namespace, name, *inputs)
+    return getattr(getattr(torch.ops, namespace), name)(*inputs)
 
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"{qualified_op} has no derivative; set VADIT_KERNELS=reference for second derivatives")
 
-    torch.library.register_autograd(qualified_op, backward)
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, namespace: str, name: str, *inputs: Any) -> Any:
+        ctx.op = f"{namespace}::{name}"
+        return getattr(getattr(torch.ops, namespace), name)(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{ctx.op} has no derivative; set VADIT_KERNELS=reference for second derivatives")
 
 
 # ------------------------------------------------------------------------------------------------ switching
@@ -189,10 +220,12 @@ def setting(value: str) -> Iterator[None]:
     """VADIT_KERNELS for the duration of a block: tests and benchmarks compare backends in one process."""
     global _setting
     before, _setting = _setting, value
+    _decide()
     try:
         yield
     finally:
         _setting = before
+        _decide()
 
 
 @contextlib.contextmanager
@@ -213,3 +246,6 @@ def exact() -> Iterator[None]:
 def is_exact() -> bool:
     """Whether a block of `exact()` runs."""
     return _exact
+
+
+_decide()

@@ -71,8 +71,7 @@ def _token_major(t_BHNK: Tensor) -> Tensor:
 
 
 def register(namespace: str) -> None:
-    """Shapes and gradients of the ops in a namespace that has them."""
-    ops = getattr(torch.ops, namespace)
+    """Shapes of the results of the ops in a namespace that has them."""
 
     def empty_weights(cos: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor]:
         q_gradient, k_gradient = (cos.new_empty(0 if w is None else w.shape[0]) for w in (q_weight, k_weight))
@@ -114,66 +113,44 @@ def register(namespace: str) -> None:
         B, H, N, K = dq.shape
         return dq.new_empty(B, N, 3, H, K), *empty_weights(cos, q_weight, k_weight)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, cos, sin, q_weight, k_weight, ctx.eps = inputs
-        # The gradient of a rotation needs no input; that of the norm does.
-        q, k = (None if weight is None else t for t, weight in ((q, q_weight), (k, k_weight)))
-        ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
 
+def _keep(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> None:
+    """Save what the backward pass needs. The gradient of a rotation needs no input; that of the norm does."""
+    cos, sin, q_weight, k_weight, ctx.eps, ctx.namespace = rest
+    q_kept, k_kept = None if q_weight is None else q, None if k_weight is None else k
+    ctx.save_for_backward(q_kept, k_kept, cos, sin, q_weight, k_weight)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        _keep(ctx, q, k, *rest)
+        return getattr(torch.ops, ctx.namespace).rope(q, k, *rest[:-1])
+
+    @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # to be asked for once: activation checkpointing fills it by computing again
-        q_weight, k_weight = saved[-2:]
-        dq, dk, dq_weight, dk_weight = ops.rope_backward(dq, dk, *saved, ctx.eps)
-        dq_weight, dk_weight = (
-            None if weight is None else gradient for weight, gradient in ((q_weight, dq_weight), (k_weight, dk_weight))
-        )
-        return dq, dk, None, None, dq_weight, dk_weight, None
-
-    torch.library.register_autograd(f"{namespace}::rope", backward, setup_context=setup_context)
-    dispatch.refuse_second_derivative(f"{namespace}::rope_backward")
-    dispatch.refuse_second_derivative(f"{namespace}::rope_qkv_backward")
+        dq, dk, *dweights = dispatch.run_backward(ctx.namespace, "rope_backward", dq, dk, *saved, ctx.eps)
+        dq_weight, dk_weight = (None if w is None else dw for w, dw in zip(saved[-2:], dweights, strict=True))
+        return dq, dk, None, None, dq_weight, dk_weight, None, None
 
 
 class _RopeQKV(torch.autograd.Function):
     """q and k rotated, v a view of qkv, and one gradient for all three."""
 
     @staticmethod
-    def forward(
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        namespace: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _split(qkv)
-        q, k = getattr(torch.ops, namespace).rope(q, k, cos, sin, q_weight, k_weight, eps)
+        _keep(ctx, q, k, *rest)
+        q, k = getattr(torch.ops, ctx.namespace).rope(q, k, *rest[:-1])
         return q, k, v
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        qkv, cos, sin, q_weight, k_weight, ctx.eps, ctx.namespace = inputs
-        normed = q_weight is not None or k_weight is not None
-        ctx.save_for_backward(qkv if normed else None, cos, sin, q_weight, k_weight)
-
-    @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
-        q, k, _ = (None, None, None) if qkv is None else _split(qkv)
-        q, k = (None if weight is None else t for t, weight in ((q, q_weight), (k, k_weight)))
-        dqkv, dq_weight, dk_weight = getattr(torch.ops, ctx.namespace).rope_qkv_backward(
-            dq, dk, dv, q, k, cos, sin, q_weight, k_weight, ctx.eps
-        )
-        return (
-            dqkv,
-            None,
-            None,
-            None if q_weight is None else dq_weight,
-            None if k_weight is None else dk_weight,
-            None,
-            None,
-        )
+        saved = ctx.saved_tensors
+        dqkv, *dweights = dispatch.run_backward(ctx.namespace, "rope_qkv_backward", dq, dk, dv, *saved, ctx.eps)
+        dq_weight, dk_weight = (None if w is None else dw for w, dw in zip(saved[-2:], dweights, strict=True))
+        return dqkv, None, None, dq_weight, dk_weight, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -223,7 +200,7 @@ def rope(
     ops = _kernels_for(q, cos, sin)
     if ops is None:
         return rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
-    return ops.rope(q, k, *_wide(cos.contiguous(), sin.contiguous(), q_weight, k_weight), eps)
+    return _Rope.apply(q, k, *_wide(cos.contiguous(), sin.contiguous(), q_weight, k_weight), eps, ops.name)
 
 
 def rope_qkv(

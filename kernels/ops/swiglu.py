@@ -34,8 +34,7 @@ def swiglu_reference(x12: Tensor) -> Tensor:
 
 
 def register(namespace: str) -> None:
-    """Shapes and gradients of the ops in a namespace that has them."""
-    ops = getattr(torch.ops, namespace)
+    """Shapes of the results of the ops in a namespace that has them."""
 
     @torch.library.register_fake(f"{namespace}::swiglu")
     def _(x12: Tensor) -> Tensor:
@@ -45,15 +44,17 @@ def register(namespace: str) -> None:
     def _(dy: Tensor, x12: Tensor) -> Tensor:
         return x12.new_empty(x12.shape)
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x12,) = ctx.saved_tensors
-        return ops.swiglu_backward(dy, x12)
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x12: Tensor, namespace: str) -> Tensor:
+        ctx.save_for_backward(x12)
+        ctx.namespace = namespace
+        return getattr(torch.ops, namespace).swiglu(x12)
 
-    torch.library.register_autograd(f"{namespace}::swiglu", backward, setup_context=setup_context)
-    dispatch.refuse_second_derivative(f"{namespace}::swiglu_backward")
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dispatch.run_backward(ctx.namespace, "swiglu_backward", dy, *ctx.saved_tensors), None
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -75,4 +76,4 @@ def swiglu(x12: Tensor) -> Tensor:
     """
     _check(x12)
     ops = dispatch.kernels_for(OP, x12)
-    return swiglu_reference(x12) if ops is None else ops.swiglu(x12)
+    return swiglu_reference(x12) if ops is None else _SwiGLU.apply(x12, ops.name)

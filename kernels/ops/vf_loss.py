@@ -75,7 +75,7 @@ def vf_loss_reference(
 
 
 def register(namespace: str) -> None:
-    """Shapes and gradients of the ops in a namespace that has them."""
+    """Shapes of the results of the ops in a namespace that has them."""
 
     @torch.library.register_fake(f"{namespace}::vf_gram")
     def _(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,17 +86,22 @@ def register(namespace: str) -> None:
     def _(u: Tensor, v: Tensor, cosines: Tensor, margin: float) -> tuple[Tensor, Tensor]:
         return u.new_empty(()), torch.empty_like(cosines, dtype=torch.int8)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1], output[1])
 
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # L = sum_ij relu(|u_i.v_j - c_ij| - m) / (B N N); the matrix of signs is symmetric.
-        u, v, sign = ctx.saved_tensors
-        with torch.autocast(device_type=u.device.type, enabled=False):
-            dgram = sign.to(u.dtype) * (dloss / max(sign.numel(), 1))
-            return v @ dgram, u @ dgram, None, None
+class _DistmatLoss(torch.autograd.Function):
+    """L = sum_ij relu(|u_i.v_j - c_ij| - m) / (B N N); the matrix of signs is symmetric."""
 
-    torch.library.register_autograd(f"{namespace}::vf_distmat", backward, setup_context=setup_context)
+    @staticmethod
+    def forward(ctx: Any, u_BdN: Tensor, v_BdN: Tensor, cosines_BNN: Tensor, margin: float, namespace: str) -> Tensor:
+        loss, sign_BNN = getattr(torch.ops, namespace).vf_distmat(u_BdN, v_BdN, cosines_BNN, margin)
+        ctx.save_for_backward(u_BdN, v_BdN, sign_BNN)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        u_BdN, v_BdN, sign_BNN = ctx.saved_tensors
+        with torch.autocast(device_type=u_BdN.device.type, enabled=False):
+            dgram_BNN = sign_BNN.to(u_BdN.dtype) * (dloss / max(sign_BNN.numel(), 1))
+            return v_BdN @ dgram_BNN, u_BdN @ dgram_BNN, None, None, None
 
 
 def _vf_loss_kernels(
@@ -118,7 +123,7 @@ def _vf_loss_kernels(
         inverse_norm_BN = _inverse_norm((z * Az_BdN).sum(1))
         cos_BN = (z * Wf_BdN).sum(1) * inverse_norm_BN * f_inverse_norm_BN
         u, v = z * inverse_norm_BN[:, None], Az_BdN * inverse_norm_BN[:, None]
-        distmat_loss, _ = ops.vf_distmat(u.contiguous(), v.contiguous(), gram, distmat_margin)
+        distmat_loss = _DistmatLoss.apply(u.contiguous(), v.contiguous(), gram, distmat_margin, ops.name)
         return F.relu(1 - cos_margin - cos_BN).mean(), distmat_loss
 
 

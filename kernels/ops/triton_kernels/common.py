@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +25,41 @@ VECTOR_BYTES = 16
 PROGRAMS = 512
 """Programs, some for every multiprocessor of a large GPU, below which none does several tiles to save partial sums."""
 
+Decision = tuple[int, tuple[int | float, ...], dict[str, int]]
+"""Programs, the numbers that follow the tensors among a kernel's arguments, constants and options."""
+_ready: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[int | float, ...]]] = {}
+"""What starts a kernel that has run before, and its arguments behind the tensors."""
 
-def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int, num_stages: int = 1, **constants: Any) -> None:
-    """Run `programs` instances of a kernel on the device of its first argument."""
-    first: Tensor = arguments[0]
-    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        # Fused multiply-add is asked for by name: its default differs between versions of Triton.
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-        kernel[(programs,)](*arguments, **constants, **options)
+
+def launch(kernel: Any, decide: Callable[..., Decision], sizes: tuple[Any, ...], *tensors: Tensor | None) -> None:
+    """Run a kernel on the device of its first argument, in the way that `decide(*sizes)` says.
+
+    That is asked once for each device, sizes, and dtypes of the tensors: from then on the compiled kernel is started
+    without Triton's look at every argument, which takes longer on the host than all the rest of an op. Triton compiles
+    anew where an address is no multiple of 16: such calls, which models do not make, go through it each time.
+    """
+    assert tensors[0] is not None, "the first tensor is a result"
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, decide, sizes, *tensors)
+        return
+    dtypes: list[torch.dtype | None] = []
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    key, aligned = (id(kernel), device, sizes, *dtypes), addresses % VECTOR_BYTES == 0
+    if aligned and key in _ready:
+        start, rest = _ready[key]
+        start(*tensors, *rest)
+        return
+    programs, numbers, options = decide(*sizes)
+    # Fused multiply-add is asked for by name: its default differs between versions of Triton.
+    compiled = kernel[(programs,)](*tensors, *numbers, enable_fp_fusion=True, **options)
+    if aligned and compiled is not None:  # the interpreter compiles nothing
+        constants = kernel.arg_names[len(tensors) + len(numbers) :]
+        _ready[key] = compiled[(programs, 1, 1)], (*numbers, *(options[name] for name in constants))

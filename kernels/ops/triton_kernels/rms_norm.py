@@ -11,6 +11,8 @@ Shape suffixes: B images, D channels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -157,27 +159,47 @@ def _tile(width: int, dtype: torch.dtype, elements: int) -> dict[str, int]:
     if width < columns:
         narrow = triton.next_power_of_2(width)
         columns, rows = narrow, rows * columns // narrow
-    return {"COLUMNS": columns, "ROWS": rows, "num_warps": warps}
+    return {"COLUMNS": columns, "ROWS": rows, "num_warps": warps, "num_stages": 1}
 
 
-def _chunk(rows: int, tile_rows: int) -> int:
-    """Rows per program of the backward pass."""
+@functools.cache
+def _chunk(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Rows per program of the backward pass, of `rows` in all."""
+    tile_rows = _tile(width, dtype, elements=24)["ROWS"]
     return max(min(triton.next_power_of_2(rows // common.PROGRAMS), 64), 16, tile_rows)
+
+
+def _decide_forward(rows: int, rows_per_image: int, width: int, dtype: torch.dtype, eps: float) -> common.Decision:
+    tile = _tile(width, dtype, elements=64)
+    return triton.cdiv(rows, tile["ROWS"]), (rows, rows_per_image, eps), {"D": width, **tile}
+
+
+def _decide_backward(
+    images: int, rows_per_image: int, chunk: int, width: int, dtype: torch.dtype, modulated: bool, eps: float
+) -> common.Decision:
+    chunks = triton.cdiv(rows_per_image, chunk)
+    constants = {"MODULATED": modulated, "D": width, **_tile(width, dtype, elements=24)}
+    return images * chunks, (rows_per_image, chunk, chunks, eps), constants
+
+
+def _decide_finish(images: int, chunks: int, width: int) -> common.Decision:
+    columns = min(256, triton.next_power_of_2(width))
+    constants = {"D": width, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}
+    return images * triton.cdiv(width, columns), (chunks,), constants
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight * (1 + scale) + shift, one scale and shift per image (first axis)."""
-    x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return y
-    D, modulated = x.shape[-1], scale_BD is not None or shift_BD is not None
-    rows = x.numel() // D
-    rows_per_image = rows // x.shape[0] if modulated else rows
-    tile = _tile(D, x.dtype, elements=64)
-    scale_BD, shift_BD = (None if t is None else t.contiguous() for t in (scale_BD, shift_BD))
-    arguments = (y, x, weight_D.contiguous(), scale_BD, shift_BD, rows, rows_per_image, eps)
-    common.launch(_forward, triton.cdiv(rows, tile["ROWS"]), *arguments, D=D, **tile)
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    scale_BD = None if scale_BD is None else scale_BD.contiguous()
+    shift_BD = None if shift_BD is None else shift_BD.contiguous()
+    y = torch.empty_like(x)
+    if count := x.numel():
+        D = x.shape[-1]
+        rows = count // D
+        rows_per_image = rows if scale_BD is None and shift_BD is None else rows // x.shape[0]
+        sizes = (rows, rows_per_image, D, x.dtype, eps)
+        common.launch(_forward, _decide_forward, sizes, y, x, weight_D, scale_BD, shift_BD)
     return y
 
 
@@ -187,26 +209,22 @@ def rms_norm_backward(
     """The gradients for x, weight, scale and shift; the last two have no rows where nothing was modulated."""
     dy, x, weight_D = dy.contiguous(), x.contiguous(), weight_D.contiguous()
     scale_BD = None if scale_BD is None else scale_BD.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D, B = x.shape[-1], x.shape[0] if modulated else 0
-    if not x.numel():
+    dx = torch.empty_like(x)
+    count = x.numel()
+    if not count:
         return dx, torch.zeros_like(weight_D), weight_D.new_zeros(B, D), weight_D.new_zeros(B, D)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
     # Without modulation the rows of all images are alike: one image.
-    rows, images = x.numel() // D, B if modulated else 1
-    tile = _tile(D, x.dtype, elements=24)
-    chunk = _chunk(rows, tile["ROWS"])
-    chunks = triton.cdiv(rows // images, chunk)
-    sums = empty(images * chunks, 2 if modulated else 1, D)
-    arguments = (dx, sums, dy, x, weight_D, scale_BD, rows // images, chunk, chunks, eps)
-    common.launch(_backward, images * chunks, *arguments, MODULATED=modulated, D=D, **tile)
-    dscale_BD, dshift_BD = empty(B, D), empty(B, D)
+    rows, images = count // D, B if modulated else 1
+    chunk = _chunk(rows, D, x.dtype)
+    chunks = -(-rows // images // chunk)
+    sums = weight_D.new_empty(images * chunks, 2 if modulated else 1, D)
+    sizes = (images, rows // images, chunk, D, x.dtype, modulated, eps)
+    common.launch(_backward, _decide_backward, sizes, dx, sums, dy, x, weight_D, scale_BD)
+    dscale_BD, dshift_BD = weight_D.new_empty(B, D), weight_D.new_empty(B, D)
     if not modulated:
         return dx, sums[:, 0].sum(0), dscale_BD, dshift_BD
-    products_BD, columns = empty(B, D), min(256, triton.next_power_of_2(D))
-    arguments = (dscale_BD, dshift_BD, products_BD, sums, weight_D, scale_BD, chunks)
-    common.launch(_finish, B * triton.cdiv(D, columns), *arguments, num_warps=4, D=D, COLUMNS=columns)
+    products_BD = weight_D.new_empty(B, D)
+    tensors = (dscale_BD, dshift_BD, products_BD, sums, weight_D, scale_BD)
+    common.launch(_finish, _decide_finish, (B, chunks, D), *tensors)
     return dx, products_BD.sum(0), dscale_BD, dshift_BD

@@ -10,6 +10,9 @@ Shape suffixes: B batch, H heads, N tokens, K head width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -189,25 +192,49 @@ def _backward(
 def _tile(K: int) -> dict[str, int]:
     """2048 elements for 4 warps: two 128-bit loads of bfloat16 per thread and tensor."""
     columns = max(triton.next_power_of_2(K), 2)
-    return {"COLUMNS": columns, "ROWS": max(2048 // columns, 1), "num_warps": 4}
+    return {"K": K, "COLUMNS": columns, "ROWS": max(2048 // columns, 1), "num_warps": 4, "num_stages": 1}
 
 
-def _follow(t: Tensor | None) -> Tensor | None:
-    """t with a contiguous last axis; whatever its other strides are, they are followed."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
-def _strides(**tensors: Tensor | None) -> tuple[list[int], dict[str, int]]:
-    """Strides of (B, H, N, K) tensors: of images at run time, of tokens and heads (K is one) as constants."""
-    strides = {name: (0, 0, 0) if t is None else t.stride()[:3] for name, t in tensors.items()}
+def _strides(**tensors: Sequence[int] | None) -> tuple[list[int], dict[str, int]]:
+    """Of the strides of (B, H, N, K) tensors: images' at run time, tokens' and heads' (K's is one) as constants."""
+    strides = {name: (0, 0, 0) if found is None else found[:3] for name, found in tensors.items()}
     constants = {f"{name}_STRIDE_N": n for name, (_, _, n) in strides.items()}
     constants |= {f"{name}_STRIDE_H": h for name, (_, h, _) in strides.items()}
     return [b for b, _, _ in strides.values()], constants
 
 
+def _decide_forward(
+    shape: torch.Size, q_strides: Sequence[int], k_strides: Sequence[int], eps: float
+) -> common.Decision:
+    B, H, N, K = shape
+    tile = _tile(K)
+    tiles = triton.cdiv(N * H, tile["ROWS"])
+    strides_b, strides = _strides(Q=q_strides, K=k_strides)
+    return B * tiles, (N, H, tiles, eps, *strides_b), strides | tile
+
+
+@functools.cache
+def _programs(shape: torch.Size, weighted: bool) -> tuple[int, int, int]:
+    """Of the backward pass: tiles per image, tiles per program (up to 16 with sums for weights), programs per image."""
+    B, H, N, K = shape
+    tiles = triton.cdiv(N * H, _tile(K)["ROWS"])
+    tiles_per_program = min(max(B * tiles // common.PROGRAMS, 1), 16) if weighted else 1
+    return tiles, tiles_per_program, triton.cdiv(tiles, tiles_per_program)
+
+
+def _decide_backward(
+    shape: torch.Size, weighted: bool, out_stride_n: int, eps: float, *strides: Sequence[int] | None
+) -> common.Decision:
+    tiles, tiles_per_program, programs_per_image = _programs(shape, weighted)
+    B, H, N, K = shape
+    strides_b, constants = _strides(**dict(zip(("DQ", "DK", "DV", "Q", "K"), strides, strict=True)))
+    numbers = (N, H, tiles, tiles_per_program, programs_per_image, eps, *strides_b)
+    return B * programs_per_image, numbers, constants | {"OUT_STRIDE_N": out_stride_n} | _tile(K)
+
+
 def _token_major(t: Tensor) -> Tensor:
     B, H, N, K = t.shape
-    return torch.empty((B, N, H, K), dtype=t.dtype, device=t.device).transpose(1, 2)
+    return t.new_empty(B, N, H, K).transpose(1, 2)
 
 
 def rope(
@@ -220,14 +247,10 @@ def rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """q and k (B, H, N, K) rotated, after RMS-normalising each where its weight is given."""
-    B, H, N, K = q.shape
     q_out, k_out = _token_major(q), _token_major(k)
     if q.numel():
-        tile = _tile(K)
-        tiles = triton.cdiv(N * H, tile["ROWS"])
-        strides_b, strides = _strides(Q=q, K=k)
         tensors = (q_out, k_out, q, k, cos_NK, sin_NK, q_weight_K, k_weight_K)
-        common.launch(_forward, B * tiles, *tensors, N, H, tiles, eps, *strides_b, **strides, K=K, **tile)
+        common.launch(_forward, _decide_forward, (q.shape, q.stride(), k.stride(), eps), *tensors)
     return q_out, k_out
 
 
@@ -243,27 +266,20 @@ def _launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Fills `out`; returns the gradients of the weights, of size 0 where there is none."""
-    (B, H, N, K), device = gradients[0].shape, cos_NK.device
-    counts = [0 if weight is None else K for weight in weights]
-    if not gradients[0].numel():
-        dq_weight, dk_weight = (torch.zeros(count, dtype=torch.float32, device=device) for count in counts)
-        return dq_weight, dk_weight
-    tile = _tile(K)
-    tiles = triton.cdiv(N * H, tile["ROWS"])
-    # Sums for weights: up to 16 tiles per program.
-    tiles_per_program = min(max(B * tiles // common.PROGRAMS, 1), 16) if any(counts) else 1
-    programs_per_image = triton.cdiv(tiles, tiles_per_program)
-    sums = torch.empty((B * programs_per_image, 2, K) if any(counts) else 0, dtype=torch.float32, device=device)
-    dq, dk, dv = (_follow(t) for t in gradients)
-    strides_b, strides = _strides(DQ=dq, DK=dk, DV=dv, Q=q, K=k)
-    common.launch(
-        _backward,
-        B * programs_per_image,
-        *(*out, sums, dq, dk, dv, q, k, cos_NK, sin_NK, *weights),
-        *(N, H, tiles, tiles_per_program, programs_per_image, eps, *strides_b),
-        **(strides | {"OUT_STRIDE_N": out_stride_n, "K": K} | tile),
-    )
-    dq_weight, dk_weight = (sums[:, i].sum(0) if count else sums.new_empty(0) for i, count in enumerate(counts))
+    shape = gradients[0].shape
+    weighted = weights != (None, None)
+    if gradients[0].numel():
+        programs = shape[0] * _programs(shape, weighted)[2]
+        sums = cos_NK.new_empty(programs, 2, shape[3]) if weighted else cos_NK.new_empty(0)
+        # Whatever strides a gradient has are followed, but for that of its last axis.
+        dq, dk, dv = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in gradients)
+        strides = (None if t is None else t.stride() for t in (dq, dk, dv, q, k))
+        sizes = (shape, weighted, out_stride_n, eps, *strides)
+        tensors = (*out, sums, dq, dk, dv, q, k, cos_NK, sin_NK, *weights)
+        common.launch(_backward, _decide_backward, sizes, *tensors)
+    else:
+        sums = cos_NK.new_zeros(1, 2, shape[3])
+    dq_weight, dk_weight = (sums.new_empty(0) if w is None else sums[:, i].sum(0) for i, w in enumerate(weights))
     return dq_weight, dk_weight
 
 
@@ -299,6 +315,6 @@ def rope_qkv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient for the packed qkv (B, N, 3, H, K), dv copied into it, and those for the weights."""
     B, H, N, K = dq.shape
-    dqkv = torch.empty((B, N, 3, H, K), dtype=dq.dtype, device=dq.device)
+    dqkv = dq.new_empty(B, N, 3, H, K)
     out, weights = dqkv.unbind(2), (q_weight_K, k_weight_K)
     return dqkv, *_launch_backward(out, 3 * H * K, (dq, dk, dv), q, k, cos_NK, sin_NK, weights, eps)

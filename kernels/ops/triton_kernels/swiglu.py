@@ -48,7 +48,7 @@ def _backward(dx12, dy, x12, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, R
     tl.store(dx12 + first + WIDTH, grad * x1 * s, mask=mask)
 
 
-def _launch(kernel: object, rows: int, width: int, *tensors: Tensor) -> None:
+def _decide(rows: int, width: int) -> common.Decision:
     """Tiles of 1024 elements for 4 warps, which is one 128-bit load of bfloat16 per thread and tensor (two of float32).
 
     Narrower tiles of several rows, where more than an eighth of the lanes would hang over the ends of rows.
@@ -57,22 +57,22 @@ def _launch(kernel: object, rows: int, width: int, *tensors: Tensor) -> None:
     columns = next(sizes, min(256, triton.next_power_of_2(width)))
     tile_rows = 1024 // columns
     programs = triton.cdiv(rows, tile_rows) * triton.cdiv(width, columns)
-    common.launch(kernel, programs, *tensors, rows, num_warps=4, WIDTH=width, COLUMNS=columns, ROWS=tile_rows)
+    return programs, (rows,), {"WIDTH": width, "COLUMNS": columns, "ROWS": tile_rows, "num_warps": 4, "num_stages": 1}
 
 
 def swiglu(x12: Tensor) -> Tensor:
     """silu(first half) * second half along the last axis."""
     x12, width = x12.contiguous(), x12.shape[-1] // 2
-    y = torch.empty((*x12.shape[:-1], width), dtype=x12.dtype, device=x12.device)
-    if y.numel():
-        _launch(_forward, y.numel() // width, width, y, x12)
+    y = x12.new_empty(*x12.shape[:-1], width)
+    if count := y.numel():
+        common.launch(_forward, _decide, (count // width, width), y, x12)
     return y
 
 
 def swiglu_backward(dy: Tensor, x12: Tensor) -> Tensor:
     """The gradient for x12."""
     dy, x12, width = dy.contiguous(), x12.contiguous(), x12.shape[-1] // 2
-    dx12 = torch.empty(x12.shape, dtype=x12.dtype, device=x12.device)
-    if dx12.numel():
-        _launch(_backward, dy.numel() // width, width, dx12, dy, x12)
+    dx12 = torch.empty_like(x12)
+    if count := dy.numel():
+        common.launch(_backward, _decide, (count // width, width), dx12, dy, x12)
     return dx12

@@ -140,6 +140,22 @@ def _distmat(
     _store_twice(sign + image * positions * positions, values, rows, columns, positions)
 
 
+def _decide_gram(images: int, channels: int, positions: int, diagonal: bool, dtype: torch.dtype) -> common.Decision:
+    """bfloat16: steps of 64 channels, three of them in flight. float32 has no tensor cores to wait for."""
+    tiles, narrow = triton.cdiv(positions, TILE), dtype == torch.bfloat16
+    tiles_per_image = tiles if diagonal else tiles * (tiles - 1) // 2
+    constants = {"DIAGONAL": diagonal, "STEP": 64 if narrow else 32, "TILE": TILE, "UPCAST": common.INTERPRETED}
+    options = {"num_warps": 4, "num_stages": 3 if narrow else 2}
+    return images * tiles_per_image, (positions, channels, tiles, tiles_per_image), constants | options
+
+
+def _decide_distmat(images: int, channels: int, positions: int, margin: float) -> common.Decision:
+    tiles = triton.cdiv(positions, TILE)
+    tiles_per_image = tiles * (tiles + 1) // 2
+    options = {"STEP": 32, "TILE": TILE, "num_warps": 4, "num_stages": 2}
+    return images * tiles_per_image, (positions, channels, tiles, tiles_per_image, margin), options
+
+
 def vf_gram(features_BDN: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines between the positions of each image, (B, N, N), and the inverse norms of the features, (B, N)."""
     features_BDN = features_BDN.contiguous()
@@ -148,15 +164,9 @@ def vf_gram(features_BDN: Tensor) -> tuple[Tensor, Tensor]:
     inverse_norm_BN = torch.empty((B, N), dtype=torch.float32, device=features_BDN.device)
     if not features_BDN.numel():
         return cosines_BNN.zero_(), inverse_norm_BN.zero_()
-    tiles = triton.cdiv(N, TILE)
-    # bfloat16: steps of 64 channels, three of them in flight. float32 has no tensor cores to wait for.
-    narrow = features_BDN.dtype == torch.bfloat16
-    constants = {"TILE": TILE, "STEP": 64 if narrow else 32, "UPCAST": common.INTERPRETED}
-    options = {"num_warps": 4, "num_stages": 3 if narrow else 2}
-    for diagonal, tiles_per_image in ((True, tiles), (False, tiles * (tiles - 1) // 2)):
-        if tiles_per_image:
-            arguments = (cosines_BNN, inverse_norm_BN, features_BDN, N, D, tiles, tiles_per_image)
-            common.launch(_gram, B * tiles_per_image, *arguments, DIAGONAL=diagonal, **constants, **options)
+    for diagonal in (True, False) if N > TILE else (True,):
+        sizes = (B, D, N, diagonal, features_BDN.dtype)
+        common.launch(_gram, _decide_gram, sizes, cosines_BNN, inverse_norm_BN, features_BDN)
     return cosines_BNN, inverse_norm_BN
 
 
@@ -165,11 +175,9 @@ def vf_distmat(u_BdN: Tensor, v_BdN: Tensor, cosines_BNN: Tensor, margin: float)
     u_BdN, v_BdN, cosines_BNN = u_BdN.contiguous(), v_BdN.contiguous(), cosines_BNN.contiguous()
     B, d, N = u_BdN.shape
     tiles = triton.cdiv(N, TILE)
-    tiles_per_image = tiles * (tiles + 1) // 2
     sign_BNN = torch.empty((B, N, N), dtype=torch.int8, device=u_BdN.device)
-    sums = torch.empty(B * tiles_per_image, dtype=torch.float32, device=u_BdN.device)
+    sums = torch.empty(B * tiles * (tiles + 1) // 2, dtype=torch.float32, device=u_BdN.device)
     if sums.numel():
-        arguments = (sign_BNN, sums, u_BdN, v_BdN, cosines_BNN, N, d, tiles, tiles_per_image, margin)
-        common.launch(_distmat, sums.numel(), *arguments, num_warps=4, num_stages=2, STEP=32, TILE=TILE)
+        common.launch(_distmat, _decide_distmat, (B, d, N, margin), sign_BNN, sums, u_BdN, v_BdN, cosines_BNN)
     # Without images this is 0 / 0: a mean over nothing is NaN, as in plain torch.
     return sums.sum() / sign_BNN.numel(), sign_BNN
