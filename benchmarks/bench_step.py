@@ -23,6 +23,7 @@ peak_gib is what torch allocated on a GPU, on a CPU the process's resident peak.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -78,46 +79,8 @@ class Case:
     warmup: int
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV; times are medians over rounds, per optimizer step. Images are of all processes."""
-
-    date: str
-    commit: str
-    device: str
-    hardware: str
-    processes: int
-    threads: int
-    versions: str
-    recipe: str
-    trainer: str
-    engine: str
-    precision: str
-    compile: bool
-    kernels: str
-    batch: int
-    """Images per process and micro-batch."""
-    settings: str
-    data: str
-    images_per_s: float
-    q1_images_per_s: float
-    q3_images_per_s: float
-    step_ms: float
-    forward_ms: float
-    backward_ms: float
-    optimizer_ms: float
-    data_ms: float
-    peak_gib: float
-    gflops_per_image: float | None
-    """None, and so are the shares, where masks end in mid-run: no one number counts the steps."""
-    tflops_per_s: float | None
-    """Of one process."""
-    matmul_tflops_per_s: float
-    share_of_matmul: float | None
-    share_of_peak: float | None
-    """Of the GPU's dense bf16 speed by its data sheet; None for a CPU, or a GPU that is not known."""
-    rounds: int
-    steps: int
+Row = dict[str, Any]
+"""One line of the CSV, see `row_of`."""
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -133,7 +96,6 @@ def configure(case: Case, folder: Path) -> Config:
         engine = dataclasses.replace(engine, precision=case.precision)  # type: ignore[arg-type]
     if case.compile is not None:
         engine = dataclasses.replace(engine, compile=case.compile)
-    path = f"debug:{4 * case.batch}" if case.data in ("resident", "loader") else case.data
     run = dataclasses.replace(
         config.run,
         out=str(folder),
@@ -141,18 +103,18 @@ def configure(case: Case, folder: Path) -> Config:
         device=case.device,  # type: ignore[arg-type]
         init_from=None,
     )
-    data = dataclasses.replace(config.data, path=path)
-    if isinstance(config, DiTConfig):
-        # features of frozen networks come from a network of random weights, where they are made online
-        repa = dataclasses.replace(
-            config.repa, foundation=dataclasses.replace(config.repa.foundation, weights="random")
-        )
-        return dataclasses.replace(config, engine=engine, run=run, data=data, repa=repa)
+    made_up = case.data in ("resident", "loader")
+    data = dataclasses.replace(config.data, path=f"debug:{4 * case.batch}" if made_up else case.data)
+    config = dataclasses.replace(config, engine=engine, run=run, data=data)
+    if isinstance(config, DiTConfig):  # features of frozen networks come from random weights, where made online
+        foundation = dataclasses.replace(config.repa.foundation, weights="random")
+        return dataclasses.replace(config, repa=dataclasses.replace(config.repa, foundation=foundation))
     loss = dataclasses.replace(config.loss, disc_start_step=1)
     if loss.perceptual_weight > 0:
         loss = dataclasses.replace(loss, vgg_weights=str(_random_vgg(folder)))
-    foundation = dataclasses.replace(config.foundation, weights="random")
-    return dataclasses.replace(config, engine=engine, run=run, data=data, loss=loss, foundation=foundation, stages=())
+    return dataclasses.replace(
+        config, loss=loss, foundation=dataclasses.replace(config.foundation, weights="random"), stages=()
+    )
 
 
 def override(config: Config, setting: str) -> Config:
@@ -185,99 +147,88 @@ def _random_vgg(folder: Path) -> Path:
 def run(case: Case) -> Row:
     """Build the trainer of one case and measure it, in this process."""
     torch.set_num_threads(case.threads)
+    from plain_engine import PlainEngine
+
     from vadit.train import loop, runs
 
-    with tempfile.TemporaryDirectory() as name, dispatch.setting(case.kernels):
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dispatch.setting(case.kernels))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = configure(case, folder)
+        if isinstance(config, TokenizerConfig):
+            from vadit.train import tokenizer as trainer
+        else:
+            from vadit.train import dit as trainer  # type: ignore[no-redef]
         found: list[Measured] = []
 
         def instead_of_loop(task: Any, *_: Any, device: torch.device, **__: Any) -> None:
-            found.append(
-                measure(
-                    task,
-                    precision=config.engine.precision,
-                    device=device,
-                    resident=case.data == "resident",
-                    rounds=case.rounds,
-                    warmup=case.warmup,
-                )
-            )
+            lengths = {"resident": case.data == "resident", "rounds": case.rounds, "warmup": case.warmup}
+            found.append(measure(task, precision=config.engine.precision, device=device, **lengths))
 
-        with mock.patch.object(loop, "run", instead_of_loop), mock.patch.object(runs, "open_folder", lambda _: folder):
-            if isinstance(config, TokenizerConfig):
-                from vadit.train import tokenizer as trainer
-            else:
-                from vadit.train import dit as trainer  # type: ignore[no-redef]
-            if case.engine == "torch":
-                from plain_engine import PlainEngine
-
-                with mock.patch.object(trainer, "Engine", PlainEngine):
-                    trainer.train(config)  # type: ignore[arg-type]
-            else:
-                trainer.train(config)  # type: ignore[arg-type]
-        (measured,) = found
-        return row_of(case, config, measured)
+        stack.enter_context(mock.patch.object(loop, "run", instead_of_loop))
+        stack.enter_context(mock.patch.object(runs, "open_folder", lambda _: folder))
+        if case.engine == "torch":
+            stack.enter_context(mock.patch.object(trainer, "Engine", PlainEngine))
+        trainer.train(config)  # type: ignore[arg-type]
+    return row_of(case, config, *found)
 
 
 def row_of(case: Case, config: Config, measured: Measured) -> Row:
-    """The line of the CSV."""
-    world, accumulation = distributed.world_size(), config.engine.gradient_accumulation
-    images = case.batch * world * accumulation
+    """The line of the CSV: times are medians over rounds, per optimizer step. Images are of all processes.
+
+    FLOPs and shares are None where masks end in mid-run: no one number counts the steps. tflops_per_s are those of one
+    process, share_of_peak is None for a CPU, or a GPU that is not known.
+    """
+    world = distributed.world_size()
+    images = case.batch * world * config.engine.gradient_accumulation
     fast, middle, slow = statistics.quantiles(measured.step_s, n=4)
     flops = tracked_flops(config)
     peak = named_peak(torch.cuda.get_device_name()) if case.device == "cuda" else None
-    matmul = 2 * SIDE[case.device] ** 3 / statistics.median(measured.matmul_s) / 1e12
-    achieved = None if flops is None else flops * images / world / middle / 1e12
+    matmul = 2 * SIDE[case.device] ** 3 / statistics.median(measured.matmul_s)
+    achieved = None if flops is None else flops * images / world / middle
     parts = {name: round(statistics.median(values), 3) for name, values in measured.parts_ms.items()}
-    zero = f" ZeRO {config.engine.zero_stage}" if case.engine == "deepspeed" else ""
-    return Row(
-        date=datetime.date.today().isoformat(),
-        commit=harness.commit(*SOURCES),
-        device=case.device,
-        hardware=harness.hardware(case.device),
-        processes=world,
-        threads=case.threads,
-        versions=harness.versions(case.device, "deepspeed"),
-        recipe=case.recipe,
-        trainer=config.kind,
-        engine=f"{case.engine}{zero}",
-        precision=config.engine.precision,
-        compile=config.engine.compile,
-        kernels=case.kernels,
-        batch=case.batch,
-        settings=" ".join(case.settings),
-        data="loader of " + case.data if case.data not in ("resident", "loader") else case.data,
-        images_per_s=round(images / middle, 3),
-        q1_images_per_s=round(images / slow, 3),
-        q3_images_per_s=round(images / fast, 3),
-        step_ms=round(middle * 1e3, 3),
-        forward_ms=parts["forward"],
-        backward_ms=parts["backward"],
-        optimizer_ms=parts["optimizer"],
-        data_ms=parts["data"],
-        peak_gib=round(measured.peak_gib, 3),
-        gflops_per_image=None if flops is None else round(flops / 1e9, 3),
-        tflops_per_s=None if achieved is None else round(achieved, 5),
-        matmul_tflops_per_s=round(matmul, 5),
-        share_of_matmul=None if achieved is None else round(achieved / matmul, 4),
-        share_of_peak=None if achieved is None or peak is None else round(achieved / (peak / 1e12), 4),
-        rounds=len(measured.step_s),
-        steps=measured.steps,
-    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": harness.commit(*SOURCES),
+        "device": case.device,
+        "hardware": harness.hardware(case.device),
+        "processes": world,
+        "threads": case.threads,
+        "versions": harness.versions(case.device, "deepspeed"),
+        "recipe": case.recipe,
+        "trainer": config.kind,
+        "engine": case.engine + f" ZeRO {config.engine.zero_stage}" * (case.engine == "deepspeed"),
+        "precision": config.engine.precision,
+        "compile": config.engine.compile,
+        "kernels": case.kernels,
+        "batch": case.batch,
+        "settings": " ".join(case.settings),
+        "data": case.data if case.data in ("resident", "loader") else f"loader of {case.data}",
+        "images_per_s": round(images / middle, 3),
+        "q1_images_per_s": round(images / slow, 3),
+        "q3_images_per_s": round(images / fast, 3),
+        "step_ms": round(middle * 1e3, 3),
+        **{f"{name}_ms": parts[name] for name in ("forward", "backward", "optimizer", "data")},
+        "peak_gib": round(measured.peak_gib, 3),
+        "gflops_per_image": flops and round(flops / 1e9, 3),
+        "tflops_per_s": achieved and round(achieved / 1e12, 5),
+        "matmul_tflops_per_s": round(matmul / 1e12, 5),
+        "share_of_matmul": achieved and round(achieved / matmul, 4),
+        "share_of_peak": achieved and peak and round(achieved / peak, 4),
+        "rounds": len(measured.step_s),
+        "steps": measured.steps,
+    }
 
 
 def show(row: Row) -> None:
     """Print one row."""
-    share = "" if row.share_of_matmul is None else f", {row.share_of_matmul:.0%} of a large product"
-    parts = " + ".join(
-        f"{name} {getattr(row, f'{name}_ms'):.1f}" for name in ("data", "forward", "backward", "optimizer")
-    )
+    share = "" if row["share_of_matmul"] is None else f", {row['share_of_matmul']:.0%} of a large product"
+    parts = " + ".join(f"{name} {row[f'{name}_ms']:.1f}" for name in ("data", "forward", "backward", "optimizer"))
+    what = (row["precision"], "compiled" * row["compile"], row["kernels"], row["engine"], row["settings"])
     print(
-        f"{row.recipe} batch {row.batch} x {row.processes} {row.precision}{' compiled' if row.compile else ''} "
-        f"{row.kernels} {row.engine}{' ' + row.settings if row.settings else ''}: "
-        f"{row.images_per_s:.2f} img/s ({row.q1_images_per_s:.2f}-{row.q3_images_per_s:.2f}), "
-        f"{row.step_ms:.1f} ms = {parts}; {row.peak_gib:.2f} GiB{share}",
+        f"{row['recipe']} batch {row['batch']} x {row['processes']} {' '.join(filter(None, what))}: "
+        f"{row['images_per_s']:.2f} img/s ({row['q1_images_per_s']:.2f}-{row['q3_images_per_s']:.2f}), "
+        f"{row['step_ms']:.1f} ms = {parts}; {row['peak_gib']:.2f} GiB{share}",
         flush=True,
     )
 
@@ -291,29 +242,16 @@ def cases(options: argparse.Namespace) -> list[Case]:
     if engine == "auto":
         engine = "deepspeed" if importlib.util.find_spec("deepspeed") else "torch"
     switches = {"off": False, "on": True, "recipe": None}
+    fixed = {name: getattr(options, name) for name in ("data", "device", "threads", "rounds", "warmup")}
+    choices = itertools.product(
+        options.recipe or RECIPES[options.device], options.batch or (BATCH[options.device],),
+        options.precision, options.compile, options.kernels,
+    )  # fmt: skip
     return [
-        Case(
-            recipe=recipe,
-            batch=batch,
-            precision=None if precision == "recipe" else precision,
-            compile=switches[compiled],
-            kernels=kernels,
-            engine=engine,
-            data=options.data,
-            settings=tuple(options.settings),
-            device=options.device,
-            threads=options.threads,
-            rounds=options.rounds,
-            warmup=options.warmup,
-        )
-        for recipe, batch, precision, compiled, kernels in itertools.product(
-            options.recipe or RECIPES[options.device],
-            options.batch or (BATCH[options.device],),
-            options.precision,
-            options.compile,
-            options.kernels,
-        )
-    ]
+        Case(recipe, batch, None if precision == "recipe" else precision, switches[compiled], kernels, engine,
+             settings=tuple(options.settings), **fixed)
+        for recipe, batch, precision, compiled, kernels in choices
+    ]  # fmt: skip
 
 
 def in_own_process(case: Case) -> Row | None:
@@ -324,7 +262,8 @@ def in_own_process(case: Case) -> Row | None:
     if done.returncode:
         print(f"{case.recipe} batch {case.batch}: failed\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         return None
-    return Row(**json.loads(done.stdout.strip().splitlines()[-1]))
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
 
 
 def main() -> int:
@@ -349,7 +288,7 @@ def main() -> int:
     if options.case:
         fields = json.loads(options.case)
         row = run(Case(**{**fields, "settings": tuple(fields["settings"])}))
-        print("\n" + json.dumps(dataclasses.asdict(row)))
+        print("\n" + json.dumps(row))
         return 0
     wanted, failed = cases(options), 0
     launched = distributed.world_size() > 1
@@ -362,7 +301,7 @@ def main() -> int:
         elif distributed.is_main():
             show(row)
             if not options.no_save:
-                harness.append(harness.RESULTS / f"steps-{row.hardware}.csv", [row])
+                harness.append(harness.RESULTS / f"steps-{row['hardware']}.csv", [row])
     return 1 if failed else 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import logging
 import re
 import statistics
@@ -65,28 +66,6 @@ class Stamp:
     versions: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV: times in milliseconds, per call."""
-
-    date: str
-    commit: str
-    hardware: str
-    threads: int
-    versions: str
-    op: str
-    shape: str
-    dtype: str
-    part: str
-    contender: str
-    median_ms: float
-    q1_ms: float
-    q3_ms: float
-    gb_per_s: float
-    share_of_copy: float
-    rounds: int
-
-
 def arguments(description: str | None) -> argparse.Namespace:
     """The command line that all op benchmarks have."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
@@ -105,26 +84,18 @@ def arguments(description: str | None) -> argparse.Namespace:
     return options
 
 
-def ours(op: Op, device: str, backend: str) -> Op | None:
-    """The public op on one backend, whatever VADIT_KERNELS says; None where that backend is not here."""
-    found = dispatch.BACKENDS[backend]
-    if found.missing is not None or found.device != device:
-        return None
-
-    def call(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        with dispatch.setting(backend):
-            return op(*inputs)
-
-    return call
-
-
 def contenders(op: Op, eager: Op, device: str) -> dict[str, Op]:
-    """Plain torch, its compiled form, and each backend of ours that runs here."""
+    """Plain torch, its compiled form, and each backend of ours that runs here, whatever VADIT_KERNELS says."""
     found: dict[str, Op] = {"eager": eager, "compile": torch.compile(eager, fullgraph=True, dynamic=False)}
-    for backend in dispatch.BACKENDS:
-        if call := ours(op, device, backend):
-            found[backend] = call
+    for name, backend in dispatch.BACKENDS.items():
+        if backend.missing is None and backend.device == device:
+            found[name] = functools.partial(_on, name, op)
     return found
+
+
+def _on(backend: str, op: Op, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    with dispatch.setting(backend):
+        return op(*inputs)
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -243,9 +214,9 @@ def versions(device: str, *others: str) -> str:
     return ", ".join(parts)
 
 
-def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
-    """Measure, print and save; returns the rows."""
-    rows: list[Row] = []
+def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
+    """Measure, print and save: a line of the CSV per part and contender, times in milliseconds per call."""
+    rows: list[dict[str, Any]] = []
     clock = Clock(options.device)
     stamp = {
         "date": datetime.date.today().isoformat(),
@@ -268,61 +239,50 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
         for part, num_bytes in moved.items():
             calls = {name: part_calls[part] for name, part_calls in parts.items()}
             calls["copy"] = copy_of(num_bytes, options.device)
-            times = alternate(calls, options.rounds, clock)
-            ceiling = statistics.median(times["copy"])
-            for name, values in times.items():
-                q1, median, q3 = statistics.quantiles(values, n=4)
-                row = Row(
-                    **stamp,
-                    op=case.op,
-                    shape=case.shape,
-                    dtype=str(case.dtype).removeprefix("torch."),
-                    part=part,
-                    contender=name,
-                    median_ms=round(median, 4),
-                    q1_ms=round(q1, 4),
-                    q3_ms=round(q3, 4),
-                    gb_per_s=round(num_bytes / median / 1e6, 2),
-                    share_of_copy=round(ceiling / median, 3),
-                    rounds=len(values),
-                )
-                rows.append(row)
-        show([row for row in rows if (row.shape, row.dtype) == (case.shape, str(case.dtype).removeprefix("torch."))])
-    if not options.no_save:
-        save(rows)
-    return rows
+            what = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "part": part}
+            line = _lines(alternate(calls, options.rounds, clock), num_bytes, what)
+            show(line)
+            rows += [stamp | row for row in line.values()]
+    if rows and not options.no_save:
+        append(RESULTS / f"kernels-{stamp['hardware']}.csv", rows)
 
 
-def show(rows: list[Row]) -> None:
-    """A line per part: the median of each contender, and the best of our backends against torch."""
-    for part in dict.fromkeys(row.part for row in rows):
-        line = {row.contender: row for row in rows if row.part == part}
-        cells = "  ".join(f"{name} {row.median_ms:.3f}" for name, row in line.items())
-        first = next(iter(line.values()))
-        own = [row for name, row in line.items() if name in dispatch.BACKENDS]
-        verdict = ""
-        if own:
-            best = min(own, key=lambda row: row.median_ms)
-            others = [name for name in line if name not in (*dispatch.BACKENDS, "copy")]
-            ratios = [f"{line[name].median_ms / best.median_ms:.2f}x {name}" for name in others]
-            verdict = f" | {best.contender}: {', '.join(ratios)}, {best.share_of_copy:.0%} of copy"
-        print(f"{first.op:8} {first.shape:7} {first.dtype:8} {part:16} ms: {cells}{verdict}", flush=True)
+def _lines(times: dict[str, list[float]], num_bytes: int, what: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What a part's times say of each contender."""
+    ceiling = statistics.median(times["copy"])
+    found = {}
+    for name, values in times.items():
+        q1, median, q3 = statistics.quantiles(values, n=4)
+        found[name] = what | {
+            "contender": name, "median_ms": round(median, 4), "q1_ms": round(q1, 4), "q3_ms": round(q3, 4),
+            "gb_per_s": round(num_bytes / median / 1e6, 2), "share_of_copy": round(ceiling / median, 3),
+            "rounds": len(values),
+        }  # fmt: skip
+    return found
 
 
-def save(rows: list[Row]) -> None:
-    """Append to the file of this hardware."""
-    if not rows:
-        return
-    append(RESULTS / f"kernels-{rows[0].hardware}.csv", rows)
+def show(line: dict[str, dict[str, Any]]) -> None:
+    """Print one part: the median of each contender, and the best of our backends against torch."""
+    first = line["copy"]
+    cells = "  ".join(f"{name} {row['median_ms']:.3f}" for name, row in line.items())
+    verdict = ""
+    if own := [row for name, row in line.items() if name in dispatch.BACKENDS]:
+        best = min(own, key=lambda row: row["median_ms"])
+        others = [name for name in line if name not in (*dispatch.BACKENDS, "copy")]
+        ratios = [f"{line[name]['median_ms'] / best['median_ms']:.2f}x {name}" for name in others]
+        verdict = f" | {best['contender']}: {', '.join(ratios)}, {best['share_of_copy']:.0%} of copy"
+    what = f"{first['op']:8} {first['shape']:7} {first['dtype']:8} {first['part']:16}"
+    print(f"{what} ms: {cells}{verdict}", flush=True)
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
-    """Append rows (dataclasses of one kind, one or more) to a CSV, which gets its header line where it is new.
+    """Append rows (dataclasses or dicts of one kind, one or more) to a CSV; a new one gets its header line.
 
     ValueError where the file has other columns: its rows are evidence, and stay as they are.
     """
     path.parent.mkdir(exist_ok=True)
-    new, names = not path.exists(), list(asdict(rows[0]))
+    values = [row if isinstance(row, dict) else asdict(row) for row in rows]
+    new, names = not path.exists(), list(values[0])
     if not new:
         with path.open(newline="") as file:
             found = next(csv.reader(file), [])
@@ -332,4 +292,15 @@ def append(path: Path, rows: Sequence[Any]) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(values)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write dicts of one kind as a CSV, anew: for what follows from other files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            writer.writerow(cells)

@@ -8,7 +8,7 @@ fp32 masters). It neither saves nor resumes: nothing is trained with it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,14 @@ class PlainEngine:
         global_batch: int,
         device: torch.device,
         blocks: Sequence[nn.Module] = (),
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         if distributed.world_size() > 1:
             raise UsageError("a step in plain torch is of one process; install deepspeed for more")
         if optimizer.kind != "adamw":
             raise UsageError(f"a step in plain torch has AdamW alone, found optimizer.kind {optimizer.kind}")
+        if forward is not None:
+            module.forward = forward
         if spec.compile and blocks:
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
@@ -51,14 +54,8 @@ class PlainEngine:
         self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         low = spec.precision == "bf16"
         self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights] if low else self._weights
-        self._adam = torch.optim.AdamW(
-            self._masters,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        settings = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
+        self._adam = torch.optim.AdamW(self._masters, weight_decay=optimizer.weight_decay, fused=True, **settings)  # type: ignore[arg-type]
         self._micro = 0
         self._norm: Tensor | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -58,17 +59,12 @@ class Parts:
         return found
 
 
-class Resident:
-    """The first batch of a loader, on the device, for ever."""
-
-    def __init__(self, stream: Iterator[Any], device: torch.device) -> None:
-        self._batch = _moved(next(stream), device)
-
-    def __next__(self) -> Any:
-        return self._batch
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
+def _batches(stream: Iterator[Any], parts: Parts, resident: torch.device | None) -> Iterator[Any]:
+    """Batches whose waits count as data; with a device, the first one stays there, for ever."""
+    stream = stream if resident is None else itertools.repeat(_moved(next(stream), resident))
+    fetch = parts.timed("data", stream.__next__)
+    while True:
+        yield fetch()
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -81,19 +77,6 @@ def _moved(batch: Any, device: torch.device) -> Any:
         moved = [_moved(each, device) for each in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)
     return batch
-
-
-class Timed:
-    """Batches of another iterator, whose waits are counted as data."""
-
-    def __init__(self, batches: Iterator[Any], parts: Parts) -> None:
-        self._next = parts.timed("data", batches.__next__)
-
-    def __next__(self) -> Any:
-        return self._next()
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
 
 @dataclass
@@ -119,8 +102,7 @@ def measure(task: Any, *, precision: str, device: torch.device, resident: bool, 
     task.guard.step = parts.timed("optimizer", task.guard.step)
     task.ema.update = parts.timed("optimizer", task.ema.update)
     stream = task.loader.stream()
-    batches: Iterator[Any] = Resident(stream, device) if resident else stream
-    batches = Timed(batches, parts)
+    batches = _batches(stream, parts, device if resident else None)
     done = 0
 
     def steps(count: int) -> float:
@@ -149,13 +131,13 @@ def measure(task: Any, *, precision: str, device: torch.device, resident: bool, 
         distributed.barrier()
         found.step_s.append(steps(count))
         taken = {name: value / count for name, value in parts.read().items()}
-        for name in ("data", "backward", "optimizer"):
+        taken["forward"] = found.step_s[-1] * 1e3 - sum(taken.values())
+        for name in ("data", "forward", "backward", "optimizer"):
             found.parts_ms.setdefault(name, []).append(taken.get(name, 0.0))
-        rest = found.step_s[-1] * 1e3 - sum(taken.values())
-        found.parts_ms.setdefault("forward", []).append(rest)
-        found.peak_gib = max(found.peak_gib, _peak_gib(cuda))
         matmul_s.append(product())
     found.steps = rounds * count
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found.peak_gib = peak / 2**30
     stream.close()
     return found
 
@@ -166,22 +148,17 @@ def _product(precision: str, device: torch.device) -> Callable[[], float]:
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     cuda = device.type == "cuda"
+    repeats = 10 if cuda else 1
 
     def product() -> float:
         if cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        for _ in range(10 if cuda else 1):
+        for _ in range(repeats):
             torch.mm(a, b)
         if cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / (10 if cuda else 1)
+        return (time.perf_counter() - begin) / repeats
 
     product()
     return product
-
-
-def _peak_gib(cuda: bool) -> float:
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
