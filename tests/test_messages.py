@@ -8,14 +8,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import vadit
 from vadit import cli
-from vadit.commands import convert, demo, encode, evaluate, prepare, report, sample, train
+from vadit.commands import about, convert, demo, encode, evaluate, prepare, report, sample, train
 from vadit.commands.arguments import flags_of, parse
 from vadit.config import (
     DiTConfig,
@@ -28,6 +28,8 @@ from vadit.runtime.errors import UsageError
 from vadit.train import runs
 
 PACKAGE = Path(vadit.__file__).parent
+ROOT = PACKAGE.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
 OPTIONS = (
     *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
     *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
@@ -42,6 +44,8 @@ OF_OTHERS = {
     *("--dereference", "--hard-dereference", "--concatenate", "--module"),
 }
 """pip's and apex's; tar's; deepspeed's."""
+OF_SCRIPTS = {"--nodes", "--nproc_per_node", "--requeue", "--signal", "--time", "--recipe", "--batch", "--compile"}
+"""torchrun's, sbatch's; benchmarks/bench_step.py's."""
 HOLE = "\0"
 """Where an f-string puts something in."""
 
@@ -96,6 +100,51 @@ fail(f"{x} is on; set --no-data.flip, or (vadit train: --data.{name}), or --nowh
 re.match(r"--local[_-]rank", "var(--ink) --ink:#123 a--b ---c --{x}")
 """
     assert sorted(unknown_flags(source, known_flags())) == ["--flag", "--no-data.flip", "--nowhere." + HOLE]
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def documented_commands(document: Path) -> Iterator[list[str]]:
+    """The arguments of every `vadit ...` in a document's blocks of code, those behind launchers, too."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(^vadit|module vadit|train\.sh|torchrun\.sh|slurm\.sbatch) ([^#]*)", line)
+            if found is not None and not line.startswith("#"):
+                words = shlex.split(found[2].strip().removesuffix("..."))
+                words = ["lightningdit-b" if word == "RECIPE" else word for word in words]
+                yield words if found[1].endswith("vadit") else ["train", *words]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_a_document_is_understood(
+    document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def only_parse(*args: Any, **settings: Any) -> NoReturn:
+        parse(*args, **settings)
+        raise SystemExit(99)
+
+    for module in (about, convert, demo, encode, evaluate, prepare, report, sample, train):
+        monkeypatch.setattr(module, "parse", only_parse)
+    commands = list(documented_commands(document))
+    assert commands or document.name not in ("README.md", "data.md", "checkpoints.md", "scaling.md")
+    for arguments in commands:
+        assert cli.main(arguments) == 99, (arguments, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text()
+    flags = {flag for flag in named_flags(text) if not flag.endswith(HOLE)}
+    groups = {flag.rsplit(".", 1)[0] for flag in known_flags() if "." in flag}
+    assert flags - known_flags() - groups - EXAMPLES - OF_OTHERS - OF_SCRIPTS == set()
+    settings = {flag.replace("-", "_").lstrip("_") for flag in known_flags() if "." in flag}
+    named = {name for name in re.findall(r"`(\w+\.\w+)`", text) if f"--{name.split('.')[0]}" in groups}
+    assert {name for name in named - settings if not name.endswith((".json", ".jsonl", ".safetensors"))} == set()
+    paths = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [path for path in paths if not (document.parent / path).exists()] == []
+    files = re.findall(r"`((?:vadit|benchmarks|tests|launch|docs|csrc|kernels)/[\w/.-]+)`", text)
+    assert [path for path in files if not (ROOT / path).exists()] == []
 
 
 # ------------------------------------------------------------------------------------------------ settings of a run
