@@ -93,7 +93,7 @@ def test_the_top_of_the_package_holds_the_door_alone() -> None:
     assert {path.name for path in (ROOT / "vadit").glob("*.py")} <= {"__init__.py", "__main__.py", "cli.py"}
 
 
-@pytest.mark.parametrize("folder", ["vadit"])
+@pytest.mark.parametrize("folder", ["vadit", "benchmarks"])
 def test_no_files_import_each_other_in_a_circle(folder: str) -> None:
     """Imports inside functions and for type checkers count, too."""
     files = {module_name(path): path for path in (ROOT / folder).rglob("*.py")}
