@@ -89,7 +89,7 @@ def _break_loss(kind: str) -> Callable[[int], None]:
     """Let the loss of step AT, of process 1, be one that must not be trained on."""
 
     def prepare(rank: int) -> None:
-        original, calls = dit.flow.training_loss, 0
+        original, calls = dit.flow.loss, 0
 
         def broken(*args: Any, **settings: Any) -> Any:
             nonlocal calls
@@ -101,7 +101,7 @@ def _break_loss(kind: str) -> Callable[[int], None]:
                 total = total * 1e6 if kind == "spike" else total + bad[kind]
             return dataclasses.replace(loss, total=total)
 
-        dit.flow.training_loss = broken
+        dit.flow.loss = broken
 
     return prepare
 

@@ -34,7 +34,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def faulty(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Let the loss of some calls, counted from 1, be NaN."""
-    original, calls = dit.flow.training_loss, 0
+    original, calls = dit.flow.loss, 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -42,4 +42,4 @@ def faulty(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
         loss = original(*args, **kwargs)
         return dataclasses.replace(loss, total=loss.total * math.nan) if bad(calls) else loss
 
-    monkeypatch.setattr(dit.flow, "training_loss", broken)
+    monkeypatch.setattr(dit.flow, "loss", broken)

@@ -25,7 +25,7 @@ EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}
 
 def skips(out: Path) -> None:
     """In each stage: a NaN loss in the third step of rank 1, a NaN gradient in its fourth, a spike in its fifth."""
-    original = dit.flow.training_loss
+    original = dit.flow.loss
 
     for zero_stage in (0, 1, 2, 3):
         calls = 0
@@ -44,10 +44,10 @@ def skips(out: Path) -> None:
                     total = total * 1e6
             return dataclasses.replace(loss, total=total)
 
-        dit.flow.training_loss = broken
+        dit.flow.loss = broken
         config = tiny_dit(out / f"dit-{zero_stage}", steps=13, zero_stage=zero_stage, run=EVERY_STEP)
         dit.train(dataclasses.replace(config, guard=GuardSpec(spike_window=8)))
-    dit.flow.training_loss = original
+    dit.flow.loss = original
 
 
 def discriminator(out: Path) -> None:
@@ -67,7 +67,7 @@ def discriminator(out: Path) -> None:
 
 def rollback(out: Path) -> None:
     """Rank 1 fails in its fourth and fifth step."""
-    original, calls = dit.flow.training_loss, 0
+    original, calls = dit.flow.loss, 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -76,10 +76,10 @@ def rollback(out: Path) -> None:
         bad = calls in (4, 5) and distributed.rank() == 1
         return dataclasses.replace(loss, total=loss.total * math.nan) if bad else loss
 
-    dit.flow.training_loss = broken
+    dit.flow.loss = broken
     config = tiny_dit(out / "rollback", run={"save_every_images": 2 * BATCH})
     dit.train(dataclasses.replace(config, guard=GuardSpec(max_skips_in_row=2)))
-    dit.flow.training_loss = original
+    dit.flow.loss = original
 
 
 def stop(out: Path) -> None:

@@ -103,7 +103,8 @@ def test_hybrid_loss_trains_the_variance_only_through_the_bound():
 
     x1 = torch.randn(64, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(64, dtype=torch.long)
-    loss = ddpm.training_loss(model, x1, labels, torch.Generator().manual_seed(1))
+    drawn = ddpm.draw(x1, torch.Generator().manual_seed(1))
+    loss = ddpm.loss(drawn, model(drawn.x_t, drawn.t, labels))
     (from_bound,) = torch.autograd.grad(loss.variational, parameter, retain_graph=True)
     (from_mse,) = torch.autograd.grad(loss.mse, parameter)
     assert (from_bound[:, :2] == 0).all() and (from_bound[:, 2:] != 0).all()

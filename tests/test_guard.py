@@ -248,7 +248,8 @@ def test_a_bad_batch_is_as_if_it_were_absent(tmp_path: Path, monkeypatch: pytest
         if calls == 3:  # the batch and its noise are drawn, and nothing else happens
             latents, labels = next(batches)
             with torch.no_grad():
-                dit.flow.training_loss(config.flow, engine.module, latents, labels, images_seen=0)
+                drawn = dit.flow.draw(config.flow, latents, images_seen=0)
+                engine.module(drawn.x_t, drawn.t, labels)
         return original(engine, ema, guard, config, batches, *rest)
 
     monkeypatch.setattr(dit, "train_step", step)

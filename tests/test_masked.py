@@ -280,17 +280,12 @@ def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
     x1 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.tensor([[True, False, False, True], [False, True, True, True]])
     weight = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    seen: dict[str, Tensor] = {}
-
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        seen.update(x_t=x_t, t=t)
-        return x_t * weight, mask
-
     spec = FlowSpec(direction_loss=direction_loss)
-    loss = masked.training_loss(spec, network, x1, torch.zeros(2), 0, 0.1, torch.Generator().manual_seed(2))
+    drawn = flow.draw(spec, x1, 0, torch.Generator().manual_seed(2))
+    loss = masked.loss(spec, drawn, drawn.x_t * weight, mask, 0.1)
     mse, direction, rebuilt = [], [], []
     for b in range(2):
-        x_t, t = seen["x_t"][b], seen["t"][b].double()
+        x_t, t = drawn.x_t[b], drawn.t[b].double()
         velocity = (x1[b] - x_t) / (1 - t)
         output = x_t * weight[b]
         estimate = x_t + (1 - t) * output
@@ -331,14 +326,8 @@ def test_tokens_are_patches_in_the_order_of_the_embedding() -> None:
 
 def test_without_masked_tokens_it_would_be_the_flow_loss() -> None:
     x1 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    some = torch.tensor([[True, False, False, False]] * 2)
-
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return x_t.tanh(), torch.zeros_like(some)
-
-    found = masked.training_loss(FlowSpec(), network, x1, torch.zeros(2), 0, 0.0, torch.Generator().manual_seed(2))
-    expected = flow.training_loss(
-        FlowSpec(), lambda x, t, y: x.tanh(), x1, torch.zeros(2), 0, torch.Generator().manual_seed(2)
-    )
+    drawn = flow.draw(FlowSpec(), x1, 0, torch.Generator().manual_seed(2))
+    found = masked.loss(FlowSpec(), drawn, drawn.x_t.tanh(), torch.zeros(2, 4, dtype=torch.bool), 0.0)
+    expected = flow.loss(FlowSpec(), drawn, drawn.x_t.tanh())
     assert found.mse.item() == pytest.approx(expected.mse.item(), rel=1e-6)
     assert found.direction.item() == pytest.approx(expected.direction.item(), rel=1e-6)

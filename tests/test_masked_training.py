@@ -49,26 +49,27 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
     losses = []
     for seen in range(0, config.run.total_images, config.run.batch_size):
         latents, labels = next(stream)[:2]
-
-        def network(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-            output = model.forward_features(x, t, y, with_variance=config.flow.objective == "ddpm", masked=True)
-            return output.prediction, output.mask_BN
-
         late = config.mask.unmasked_after_images
         if config.mask.kind == "maskdit" and (late is None or seen < late):
-            found = masked.training_loss(config.flow, network, latents, labels, seen, config.mask.reconstruction_weight)
-            loss = found.mse + found.direction + config.mask.reconstruction_weight * found.reconstruction
+            drawn = flow.draw(config.flow, latents, seen)
+            output = model.forward_features(drawn.x_t, drawn.t, labels, masked=True)
+            assert output.mask_BN is not None
+            weight = config.mask.reconstruction_weight
+            found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
+            loss = found.mse + found.direction + weight * found.reconstruction
         elif config.mask.kind == "maskdit":
             loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen).total
-        elif config.flow.objective == "ddpm":
-            with_variance = getattr(model, "forward_with_variance")  # noqa: B009
-            loss = ddpm.training_loss(with_variance, latents, labels).total
-            both = ddpm.training_loss(lambda *a: network(*a)[0], latents, labels)
-            loss = loss + both.total
         else:
-            loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen).total
-            part = flow.training_loss(config.flow, lambda *a: network(*a)[0], latents, labels, images_seen=seen)
-            loss = loss + part.total
+            loss = torch.zeros(())
+            for masks in (False, True):
+                if config.flow.objective == "ddpm":
+                    noised = ddpm.draw(latents)
+                    output = model.forward_features(noised.x_t, noised.t, labels, with_variance=True, masked=masks)
+                    loss = loss + ddpm.loss(noised, output.prediction).total
+                else:
+                    drawn = flow.draw(config.flow, latents, seen)
+                    output = model.forward_features(drawn.x_t, drawn.t, labels, masked=masks)
+                    loss = loss + flow.loss(config.flow, drawn, output.prediction).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.engine.max_grad_norm)
         adam.step()

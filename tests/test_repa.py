@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vadit.config import DiTConfig, RepaSpec
+from vadit.models.dit import DiTOutput
 from vadit.objectives import regularisers
 from vadit.recipes import get_recipe
 from vadit.train import dit as trainer
@@ -24,9 +25,13 @@ def test_each_loss_gets_its_own_block(aligned: int, dispersed: int) -> None:
     outputs = {block: torch.randn(3, 4, 8, generator=generator) for block in (1, 2)}
     projected, features = (torch.randn(3, 4, 6, generator=generator) for _ in range(2))
     features = features.transpose(1, 2).reshape(3, 6, 2, 2)
-    hidden = [*(outputs[block] for block in trainer.tapped_blocks(config)), projected]
+    hidden = {block: outputs[block] for block in trainer.tapped_blocks(config)}
     terms = trainer._with_regularisers(
-        config, {"loss": torch.tensor(1.0)}, hidden, [features], trainer.Features(6, None)
+        config,
+        {"loss": torch.tensor(1.0)},
+        DiTOutput(torch.empty(0), hidden, projected),
+        [features],
+        trainer.Features(6, None),
     )
     dispersive = regularisers.dispersive_loss(outputs[dispersed], 0.5)
     alignment = regularisers.alignment_loss(projected, features)

@@ -316,7 +316,7 @@ def test_a_look_that_fails_does_not_end_the_run(
     dit.train(looked_at(straight, tmp_path, every_images=4))
     same_training(tmp_path, straight / "dit")
     found = lines(tmp_path)
-    reason = "could not be written" if where == "disk" else "OutOfMemoryError: out of memory"
+    reason = "cannot be written" if where == "disk" else "OutOfMemoryError: out of memory"
     assert len(found) == 4 and all(reason in line["failed"] and "grid" not in line for line in found)
     assert [line.get("evaluations_failed") for line in lines(tmp_path, "log.jsonl")] == [None, 1, 2, 3]
     told = " ".join(capsys.readouterr().err.split())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -43,6 +42,17 @@ class Schedule:
     def to(self, device: torch.device | str) -> Schedule:
         """The same on another device."""
         return Schedule(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Noise and step drawn for data."""
+
+    x_t: Tensor
+    t: Tensor
+    """(B,) steps 0..999 as floats, which the network is told."""
+    x1: Tensor
+    eps: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,29 +100,30 @@ def _training_schedule(device: torch.device) -> Schedule:
     return make_schedule().to(device)
 
 
-def training_loss(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x1: Tensor,
-    labels: Tensor,
-    generator: torch.Generator | None = None,
-) -> DDPMLoss:
-    """One draw of noise and step for data x1 (B, C, h, w) with labels (B,), and the hybrid loss.
-
-    model(x_t, t, labels) gives (B, 2C, h, w) (LightningDiT: forward_with_variance); t are steps 0..999 as floats.
-    L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16); L_vlb is 1000 times the term at a random step, so that
-    the term's weight is 1.
-    """
+def draw(x1: Tensor, generator: torch.Generator | None = None) -> Drawn:
+    """One draw of noise and step for data x1 (B, C, h, w)."""
     schedule = _training_schedule(x1.device)
     step = torch.randint(NUM_STEPS, (x1.shape[0],), generator=generator, device=x1.device)
     eps = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
     x_t = _at(schedule.signal, step, x1) * x1 + _at(schedule.noise, step, x1) * eps
-    output = model(x_t, step.float(), labels).to(torch.promote_types(x1.dtype, torch.float32))
-    assert output.shape[1] == 2 * x1.shape[1], f"the model gave {output.shape[1]} channels, needed {2 * x1.shape[1]}"
+    return Drawn(x_t=x_t, t=step.float(), x1=x1, eps=eps)
+
+
+def loss(drawn: Drawn, output: Tensor) -> DDPMLoss:
+    """The hybrid loss of a network's output (B, 2C, h, w) at a draw (LightningDiT: with_variance).
+
+    L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16); L_vlb is 1000 times the term at a random step, so that
+    the term's weight is 1.
+    """
+    channels = drawn.x1.shape[1]
+    output = output.to(torch.promote_types(drawn.x1.dtype, torch.float32))
+    assert output.shape[1] == 2 * channels, f"the model gave {output.shape[1]} channels, needed {2 * channels}"
     prediction, variance_share = output.chunk(2, dim=1)
-    mse = ((prediction - eps) ** 2).mean()
+    mse = ((prediction - drawn.eps) ** 2).mean()
     # the mean is frozen in the bound: only the variance learns from it
     frozen = torch.cat([prediction.detach(), variance_share], dim=1)
-    variational = variational_term(schedule, frozen, x1, x_t, step).mean()
+    schedule = _training_schedule(drawn.x1.device)
+    variational = variational_term(schedule, frozen, drawn.x1, drawn.x_t, drawn.t.long()).mean()
     return DDPMLoss(total=mse + variational, mse=mse, variational=variational)
 
 

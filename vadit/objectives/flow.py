@@ -57,6 +57,17 @@ class VelocityLoss:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Noise and time drawn for data, and what a network is asked there."""
+
+    x_t: Tensor
+    t: Tensor
+    """(B,) fp32."""
+    x0: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True)
 class FlowLoss:
     """What the trainer minimises and logs: scalars, means over the batch."""
 
@@ -170,6 +181,35 @@ def velocity_loss(prediction: Tensor, target: Tensor) -> VelocityLoss:
     return VelocityLoss(mse=_per_sample((prediction - target) ** 2), direction=_per_sample(1 - cosine))
 
 
+def draw(spec: FlowSpec, x1: Tensor, images_seen: int, generator: torch.Generator | None = None) -> Drawn:
+    """One draw of noise and time for data x1 (B, C, h, w); `generator` must live on its device."""
+    t = sample_time(spec, x1.shape[0], images_seen, generator, x1.device)
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+    x_t, velocity = interpolate(spec.path, x0, x1, t.to(x1.dtype))
+    return Drawn(x_t=x_t, t=t, x0=x0, velocity=velocity)
+
+
+def loss(spec: FlowSpec, drawn: Drawn, output: Tensor) -> FlowLoss:
+    """The loss of a network's output (B, C, h, w) at a draw.
+
+    The direction loss belongs to velocity prediction and is zero without it.
+    """
+    contrastive: Tensor | None = None
+    if spec.prediction == "velocity":
+        errors = velocity_loss(output, drawn.velocity)
+        mse = errors.mse.mean()
+        direction = errors.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
+        if spec.contrastive_weight > 0:
+            contrastive = contrastive_error(output, drawn.velocity)
+    else:
+        mse = denoising_loss(spec, output, drawn.x0, drawn.t).mean()
+        direction = torch.zeros_like(mse)
+    total = mse + direction
+    if contrastive is not None:
+        total = total - spec.contrastive_weight * contrastive
+    return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
+
+
 def training_loss(
     spec: FlowSpec,
     model: Velocity,
@@ -178,28 +218,9 @@ def training_loss(
     images_seen: int,
     generator: torch.Generator | None = None,
 ) -> FlowLoss:
-    """One draw of noise and time for data x1 (B, C, h, w) with labels (B,), and the loss of `model(x_t, t, labels)`.
-
-    `generator` must live on x1's device. The direction loss belongs to velocity prediction and is zero without it.
-    """
-    t = sample_time(spec, x1.shape[0], images_seen, generator, x1.device)
-    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-    x_t, velocity = interpolate(spec.path, x0, x1, t.to(x1.dtype))
-    output = model(x_t, t, labels)
-    contrastive: Tensor | None = None
-    if spec.prediction == "velocity":
-        loss = velocity_loss(output, velocity)
-        mse = loss.mse.mean()
-        direction = loss.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
-        if spec.contrastive_weight > 0:
-            contrastive = contrastive_error(output, velocity)
-    else:
-        mse = denoising_loss(spec, output, x0, t).mean()
-        direction = torch.zeros_like(mse)
-    total = mse + direction
-    if contrastive is not None:
-        total = total - spec.contrastive_weight * contrastive
-    return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
+    """One draw for data x1 (B, C, h, w) with labels (B,), and the loss of `model(x_t, t, labels)` there."""
+    drawn = draw(spec, x1, images_seen, generator)
+    return loss(spec, drawn, model(drawn.x_t, drawn.t, labels))
 
 
 def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:

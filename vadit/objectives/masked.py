@@ -6,9 +6,7 @@ Shapes: B batch, C channels, h w latent rows and columns, p patch side, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +14,6 @@ from torch import Tensor
 
 from vadit.config import FlowSpec, MaskSpec
 from vadit.objectives import flow
-
-MaskedVelocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(x_t, t, labels) to (output (B, C, h, w), mask (B, N) bool: True where a token was not seen)."""
-
-Terms = dict[str, Tensor]
-"""Loss terms by name, `loss` their sum."""
 
 VARIANCE_EPS = 1e-6
 
@@ -40,67 +32,34 @@ class MaskedLoss:
     """Squared error of the data's estimate against the noisy patches, normalised, at the masked positions."""
 
 
-def loss_terms(
-    mask: MaskSpec,
-    spec: FlowSpec,
-    network: Callable[..., tuple[Tensor, Tensor | None]],
-    ordinary: Callable[[flow.Velocity], Terms],
-    x1: Tensor,
-    labels: Tensor,
-    images_seen: int,
-) -> Terms:
-    """The terms of a masked run for data x1 (B, C, h, w).
+def passes(mask: MaskSpec, images_seen: int) -> tuple[bool, ...]:
+    """The passes of a step through the network: over all tokens (False), over those that are not masked (True).
 
-    network(x_t, t, labels, masked=...) gives the output, and of a masked pass the mask; ordinary(velocity) are the
-    terms of an unmasked run. MDT: those of a pass over all tokens, and with names that begin with masked_ those of
-    a masked one; the sum is trained on. Each has noise and time of its own (in MDT's code they share the time).
-    MaskDiT: those of `training_loss`, or the ordinary ones from `unmasked_after_images` images on.
+    MDT trains on the sum of both, each with noise and time of its own (in MDT's code they share the time). MaskDiT
+    masks until `unmasked_after_images` images.
     """
-
-    def velocity(x_t: Tensor, t: Tensor, labels: Tensor, masked: bool = False) -> Tensor:
-        return network(x_t, t, labels, masked=masked)[0]
-
     if mask.kind == "mdt":
-        whole, part = ordinary(velocity), ordinary(partial(velocity, masked=True))
-        named = {f"masked_{name}": value for name, value in part.items() if name != "loss"}
-        return whole | named | {"loss": whole["loss"] + part["loss"]}
-    if mask.unmasked_after_images is not None and images_seen >= mask.unmasked_after_images:
-        return ordinary(velocity)
-    loss = training_loss(spec, partial(network, masked=True), x1, labels, images_seen, mask.reconstruction_weight)
-    return {
-        "loss": loss.total,
-        "mse": loss.mse,
-        "direction": loss.direction,
-        "reconstruction": loss.reconstruction,
-    }
+        return (False, True)
+    late = mask.unmasked_after_images
+    return (mask.kind == "maskdit" and (late is None or images_seen < late),)
 
 
-def training_loss(
-    spec: FlowSpec,
-    model: MaskedVelocity,
-    x1: Tensor,
-    labels: Tensor,
-    images_seen: int,
-    reconstruction_weight: float,
-    generator: torch.Generator | None = None,
+def loss(
+    spec: FlowSpec, drawn: flow.Drawn, output: Tensor, mask_BN: Tensor, reconstruction_weight: float
 ) -> MaskedLoss:
-    """One draw of noise and time for data x1 (B, C, h, w), and MaskDiT's loss of a velocity on the linear path.
+    """MaskDiT's loss of a velocity (B, C, h, w) on the linear path.
 
-    The data's estimate x_t + (1 - t) v stands where the paper has EDM's denoiser.
+    mask_BN: bool, True where a token was not seen. The data's estimate x_t + (1 - t) v stands where the paper has EDM's
+    denoiser.
     """
-    t = flow.sample_time(spec, x1.shape[0], images_seen, generator, x1.device)
-    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-    x_t, velocity = flow.interpolate(spec.path, x0, x1, t.to(x1.dtype))
-    output, mask_BN = model(x_t, t, labels)
-    assert mask_BN is not None, "a masked pass gives its mask"
     output = output.to(torch.promote_types(output.dtype, torch.float32))
-    visible_Bhw = ~spread(mask_BN, x1.shape[-2:])
-    mse = mean_where((output - velocity).square().mean(dim=1), visible_Bhw).mean()
+    visible_Bhw = ~spread(mask_BN, output.shape[-2:])
+    mse = mean_where((output - drawn.velocity).square().mean(dim=1), visible_Bhw).mean()
     direction = torch.zeros_like(mse)
     if spec.direction_loss:
-        direction = mean_where(1 - F.cosine_similarity(output, velocity, dim=1), visible_Bhw).mean()
-    data = x_t + (1 - t).reshape(-1, 1, 1, 1) * output
-    rebuilt = reconstruction(data, x_t, mask_BN).mean()
+        direction = mean_where(1 - F.cosine_similarity(output, drawn.velocity, dim=1), visible_Bhw).mean()
+    data = drawn.x_t + (1 - drawn.t).reshape(-1, 1, 1, 1) * output
+    rebuilt = reconstruction(data, drawn.x_t, mask_BN).mean()
     total = mse + direction + reconstruction_weight * rebuilt
     return MaskedLoss(total=total, mse=mse, direction=direction, reconstruction=rebuilt)
 

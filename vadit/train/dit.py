@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
     )
-    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device)
+    loop.run(task, config=config)
     return folder
 
 
@@ -125,32 +124,23 @@ def train_step(
     features: Features | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
-
-    taps = tapped_blocks(config)
-    inner: list[DiTOutput] = []  # what the last pass gave
-
-    def network(x: Tensor, t: Tensor, y: Tensor, *, masked: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Output and mask: fp32 in and out, whatever is inside."""
-        with_variance = config.flow.objective == "ddpm"
-        found: DiTOutput = engine(
-            x.to(engine.compute_dtype()), t, y, with_variance=with_variance, taps=taps, masked=masked
-        )
-        inner[:] = [found]
-        return found.prediction.float(), found.mask_BN
-
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
-        latents, labels, *companions = next(batches)
-        latents, labels = latents.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        ordinary = functools.partial(_loss_terms, config, latents, labels, position.images_seen)
-        if config.mask.kind == "none":
-            terms = ordinary(lambda *arguments: network(*arguments)[0])
-        else:
-            terms = masked.loss_terms(
-                config.mask, config.flow, network, ordinary, latents, labels, position.images_seen
+        latents, labels, *companions = (part.to(device, non_blocking=True) for part in next(batches))
+        terms: dict[str, Tensor] = {}
+        for masks in masked.passes(config.mask, position.images_seen):
+            drawn = draw(config, latents, position.images_seen)
+            output: DiTOutput = engine(
+                drawn.x_t.to(engine.compute_dtype()),
+                drawn.t,
+                labels,
+                with_variance=config.flow.objective == "ddpm",
+                taps=tapped_blocks(config),
+                masked=masks,
             )
-        if taps:
-            terms = _with_regularisers(config, terms, inner[0], companions, features)
+            found = loss_terms(config, drawn, output)
+            terms |= found | {"loss": terms.get("loss", 0) + found["loss"]}
+        terms = _with_regularisers(config, terms, output, companions, features)
         engine.backward(terms["loss"])
         if guard.step({"model": engine}):
             ema.update()
@@ -159,16 +149,31 @@ def train_step(
     return sums
 
 
-def _loss_terms(
-    config: DiTConfig, latents: Tensor, labels: Tensor, images_seen: int, network: flow.Velocity
-) -> dict[str, Tensor]:
-    """One draw of noise and time, and the loss by its terms."""
+def draw(config: DiTConfig, latents: Tensor, images_seen: int) -> flow.Drawn | ddpm.Drawn:
+    """Noise and time for a batch."""
     if config.flow.objective == "ddpm":
-        loss = ddpm.training_loss(network, latents, labels)
-        return {"loss": loss.total, "mse": loss.mse, "variational": loss.variational}
-    flow_loss = flow.training_loss(config.flow, network, latents, labels, images_seen=images_seen)
-    terms = {"loss": flow_loss.total, "mse": flow_loss.mse, "direction": flow_loss.direction}
-    return terms if flow_loss.contrastive is None else terms | {"contrastive": flow_loss.contrastive}
+        return ddpm.draw(latents)
+    return flow.draw(config.flow, latents, images_seen)
+
+
+def loss_terms(config: DiTConfig, drawn: flow.Drawn | ddpm.Drawn, output: DiTOutput) -> dict[str, Tensor]:
+    """The loss of one pass by its terms, in fp32 whatever is inside the network; `loss` is what is trained on."""
+    prediction = output.prediction.float()
+    if isinstance(drawn, flow.Drawn) and config.mask.kind == "maskdit" and output.mask_BN is not None:
+        seen = masked.loss(config.flow, drawn, prediction, output.mask_BN, config.mask.reconstruction_weight)
+        parts = {"mse": seen.mse, "direction": seen.direction, "reconstruction": seen.reconstruction}
+        return {"loss": seen.total, **parts}
+    terms: dict[str, Tensor]
+    if isinstance(drawn, ddpm.Drawn):
+        hybrid = ddpm.loss(drawn, prediction)
+        terms = {"loss": hybrid.total, "mse": hybrid.mse, "variational": hybrid.variational}
+    else:
+        loss = flow.loss(config.flow, drawn, prediction)
+        terms = {"loss": loss.total, "mse": loss.mse, "direction": loss.direction}
+        terms |= {} if loss.contrastive is None else {"contrastive": loss.contrastive}
+    if output.mask_BN is None:
+        return terms
+    return {name if name == "loss" else f"masked_{name}": value for name, value in terms.items()}
 
 
 # ------------------------------------------------------------------------------------------ what training adds
@@ -220,18 +225,17 @@ def tapped_blocks(config: DiTConfig) -> tuple[int, ...]:
 def _with_regularisers(
     config: DiTConfig,
     terms: dict[str, Tensor],
-    inner: DiTOutput,
+    output: DiTOutput,
     companions: list[Tensor],
     features: Features | None,
 ) -> dict[str, Tensor]:
     """The terms with alignment and dispersion of the tapped blocks added, as far as they are on."""
     terms = dict(terms)
     if config.flow.dispersive_weight > 0:
-        terms["dispersive"] = regularisers.dispersive_loss(inner.hidden[dispersed_block(config)])
+        terms["dispersive"] = regularisers.dispersive_loss(output.hidden[dispersed_block(config)])
         terms["loss"] = terms["loss"] + config.flow.dispersive_weight * terms["dispersive"]
     if features is not None:
-        assert inner.projected is not None, "REPA taps the aligned block"
-        found = features(companions[0].to(inner.projected.device, non_blocking=True))
-        terms["alignment"] = regularisers.alignment_loss(inner.projected, found)
+        assert output.projected is not None, "REPA taps the aligned block"
+        terms["alignment"] = regularisers.alignment_loss(output.projected, features(companions[0]))
         terms["loss"] = terms["loss"] + config.repa.weight * terms["alignment"]
     return terms

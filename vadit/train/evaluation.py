@@ -1,12 +1,12 @@
-"""A look at the network while it trains: samples or reconstructions, a picture, a few numbers.
+"""An evaluation of the network while it trains: samples or reconstructions, a picture, a few numbers.
 
 All processes take part: each puts the averaged weights together from everyone's shares, draws its part of the images,
 and the first one scores and writes what all have made. Sample i is a function of (seed, i), so the picture shows the
 same noise and labels every time, on any number of processes.
 
-Training does not notice. The network that is looked at is another one, all random states are put back, no loader is
-touched. A look that fails is told and counted, and the run goes on: between two collectives each process catches what
-goes wrong on it, then all agree whether to go on.
+Training does not notice. The network that is evaluated is another one, all random states are put back, no loader is
+touched. An evaluation that fails is reported and counted, and the run goes on: between two collectives each process
+catches what goes wrong on it, then all agree whether to go on.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.runtime import distributed
 from vadit.runtime.console import console
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.files import saved_file
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.spread import spread
 from vadit.sampling.draw import decode, draw, sampler_name, spare_points
@@ -58,68 +58,58 @@ class Made(NamedTuple):
     """(m, H, W, 3) uint8."""
 
 
-class Look(Protocol):
-    """What differs between the two networks."""
-
-    def network(self) -> nn.Module:
-        """A network of the kind that is trained, for its weights."""
-
-    def make(self, network: nn.Module, beat: Beat) -> Made:
-        """This process's part; no collectives."""
-
-    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
-        """The numbers by name, and the picture, of what all processes have made."""
-
-
-# ------------------------------------------------------------------------------------------ the course of a look
+class _Failed(Exception):
+    """Why an evaluation is left out, in the same words on all processes."""
 
 
 class Evaluation:
-    """Looks at the weights of one engine, averaged where it averages."""
+    """Evaluates the weights of one engine, averaged where it averages; the two networks have classes of their own."""
 
-    def __init__(self, spec: EvaluationSpec, look: Look, ema: ShardedEMA, folder: Path) -> None:
-        self._spec, self._look, self._ema, self._folder = spec, look, ema, folder
-        self._device = ema.engine.device
+    def __init__(self, spec: EvaluationSpec, ema: ShardedEMA, folder: Path) -> None:
+        self._ema, self._folder, self._device = ema, folder, ema.engine.device
+        self.every_images = spec.every_images
         self.failures = 0
-        """Looks that failed in this start of the run."""
+        """Evaluations that failed in this start of the run."""
 
-    def due(self, before: int, after: int, *, last: bool) -> bool:
-        """Whether a multiple of every_images lies between two numbers of images, or the run ends."""
-        return last or before // self._spec.every_images != after // self._spec.every_images
+    def network(self) -> nn.Module:
+        """A network of the kind that is trained, for its weights."""
+        raise NotImplementedError
+
+    def make(self, network: nn.Module, beat: Beat) -> Made:
+        """This process's part; no collectives."""
+        raise NotImplementedError
+
+    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
+        """The numbers by name, and the picture, of what all processes have made."""
+        raise NotImplementedError
 
     def run(self, position: Position, log: RunLog, beat: Beat) -> None:
-        """Look, and log what was seen. Collective."""
+        """Evaluate, and log what was found. Collective."""
         begin = time.perf_counter()
         line: dict[str, Any] = {"images": position.images_seen, "step": position.step}
         picture = None
         try:
             with _undisturbed(self._device):
-                values, picture = self._see(beat)
-            line |= values
+                values, picture = self._evaluate(beat)
             if picture is not None:
-                line["grid"] = self._save(picture, position)
-        except _LookFailed as failure:
+                values["grid"] = f"evaluations/{position.images_seen:010d}.png"
+                with saved_file(self._folder / values["grid"]) as partial:
+                    picture.save(partial, format="png")
+            line |= values
+        except (_Failed, RunError) as failure:
             self.failures += 1
-            line = {"images": position.images_seen, "step": position.step, "failed": str(failure)}
+            line["failed"] = str(failure)
             if distributed.is_main():
-                told = f"the evaluation after {position.images_seen:,} images failed: {failure}; training goes on"
-                console.print(told, style="bold red", markup=False)
+                text = f"the evaluation after {position.images_seen:,} images failed: {failure}; training goes on"
+                console.print(text, style="bold red", markup=False)
         line["seconds"] = time.perf_counter() - begin
         log.write_evaluation(line, None if picture is None else np.asarray(picture))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the run's own memory is as whole as it was
 
-    def _see(self, beat: Beat) -> tuple[dict[str, float], Image.Image | None]:
-        made = self._make(beat)
-        ids, features = distributed.all_rows(made.ids, made.features, self._device)
-        shown_ids, shown = distributed.all_rows(made.shown_ids, made.shown, self._device)
-        beat()
-        order, shown_order = ids.argsort(), shown_ids.argsort()
-        whole = Made(ids[order], features[order], shown_ids[shown_order], shown[shown_order])
-        return self._together(lambda: self._look.finish(whole) if distributed.is_main() else ({}, None))
-
-    def _make(self, beat: Beat) -> Made:
-        network = self._together(lambda: self._look.network().to(self._device).eval().requires_grad_(False))
+    def _evaluate(self, beat: Beat) -> tuple[dict[str, Any], Image.Image | None]:
+        """Numbers and picture on the main process. What may fail on one process alone lies between collectives."""
+        network = self._together(lambda: self.network().to(self._device).eval().requires_grad_(False))
         shards = next(iter(self._ema.shards.values()), None)
         own, engine = network.state_dict(), self._ema.engine
         for name, value in engine.whole_weights(engine.masters() if shards is None else shards):
@@ -127,33 +117,24 @@ class Evaluation:
                 own.pop(name).copy_(value)
         assert not own, f"the network that is trained has no {min(own)}"
         beat()
-        made: Made = self._together(lambda: self._look.make(network, beat))
-        return made
+        made: Made = self._together(lambda: self.make(network, beat))
+        ids, features = distributed.all_rows(made.ids, made.features, self._device)
+        shown_ids, shown = distributed.all_rows(made.shown_ids, made.shown, self._device)
+        beat()
+        order, shown_order = ids.argsort(), shown_ids.argsort()
+        whole = Made(ids[order], features[order], shown_ids[shown_order], shown[shown_order])
+        return self._together(lambda: self.finish(whole) if distributed.is_main() else ({}, None))
 
     def _together(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, or _LookFailed on every process where it failed on any. Collective."""
+        """What `work` returns, or _Failed on every process where it failed on any. Collective."""
         problem, found = "", None
         try:
             found = work()
-        except Exception as error:  # whatever it is, a look is not worth the run
-            first = str(error).strip().splitlines()
-            problem = f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+        except Exception as error:  # whatever it is, an evaluation is not worth the run
+            problem = f"{type(error).__name__}: {first_line(error)}"
         if not distributed.any_rank(bool(problem), self._device):
             return found
-        raise _LookFailed(problem or "another process could not do its part")
-
-    def _save(self, picture: Image.Image, position: Position) -> str:
-        name = f"evaluations/{position.images_seen:010d}.png"
-        try:
-            with whole_file(self._folder / name) as partial:
-                picture.save(partial, format="png")
-        except OSError as error:
-            raise _LookFailed(f"{self._folder / name} could not be written ({write_fault(error)})") from None
-        return name
-
-
-class _LookFailed(Exception):
-    """Why a look is left out, told the same way on all processes."""
+        raise _Failed(problem or "another process could not do its part")
 
 
 @contextlib.contextmanager
@@ -171,7 +152,7 @@ class _Latents(Protocol):
 
 
 def generator_evaluation(config: DiTConfig, dataset: _Latents, ema: ShardedEMA, folder: Path) -> Evaluation | None:
-    """The looks that a generator's run asks for, or None; what they need is loaded here, so that a wrong path is told.
+    """What a generator's run asks for, or None; what it needs is loaded here, so that a wrong path is found at once.
 
     Raises:
         UsageError: the tokenizer does not fit the generator, a path is wrong.
@@ -190,30 +171,23 @@ def generator_evaluation(config: DiTConfig, dataset: _Latents, ema: ShardedEMA, 
                 f"generator makes {config.model.in_channels}; name the tokenizer that encoded its training data"
             )
         scorer = None
-        if spec.reference is not None:
-            scorer = _scorer(spec, folder, device)
-    return Evaluation(spec, _Samples(config, dataset, autoencoder, scorer, device), ema, folder)
-
-
-def _scorer(spec: EvaluationSpec, folder: Path, device: torch.device) -> SampleScorer:
-    """The first process reads the reference; the others find its features in the run folder."""
-
-    def make() -> SampleScorer:
-        assert spec.reference is not None, "the caller has looked"
-        cache = folder / "evaluations"
-        return SampleScorer(spec.reference, inception_weights=spec.inception_weights, device=device, cache=cache)
-
-    return distributed.main_first(make)
+        if (reference := spec.reference) is not None:
+            weights, cache = spec.inception_weights, folder / "evaluations"
+            # The first process reads the reference; the others find its features in the run folder.
+            scorer = distributed.main_first(
+                lambda: SampleScorer(reference, inception_weights=weights, device=device, cache=cache)
+            )
+    return _Samples(config, dataset, autoencoder, scorer, ema, folder)
 
 
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
-    """A recipe's sampler with the few steps of a look."""
+    """A recipe's sampler with the few steps of an evaluation in training."""
     method = "euler" if sample.method == "dopri5" else sample.method
     quick = dataclasses.replace(sample, method=method, seed=0)
     return dataclasses.replace(quick, num_steps=max(evaluation.steps + spare_points(quick), 2))
 
 
-class _Samples:
+class _Samples(Evaluation):
     """Samples, decoded; FID and KID where there is a reference."""
 
     def __init__(
@@ -222,10 +196,11 @@ class _Samples:
         dataset: _Latents,
         autoencoder: Autoencoder,
         scorer: SampleScorer | None,
-        device: torch.device,
+        ema: ShardedEMA,
+        folder: Path,
     ) -> None:
+        super().__init__(config.evaluation, ema, folder)
         self._config, self._dataset, self._autoencoder, self._scorer = config, dataset, autoencoder, scorer
-        self._device = device
         self._sampler = quick_sampler(config.sample, config.evaluation)
 
     def network(self) -> nn.Module:
@@ -238,12 +213,7 @@ class _Samples:
         drawn = []
         # The arithmetic of training: fp32 would take several times as long on a GPU.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
-            for part in draw(
-                network,
-                self._sampler,
-                num_samples=max(scored, spec.grid_images),
-                flow=config.flow,
-            ):
+            for part in draw(network, self._sampler, num_samples=max(scored, spec.grid_images), flow=config.flow):
                 drawn.append(part)
                 beat()
         for part in drawn:
@@ -269,7 +239,7 @@ class _Samples:
         wanted = self._config.evaluation.num_samples
         if self._scorer is not None:
             if len(made.ids) != wanted:
-                raise RunError(f"{len(made.ids)} of {wanted} samples were made; nothing is told of a part")
+                raise RunError(f"{len(made.ids)} of {wanted} samples were made; a part gives no number")
             values = self._scorer.score(made.features, sampler_name(self._sampler))
         return values, image_grid(made.shown.numpy())
 
@@ -278,20 +248,18 @@ class _Samples:
 
 
 def tokenizer_evaluation(config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> Evaluation | None:
-    """The looks that a tokenizer's run asks for, or None. The images are evenly spread over the training data."""
-    spec = config.evaluation
-    if not spec.every_images:
-        return None
-    return Evaluation(spec, _Reconstructions(config, images, ema.engine.device), ema, folder)
+    """What a tokenizer's run asks for, or None. The images are evenly spread over the training data."""
+    return _Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None
 
 
-class _Reconstructions:
+class _Reconstructions(Evaluation):
     """Images and what becomes of them, and their PSNR; the posterior's mean is decoded."""
 
-    def __init__(self, config: TokenizerConfig, images: ImageSet, device: torch.device) -> None:
+    def __init__(self, config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> None:
         from vadit.images.backends import open_decoder
 
-        self._config, self._images, self._device = config, images, device
+        super().__init__(config.evaluation, ema, folder)
+        self._config, self._images = config, images
         self._count = min(config.evaluation.grid_images, len(images))
         self._decoder, _ = open_decoder("torch", images, num_workers=1)
 

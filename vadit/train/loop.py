@@ -1,9 +1,8 @@
-"""The training loop of both networks, top to bottom: restore, step, log, save, go back when lost, stop when asked."""
+"""The training loop of both networks: step, log, save, evaluate, roll back when lost, stop when asked."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vadit.config import OptimizerSpec, RunSpec
+from vadit.config import DiTConfig, TokenizerConfig
 from vadit.runtime import distributed
 from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import RunError
@@ -42,16 +41,14 @@ class Loader(Protocol):
 
 
 class Evaluation(Protocol):
-    """A look at the network on the way (`vadit.train.evaluation`)."""
+    """An evaluation of the network on the way (`vadit.train.evaluation`)."""
 
+    every_images: int
     failures: int
-    """Looks that failed: the run goes on without them."""
-
-    def due(self, before: int, after: int, *, last: bool) -> bool:
-        """Whether there is to be one between two numbers of images, or at the end."""
+    """Those that failed: the run goes on without them."""
 
     def run(self, position: Position, log: RunLog, beat: Callable[[], None]) -> None:
-        """Look, and log what was seen. Collective; `beat` is called now and then."""
+        """Evaluate and log. Collective; `beat` is called now and then."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +69,27 @@ class Task:
     """Of one GPU, per second (`vadit.estimate.flops.peak_flops`); None where nobody knows it."""
     evaluation: Evaluation | None = None
 
+    @property
+    def engine(self) -> Engine:
+        """Of the network that is exported and averaged."""
+        return next(iter(self.engines.values()))
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved; the message says how to continue."""
 
-    def __init__(self, message: str, *, interrupted: bool) -> None:
+    def __init__(self, message: str, interrupted: bool) -> None:
         super().__init__(message)
         self.interrupted = interrupted
         """Whether Ctrl-C asked for it, rather than a scheduler."""
 
 
-def run(
-    task: Task,
-    *,
-    spec: RunSpec,
-    optimizer: OptimizerSpec,
-    folder: Path,
-    device: torch.device,
-    watchdog: Watchdog | None = None,
-) -> None:
-    """Train `task` to `spec.total_images`, going on from the newest checkpoint under `folder`.
+class Lost(Exception):
+    """Why the weights of now must not be kept: the run goes back to its last checkpoint."""
+
+
+def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog | None = None) -> None:
+    """Train `task` to `run.total_images`, going on from the newest checkpoint of the run's folder.
 
     A step that the guard leaves out does not count: `position` counts what was trained, the loader what was read.
     `watchdog`: one that already watches, and goes on to; else one for this loop.
@@ -100,131 +98,175 @@ def run(
         Stopped: a signal asked for it; the state is saved.
         RunError: going back to the last checkpoint did not help, or the last checkpoint cannot be written.
     """
-    # ---- where were we?
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        engines=task.engines,
-        ema=task.ema,
-        keep=spec.keep_checkpoints,
-        keep_every_images=spec.keep_every_images,
-        background=spec.background_saves,
-        seed=spec.seed,
-    )
-    guard, position = task.guard, Position()
-    if (restored := checkpoints.restore()) is not None:
-        position, loader_state, guard_state = restored
-        task.loader.load_state_dict(loader_state)
-        guard.load_state_dict(guard_state)
-    if position.images_seen >= spec.total_images:
+    this = _Run(task, config)
+    spec = config.run
+    if this.last:
         return
-    log = _open_log(folder, position)
-    tracker = _tracker(task, spec, device)
     distributed.set_collective_timeout(spec.hang_timeout_s)
     with (
         contextlib.closing(task.loader.stream()) as stream,
-        timed_collectives(communication_backend(), tracker.communication),
+        timed_collectives(communication_backend(), this.tracker.communication),
         StopRequest() as stop,
         contextlib.nullcontext(watchdog) if watchdog else Watchdog(spec.hang_timeout_s) as watchdog,
-        ProgressBar(task.title, spec.total_images, done=position.images_seen) as bar,
-        contextlib.closing(checkpoints),
+        ProgressBar(task.title, spec.total_images, done=this.position.images_seen) as bar,
+        contextlib.closing(this.checkpoints),
     ):
-        watchdog.beat(position.step)
-        batches = tracker.batches(stream)
-        while position.images_seen < spec.total_images:
-            # ---- one optimizer step, or a bad one left out
-            rate = learning_rate(optimizer, images_seen=position.images_seen, total_images=spec.total_images)
-            rate *= guard.lr_factor
-            for engine in task.engines.values():
-                engine.begin_step(rate)
-            data_before, before, trouble = task.loader.state_dict(), position.images_seen, None
-            terms = task.step(batches, position)
-            if guard.applied:
-                tracker.add(terms)
-                position = Position(step=position.step + 1, images_seen=before + spec.batch_size)
-                bar.update(position.images_seen)
-            else:
-                ids = task.loader.ids_between(data_before, task.loader.state_dict())
-                trouble = guard.tell_skip(step=position.step + 1, images=before, image_ids=ids)
-            watchdog.beat(position.step)
-            last = position.images_seen >= spec.total_images
-            # ---- tell
-            if last or _crossed(before, position.images_seen, spec.log_every_images):
-                values = tracker.read(position.images_seen) | {"lr": rate, "skipped": guard.skipped}
-                norm = next(iter(task.engines.values())).grad_norm()
-                values |= {} if norm is None else {"grad_norm": norm}
-                trouble = guard.check_loss(values)
-                if trouble is None:
-                    values |= checkpoints.log_values() | _failures(task.evaluation)
-                    log.write(images=position.images_seen, step=position.step, values=values)
-                    bar.update(position.images_seen, note=f"loss {values['loss']:.4g}")
-            # ---- keep
-            # Processes agree on a stop every eighth step only: agreeing waits for the device.
-            asked = (distributed.world_size() == 1 or position.step % 8 == 0) and distributed.any_rank(
-                stop.requested, device
-            )
-            due = last or asked or _crossed(before, position.images_seen, spec.save_every_images)
-            if due and trouble is None:
-                trouble = not_finite(weight_sums(task.engines, device))
-            if due and trouble is None:
-                watchdog.beat(position.step, doing="saving")
-                with tracker.pause():
-                    checkpoints.save(position, task.loader.state_dict(), guard.state_dict(), wait=last or asked)
-                if not checkpoints.failures:  # a background save that failed is known at the next one
-                    guard.saved()
-                watchdog.beat(position.step)
-            if asked and not last and trouble is None:
-                log.close()
-                raise Stopped(
-                    f"stopped after {position.images_seen:,} images and saved; resume with the same command",
-                    interrupted=stop.interrupted,
-                )
-            # ---- look
-            look = task.evaluation
-            if look is not None and trouble is None and look.due(before, position.images_seen, last=last):
-                beat = functools.partial(watchdog.beat, position.step, doing="evaluating")
-                beat()
-                with tracker.pause():
-                    look.run(position, log, beat)
-                watchdog.beat(position.step)
-            # ---- go back
-            if trouble is not None:
-                watchdog.beat(position.step, doing="going back to a checkpoint")
-                guard.go_back(trouble, step=position.step, images=position.images_seen)
-                if (restored := checkpoints.restore()) is None:
-                    raise RunError(f"{trouble}, and there is no checkpoint to go back to; {guard.remedies()}")
-                position, _, guard_state = restored  # the loader stays where it is: past the data that led here
-                guard.load_state_dict(guard_state, rollback=True)
-                log.close()
-                log = _open_log(folder, position)
-                tracker.restart()
-                bar.update(position.images_seen)
-                watchdog.beat(position.step)
-    log.close()
+        this.begin(stream, watchdog, bar)
+        while not this.last:
+            try:
+                this.step()
+                if this.due(spec.log_every_images):
+                    this.log()
+                asked = this.asked_to_stop(stop)
+                if asked or this.due(spec.save_every_images):
+                    this.save(wait=asked or this.last)
+                if asked and not this.last:
+                    this.writer.close()
+                    images = f"{this.position.images_seen:,} images"
+                    raise Stopped(f"stopped after {images} and saved; resume with the same command", stop.interrupted)
+                if task.evaluation is not None and this.due(task.evaluation.every_images):
+                    this.evaluate(task.evaluation)
+            except Lost as lost:
+                this.roll_back(str(lost))
+    this.writer.close()
     if distributed.is_main():
-        console.print(f"  [dim]run folder {folder}[/dim]")
+        console.print(f"  [dim]run folder {this.folder}[/dim]")
 
 
-def _open_log(folder: Path, position: Position) -> RunLog:
-    """The main process's log; where it cannot be opened, no process waits for another. Collective."""
-    return distributed.main_first(lambda: RunLog(folder, images_seen=position.images_seen))
+class _Run:
+    """One start of a run: where it stands, and what it can do."""
+
+    def __init__(self, task: Task, config: DiTConfig | TokenizerConfig) -> None:
+        """Restore what there is. Collective."""
+        spec = config.run
+        self.task, self.spec, self.optimizer = task, spec, config.optimizer
+        self.folder, self.device = Path(spec.out), task.engine.device
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            engines=task.engines,
+            ema=task.ema,
+            keep=spec.keep_checkpoints,
+            keep_every_images=spec.keep_every_images,
+            background=spec.background_saves,
+            seed=spec.seed,
+        )
+        self.position = Position()
+        if (restored := self.checkpoints.restore()) is not None:
+            self.position, loader_state, guard_state = restored
+            task.loader.load_state_dict(loader_state)
+            task.guard.load_state_dict(guard_state)
+        self.before = self.position.images_seen
+        """Images at the start of the step."""
+        overlaps = self.device.type == "cuda" and task.engine.spec.overlap_comm and distributed.world_size() > 1
+        self.tracker = Tracker(
+            self.device,
+            batch_size=spec.batch_size,
+            total_images=spec.total_images,
+            num_samples=task.loader.state_dict().get("num_samples"),
+            flops_per_image=task.flops_per_image,
+            peak_flops=task.peak_flops,
+            # On a stream beside the arithmetic a collective's time is not what the run waits for.
+            communication_known=not overlaps,
+        )
+
+    def begin(self, stream: Iterator[Any], watchdog: Watchdog, bar: ProgressBar) -> None:
+        """Before the first step. Collective."""
+        self.batches, self.watchdog, self.bar = self.tracker.batches(stream), watchdog, bar
+        self.writer = self._open_log()
+        watchdog.beat(self.position.step)
+
+    @property
+    def last(self) -> bool:
+        """Whether the run is at its end."""
+        return self.position.images_seen >= self.spec.total_images
+
+    def due(self, every_images: int) -> bool:
+        """Whether the last step has crossed a multiple of `every_images`, or the run is at its end."""
+        return self.last or self.before // every_images != self.position.images_seen // every_images
+
+    def step(self) -> None:
+        """One optimizer step, or a bad one left out."""
+        task, guard, self.before = self.task, self.task.guard, self.position.images_seen
+        rate = learning_rate(self.optimizer, images_seen=self.before, total_images=self.spec.total_images)
+        self.rate = rate * guard.lr_factor
+        for engine in task.engines.values():
+            engine.begin_step(self.rate)
+        read = task.loader.state_dict()
+        terms = task.step(self.batches, self.position)
+        if guard.applied:
+            self.tracker.add(terms)
+            self.position = Position(step=self.position.step + 1, images_seen=self.before + self.spec.batch_size)
+            self.bar.update(self.position.images_seen)
+            self.watchdog.beat(self.position.step)
+        else:
+            self.watchdog.beat(self.position.step)
+            ids = task.loader.ids_between(read, task.loader.state_dict())
+            _keep(guard.tell_skip(step=self.position.step + 1, images=self.before, image_ids=ids))
+
+    def log(self) -> None:
+        """A line of the log, of steps that went well."""
+        task, images = self.task, self.position.images_seen
+        values = self.tracker.read(images) | {"lr": self.rate, "skipped": task.guard.skipped}
+        if (norm := task.engine.grad_norm()) is not None:
+            values["grad_norm"] = norm
+        _keep(task.guard.check_loss(values))
+        values |= self.checkpoints.log_values()
+        if task.evaluation is not None and task.evaluation.failures:
+            values["evaluations_failed"] = task.evaluation.failures
+        self.writer.write(images=images, step=self.position.step, values=values)
+        self.bar.update(images, note=f"loss {values['loss']:.4g}")
+
+    def asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any process was; processes agree in every eighth step only, for that waits for the device."""
+        here = distributed.world_size() == 1 or self.position.step % 8 == 0
+        return here and distributed.any_rank(stop.requested, self.device)
+
+    def save(self, *, wait: bool) -> None:
+        """A checkpoint, if the weights are sound."""
+        task = self.task
+        _keep(not_finite(weight_sums(task.engines, self.device)))
+        self.watchdog.beat(self.position.step, doing="saving")
+        with self.tracker.pause():
+            self.checkpoints.save(self.position, task.loader.state_dict(), task.guard.state_dict(), wait=wait)
+        if not self.checkpoints.failures:  # a background save that failed is known at the next one
+            task.guard.saved()
+        self.watchdog.beat(self.position.step)
+
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Samples or reconstructions, and their numbers."""
+
+        def beat() -> None:
+            self.watchdog.beat(self.position.step, doing="evaluating")
+
+        beat()
+        with self.tracker.pause():
+            evaluation.run(self.position, self.writer, beat)
+        self.watchdog.beat(self.position.step)
+
+    def roll_back(self, why: str) -> None:
+        """To the last checkpoint; the loader stays where it is, past the data that led here."""
+        guard, position = self.task.guard, self.position
+        self.watchdog.beat(position.step, doing="going back to a checkpoint")
+        guard.go_back(why, step=position.step, images=position.images_seen)
+        if (restored := self.checkpoints.restore()) is None:
+            raise RunError(f"{why}, and there is no checkpoint to go back to; {guard.remedies()}")
+        self.position, _, guard_state = restored
+        guard.load_state_dict(guard_state, rollback=True)
+        self.writer.close()
+        self.writer = self._open_log()
+        self.tracker.restart()
+        self.bar.update(self.position.images_seen)
+        self.watchdog.beat(self.position.step)
+
+    def _open_log(self) -> RunLog:
+        """The main process's log; where it cannot be opened, no process waits for another. Collective."""
+        return distributed.main_first(lambda: RunLog(self.folder, images_seen=self.position.images_seen))
 
 
-def _tracker(task: Task, spec: RunSpec, device: torch.device) -> Tracker:
-    engine = next(iter(task.engines.values()))
-    return Tracker(
-        device,
-        batch_size=spec.batch_size,
-        total_images=spec.total_images,
-        num_samples=task.loader.state_dict().get("num_samples"),
-        flops_per_image=task.flops_per_image,
-        peak_flops=task.peak_flops,
-        # On a stream beside the arithmetic a collective's time is not what the run waits for.
-        communication_known=not (device.type == "cuda" and engine.spec.overlap_comm and distributed.world_size() > 1),
-    )
-
-
-def _failures(evaluation: Evaluation | None) -> dict[str, float]:
-    return {"evaluations_failed": evaluation.failures} if evaluation is not None and evaluation.failures else {}
+def _keep(trouble: str | None) -> None:
+    """Go on where there is no trouble."""
+    if trouble is not None:
+        raise Lost(trouble)
 
 
 def weight_sums(engines: dict[str, Engine], device: torch.device) -> dict[str, float]:
@@ -232,7 +274,3 @@ def weight_sums(engines: dict[str, Engine], device: torch.device) -> dict[str, f
     sums = [torch.stack([shard.abs().sum() for shard in engine.masters()]).sum() for engine in engines.values()]
     means = distributed.all_mean(torch.stack([value.to(device) for value in sums]))  # offloaded ones are on the host
     return dict(zip((f"a weight of the {name}" for name in engines), means.tolist(), strict=True))
-
-
-def _crossed(before: int, after: int, every: int) -> bool:
-    return before // every != after // every

@@ -111,7 +111,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
         peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
     )
-    loop.run(task, spec=config.run, optimizer=config.optimizer, folder=folder, device=device, watchdog=watchdog)
+    loop.run(task, config=config, watchdog=watchdog)
     return folder
 
 
