@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -82,13 +81,30 @@ def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method):
     assert not torch.equal(_draw(method=method, seed=1)[0][0], reference[0][0])
 
 
-def test_processes_share_the_samples():
-    spec = SampleSpec(num_steps=2)
-    shares = [
-        [i for part in draw(SmallNet(), spec, num_samples=50, rank=r, world_size=3) for i in part.indices]
-        for r in range(3)
-    ]
-    assert sorted(itertools.chain(*shares)) == list(range(50)) and all(shares)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        (
+            "euler",
+            [
+                {"num_steps": 6},
+                {"timestep_shift": 0.3},
+                {"cfg_scale": 3.0},
+                {"cfg_interval": (0.3, 1.0)},
+                {"cfg_channels": 3},
+                {"cfg_power": 4.0},
+                {"method": "heun"},
+            ],
+        ),
+        ("dopri5", [{"atol": 0.1}, {"rtol": 1e-6}]),
+        ("euler_maruyama", [{"timestep_shift": 0.3}, {"sde_diffusion": "sbdm"}, {"sde_last_step": "none"}]),
+    ],
+)
+def test_every_setting_reaches_its_sampler(method, changes):
+    start = _draw(num_samples=1, method=method)[0][0]
+    for change in changes:
+        other = _draw(num_samples=1, **{"method": method, **change})[0][0]
+        assert not torch.allclose(other, start, rtol=1e-5, atol=1e-6), change
 
 
 def test_labels_random_balanced_and_fixed():
@@ -110,17 +126,35 @@ def test_bad_requests_are_refused():
         attempt(labels=[0, 2])
     with pytest.raises(UsageError, match="empty"):
         attempt(labels=[])
+    attempt(labels=[0, 1])
+    with pytest.raises(UsageError, match="label -1"):
+        attempt(labels=[-1])
     with pytest.raises(UsageError, match="--num-samples is 0"):
         attempt(num_samples=0)
     with pytest.raises(UsageError, match=r"--method ddpm does not fit this generator \(flow\.objective flow\)"):
         attempt(SampleSpec(method="ddpm"))
 
 
-def test_sampler_names_tell_settings_apart():
-    assert sampler_name(SampleSpec()) == "euler249_random"
-    assert sampler_name(SampleSpec(method="dopri5", labels="balanced")) == "dopri5_balanced"
-    headline = SampleSpec(timestep_shift=0.3, cfg_scale=10.0, cfg_interval=(0.11, 1.0), cfg_channels=3)
-    assert sampler_name(headline) == "euler249_shift0.3_cfg10_from0.11_ch3_random"
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "euler249_random"),
+        ({"method": "dopri5", "labels": "balanced"}, "dopri5_balanced"),
+        ({"cfg_scale": 3.8, "cfg_power": 4.0, "num_steps": 4}, "euler3_cfg3.8_power4_random"),
+        ({"cfg_scale": 2.0, "cfg_interval": (0.0, 0.5)}, "euler249_cfg2_to0.5_random"),
+        ({"method": "ddpm"}, "ddpm250_random"),
+        # an SDE's last step is one more, where it has one
+        ({"method": "euler_maruyama"}, "euler_maruyama250_random"),
+        ({"method": "euler_maruyama", "sde_last_step": "none"}, "euler_maruyama249_none_random"),
+        ({"method": "euler_maruyama", "sde_diffusion": "sbdm"}, "euler_maruyama250_sbdm_random"),
+        (
+            {"timestep_shift": 0.3, "cfg_scale": 10.0, "cfg_interval": (0.11, 1.0), "cfg_channels": 3},
+            "euler249_shift0.3_cfg10_from0.11_ch3_random",
+        ),
+    ],
+)
+def test_sampler_names_tell_settings_apart(settings, name):
+    assert sampler_name(SampleSpec(**settings)) == name
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -143,11 +177,6 @@ def _write(out, num_samples=20, **settings):
 
 def _bytes(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def test_uint8_rule():
-    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 0.99, 1.0, 3.0]).reshape(1, 1, 1, 8).expand(1, 3, 1, 8)
-    assert to_uint8(values)[0, 1, 0].tolist() == [0, 0, 64, 128, 191, 254, 255, 255]
 
 
 def test_files_hold_the_decoded_samples(tmp_path):
@@ -231,14 +260,6 @@ def test_latents_that_are_not_finite_become_no_images(tmp_path):
     assert not (tmp_path / "images").exists()
 
 
-def test_a_damaged_folder_is_named(tmp_path):
-    out = tmp_path / "out"
-    _write(out, num_samples=2)
-    (out / "settings.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        _write(out, num_samples=2)
-
-
 def test_the_sampler_is_noted_beside_the_images(tmp_path):
     _write(tmp_path, num_samples=2, labels=[1], source={"generator": "run 7"})
     assert json.loads((tmp_path / "settings.json").read_text())["source"] == {"generator": "run 7"}
@@ -247,6 +268,9 @@ def test_the_sampler_is_noted_beside_the_images(tmp_path):
     _write(tmp_path / "guided", num_samples=2, guide=SmallNet())
     assert noted_sampler(tmp_path / "guided") == "euler3_autoguided2_random"
     assert noted_sampler(tmp_path.parent) is None
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        _write(tmp_path, num_samples=2)
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
