@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import torch
-from training_plain import BATCH, tiny_dit, tiny_tokenizer
+from training_plain import BATCH, tiny_dit
 
 from vadit import cli
 from vadit.config import GuardSpec
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError
-from vadit.train import dit, engine, loop, tokenizer
+from vadit.train import dit, engine, loop
 
 EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}
 
@@ -48,21 +47,6 @@ def skips(out: Path) -> None:
         config = tiny_dit(out / f"dit-{zero_stage}", steps=13, zero_stage=zero_stage, run=EVERY_STEP)
         dit.train(dataclasses.replace(config, guard=GuardSpec(spike_window=8)))
     dit.flow.loss = original
-
-
-def discriminator(out: Path) -> None:
-    """A NaN in the second hinge loss of rank 1's discriminator."""
-    original, calls = tokenizer.objective.discriminator_hinge_loss, 0
-
-    def broken(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        loss: torch.Tensor = original(*args)
-        return loss * (math.nan if calls == 2 and distributed.rank() == 1 else 1)
-
-    tokenizer.objective.discriminator_hinge_loss = broken  # type: ignore[assignment]
-    tokenizer.train(tiny_tokenizer(out / "tokenizer", zero_stage=2, loss={"disc_start_step": 1}))
-    tokenizer.objective.discriminator_hinge_loss = original
 
 
 def rollback(out: Path) -> None:
@@ -121,7 +105,7 @@ def damage(out: Path) -> None:
 def main() -> int:
     """Everything in one launch; ends with the exit code of the damaged run."""
     out = Path(sys.argv[1])
-    for task in (skips, discriminator, rollback, stop):
+    for task in (skips, rollback, stop):
         task(out)
     try:
         damage(out)

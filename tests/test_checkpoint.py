@@ -49,66 +49,49 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------ going on
 
-SHORT = [
-    ("dit", 0, "fp32"),
-    ("dit", 1, "bf16"),
-    ("dit", 3, "fp32"),
-    ("tokenizer", 1, "autocast"),
-    ("tokenizer", 2, "bf16"),
+OFFLOADED = {"offload_optimizer": True, "precision": "bf16"}
+SHORT: list[tuple[str, dict[str, Any]]] = [
+    ("dit", {"zero_stage": 0}),
+    ("dit", {"zero_stage": 1, "precision": "bf16"}),
+    ("dit", {"zero_stage": 3}),
+    ("tokenizer", {"zero_stage": 1, "precision": "autocast"}),
+    ("tokenizer", {"zero_stage": 2, "precision": "bf16"}),
 ]
 # All of ZeRO 1 to 3 in fp32 and bf16 go through test_distributed_training.py, on two processes.
-LONG = [
-    ("dit", 0, "autocast"),
-    ("dit", 3, "bf16"),
-    ("tokenizer", 0, "fp32"),
-    ("tokenizer", 3, "fp32"),
-    ("tokenizer", 3, "autocast"),
+LONG: list[tuple[str, dict[str, Any]]] = [
+    ("dit", {"zero_stage": 0, "precision": "autocast"}),
+    ("dit", {"zero_stage": 3, "precision": "bf16"}),
+    ("dit", {"zero_stage": 1, **OFFLOADED}),
+    ("dit", {"zero_stage": 3, "offload_weights": True, **OFFLOADED}),
+    ("tokenizer", {"zero_stage": 0}),
+    ("tokenizer", {"zero_stage": 3}),
+    ("tokenizer", {"zero_stage": 3, "precision": "autocast"}),
+    ("tokenizer", {"zero_stage": 2, **OFFLOADED}),
+    ("tokenizer", {"zero_stage": 3, "offload_weights": True, **OFFLOADED}),
 ]
 
 
-def check_stop(network: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **engine: Any) -> None:
+@pytest.mark.parametrize(
+    ("network", "engine"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG)]
+)
+def test_a_run_goes_on_after_a_stop(
+    network: str, engine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that is stopped in its third step and one that is not are the same in the end."""
     trainers: dict[str, Any] = {"dit": (dit, tiny_dit), "tokenizer": (tokenizer, tiny_tokenizer)}
     module, make = trainers[network]
-    engine = {"ema_decays": (0.9, 0.5), **engine}
-    straight = module.train(make(folder / "straight", steps=4, **engine))
-    config = make(folder / "stopped", steps=4, **engine)
+    engine = {"ema_decays": (0.9, 0.5), "precision": "fp32", **engine}
+    straight = module.train(make(tmp_path / "straight", steps=4, **engine))
+    config = make(tmp_path / "stopped", steps=4, **engine)
     with monkeypatch.context() as patch:
         stop_in_step(module, 3, patch)  # a discriminator has taken steps, too
         with pytest.raises(loop.Stopped, match="stopped after 12 images and saved"):
             module.train(config)
-    assert names(folder / "stopped") == ["step-00000002", "step-00000003"]
+    assert names(tmp_path / "stopped") == ["step-00000002", "step-00000003"]
     assert_same_end(module.train(config), straight)
     before = log(straight)
     module.train(config)  # a run at its end has nothing to do
-    assert log(folder / "stopped") == before
-
-
-@pytest.mark.parametrize(("network", "stage", "precision"), SHORT)
-def test_a_run_goes_on_after_a_stop(
-    network: str, stage: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision=precision)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(("network", "stage", "precision"), LONG)
-def test_more_runs_go_on_after_a_stop(
-    network: str, stage: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision=precision)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("network", "stage", "weights"),
-    [("dit", 1, False), ("dit", 3, True), ("tokenizer", 2, False), ("tokenizer", 3, True)],
-)
-def test_an_offloaded_run_goes_on_after_a_stop(
-    network: str, stage: int, weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"offload_optimizer": True, "offload_weights": weights}
-    check_stop(network, tmp_path, monkeypatch, zero_stage=stage, precision="bf16", **settings)
+    assert log(tmp_path / "stopped") == before
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:

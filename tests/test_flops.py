@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_peaks_by_name() -> None:
         "AMD Instinct MI300X": 1307,
     }
     assert {name: flops.named_peak(name) for name in known} == {name: 1e12 * value for name, value in known.items()}
-    assert sum(flops.PEAK_TFLOPS.values()) == pytest.approx(21043.5)  # the data sheets', read once more
+    assert sum(flops.PEAK_TFLOPS.values()) == pytest.approx(21043.5)  # no number changes unnoticed
     unknown = (
         "NVIDIA H20X",
         "Tesla V100-SXM2",
@@ -44,58 +45,68 @@ def test_peaks_by_name() -> None:
         dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=0.0))
 
 
-def test_flops_are_those_of_the_products() -> None:
-    """By hand: 256 tokens, width D, 28 blocks with qkv, two products of attention, proj, an MLP and the modulation."""
-    config = get_recipe("lightningdit-xl-64ep")
+def shallow(name: str, **mask: Any) -> DiTConfig:
+    """A recipe's generator with four blocks; a mask's decoder has two."""
+    config = get_recipe(name)
     assert isinstance(config, DiTConfig)
+    mask = {"decoder_depth": 2, **mask} if config.mask.kind != "none" else {}
+    model = dataclasses.replace(config.model, depth=4)
+    return dataclasses.replace(config, model=model, mask=dataclasses.replace(config.mask, **mask))
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """By hand: 256 tokens, width D; blocks of qkv, two products of attention, proj, an MLP and the modulation."""
+    config = shallow("lightningdit-xl-64ep")
     N, D, F = 256, 1152, 3072
     block = N * (4 * D * D + 2 * N * D + 3 * D * F) + 6 * D * D
     ends = N * (32 * D + 32 * D) + 2 * D * D + 256 * D + D * D  # patches in and out, last modulation, time
-    assert flops.dit_flops(config.model) == 2 * (28 * block + ends)
+    assert flops.dit_flops(config.model) == 2 * (4 * block + ends)
     assert flops.training_flops(config) == 3 * flops.dit_flops(config.model)
 
 
-# What the formulas said that stood here before torch's counter did.
-COUNTED = {
-    ("maskdit-xl2", True): 130_902_818_816,
-    ("maskdit-xl2", False): 251_547_779_072,
-    ("mdt-xl2", True): 177_936_823_296,
-    ("mdt-xl2", False): 237_242_843_136,
-    ("dit-xl2-ddpm", False): 237_242_843_136,
-}
-
-
-@pytest.mark.parametrize(("recipe", "masked"), COUNTED)
-def test_flops_of_masked_passes(recipe: str, masked: bool) -> None:
-    config = get_recipe(recipe)
-    assert isinstance(config, DiTConfig)
-    assert flops.dit_flops(config.model, config.mask, masked=masked) == COUNTED[recipe, masked]
+@pytest.mark.parametrize(
+    ("recipe", "masked", "expected"),
+    [  # by the formulas that stood here before torch's counter
+        ("maskdit-xl2", True, 20_352_499_712),
+        ("maskdit-xl2", False, 37_716_918_272),
+        ("mdt-xl2", True, 37_181_408_256),
+        ("mdt-xl2", False, 33_923_432_448),
+    ],
+)
+def test_flops_of_masked_passes(recipe: str, masked: bool, expected: int) -> None:
+    config = shallow(recipe)
+    assert flops.dit_flops(config.model, config.mask, masked=masked) == expected
 
 
 def test_flops_of_a_tokenizer() -> None:
     config = get_recipe("vavae-f16d32-dinov2")
     assert isinstance(config, TokenizerConfig)
+    small = dataclasses.replace(config.autoencoder, image_size=64, base_channels=32)
 
     def counted(**loss: float) -> float:
         off = {"disc_weight": 0.0, "perceptual_weight": 0.0, "vf_weight": 0.0}
-        return flops.training_flops(dataclasses.replace(config, loss=dataclasses.replace(config.loss, **(off | loss))))
+        losses = dataclasses.replace(config.loss, **(off | loss))
+        return flops.training_flops(dataclasses.replace(config, autoencoder=small, loss=losses))
 
     alone = counted()
-    assert alone == 3 * 390_131_613_696
-    assert counted(disc_weight=1.0) - alone == 8 * 6_293_618_688  # both networks' steps
-    assert counted(perceptual_weight=1.0) - alone == pytest.approx(3 * 2 * 15.35e9 * (256 / 224) ** 2, rel=0.01)
-    assert counted(vf_weight=1.0) - alone == pytest.approx(2 * 304e6 * 256, rel=0.01)  # DINOv2-L, forward
+    assert alone == 3 * 1_649_311_744  # as above
+    # PatchGAN: 4x4 convolutions to 32, 16, 8, 7 and 6 places a side; forward and backward in both networks' steps.
+    places = [(3 * 64, 32), (64 * 128, 16), (128 * 256, 8), (256 * 512, 7), (512, 6)]
+    assert counted(disc_weight=1.0) - alone == 8 * 2 * sum(16 * weights * side**2 for weights, side in places)
+    assert counted(perceptual_weight=1.0) - alone == pytest.approx(3 * 2 * 15.35e9 * (64 / 224) ** 2, rel=0.01)
+    assert counted(vf_weight=1.0) - alone == pytest.approx(2 * 304e6 * 16, rel=0.01)  # DINOv2-L, forward
 
 
 def test_flops_of_a_step_count_every_pass_and_what_is_aligned() -> None:
-    maskdit, tuned, mdt = (get_recipe(name) for name in ("maskdit-xl2", "maskdit-xl2-unmasked", "mdt-xl2"))
-    assert isinstance(maskdit, DiTConfig) and isinstance(tuned, DiTConfig) and isinstance(mdt, DiTConfig)
+    maskdit, tuned, mdt = (shallow(name) for name in ("maskdit-xl2", "maskdit-xl2-unmasked", "mdt-xl2"))
     assert flops.training_flops(maskdit) == 3 * flops.dit_flops(maskdit.model, maskdit.mask, masked=True)
     assert flops.training_flops(tuned) == 3 * flops.dit_flops(tuned.model, tuned.mask)
     passes = [flops.dit_flops(mdt.model, mdt.mask, masked=masked) for masked in (False, True)]
     assert flops.training_flops(mdt) == 3 * sum(passes)
-    changing = dataclasses.replace(maskdit, mask=dataclasses.replace(maskdit.mask, unmasked_after_images=1024))
+    changing = shallow("maskdit-xl2", unmasked_after_images=1024)
+    assert flops.training_flops(changing) == flops.training_flops(maskdit)
     assert flops.tracked_flops(changing) is None and flops.tracked_flops(maskdit) is not None
+    assert flops.tracked_flops(tuned) == flops.training_flops(tuned)
 
     repa = get_recipe("repa-xl2")
     assert isinstance(repa, DiTConfig) and repa.repa.features == "cached"

@@ -54,14 +54,6 @@ def test_all_processes_skip_what_one_cannot_take(zero_stage: int, launched: tupl
     assert all(value.isfinite().all() for value in newest(folder).values())
 
 
-def test_both_networks_skip_alike_on_all_processes(launched: tuple[Path, Done]) -> None:
-    folder = launched[0] / "tokenizer"
-    (event,) = events(folder)
-    assert event["reason"] == "the loss or a gradient of the discriminator is not finite"
-    assert logged(folder, "skipped") == [0, 1, 1]
-    assert all(value.isfinite().all() for value in newest(folder).values())
-
-
 def test_all_processes_go_back(launched: tuple[Path, Done]) -> None:
     folder = launched[0] / "rollback"
     assert [event["event"] for event in events(folder)] == ["skipped", "skipped", "rollback"]

@@ -16,7 +16,7 @@ from typing import Any
 import checkpoint_worker as worker
 import pytest
 import torch
-from checkpoint_worker import SHARE, log, names
+from checkpoint_worker import SHARE, names
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
@@ -190,17 +190,10 @@ def test_a_checkpoint_can_be_saved_once_more(folder: Path) -> None:
     assert publish.newest(folder) == folder / "step-00000003"
 
 
-def test_the_run_log_tells_what_saving_cost(tmp_path: Path) -> None:
-    dit.train(tiny_dit(tmp_path, run={"save_every_images": BATCH, "log_every_images": BATCH}))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line.keys() >= {"save_stall_ms"} for line in lines] == [False, True, True, True]
-    assert lines[2].keys() >= {"save_write_ms"}
-
-
 def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-    tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in dtypes}
-    tensors |= {
+    tensors = {
+        "bytes": torch.arange(7).to(torch.uint8),
+        "half": torch.arange(7).bfloat16(),
         "none": torch.empty(0, 3),
         "number": torch.tensor(2.5),
         "strided": torch.arange(6.0).view(2, 3).T,
@@ -314,23 +307,25 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("number", "words", "advice"),
+    ("number", "words", "advice", "background"),
     [
-        (errno.ENOSPC, "No space left on device", "free some disk space"),
-        (errno.EACCES, "Permission denied", "give this user the right to write there"),
-        (errno.ENOENT, "No such file or directory", "leave its folder in place"),
+        (errno.ENOSPC, "No space left on device", "free some disk space", True),
+        (errno.EACCES, "Permission denied", "give this user the right to write there", False),
+        (errno.ENOENT, "No such file or directory", "leave its folder in place", True),
     ],
 )
 def test_a_run_outlives_a_disk_that_fails(
     number: int,
     words: str,
     advice: str,
+    background: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disk = Failing(monkeypatch, number)
     run = worker.Run(tmp_path, 1)
+    run.checkpoints.background = background
     run.train(1)
     run.save(wait=True)
     for step in (2, 3):
@@ -343,12 +338,13 @@ def test_a_run_outlives_a_disk_that_fails(
             assert part.replace(" ", "") in text
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
     run.train(4)
-    assert run.checkpoints.failures == 1  # the second is counted when the next save, or a restore, looks back
+    # In the background, the second is counted when the next save, or a restore, looks back.
+    assert run.checkpoints.failures == (1 if background else 2)
     disk.on = False
     run.save()
     run.checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
-    assert run.checkpoints.log_values()["failed_saves"] == 2
+    assert run.checkpoints.log_values().get("failed_saves") == (2 if background else None)
     # Whoever waits for a checkpoint, hears that there is none.
     disk.on = True
     with pytest.raises(RunError, match=rf"step-00000004 could not be written \({words}\); earlier .*{advice}"):
@@ -359,29 +355,6 @@ def test_a_run_outlives_a_disk_that_fails(
     again = worker.Run(tmp_path, 1)
     again.restore()
     assert again.step == 4
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_a_trainer_outlives_a_disk_that_fails(
-    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = {**EVERY, "background_saves": background}
-    straight = dit.train(tiny_dit(tmp_path / "straight", run=EVERY))
-    original, calls = publish.write_tensors, 0
-
-    def write(path: Path, file: TensorFile) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path, file)
-
-    monkeypatch.setattr(publish, "write_tensors", write)
-    folder = dit.train(tiny_dit(tmp_path / "full", run=settings))
-    assert "step-00000002couldnotbewritten(Nospaceleftondevice);traininggoeson" in told(capsys)
-    assert names(folder) == ["step-00000001", "step-00000003", "step-00000004"]
-    lines = [{name: value for name, value in line.items() if name != "failed_saves"} for line in log(folder)]
-    assert lines == log(straight)
 
 
 def test_a_run_outlives_its_folder(folder: Path) -> None:
@@ -405,14 +378,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.parametrize("room", [0, 16_000])
-def test_a_run_outlives_a_full_disk(room: int, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = small_disk / "checkpoints"
     run = worker.Run(folder, 1)
     run.train(1)
     run.save(wait=True)
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096 - room))
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096 - 16_000))
     run.train(2)
     run.save()
     run.checkpoints.close()
@@ -440,13 +412,3 @@ def test_the_log_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFi
     lines = (small_disk / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
     assert "couldnotbewritten" not in told(capsys)
-
-
-def test_a_disk_is_not_filled_up_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = worker.Run(tmp_path, 1)
-    run.train(1)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    monkeypatch.setattr(publish, "write_tensors", lambda *args: pytest.fail("wrote"))
-    with pytest.raises(RunError, match=r"[\d,]+ bytes are needed, 100 are free"):
-        run.save(wait=True)
