@@ -35,6 +35,8 @@ _OF_PAGE = {_PAPER: "var(--paper)", _RULE: "var(--line)", _SOFT: "var(--soft)"}
 _SMALL, _WIDE, _PNG = (320, 190), (760, 330), (640, 336)
 """Width and height of a chart in points, of which the page makes pixels."""
 _PNG_DPI = 135
+_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "vadit", "text.parse_math": False}
+"""Letters stay letters, ids are the same each time, and a $ in a run's name begins no formula."""
 _BESIDE = (
     (7, 0, "left"), (7, 9, "left"), (7, -9, "left"), (-7, 0, "right"), (-7, 9, "right"), (-7, -9, "right"),
     (0, 10, "center"), (0, -10, "center"),
@@ -110,11 +112,11 @@ def svg(chart: Chart) -> str:
     """A chart as an SVG element to be set into a page, or an empty string where no value is finite."""
     import matplotlib
 
-    figure = draw(chart, *(_WIDE if chart.wide else _SMALL))
-    if figure is None:
-        return ""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vadit"}):  # letters, and the same ids always
+    with matplotlib.rc_context(_SETTINGS):
+        figure = draw(chart, *(_WIDE if chart.wide else _SMALL))
+        if figure is None:
+            return ""
+        buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _for_page(buffer.getvalue(), f"{chart.title} over {chart.x_label}")
@@ -122,11 +124,14 @@ def svg(chart: Chart) -> str:
 
 def save_png(chart: Chart, path: Path) -> bool:
     """Draw `chart` with title and legend into a file, whole or not at all; False where no value is finite."""
-    figure = draw(chart, *_PNG, alone=True)
-    if figure is None:
-        return False
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=_PNG_DPI)
+    import matplotlib
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = draw(chart, *_PNG, alone=True)
+        if figure is None:
+            return False
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png", dpi=_PNG_DPI)
     return True
 
 
