@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vadit.config import AutoencoderSpec
+from vadit.images.folders import FolderSource
+from vadit.images.loader import ImageSet, Request
+from vadit.images.pillow import decode
+from vadit.images.pixels import to_signed
 from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
 from vadit.latents.statistics import compute_statistics
 
 CHANNELS, SIDE, CLASSES = 4, 3, 5
 COUNTS = (7, 5, 1)
+IMAGE_SIDE, NUM_IMAGES = 16, 11
+TOKENIZER = AutoencoderSpec(
+    image_size=IMAGE_SIDE,
+    latent_channels=3,
+    base_channels=8,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    norm_groups=4,
+)
+
+
+def write_images(folder: Path, *, classes: int = 2, **options: Any) -> ImageSet:
+    """Image i, of noise, is of class i % classes."""
+    for number in range(NUM_IMAGES):
+        path = folder / f"class{number % classes}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return ImageSet(FolderSource(folder), IMAGE_SIDE, **options)
+
+
+def signed_pixels(images: ImageSet) -> Tensor:
+    """All images, (N, 3, H, W) in [-1, 1]."""
+    pixels = np.stack([decode(images, Request(index)) for index in range(len(images))])
+    return to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def reference_folder(folder: Path, *, dtype: torch.dtype = torch.float32, stats: bool = True) -> tuple[Tensor, ...]:

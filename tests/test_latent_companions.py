@@ -1,4 +1,4 @@
-"""Features and images beside latents: same sample, same mirroring, same skipping; encoding them; refusals."""
+"""Features and images beside latents: same sample, same mirroring; encoding them; refusals."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_files import CHANNELS, CLASSES, settings
-from PIL import Image
+from latent_files import (
+    CHANNELS,
+    CLASSES,
+    IMAGE_SIDE,
+    NUM_IMAGES,
+    TOKENIZER,
+    settings,
+    signed_pixels,
+    write_images,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vadit.commands import encode as encode_command
-from vadit.config import AutoencoderSpec, DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
-from vadit.images.folders import FolderSource
+from vadit.config import DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
 from vadit.images.loader import ImageSet, Request
 from vadit.images.online import open_online_images
 from vadit.images.pillow import decode
-from vadit.images.pixels import to_signed
 from vadit.latents.companions import DEBUG_WIDTH
 from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
 from vadit.latents.encode import encode
@@ -30,18 +36,9 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
 from vadit.runtime.errors import RunError, UsageError
 
-COUNT, SIDE, WIDTH, IMAGE_SIDE = 11, 4, 3, 16
+COUNT, SIDE, WIDTH = NUM_IMAGES, 4, 3
 MODEL = DiTSpec(input_size=SIDE, patch_size=2, in_channels=CHANNELS, num_classes=CLASSES)
 CACHED, ONLINE = RepaSpec(weight=0.5), RepaSpec(weight=0.5, features="online")
-SPEC = AutoencoderSpec(
-    image_size=IMAGE_SIDE,
-    latent_channels=3,
-    base_channels=8,
-    channel_multipliers=(1, 2, 2),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    norm_groups=4,
-)
 VIT = FoundationSpec(
     name="vit_tiny_patch16_224",
     weights="random",
@@ -64,16 +61,6 @@ def write_folder(folder: Path, *, features: dict | None = ABOUT, grid: int = 2) 
         writer.close()
     compute_statistics(folder)
     save_index(folder, settings(**changes), [str(label) for label in range(CLASSES)])
-
-
-def write_images(folder: Path, *, classes: int = CLASSES) -> Path:
-    """Image i is of class i % classes; names are in the order of the latents, since the labels are."""
-    for number in range(COUNT):
-        path = folder / f"{number % classes}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return folder
 
 
 def spec_of(folder: Path, **changes: object) -> LatentDataSpec:
@@ -103,11 +90,6 @@ def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -
     plain = open_latents(spec_of(tmp_path / "l"), MODEL)
     for with_features, without in zip(LatentLoader(dataset, 4, seed=3), LatentLoader(plain, 4, seed=3), strict=True):
         assert len(without) == 2 and torch.equal(with_features[0], without[0])
-    ranks = [LatentLoader(dataset, 2, 3, rank, 2) for rank in range(2)]
-    first = next(LatentLoader(dataset, 4, seed=3).stream())
-    for rank, loader in enumerate(ranks):
-        for part, whole in zip(next(loader.stream()), first, strict=True):
-            assert torch.equal(part, whole[rank::2])
 
 
 def test_damaged_features_are_named(tmp_path: Path) -> None:
@@ -161,16 +143,14 @@ def with_images(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugLa
 
 def sorted_folder(tmp_path: Path) -> tuple[LatentDataset | DebugLatents, ImageSet]:
     """Latents made as `vadit encode` makes them of a folder of images, of which the second does not decode."""
-    write_images(tmp_path / "images", classes=2)
-    bad = tmp_path / "images" / "0" / "02.png"
+    images = write_images(tmp_path / "images", on_error="skip", max_bad_share=0.2)
+    bad = Path(images.source.describe(1))
     whole = bad.read_bytes()
     bad.write_text("no image")
-    skipping = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE, on_error="skip", max_bad_share=0.2)
     torch.manual_seed(0)
-    encode(Autoencoder(SPEC), skipping, tmp_path / "l", batch_size=4, dtype="fp32", store="sample", shard_size=4)
+    encode(Autoencoder(TOKENIZER), images, tmp_path / "l", batch_size=4, dtype="fp32", store="sample", shard_size=4)
     bad.write_bytes(whole)
     spec = spec_of(tmp_path / "l", images=str(tmp_path / "images"))
-    images = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE)
     return with_images(spec, DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2)), images
 
 
@@ -210,10 +190,11 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "l", features=None)
     with pytest.raises(UsageError, match=r"repa.features is online but data.images is empty"):
         with_images(spec_of(tmp_path / "l"), MODEL)
-    images = write_images(tmp_path / "images")  # sorted by class: not the latents' order
-    with pytest.raises(UsageError, match=r"0/05.png is of class 0 but its latent 1 in .* is of class 1"):
+    images = tmp_path / "images"
+    write_images(images, classes=CLASSES)  # sorted by class: not the latents' order
+    with pytest.raises(UsageError, match=r"class0/05.png is of class 0 but its latent 1 in .* is of class 1"):
         with_images(spec_of(tmp_path / "l", images=str(images)), MODEL)
-    (images / "0" / "05.png").unlink()
+    (images / "class0" / "05.png").unlink()
     with pytest.raises(UsageError, match=rf"holds {COUNT - 1} images but the latents of .* are of {COUNT}"):
         with_images(spec_of(tmp_path / "l", images=str(images)), MODEL)
 
@@ -230,14 +211,13 @@ def test_debug_latents_have_companions() -> None:
 
 
 def test_encode_stores_the_models_features(tmp_path: Path) -> None:
-    images = ImageSet(FolderSource(write_images(tmp_path / "images", classes=2)), IMAGE_SIDE)
+    images = write_images(tmp_path / "images")
     torch.manual_seed(0)
-    autoencoder, model = Autoencoder(SPEC), FoundationModel(VIT, 2)
+    autoencoder, model = Autoencoder(TOKENIZER), FoundationModel(VIT, 2)
     options: dict = {"batch_size": 3, "dtype": "fp32", "shard_size": 4}
     encode(autoencoder, images, tmp_path / "without", **options)
     encode(autoencoder, images, tmp_path / "with", features=model, **options)
-    pixels = np.stack([decode(images, Request(index)) for index in range(COUNT)])
-    signed = to_signed(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    signed = signed_pixels(images)
     shards = [load_file(path) for path in sorted((tmp_path / "with").glob("*.safetensors"))]
     for key, source in (("features", signed), ("features_flip", signed.flip(-1))):
         found = torch.cat([shard[key] for shard in shards])
@@ -247,10 +227,6 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
         plain, both = load_file(path), load_file(tmp_path / "with" / path.name)
         assert both.keys() - plain.keys() == {"features", "features_flip"}
         assert all(torch.equal(plain[key], both[key]) for key in plain)
-    repa = RepaSpec(weight=0.5, foundation=VIT)
-    spec = DiTSpec(input_size=4, patch_size=2, in_channels=3, num_classes=2)
-    latents, _, features = next(iter(LatentLoader(open_latents(spec_of(tmp_path / "with"), spec, repa), 4)))
-    assert latents.shape == (4, 3, 4, 4) and features.shape == (4, 16, 2, 2)
     for changed in (None, FoundationModel(VIT, 2)):  # the latter with other weights
         with pytest.raises(UsageError, match=r"holds latents made with features"):
             encode(autoencoder, images, tmp_path / "with", features=changed, **options)
@@ -261,7 +237,7 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
 
 
 def test_encode_command_with_features(tmp_path: Path) -> None:
-    Autoencoder(SPEC).save_pretrained(tmp_path / "tokenizer")
+    Autoencoder(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
     arguments = ["--tokenizer", str(tmp_path / "tokenizer"), "--images", "debug:3", "--device", "cpu", "--no-flip"]
     arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random", "--image-size", "32"]
     encode_command.run([*arguments, "--out", str(tmp_path / "l")])

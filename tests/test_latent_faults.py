@@ -116,8 +116,10 @@ def test_a_bad_file_of_a_finished_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_damaged_statistics_are_named(tmp_path: Path) -> None:
-    reference_folder(tmp_path)
+    reference_folder(tmp_path, stats=False)
     path = tmp_path / "latents_stats.pt"
+    with pytest.raises(UsageError, match=r"has no latents_stats.pt; run `vadit encode --stats-only .*--no-normalize"):
+        LatentDataset(tmp_path)
     for mean, std, message in (
         (None, None, "cannot be read"),
         (zeros(2), zeros(2) + 1, "has 2 channels but the latents have 4"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from vadit.latents.shards import open_shard
 from vadit.latents.statistics import compute_statistics, load_statistics
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
+from vadit.runtime.stream import sample_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -51,6 +51,7 @@ def test_flip_and_noise_are_functions_of_seed_id_and_epoch(tmp_path: Path) -> No
     """By the definition, bit by bit: a run that is resumed sees the same samples."""
     plain, flipped = moments_folder(tmp_path / "m")
     dataset = LatentDataset(tmp_path / "m", multiplier=0.5)
+    assert (dataset.channels, dataset.num_classes) == (CHANNELS, CLASSES)  # the index names a class without images
     ids, seen = torch.tensor([5, 0, 3]), set()
     for epoch, seed in ((2, 7), (3, 7), (2, 8)):
         latents, _ = dataset.batch(ids, epoch, seed)
@@ -104,17 +105,6 @@ def test_posterior_noise_is_a_function_of_seed_id_and_place() -> None:
     torch.testing.assert_close(posterior_noise(5, torch.tensor([0, 7]), 5), golden, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_moments_are_sampled_with_their_mean_and_std(tmp_path: Path, dtype: str) -> None:
-    plain, _ = moments_folder(tmp_path / "m", dtype)
-    dataset = LatentDataset(tmp_path / "m", normalize=False, flip=False)
-    assert (dataset.channels, dataset.num_classes) == (CHANNELS, CLASSES)  # the index names a class without images
-    draws = torch.stack([dataset.batch(torch.arange(6), epoch=epoch, seed=0)[0] for epoch in range(600)])
-    mean, std = plain.chunk(2, dim=1)
-    assert (draws.mean(0) - mean).abs().max() < 0.2
-    assert (draws.std(0) - std).abs().max() < 0.15
-
-
 def test_our_shards_are_plain_safetensors_with_metadata(tmp_path: Path) -> None:
     plain, flipped = moments_folder(tmp_path / "m")
     with safe_open(tmp_path / "m" / "shard-00001.safetensors", framework="pt") as file:
@@ -149,6 +139,14 @@ def test_statistics_of_moments_count_the_posterior_variance(tmp_path: Path) -> N
     torch.testing.assert_close(LatentDataset(tmp_path / "m").std.double().flatten(), expected, rtol=1e-6, atol=0)
 
 
+def test_statistics_of_more_samples_than_there_are_are_those_of_all(tmp_path: Path) -> None:
+    reference_folder(tmp_path, stats=False)
+    for samples in (13, 20):
+        assert torch.equal(compute_statistics(tmp_path, samples=samples).std, compute_statistics(tmp_path).std)
+    with pytest.raises(UsageError, match=r"--stats-samples is -1"):
+        compute_statistics(tmp_path, samples=-1)
+
+
 @pytest.mark.parametrize("samples", [1, 5, 12])
 def test_statistics_of_random_samples_are_those_of_so_many_latents(tmp_path: Path, samples: int) -> None:
     latents, flipped, _ = reference_folder(tmp_path, stats=False)
@@ -162,42 +160,16 @@ def test_statistics_of_random_samples_are_those_of_so_many_latents(tmp_path: Pat
     torch.testing.assert_close(found[0].std.double()[0, :, 0, 0], rows.std(dim=(0, 2, 3)), rtol=1e-6, atol=1e-6)
 
 
-def test_more_statistics_samples_than_latents_are_all(tmp_path: Path) -> None:
-    reference_folder(tmp_path, stats=False)
-    assert torch.equal(compute_statistics(tmp_path, samples=13).std, compute_statistics(tmp_path).std)
-    assert torch.equal(compute_statistics(tmp_path, samples=0).std, compute_statistics(tmp_path).std)
-    with pytest.raises(UsageError, match=r"--stats-samples is -1"):
-        compute_statistics(tmp_path, samples=-1)
-
-
-@pytest.mark.parametrize("new_world_size", [1, 2, 4])
-def test_resume_is_exact_also_across_epochs_and_ranks(tmp_path: Path, new_world_size: int) -> None:
+def test_a_loader_gives_the_samples_of_the_order(tmp_path: Path) -> None:
+    """Across the ends of epochs, on any rank, from any position: see test_stream.py."""
     moments_folder(tmp_path / "m")
     dataset = LatentDataset(tmp_path / "m")
-    whole = LatentLoader(dataset, 4, seed=5)
-    expected = list(islice(whole.stream(), 6))  # 24 positions: four epochs of six, cut inside batches
-    start = LatentLoader(dataset, 2, 5, 1, 2)
-    list(islice(start.stream(), 2))
-    state = json.loads(json.dumps(start.state_dict()))
-    assert state["seed"] == 5 and state["images_seen"] == 8 and state["epoch"] == 1
-    streams = []
-    for rank in range(new_world_size):
-        loader = LatentLoader(dataset, 4 // new_world_size, 0, rank, new_world_size)
-        loader.load_state_dict(state)
-        streams.append(loader.stream())
-    for latents, labels in expected[2:]:
-        for rank, stream in enumerate(streams):
-            part, part_labels = next(stream)
-            assert torch.equal(part, latents[rank::new_world_size])
-            assert torch.equal(part_labels, labels[rank::new_world_size])
-
-
-def test_missing_statistics_name_the_remedy(tmp_path: Path) -> None:
-    reference_folder(tmp_path, stats=False)
-    remedy = rf"vadit encode --stats-only {tmp_path}`, or set --no-normalize \(vadit train: --data.no-normalize\)"
-    with pytest.raises(UsageError, match=remedy):
-        LatentDataset(tmp_path)
-    assert len(LatentDataset(tmp_path, normalize=False)) == 13
+    loader = LatentLoader(dataset, 4, seed=0, rank=1, world_size=2)
+    loader.load_state_dict({"seed": 5, "images_seen": 3})
+    for step, batch in enumerate(islice(loader.stream(), 6)):
+        positions = torch.arange(3 + 8 * step + 1, 3 + 8 * (step + 1), 2)
+        parts = [dataset.batch(ids, epoch, 5) for epoch, ids in sample_ids(positions, len(dataset), 5)]
+        assert all(torch.equal(one, torch.cat(pieces)) for one, *pieces in zip(batch, *parts, strict=True))
 
 
 def test_open_latents_checks_the_model(tmp_path: Path) -> None:
