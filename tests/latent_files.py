@@ -95,8 +95,9 @@ def moments_folder(folder: Path, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
     for number, rows in enumerate((slice(0, 4), slice(4, 6))):
         writer = LatentShardWriter(folder / f"shard-{number:05d}.safetensors", settings(dtype=dtype))
         ids = torch.arange(6)[rows]
-        writer.add(plain[rows][:1], flipped[rows][:1], ids[:1] % 3, ids[:1])
-        writer.add(plain[rows][1:], flipped[rows][1:], ids[1:] % 3, ids[1:])
+        whole = {"moments": plain[rows], "moments_flip": flipped[rows], "labels": ids % 3, "ids": ids}
+        for part in (slice(1), slice(1, None)):
+            writer.add({name: tensor[part] for name, tensor in whole.items()})
         writer.close()
     compute_statistics(folder)
     save_index(folder, settings(dtype=dtype), [str(label) for label in range(CLASSES)])

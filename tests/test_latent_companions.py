@@ -56,8 +56,8 @@ def write_folder(folder: Path, *, features: dict | None = ABOUT, grid: int = 2) 
         values = ids[:, None, None, None].float()
         latents = values.expand(-1, CHANNELS, SIDE, SIDE)
         extra = (values + 0.5).expand(-1, WIDTH, grid, grid).clone()
-        pair = (extra, extra + 100) if features else None
-        writer.add(latents, latents + 100, ids % CLASSES, ids, pair)
+        rows = {"latents": latents, "latents_flip": latents + 100, "labels": ids % CLASSES, "ids": ids}
+        writer.add(rows | ({"features": extra, "features_flip": extra + 100} if features else {}))
         writer.close()
     compute_statistics(folder)
     save_index(folder, settings(**changes), [str(label) for label in range(CLASSES)])

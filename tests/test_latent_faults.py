@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "fsync", full)
     writer = LatentShardWriter(tmp_path / "shard-00000.safetensors", settings())
     rows = zeros(2, 2 * CHANNELS, SIDE, SIDE)
-    writer.add(rows, rows, torch.zeros(2), torch.arange(2))
+    writer.add({"moments": rows, "labels": torch.zeros(2), "ids": torch.arange(2)})
     with pytest.raises(RunError, match=r"shard-00000.safetensors .*No space left"):
         writer.close()
     assert list(tmp_path.iterdir()) == []

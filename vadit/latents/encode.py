@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.images.loader import Decoder, ImageDecoder, ImageSet, load_in_order
+from vadit.images.loader import Decoder, ImageBatch, ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed
 from vadit.latents.shards import (
@@ -55,8 +55,6 @@ class EncodeSummary:
     """Images that this call encoded; those of shards that were there already are not counted."""
     num_shards: int
     """Shards that this call wrote."""
-    seconds: float
-    """Wall-clock time, statistics included."""
     images_per_s: float
     """num_images over the seconds spent encoding."""
 
@@ -101,33 +99,36 @@ def encode(
     joined = rank is None and _join()
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
-    settings = LatentSettings(
-        config=asdict(autoencoder.spec),
-        tokenizer=weights_hash(autoencoder),
-        source=images.source.name,
-        num_images=len(images),
-        num_classes=len(images.classes),
-        size=images.size,
-        store=store,
-        dtype=dtype,
-        flip=flip,
-        seed=seed if store == "sample" else 0,
-        shard_size=shard_size,
-        features=None if features is None else describe_features(features),
-    )
-    networks = _Networks(autoencoder, features)
+    kept_seed = seed if store == "sample" else 0
+    kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}
+    settings = _settings(autoencoder, images, features, **kept)
     started = time.monotonic()
     num_shards = -(-len(images) // shard_size)
     finished = _finished_shards(out, settings, num_shards)
     distributed.barrier()  # every process has seen the folder before one of them changes it
     mine = range(rank, num_shards, world_size)
+    share = sum(len(_shard_ids(number, settings)) for number in mine)
+    num_done = num_encoded = num_written = 0
+
+    def report(num_more: int) -> None:
+        if progress is not None:
+            progress((num_done + num_more) * len(images) // share)
+
     was_training = autoencoder.training
     autoencoder.eval()
     try:
         with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-            num_encoded, num_written = _encode_share(
-                networks, images, out, settings, mine, finished, batch_size, active, progress
-            )
+            for number in mine:
+                ids = _shard_ids(number, settings)
+                if number not in finished or not _is_intact(shard_path(out, number)):
+                    writer = LatentShardWriter(shard_path(out, number), settings)
+                    for batch in load_in_order(images, ids, batch_size, active):
+                        writer.add(_rows(autoencoder, features, batch, settings))
+                        report(writer.count)
+                    num_encoded += _close(writer, images, ids)
+                    num_written += 1
+                num_done += len(ids)
+                report(0)
     finally:
         autoencoder.train(was_training)
         images.warn_of_bad_files()
@@ -138,57 +139,23 @@ def encode(
     distributed.barrier()
     if joined:
         dist.destroy_process_group()
-    return EncodeSummary(
-        num_images=num_encoded,
-        num_shards=num_written,
-        seconds=time.monotonic() - started,
-        images_per_s=num_encoded / max(encoding_s, 1e-9),
+    return EncodeSummary(num_encoded, num_written, num_encoded / max(encoding_s, 1e-9))
+
+
+def _settings(
+    autoencoder: Autoencoder, images: ImageSet, features: FoundationModel | None, **choices: Any
+) -> LatentSettings:
+    """What networks, images and the caller's choices (the other fields) make of the latents."""
+    return LatentSettings(
+        config=asdict(autoencoder.spec),
+        tokenizer=weights_hash(autoencoder),
+        source=images.source.name,
+        num_images=len(images),
+        num_classes=len(images.classes),
+        size=images.size,
+        features=None if features is None else describe_features(features),
+        **choices,
     )
-
-
-@dataclass(frozen=True)
-class _Networks:
-    """What the images pass through."""
-
-    autoencoder: Autoencoder
-    features: FoundationModel | None
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) in [-1, 1], where the autoencoder is and as it takes them."""
-        weight = next(self.autoencoder.parameters())
-        return to_signed(images.to(weight.device, non_blocking=True)).to(weight.dtype)
-
-
-def _encode_share(
-    networks: _Networks,
-    images: ImageSet,
-    out: Path,
-    settings: LatentSettings,
-    mine: range,
-    finished: set[int],
-    batch_size: int,
-    decoder: ImageDecoder,
-    progress: Callable[[int], object] | None,
-) -> tuple[int, int]:
-    """Write this process's shards that are not finished or have another checksum by now; images and shards written."""
-    share = sum(len(_shard_ids(number, settings)) for number in mine)
-    num_done = num_encoded = num_written = 0
-    for number in mine:
-        ids = _shard_ids(number, settings)
-        if number not in finished or not _is_intact(shard_path(out, number)):
-            writer = LatentShardWriter(shard_path(out, number), settings)
-            for batch in load_in_order(images, ids, batch_size, decoder):
-                pixels = networks.pixels(batch.images)
-                latents, flipped = _encode_batch(networks.autoencoder, pixels, batch.ids, settings)
-                writer.add(latents, flipped, batch.labels, batch.ids, _features(networks.features, pixels, settings))
-                if progress is not None:
-                    progress((num_done + writer.count) * len(images) // share)
-            num_encoded += _close(writer, images, ids)
-            num_written += 1
-        num_done += len(ids)
-        if progress is not None:
-            progress(num_done * len(images) // share)
-    return num_encoded, num_written
 
 
 def _join() -> bool:
@@ -221,31 +188,26 @@ def describe_features(model: FoundationModel) -> dict[str, Any]:
     }
 
 
-def _encode_batch(
-    autoencoder: Autoencoder, pixels: Tensor, ids: Tensor, settings: LatentSettings
-) -> tuple[Tensor, Tensor | None]:
-    """What is stored of images (B, 3, H, W) in [-1, 1] and of their mirror images, (B, d or 2d, h, w) each."""
-    plain = _stored(autoencoder, pixels, ids, settings, rng.fold(settings.seed, "encode"))
-    if not settings.flip:
-        return plain, None
-    return plain, _stored(autoencoder, pixels.flip(-1), ids, settings, rng.fold(settings.seed, "encode mirrored"))
-
-
-def _stored(autoencoder: Autoencoder, pixels: Tensor, ids: Tensor, settings: LatentSettings, seed: int) -> Tensor:
-    posterior = autoencoder.encode(pixels)
-    mean, std = posterior.mean.float(), posterior.std.float()
-    if settings.store == "moments":
-        return torch.cat([mean, std], dim=1)
-    return mean + std * rng.normal(seed, ids, mean.shape[1:]).to(mean.device)
-
-
-def _features(
-    model: FoundationModel | None, pixels: Tensor, settings: LatentSettings
-) -> tuple[Tensor, Tensor | None] | None:
-    """Features of images (B, 3, H, W) in [-1, 1] and of their mirror images, (B, D, h, w) each."""
-    if model is None:
-        return None
-    return model(pixels), model(pixels.flip(-1)) if settings.flip else None
+def _rows(
+    autoencoder: Autoencoder, features: FoundationModel | None, batch: ImageBatch, settings: LatentSettings
+) -> dict[str, Tensor]:
+    """What is stored of a batch of images and of their mirror images, by name."""
+    weight = next(autoencoder.parameters())
+    pixels = to_signed(batch.images.to(weight.device, non_blocking=True)).to(weight.dtype)
+    rows = {"labels": batch.labels, "ids": batch.ids}
+    for suffix, stream, seen in (("", "encode", pixels), ("_flip", "encode mirrored", pixels.flip(-1))):
+        if suffix and not settings.flip:
+            continue
+        posterior = autoencoder.encode(seen)
+        mean, std = posterior.mean.float(), posterior.std.float()
+        if settings.store == "moments":
+            rows[f"moments{suffix}"] = torch.cat([mean, std], dim=1)
+        else:
+            noise = rng.normal(rng.fold(settings.seed, stream), batch.ids, mean.shape[1:])
+            rows[f"latents{suffix}"] = mean + std * noise.to(mean.device)
+        if features is not None:
+            rows[f"features{suffix}"] = features(seen)
+    return rows
 
 
 def _shard_ids(number: int, settings: LatentSettings) -> range:

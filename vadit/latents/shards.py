@@ -133,12 +133,6 @@ class LatentShard:
         _, channels, height, width = self.tensors[self.key].shape
         return (channels // 2 if self.has_moments else channels, height, width)
 
-    @property
-    def feature_shape(self) -> tuple[int, ...] | None:
-        """(D, h, w) of one latent's features, where there are any."""
-        entry = self.tensors.get("features")
-        return None if entry is None else entry.shape[1:]
-
     def rows(self, start: int, stop: int, *, flipped: bool) -> Tensor:
         """Rows [start, stop) as stored: (stop - start, d or 2d, h, w)."""
         name = f"{self.key}_flip" if flipped and self.has_flipped else self.key
@@ -321,39 +315,20 @@ class LatentShardWriter:
         self.count = 0
         self._parts: dict[str, list[Tensor]] = {}
 
-    def add(
-        self,
-        latents: Tensor,
-        flipped: Tensor | None,
-        labels: Tensor,
-        ids: Tensor,
-        features: tuple[Tensor, Tensor | None] | None = None,
-    ) -> None:
-        """Append rows: latents (B, c, h, w), c = 2d (mean, std) for moments; labels and ids (B,).
-
-        features: those of the images and of their mirror images, (B, D, h, w) each, kept as bfloat16. RunError where
-        anything is not finite.
-        """
-        key = "moments" if self.settings.store == "moments" else "latents"
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
-        plain_features, flipped_features = features or (None, None)
-        for name, part, kind in (
-            (key, latents, dtype),
-            (f"{key}_flip", flipped, dtype),
-            ("features", plain_features, torch.bfloat16),
-            ("features_flip", flipped_features, torch.bfloat16),
-            ("labels", labels, torch.int64),
-            ("ids", ids, torch.int64),
-        ):
-            if part is None:
-                continue
+    def add(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows (B, ...) by the names of this module's table; RunError where any are not finite."""
+        for name, part in rows.items():
+            kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.settings.dtype]
+            if name in ("labels", "ids"):
+                kind = torch.int64
+            elif name.startswith("features"):
+                kind = torch.bfloat16
             stored = part.detach().to("cpu", kind).contiguous()
             if not is_finite(stored):
-                raise RunError(
-                    f"the {name} of images {ids[0]} to {ids[-1]} are not finite; check the network's weights"
-                )
+                first, last = rows["ids"][0], rows["ids"][-1]
+                raise RunError(f"the {name} of images {first} to {last} are not finite; check the network's weights")
             self._parts.setdefault(name, []).append(stored)
-        self.count += len(labels)
+        self.count += len(rows["ids"])
 
     def close(self) -> int:
         """Write the shard; the number of images in it. RunError where the disk is full, and no partial file stays."""
