@@ -259,58 +259,6 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
     assert "pip install 'vadit[ffcv]'" in why_not(ImageSet(source, SIZE))
 
 
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory: pytest.TempPathFactory) -> BetonSource:
-    """12 pages of three images, and one of a single image."""
-    pixels = bytes(480 * 480 * 3)
-    path = tmp_path_factory.mktemp("paged") / "images.beton"
-    return BetonSource(write(path, (EncodedImage("raw", 480, 480, pixels) for _ in range(37))))
-
-
-def test_quasi_random_order_is_a_permutation_of_few_pages_at_a_time(paged: BetonSource) -> None:
-    order = PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE)
-    assert order.num_pages == 13
-    orders = []
-    for epoch in range(3):
-        ids = order.ids(torch.arange(37), epoch, seed=5)
-        assert sorted(ids.tolist()) == list(range(37))
-        pages = (paged.ptrs[ids.numpy()] // MIN_PAGE_SIZE).tolist()
-        begin, windows = 0, []
-        while begin < 37:  # a window is three pages, each whole
-            window = next(end for end in range(begin + 1, 38) if end == 37 or len(set(pages[begin : end + 1])) > 3)
-            windows.append(set(pages[begin:window]))
-            begin = window
-        assert [len(window) for window in windows] == [3, 3, 3, 3, 1]
-        assert sum(len(window) for window in windows) == len(set().union(*windows))  # no page comes twice
-        orders.append(ids.tolist())
-    assert orders[0] != orders[1] != orders[2] and orders[0] != order.ids(torch.arange(37), 0, seed=6).tolist()
-
-
-def test_quasi_random_order_is_a_function_of_the_place(paged: BetonSource) -> None:
-    order, other = (PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE) for _ in range(2))
-    whole = order.ids(torch.arange(37), 4, seed=5)
-    for rank in range(3):
-        assert torch.equal(other.ids(torch.arange(rank, 37, 3), 4, seed=5), whole[rank::3])
-    assert [int(order.ids(torch.tensor([place]), 4, seed=5)[0]) for place in range(37)] == whole.tolist()
-
-
-def test_reading_ahead_asks_for_each_page_once(paged: BetonSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = PageOrder(paged, window_bytes=3 * MIN_PAGE_SIZE)
-    asked: list[int] = []
-    monkeypatch.setattr(paged.file, "will_read", lambda ptr, size: asked.append(ptr // MIN_PAGE_SIZE))
-    with order.reading_ahead() as touch:
-        touch(torch.arange(0, 4), 0, 5)
-        touch(torch.arange(4, 37), 0, 5)
-        touch(torch.arange(30, 37), 0, 5)
-        for _ in range(1000):  # what was not asked for yet when the block ends is given up
-            if len(asked) == order.num_pages:
-                break
-            threading.Event().wait(0.01)
-    ids = order.ids(torch.arange(37), 0, 5).numpy()
-    in_order = list(dict.fromkeys((paged.ptrs[ids] // MIN_PAGE_SIZE).tolist()))
-    assert sorted(asked) == sorted(in_order) and set(asked[:3]) == set(in_order[:3])
-
-
 @needs_ffcv
 def test_quasi_random_batches(beton: Path) -> None:
     images = ImageSet(BetonSource(beton), SIZE, flip=True)

@@ -14,7 +14,7 @@ shows about as many classes at a time as a window has pages: 64 of 8 MiB. Smalle
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ from vadit.runtime import rng
 WINDOW_BYTES = 512 << 20
 """Pages that are shuffled at a time."""
 _EPOCHS_KEPT = 2
+WINDOWS_KNOWN = 4
+"""Windows that are remembered as asked for: those of two batches at an epoch's end."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,13 @@ class PageOrder:
     """Which sample stands at which place of an epoch, so that places near each other share few pages."""
 
     def __init__(self, source: BetonSource, window_bytes: int = WINDOW_BYTES) -> None:
-        page_size = source.file.page_size
-        self._file = source.file
-        pages = (source.ptrs // np.uint64(page_size)).astype(np.int64)
+        self._file, self._page_size = source.file, source.file.page_size
+        pages = (source.ptrs // np.uint64(self._page_size)).astype(np.int64)
         self._pages, self._counts = np.unique(pages, return_counts=True)
         self._members = np.argsort(pages, kind="stable")
         self._begins = np.cumsum(self._counts) - self._counts
-        self._window = max(1, window_bytes // page_size)
-        self._lock = threading.Lock()
-        self._layouts: dict[tuple[int, int], _Layout] = {}
-
-    @property
-    def num_pages(self) -> int:
-        """Pages that hold samples."""
-        return len(self._pages)
+        self._window = max(1, window_bytes // self._page_size)
+        self._layout = functools.lru_cache(_EPOCHS_KEPT)(self._draw_layout)
 
     def ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
         """The samples at places of an epoch, int64 in and out; a bijection of [0, n)."""
@@ -81,41 +76,33 @@ class PageOrder:
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[Callable[[Tensor, int, int], None]]:
-        """A function that is told of places as (places, epoch, seed) before their samples are read.
+        """A function to call with (places, epoch, seed) before their samples are read.
 
         It has the system read the pages of their window, and of the next one, in a thread of its own.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="vadit-data")
-        asked: set[tuple[int, int, int]] = set()
+        asked: dict[tuple[int, int, int], None] = {}
 
         def touch(places: Tensor, epoch: int, seed: int) -> None:
             layout = self._layout(epoch, seed)
             first, last = np.searchsorted(layout.window_ends, [int(places[0]), int(places[-1])], side="right").tolist()
-            for window in range(first, min(last + 1, len(layout.window_ends) - 1) + 1):
+            for window in range(first, min(last + 2, len(layout.window_ends))):
                 if (seed, epoch, window) in asked:
                     continue
-                if len(asked) > 1000:
-                    asked.clear()
-                asked.add((seed, epoch, window))
+                asked[seed, epoch, window] = None
+                if len(asked) > WINDOWS_KNOWN:
+                    asked.pop(next(iter(asked)))
                 for page in layout.pages[window * self._window : (window + 1) * self._window]:
-                    pool.submit(self._ask, int(self._pages[page]))
+                    pool.submit(self._file.will_read, int(self._pages[page]) * self._page_size, self._page_size)
 
         try:
             yield touch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, page: int) -> None:
-        self._file.will_read(page * self._file.page_size, self._file.page_size)
-
-    def _layout(self, epoch: int, seed: int) -> _Layout:
-        with self._lock:
-            if (seed, epoch) not in self._layouts:
-                while len(self._layouts) >= _EPOCHS_KEPT:
-                    self._layouts.pop(next(iter(self._layouts)))
-                count = len(self._pages)
-                pages = rng.permute(torch.arange(count), count, rng.fold(seed, "pages", epoch)).numpy()
-                ends = np.cumsum(self._counts[pages])
-                last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
-                self._layouts[seed, epoch] = _Layout(pages, ends, ends[last])
-            return self._layouts[seed, epoch]
+    def _draw_layout(self, epoch: int, seed: int) -> _Layout:
+        count = len(self._pages)
+        pages = rng.permute(torch.arange(count), count, rng.fold(seed, "pages", epoch)).numpy()
+        ends = np.cumsum(self._counts[pages])
+        last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
+        return _Layout(pages, ends, ends[last])
