@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from vadit.demo.data import photograph
+from vadit.images.transforms import apply_crop, plan_crop
 
 NAMES = ("china", "astronaut", "coffee", "rocket", "chelsea", "flower")
 EXACT = float("inf")
@@ -74,6 +75,11 @@ def decoded(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode == "RGB"
         return np.array(image)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop of an RGB image, by the rule that all loaders follow."""
+    return apply_crop(image, plan_crop("center", *image.size, size))
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> list[Path]:

@@ -14,7 +14,7 @@ import image_files
 import numpy as np
 import pytest
 import torch
-from image_files import EXACT, bad_files, bad_places, jpeg, odd_files, psnr, write_folder
+from image_files import EXACT, bad_files, bad_places, center_crop, jpeg, odd_files, psnr, write_folder
 from PIL import Image
 
 from vadit.config import ImageDataSpec
@@ -23,7 +23,7 @@ from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.prepare import prepare_images
-from vadit.images.transforms import center_crop, to_rgb
+from vadit.images.transforms import to_rgb
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 

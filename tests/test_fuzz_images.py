@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import encode, jpeg, photo, psnr
+from image_files import center_crop, encode, jpeg, photo, psnr
 from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases, in_time
 from PIL import Image
 
@@ -25,7 +25,7 @@ from vadit.images.beton_writer import BetonWriter
 from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import pillow_decoder
-from vadit.images.transforms import center_crop, to_rgb
+from vadit.images.transforms import to_rgb
 
 SIZE = 32
 JPEG_OPTIONS: list[dict[str, Any]] = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_files import center_crop
 from PIL import Image
 
 from vadit.config import ImageDataSpec
@@ -19,7 +20,6 @@ from vadit.images.backends import open_images, open_loader
 from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
-from vadit.images.transforms import center_crop
 from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 8

@@ -326,7 +326,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main([*arguments, "--max-bad-share", "0.05"]) == 0
     out = capsys.readouterr().out
     assert f"left out: {source}/owl/000.png: " in out and "1 bad images are left out" in out
-    assert "3 classes, in this order: 0 ant, 1 owl, 2 zebra" in out
+    assert "3 classes (0 ant, 1 owl, 2 zebra)" in out
     assert "23 images" in out and "23 made now" in out and "all decoded again" in out
     assert json.loads((tmp_path / "a.beton.classes.json").read_text()) == ["ant", "owl", "zebra"]
     assert cli.main([*arguments[:2], str(tmp_path / "b.beton"), "--on-error", "raise"]) == 1

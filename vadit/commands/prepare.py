@@ -12,7 +12,6 @@ from vadit.commands.arguments import parse
 from vadit.config import ImageDataSpec
 
 NAMED_BAD = 10
-NAMED_CLASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,7 @@ class PrepareOptions:
 def run(arguments: list[str]) -> None:
     """Prepare images."""
     options = parse(PrepareOptions, arguments, command="prepare")
+    from vadit.images.loader import describe_classes
     from vadit.images.prepare import prepare_images
     from vadit.runtime.console import ProgressBar
 
@@ -76,9 +76,7 @@ def run(arguments: list[str]) -> None:
         print(f"left out: {place}: {why}")
     if summary.bad:
         print(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
-    names = ", ".join(f"{label} {name}" for label, name in enumerate(summary.classes[:NAMED_CLASSES]))
-    more = ", ..." if len(summary.classes) > NAMED_CLASSES else ""
-    print(f"{len(summary.classes):,} classes, in this order: {names}{more}")
+    print(describe_classes(summary.classes))
     print(
         f"{options.out}: {summary.num_images:,} images, {_size(summary.num_bytes)} "
         f"({_size(summary.num_bytes / max(summary.num_images, 1))} each); {summary.num_new:,} made now, "

@@ -115,35 +115,34 @@ def _pick(
     spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_with: str | None, *, in_order: bool = False
 ) -> tuple[str, str, str]:
     """Name of the loader, why it is this one, and what was wished instead and why it cannot be had."""
-    if spec.loader != "auto":
-        problem = _problem(spec.loader, spec, images, device, in_order=in_order)
-        if problem:
-            raise UsageError(
-                f"the loader is set to {spec.loader}, but {problem}; set --loader torch or auto (vadit train: "
-                "--data.loader)"
-            )
-        return spec.loader, "as the setting says", ""
-    if begun_with is not None:
-        problem = _problem(begun_with, spec, images, device, in_order=in_order)
-        if not problem:
-            return begun_with, "the run began with it", ""
-        return "torch", "always there", f"the run began with {begun_with}, but {problem}"
-    if isinstance(images.source, DebugSource):
+    wished: str = spec.loader
+    reason = "as the setting says"
+    if wished == "auto" and begun_with is not None:
+        wished, reason = begun_with, "the run began with it"
+    elif wished == "auto" and isinstance(images.source, DebugSource):
         return "torch", "debug images need no decoder", ""
-    wished = "ffcv" if images.source.name.endswith(".beton") and not in_order else "dali"
-    problem = _problem(wished, spec, images, device, in_order=in_order)
-    if problem:
-        return "torch", f"not {wished}: {problem}", ""
-    return wished, f"installed, and it reads {images.source.name}", ""
+    elif wished == "auto":
+        wished = "ffcv" if images.source.name.endswith(".beton") and not in_order else "dali"
+        reason = f"installed, and it reads {images.source.name}"
+    problem = _problem(wished, images, device, in_order=in_order)
+    if not problem:
+        return wished, reason, ""
+    if spec.loader != "auto":
+        raise UsageError(
+            f"the loader is set to {spec.loader}, but {problem}; set --loader torch or auto (vadit train: "
+            "--data.loader)"
+        )
+    if begun_with is not None:
+        return "torch", "always there", f"the run began with {begun_with}, but {problem}"
+    return "torch", f"not {wished}: {problem}", ""
 
 
-def _problem(name: str, spec: ImageDataSpec, images: ImageSet, device: torch.device, *, in_order: bool) -> str:
+def _problem(name: str, images: ImageSet, device: torch.device, *, in_order: bool) -> str:
     """Why a loader cannot be had here; empty where it can."""
     if name == "torch":
         return ""
     if not installed(PACKAGES[name]):
-        extra = {"dali": "vadit[dali]", "ffcv": "vadit[ffcv]"}[name]
-        return f"{PACKAGES[name]} is not installed (pip install '{extra}')"
+        return f"{PACKAGES[name]} is not installed (pip install 'vadit[{name}]')"
     if name == "dali":
         return _trial(images, device)
     if in_order:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -131,48 +130,38 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
 
 
 def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, image paths and labels of a file with a line "NAME LABEL" (or "NAME,LABEL") per image."""
+    """Class names, image paths and labels of a file with a line "NAME LABEL" (or "NAME,LABEL") per image.
+
+    Labels stay as they are where all are integers from 0, else they are numbered in the sorted order of the names.
+    """
+
+    def refusal(problem: str) -> UsageError:
+        return UsageError(f"data.labels_file {file}{problem}; correct it, or set another {GIVE_LABELS}")
+
     try:
-        lines = file.read_text().splitlines()
+        lines = [line.strip() for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.labels_file {file} cannot be read ({error}); set another {GIVE_LABELS}") from None
-    names: list[str] = []
-    words: list[str] = []
+        raise refusal(f" cannot be read ({error})") from None
+    words: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, separator, word = line.rpartition(",") if "," in line else line.strip().rpartition(" ")
-        name, word = name.strip(), word.strip()
-        if not separator or not name or not word:
-            raise UsageError(
-                f"data.labels_file {file}, line {number}: {line!r} is not NAME LABEL or NAME,LABEL; correct the line, "
-                f"or set another {GIVE_LABELS}"
-            )
-        names.append(name)
-        words.append(word)
-    if not names:
-        raise UsageError(f"data.labels_file {file} names no images; set another {GIVE_LABELS}")
-    if len(set(names)) != len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise UsageError(f"data.labels_file {file} names {twice} twice; remove a line, or set another {GIVE_LABELS}")
-    largest = max((int(word) for word in words if word.isdecimal()), default=0)
-    if largest >= MAX_CLASSES:
-        raise UsageError(
-            f"data.labels_file {file} holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes "
-            f"from 0, or set another {GIVE_LABELS}"
-        )
-    classes, labels = _number(words)
-    return classes, [str(root / name) for name in names], labels
-
-
-def _number(words: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Labels as they are where all are integers from 0, else numbered in the sorted order of the names."""
-    if all(word.isdecimal() for word in words):
-        labels = [int(word) for word in words]
-        return [str(label) for label in range(max(labels) + 1)], labels
-    classes = sorted(set(words))
+        name, _, word = line.rpartition("," if "," in line else " ")
+        if line and not (name.strip() and word.strip()):
+            raise refusal(f", line {number}: {line!r} is not NAME LABEL or NAME,LABEL")
+        if name.strip() in words:
+            raise refusal(f" names {name.strip()} twice")
+        if line:
+            words[name.strip()] = word.strip()
+    if not words:
+        raise refusal(" names no images")
+    classes = sorted(set(words.values()))
+    if all(word.isdecimal() for word in classes):
+        largest = max(map(int, classes))
+        if largest >= MAX_CLASSES:
+            raise refusal(f" holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes from 0")
+        classes = [str(label) for label in range(largest + 1)]
+        return classes, [str(root / name) for name in words], [int(word) for word in words.values()]
     rank = {name: label for label, name in enumerate(classes)}
-    return classes, [rank[word] for word in words]
+    return classes, [str(root / name) for name in words], [rank[word] for word in words.values()]
 
 
 def _walk(folder: Path) -> list[str]:

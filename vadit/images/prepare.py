@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
@@ -37,7 +37,7 @@ from vadit.images.beton import BetonFile, BetonSource, EncodedImage
 from vadit.images.beton_writer import PAGE_SIZE, BetonWriter, encode_image
 from vadit.images.folders import FolderSource, read_file
 from vadit.images.loader import ImageSource
-from vadit.images.transforms import open_image, plan_crop, to_rgb
+from vadit.images.transforms import open_image, plan_crop, scale, to_rgb
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, saved_file
 
@@ -284,7 +284,7 @@ def encode_file(data: bytes, job: Job) -> EncodedImage:
         is_plain_jpeg = image.format == "JPEG" and image.mode == "RGB"
         rgb = to_rgb(image)
     if job.size:
-        rgb = short_side(rgb, job.size)
+        rgb = scale(rgb, plan_crop("center", *rgb.size, job.size))
     if job.encode == "jpeg" and not job.size and is_plain_jpeg:
         stored = EncodedImage("jpg", *rgb.size, data)  # no second loss
     else:
@@ -292,14 +292,6 @@ def encode_file(data: bytes, job: Job) -> EncodedImage:
     if len(stored.data) > PAGE_SIZE:
         raise ValueError(f"{len(stored.data)} bytes do not fit a page of a beton ({PAGE_SIZE}); set --encode jpeg")
     return stored
-
-
-def short_side(image: Image.Image, size: int) -> Image.Image:
-    """An RGB image whose short side is `size` by ADM's rule: what its centre crop is cut from."""
-    crop = plan_crop("center", *image.size, size)
-    for _ in range(crop.halvings):
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    return image.resize(crop.scaled, Image.Resampling.BICUBIC)
 
 
 def verify_part(path: str, size: int, decode: bool, ids: range) -> range:

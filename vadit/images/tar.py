@@ -170,23 +170,16 @@ def find_shards(name: str) -> list[Path]:
 
 
 def expand(pattern: str) -> list[str]:
-    """What a pattern with {000..099} and {a,b} stands for, in the shell's order."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    """What a pattern with {000..099} stands for, in order."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         return [pattern]
-    first, last, words = found.groups()
-    if words is not None:
-        middles = words.split(",")
-    else:
-        if abs(int(last) - int(first)) >= MAX_SHARDS:
-            raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} shards; set a smaller range")
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
-        step = 1 if int(first) <= int(last) else -1
-        middles = [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    first, last = found.groups()
     ends = expand(pattern[found.end() :])
-    if len(middles) * len(ends) > MAX_SHARDS:
+    numbers = range(int(first), int(last) + 1)
+    if len(numbers) * len(ends) > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} shards; set a smaller range")
-    return [pattern[: found.start()] + middle + end for middle in middles for end in ends]
+    return [f"{pattern[: found.start()]}{number:0{len(first)}d}{end}" for number in numbers for end in ends]
 
 
 def _class_names(folder: Path) -> list[str] | None:

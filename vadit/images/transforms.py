@@ -100,17 +100,15 @@ def plan_crop(kind: CropKind, width: int, height: int, size: int, seed: int = 0)
     return Crop(None, halvings, (width, height), window, size)
 
 
-def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
-    """An RGB image through the four steps."""
-    if crop.cut is not None:
-        image = image.crop(crop.cut)
+def scale(image: Image.Image, crop: Crop) -> Image.Image:
+    """An RGB image halved and scaled as a crop asks for, not yet cut: the second and the third step."""
     for _ in range(crop.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize(crop.scaled, Image.Resampling.BICUBIC)
+    return image.resize(crop.scaled, Image.Resampling.BICUBIC)
+
+
+def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """An RGB image through the four steps."""
+    image = scale(image if crop.cut is None else image.crop(crop.cut), crop)
     left, top = crop.window
     return image.crop((left, top, left + crop.size, top + crop.size))
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop of an RGB image."""
-    return apply_crop(image, plan_crop("center", *image.size, size))
