@@ -192,7 +192,7 @@ def test_the_old_value_can_be_typed(
 
     before, now = with_value(old), with_value(new)
     told = refused(before, now, tmp_path, monkeypatch)
-    assert f"holds a run with {name}" in told
+    assert f"holds a run made with {name}" in told
     if not typed:
         assert "; set it as the run's config.json has it to continue it, or another --run.out" in told
         return

@@ -79,14 +79,7 @@ def start(device: torch.device) -> None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            alone = {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            os.environ.update(alone)
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Without this DeepSpeed compiles an extension at the first start on a CPU, for up to a minute and silently, to
         # speed up sums between processes of one machine: gloo serves for what runs there.
@@ -97,7 +90,7 @@ def start(device: torch.device) -> None:
 
 
 def _hush() -> None:
-    """Leave out what DeepSpeed and torch tell at every start; errors still get through."""
+    """Leave out what DeepSpeed and torch print at every start; errors still get through."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_not_of_skipped_steps)
@@ -107,7 +100,7 @@ def _hush() -> None:
 
 
 def _not_of_skipped_steps(record: logging.LogRecord) -> bool:
-    """The guard tells of a step that is left out, and why: DeepSpeed takes every one for an overflow."""
+    """The guard reports a step that is left out, and why: DeepSpeed takes every one for an overflow."""
     return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
@@ -191,19 +184,20 @@ class Engine:
 
     def begin_step(self, lr: float) -> None:
         """Before the first forward pass of a step: set its rate, and keep what forward passes change in the network."""
-        self.set_lr(lr)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
         if running := self._running_statistics():
             if not self._statistics:
                 self._statistics = [value.clone() for value in running]
             torch._foreach_copy_(self._statistics, running)
 
-    def backward(self, loss: torch.Tensor, *, told: torch.Tensor | None = None) -> None:
+    def backward(self, loss: torch.Tensor, *, checked: torch.Tensor | None = None) -> None:
         """Back-propagate `loss` (a mean over this process's micro-batch) and reduce gradients where ZeRO wants it.
 
-        Where `told`, else `loss` itself, is not finite, the gradients become NaN. Their norm is computed over all
+        Where `checked`, else `loss` itself, is not finite, the gradients become NaN. Their norm is computed over all
         processes anyway, so it tells every one of them of a bad loss on any, without a collective of its own.
         """
-        sound = torch.isfinite(loss.detach() if told is None else told)
+        sound = torch.isfinite(loss.detach() if checked is None else checked)
         self._engine.backward(loss * torch.where(sound, 1.0, math.nan))
 
     def at_boundary(self) -> bool:
@@ -252,7 +246,7 @@ class Engine:
             return lambda: combine_grad_norm_groups(groups())
         measure: Callable[[], torch.Tensor] = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._judged
-        # In bf16 it would look through all gradients once more, and wait for the device: the norm tells the same.
+        # In bf16 it would look through all gradients once more, and wait for the device: the norm says the same.
         optimizer.check_overflow = lambda partition_gradients=True: None
         return measure
 
@@ -283,11 +277,6 @@ class Engine:
     def _running_statistics(self) -> list[torch.Tensor]:
         norms = [module for module in self.module.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         return [value for module in norms for value in module.buffers()]
-
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping; None before the first."""
@@ -395,7 +384,7 @@ class Engine:
         return [dict(state[master]) if master in state else {} for master in self._masters()]
 
     def set_optimizer_states(self, states: list[dict[str, Any]]) -> None:
-        """Give the optimizer the states that `optimizer_states` told, or others of the same kind."""
+        """Give the optimizer what `optimizer_states` gave, or others of the same kind."""
         optimizer = self._base_optimizer()
         on_device = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
         for master, state in zip(self._masters(), states, strict=True):
@@ -412,7 +401,7 @@ class Engine:
         return [group.get("step") for group in self._base_optimizer().param_groups]
 
     def set_optimizer_steps(self, steps: list[Any]) -> None:
-        """Set what `optimizer_steps` tells."""
+        """Set what `optimizer_steps` gives."""
         for group, step in zip(self._base_optimizer().param_groups, steps, strict=True):
             group.pop("step", None)
             group.update({} if step is None else {"step": step})

@@ -86,19 +86,19 @@ class Guard:
         self._judged = (names, found, limits)
         return veto
 
-    def tell_skip(self, *, step: int, images: int, image_ids: list[int]) -> str | None:
-        """Tell of the step that was just left out; returns why the run should go back, once it should.
+    def report_skip(self, *, step: int, images: int, image_ids: list[int]) -> str | None:
+        """Report the step that was just left out; returns why the run should go back, once it should.
 
         Raises:
             RunError: guard.skip_nonfinite is off and the loss or a gradient was not finite.
         """
         reason = self._reason()
         self._record("skipped", step=step, images=images, reason=reason, image_ids=image_ids)
-        told = f"step {step} left out: {reason}; its image ids are in {self.folder / 'guard.jsonl'}"
+        line = f"step {step} left out: {reason}; its image ids are in {self.folder / 'guard.jsonl'}"
         if distributed.is_main():
-            console.print(f"[yellow]{told}[/yellow]")
+            console.print(f"[yellow]{line}[/yellow]")
         if not self.spec.skip_nonfinite and "not finite" in reason:
-            raise RunError(f"{told}; the last checkpoint is sound. {self.remedies()}")
+            raise RunError(f"{line}; the last checkpoint is sound. {self.remedies()}")
         if self.in_row < self.spec.max_skips_in_row:
             return None
         return f"{self.in_row} steps in a row were left out, the last because {reason}"
@@ -168,14 +168,13 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any], *, rollback: bool = False) -> None:
         """Go on from a saved state; in a rollback what was counted since then stays counted."""
         if not rollback:
-            self.skipped, self.in_row = state.get("skipped", 0), state.get("in_row", 0)
-            self.lr_factor = state.get("lr_factor", 1.0)
-        lowest = state.get("lowest_loss")
-        self._losses, self._lowest = list(state.get("losses", [])), math.inf if lowest is None else lowest
+            self.skipped, self.in_row, self.lr_factor = state["skipped"], state["in_row"], state["lr_factor"]
+        self._losses = list(state["losses"])
+        self._lowest = math.inf if state["lowest_loss"] is None else state["lowest_loss"]
         size = self.spec.spike_window
         self._windows = {
             name: torch.tensor([math.inf] * max(size - len(norms), 0) + norms[-size:])
-            for name, norms in state.get("norms", {}).items()
+            for name, norms in state["norms"].items()
         }
 
     def _record(self, event: str, **values: Any) -> None:
@@ -212,7 +211,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.interrupted = False
-        """Whether it was Ctrl-C: a person at a terminal, who should not be told that all is well."""
+        """Whether it was Ctrl-C: a person at a terminal, to whom code 0 would say that all is well."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:

@@ -201,7 +201,7 @@ class _Run:
         else:
             self.watchdog.beat(self.position.step)
             ids = task.loader.ids_between(read, task.loader.state_dict())
-            _keep(guard.tell_skip(step=self.position.step + 1, images=self.before, image_ids=ids))
+            _keep(guard.report_skip(step=self.position.step + 1, images=self.before, image_ids=ids))
 
     def log(self) -> None:
         """A line of the log, of steps that went well."""

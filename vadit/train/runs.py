@@ -28,6 +28,7 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import console
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import Difference, first_difference, refuse_other_settings
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, has_network
 
@@ -62,13 +63,9 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
             raise UsageError(
                 f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
             )
-        difference = _first_difference(_fixed(before), _fixed(config))
-        if difference is not None:
-            name, old, new = difference
-            raise UsageError(
-                f"{folder} holds a run with {name} {old!r}, this command says {new!r}; "
-                f"{_as_it_was(config, *difference)} to continue it, or another --run.out"
-            )
+        if (difference := first_difference(_fixed(before), _fixed(config))) is not None:
+            remedy = f"{_as_it_was(config, difference)} to continue it, or another --run.out"
+            refuse_other_settings(folder, "a run", _fixed(before), _fixed(config), remedy)
         if before == config:
             return folder
     if distributed.is_main():
@@ -94,8 +91,9 @@ def _fixed(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _as_it_was(config: Any, name: str, old: Any, new: Any) -> str:
+def _as_it_was(config: Any, difference: Difference) -> str:
     """How to give a setting its old value: the flag to be typed, where there is one."""
+    name, old, new = difference
     *groups, last = name.split(".")
     for group in groups:
         config = getattr(config, group, None)
@@ -105,17 +103,6 @@ def _as_it_was(config: Any, name: str, old: Any, new: Any) -> str:
     no = "no_" if old is False else ""
     flag = "--" + ".".join([*groups, no + last]).replace("_", "-")
     return " ".join(["give", flag, *([] if isinstance(old, bool) else [shlex.quote(str(value)) for value in values])])
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    for name in (*old, *(name for name in new if name not in old)):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            if (inner := _first_difference(before, after, f"{prefix}{name}.")) is not None:
-                return inner
-        elif before != after:
-            return prefix + name, before, after
-    return None
 
 
 def seed_everything(spec: RunSpec) -> None:

@@ -228,7 +228,7 @@ def generator_step(
         loss = loss + spec.vf_weight * weight * alignment.detach()
         terms |= {"vf_weight": spec.vf_weight * weight}
     network.inner = None
-    engine.backward(surrogate, told=loss)
+    engine.backward(surrogate, checked=loss)
     return {"loss": loss, **terms}, fake.detach()
 
 

@@ -27,7 +27,7 @@ from vadit.runtime.console import console
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
-from vadit.train.checkpoint.save import HostCopies, Saving, advice
+from vadit.train.checkpoint.save import Saving, advice, host_copy
 from vadit.train.checkpoint.shares import Shares, collect, file_name
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
@@ -70,7 +70,7 @@ class Checkpoints:
         """Saves in a row that have failed."""
         self._main, engine = next(iter(engines.items()))
         self._device = engine.device
-        self._copies = HostCopies()
+        self._buffers: dict[str, torch.Tensor] = {}
         self._saving: Saving | None = None
         self._token = ""
         self._count = 0
@@ -159,7 +159,7 @@ class Checkpoints:
         wait_here = wait or not self.background
         files = self._files()
         if not wait_here:
-            files = [self._copies.take(file) for file in files]
+            files = [host_copy(file, self._buffers) for file in files]
         self._count += 1
         final = self.folder / f"step-{position.step:08d}"
         self._saving = Saving(

@@ -26,24 +26,21 @@ from vadit.train.checkpoint.publish import TensorFile
 POLL_S = 0.05
 
 
-class HostCopies:
-    """Memory on the host that is used again at every save; pinned for tensors of a GPU, to copy at full speed."""
+def host_copy(file: TensorFile, buffers: dict[str, torch.Tensor]) -> TensorFile:
+    """The same file over copies of its tensors, once they are made.
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, file: TensorFile) -> TensorFile:
-        """The same file over copies of its tensors. Waits until they are made."""
-        copies = {}
-        for name, tensor in file.tensors.items():
-            key = f"{file.name}:{name}"
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = self._buffers[key] = _host_memory(tensor)
-            copies[name] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        if any(tensor.is_cuda for tensor in file.tensors.values()):
-            torch.cuda.current_stream().synchronize()
-        return TensorFile(file.name, copies, file.metadata)
+    They go into `buffers`, host memory that is used again at every save: pinned for tensors of a GPU.
+    """
+    copies = {}
+    for name, tensor in file.tensors.items():
+        key = f"{file.name}:{name}"
+        buffer = buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = buffers[key] = _host_memory(tensor)
+        copies[name] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    if any(tensor.is_cuda for tensor in file.tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return TensorFile(file.name, copies, file.metadata)
 
 
 def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +50,7 @@ def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-class Saving:
+class Saving(threading.Thread):
     """One process's share in writing the checkpoint `final`; all processes make one with the same `token`.
 
     state: what the main process adds, by file name; needed: bytes of all processes' parts. published: called there, in
@@ -72,8 +69,8 @@ class Saving:
         needed: int,
         timeout_s: float,
     ) -> None:
-        self.final = final
-        self.partial = final.with_name(final.name + ".partial")
+        super().__init__(name="checkpoint", daemon=True)
+        self.final, self.partial = final, final.with_name(final.name + ".partial")
         self.fault: Exception | None = None
         self.seconds = 0.0
         self.written = threading.Event()
@@ -82,14 +79,10 @@ class Saving:
         """Set where another process has failed: the main one need not wait for its part."""
         self._files, self._token, self._state, self._timeout_s = files, token, state, timeout_s
         self._published, self._failed, self._needed = published, failed, needed
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
+        self.start()
 
-    def join(self) -> None:
-        """Wait for the end of the thread."""
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Of the thread."""
         start = time.perf_counter()
         try:
             self._write()
@@ -100,7 +93,7 @@ class Saving:
         except Exception as error:  # whatever goes wrong in a thread would be lost with it: the run must hear of it
             self.fault = error
             self._remove_own()
-            if not self.cancelled.is_set():  # or else another process has failed, and tells
+            if not self.cancelled.is_set():  # or else another process has failed, and reports it
                 self._failed(error)
         finally:
             self.seconds = time.perf_counter() - start
