@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from vadit import cli
 from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config.files import load_run_config
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
@@ -80,6 +81,14 @@ def test_sample_takes_statistics_and_flow_from_the_run(house: Path, tmp_path: Pa
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, SIDE, SIDE, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["labels"].tolist() == [1, 0, 1]
+
+
+def test_sample_has_the_runs_settings_and_those_that_are_typed(house: Path, tmp_path: Path) -> None:
+    common = ["--generator", str(house / "run"), "--tokenizer", str(house / "tokenizer"), "--num-samples", "1"]
+    assert cli.main(["sample", *common, "--out", str(tmp_path), "--cfg-scale", "1.5", "--rtol", "0.1"]) == 0
+    found = json.loads((tmp_path / "settings.json").read_text())["sampler"]
+    run = dataclasses.replace(load_run_config(house / "run").sample, cfg_scale=1.5, rtol=0.1)  # type: ignore[union-attr]
+    assert found == json.loads(json.dumps(dataclasses.asdict(run))) and run.method == "dopri5"
 
 
 def test_a_guide_changes_the_samples_is_named_and_must_fit(

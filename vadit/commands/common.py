@@ -57,7 +57,7 @@ def processes(choice: str) -> Iterator[Any]:
 
 
 def print_table(renderable: Any) -> None:
-    """Print with rich, as wide as it gets where nobody looks."""
+    """Print with rich, at full width into a file or pipe."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -24,9 +24,9 @@ class ImportOptions:
     out: str
     """Folder to write."""
     num_heads: int | None = None
-    """Attention heads of a generator whose tensors do not tell (neither RoPE nor QK-norm)."""
+    """Attention heads of a generator whose tensors do not show them (neither RoPE nor QK-norm)."""
     attention_resolution: int | None = None
-    """Feature-map side of a tokenizer's attention, where its tensors do not tell."""
+    """Feature-map side of a tokenizer's attention, where its tensors do not show it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ class PrepareOptions:
 def run(arguments: list[str]) -> None:
     """Prepare images."""
     options = parse(PrepareOptions, arguments, command="prepare")
+    from rich.filesize import decimal
+
     from vadit.images.loader import describe_classes
     from vadit.images.prepare import prepare_images
     from vadit.runtime.console import ProgressBar
@@ -78,17 +80,8 @@ def run(arguments: list[str]) -> None:
         print(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
     print(describe_classes(summary.classes))
     print(
-        f"{options.out}: {summary.num_images:,} images, {_size(summary.num_bytes)} "
-        f"({_size(summary.num_bytes / max(summary.num_images, 1))} each); {summary.num_new:,} made now, "
+        f"{options.out}: {summary.num_images:,} images, {decimal(summary.num_bytes)} "
+        f"({decimal(summary.num_bytes // max(summary.num_images, 1))} each); {summary.num_new:,} made now, "
         f"{summary.images_per_s:,.1f} images/s; "
         + {"decode": "all decoded again", "checksum": "all checksums compared", "none": "not verified"}[options.verify]
     )
-
-
-def _size(num_bytes: float) -> str:
-    """A size for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
