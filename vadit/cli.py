@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import traceback
+import typing
 from typing import NoReturn
 
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
@@ -91,9 +92,7 @@ def _dispatch(arguments: list[str]) -> None:
     first = next(iter(arguments), "--help")
     name = next((name for name in (" ".join(arguments[:2]), first) if name in COMMANDS), None)
     if name is not None:
-        module, _, function = COMMANDS[name][0].partition(":")
-        command = getattr(importlib.import_module(f"vadit.commands.{module}"), function)
-        command(arguments[len(name.split()) :])
+        _run(name, arguments[len(name.split()) :])
         return
     several = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
     if first in ("-h", "--help", "help") or (several and arguments[1:] in (["-h"], ["--help"])):
@@ -109,6 +108,19 @@ def _dispatch(arguments: list[str]) -> None:
         near = difflib.get_close_matches(first, words, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(words)}"
         raise UsageError(f"unknown command {first!r}; {hint}")
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    """Run a command: with settings of the kind that its function takes, or with `arguments` where it parses itself."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(f"vadit.commands.{module}"), function)
+    kind = typing.get_type_hints(command).get("options")
+    if kind is not None:
+        from vadit.commands.arguments import parse
+
+        command(parse(kind, arguments, command=name))
+    else:
+        command(arguments)
 
 
 def _report(error: BaseException, debug: bool, command: str = "") -> int:

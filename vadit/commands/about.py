@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from vadit.commands.arguments import parse
 from vadit.commands.common import print_table
 from vadit.config import Config, TokenizerConfig
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
@@ -31,20 +30,18 @@ class RecipesOptions:
     """Words to look for in all columns, whatever their case."""
 
 
-def doctor(arguments: list[str]) -> None:
+def doctor(options: DoctorOptions) -> None:
     """Print what the doctor finds."""
-    parse(DoctorOptions, arguments, command="doctor")
     from vadit.runtime.doctor import examine, report
 
     print_table(report(examine()))
 
 
-def recipes(arguments: list[str]) -> None:
+def recipes(options: RecipesOptions) -> None:
     """Print the table of recipes, or of those that hold each of the given words."""
-    words = parse(RecipesOptions, arguments, command="recipes").words
-    table = recipe_table(words)
+    table = recipe_table(options.words)
     if not table.row_count:
-        raise UsageError(f"no recipe is about {' '.join(words)!r}; `vadit recipes` lists all")
+        raise UsageError(f"no recipe is about {' '.join(options.words)!r}; `vadit recipes` lists all")
     print_table(table)
     shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
     print(

@@ -8,7 +8,6 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse
 from vadit.config import DiTConfig
 from vadit.config.files import load_run_config
 from vadit.runtime.errors import UsageError
@@ -43,9 +42,8 @@ class ExportOptions:
     """vadit: config.json and model.safetensors; reference: the authors' .pt."""
 
 
-def import_command(arguments: list[str]) -> None:
+def import_command(options: ImportOptions) -> None:
     """Turn somebody else's checkpoint into a folder of ours."""
-    options = parse(ImportOptions, arguments, command="import")
     from vadit.models.interop import import_checkpoint
     from vadit.models.interop_diffusers import published_scale
 
@@ -57,9 +55,8 @@ def import_command(arguments: list[str]) -> None:
         print(advice)
 
 
-def export_command(arguments: list[str]) -> None:
+def export_command(options: ExportOptions) -> None:
     """Write a run's network, or turn an exported one into the authors' format."""
-    options = parse(ExportOptions, arguments, command="export")
     from vadit.models.interop import export_reference, save_reference
     from vadit.models.pretrained import WEIGHTS_NAME
     from vadit.train.checkpoint.export import export_run, load_autoencoder, load_generator

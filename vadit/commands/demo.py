@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vadit.commands.arguments import parse
-
 
 @dataclass(frozen=True)
 class DemoOptions:
@@ -21,9 +19,8 @@ class DemoOptions:
     """A quarter of the training steps: everything runs, the pictures are worse."""
 
 
-def run(arguments: list[str]) -> None:
+def run(options: DemoOptions) -> None:
     """Run the demo."""
-    options = parse(DemoOptions, arguments, command="demo")
     from vadit.demo.run import run_demo
     from vadit.train import engine
 

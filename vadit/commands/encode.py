@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, print_once, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.runtime.errors import UsageError
@@ -71,9 +70,8 @@ class EncodeOptions:
     """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 
 
-def run(arguments: list[str]) -> None:
+def run(options: EncodeOptions) -> None:
     """Encode, or compute statistics alone."""
-    options = parse(EncodeOptions, arguments, command="encode")
     if options.stats_only is not None:
         from vadit.latents.shards import STATISTICS_FILE
         from vadit.latents.statistics import compute_statistics

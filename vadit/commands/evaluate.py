@@ -7,7 +7,6 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 
@@ -110,9 +109,8 @@ class MakeReferenceOptions:
     """Device of the Inception network."""
 
 
-def samples(arguments: list[str]) -> None:
+def samples(options: EvaluateSamplesOptions) -> None:
     """Evaluate sets of samples."""
-    options = parse(EvaluateSamplesOptions, arguments, command="evaluate samples")
     from vadit.eval import inception, results
     from vadit.eval.samples import SampleEvaluator, sample_sets
     from vadit.models.foundation import ImageSummary
@@ -145,9 +143,8 @@ def samples(arguments: list[str]) -> None:
     results.report("samples", found, inputs, options.out)
 
 
-def tokenizer(arguments: list[str]) -> None:
+def tokenizer(options: EvaluateTokenizerOptions) -> None:
     """Evaluate a tokenizer's reconstructions."""
-    options = parse(EvaluateTokenizerOptions, arguments, command="evaluate tokenizer")
     from vadit.eval import inception, results
     from vadit.eval.tokenizer import evaluate_image_set
     from vadit.images.backends import open_images
@@ -182,9 +179,8 @@ def tokenizer(arguments: list[str]) -> None:
     results.report("tokenizer", [metrics.named() for metrics in found], inputs, options.out)
 
 
-def latents(arguments: list[str]) -> None:
+def latents(options: EvaluateLatentsOptions) -> None:
     """Evaluate how evenly latents are spread."""
-    options = parse(EvaluateLatentsOptions, arguments, command="evaluate latents")
     from vadit.eval import results
     from vadit.eval.latents import evaluate_latents, open_vectors
 
@@ -200,9 +196,8 @@ def latents(arguments: list[str]) -> None:
     results.report("latents", found, inputs, options.out)
 
 
-def make_reference(arguments: list[str]) -> None:
+def make_reference(options: MakeReferenceOptions) -> None:
     """Write a reference for samples."""
-    options = parse(MakeReferenceOptions, arguments, command="evaluate make-reference")
     from vadit.eval.samples import write_reference
     from vadit.images.backends import open_images
     from vadit.runtime import distributed

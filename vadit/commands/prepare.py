@@ -8,7 +8,6 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse
 from vadit.config import ImageDataSpec
 
 NAMED_BAD = 10
@@ -40,9 +39,8 @@ class PrepareOptions:
     """Read everything back at the end: and decode every image, or only compare checksums, or not at all."""
 
 
-def run(arguments: list[str]) -> None:
+def run(options: PrepareOptions) -> None:
     """Prepare images."""
-    options = parse(PrepareOptions, arguments, command="prepare")
     from rich.filesize import decimal
 
     from vadit.images.loader import describe_classes

@@ -9,8 +9,6 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
@@ -26,9 +24,8 @@ class ReportOptions:
     """Write the charts as PNGs, too, into a folder named as the page, with -charts."""
 
 
-def run(arguments: list[str]) -> None:
+def run(options: ReportOptions) -> None:
     """Read, draw and write."""
-    options = parse(ReportOptions, arguments, command="report")
     from vadit.report.sections import write_runs_report
 
     out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
