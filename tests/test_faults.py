@@ -1,4 +1,4 @@
-"""Whole runs of two processes that meet faults and end as if they had not: benchmarks/reliability.py, in small."""
+"""Whole runs of two processes that meet faults and end as if they had not: tests/faults/run.py, in small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launched import environment
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "reliability.py"
+RUNNER = Path(__file__).parent / "faults" / "run.py"
 FAULTS = {
     # of the table; what --only calls them
     "NaN loss on one rank": "bad-steps",
@@ -26,9 +26,9 @@ FAULTS = {
 
 
 def table(folder: Path, *arguments: str) -> dict[str, tuple[int, int]]:
-    """What the benchmark finds: (tries, survived) by kind of fault."""
+    """What the runner finds: (tries, survived) by kind of fault."""
     path = folder / "table.csv"
-    command = [sys.executable, str(BENCHMARK), "--lanes", "1", "--csv", str(path), "--folder", str(folder), *arguments]
+    command = [sys.executable, str(RUNNER), "--lanes", "1", "--csv", str(path), "--folder", str(folder), *arguments]
     done = subprocess.run(command, env=environment(PYTHONSAFEPATH=""), capture_output=True, text=True, timeout=3600)
     assert path.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     with path.open() as file:

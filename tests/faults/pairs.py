@@ -1,9 +1,8 @@
-"""Runs of both trainers by two processes over gloo, for reliability.py: forked, watched, and killed when they are told.
+"""Runs of both trainers by two processes over gloo: forked, watched, and killed where a fault asks for it.
 
 Importing torch and DeepSpeed takes longer than such a run. So one process imports all of it once, and every process
-of every run is forked from there. A fork is sound while its parent has a single thread, no process group, and has
-run no operator of torch: it is then what a new process is after its imports. `check_parent` looks; everything that
-computes, the comparison of two runs too, is done in forks.
+of every run is forked from there. A fork is sound while its parent has a single thread and no process group, and has
+computed nothing: it is then what a new process is after its imports. So runs are compared after the last fork.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
-import json
 import logging
 import os
 import pickle
@@ -27,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import torch
-from checkpoint_worker import assert_same_end, flip, log
+from checkpoint_worker import assert_same_end as assert_same_stage
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit import cli
@@ -38,27 +35,21 @@ from vadit.recipes import get_recipe
 from vadit.train import dit, engine, tokenizer
 from vadit.train.checkpoint import publish
 
-__all__ = ["BATCH", "assert_same_end", "flip", "log"]  # of the tests, for those who import this module
-
 T = TypeVar("T")
+Config = DiTConfig | TokenizerConfig
+Hook = Callable[[int, int, Path], None]
+"""What happens in a process before its step: (number of the step in this life, rank, run folder)."""
 
 STEPS, EVERY = 12, 2
 """Steps of a run, and from one checkpoint to the next."""
-_IMPORTED = (
-    "deepspeed",
-    "deepspeed.runtime.zero.stage3",
-    "networkx",
-    "safetensors.torch",
-    "timm",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.utils.cpp_extension",
-    "torch.utils.tensorboard",
-)
 LIMIT_S = 600.0
 """For what takes some seconds, on a machine that does much else."""
-PIECE, CHUNK_S, FLUSH_S = 1 << 16, 0.03, 0.1
-"""Bytes that a slow disk takes at a time; seconds that it adds to each of them, and to each flush of a folder."""
+CHUNK_S, FLUSH_S = 0.03, 0.1
+"""What the slow disk adds to each 64 KiB that are written, and to each flush of a folder."""
+_IMPORTED = (
+    "deepspeed", "deepspeed.runtime.zero.stage3", "networkx", "safetensors.torch", "timm", "torch._dynamo",
+    "torch._inductor.compile_fx", "torch.utils.cpp_extension", "torch.utils.tensorboard",
+)  # fmt: skip
 
 
 def import_all() -> None:
@@ -70,11 +61,12 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
-def check_parent() -> None:
-    """Whether this process may be forked."""
+def fork() -> int:
+    """os.fork, where it is sound."""
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1 or torch.distributed.is_initialized():
         raise RuntimeError(f"{len(threads)} threads, or a process group: a fork would not be as a new process")
+    return os.fork()
 
 
 # ---------------------------------------------------------------------------------------------- what is run
@@ -94,28 +86,18 @@ class Variant:
         """For people and folders."""
         return f"{self.network}{'-in-stages' if self.stages else ''}-zero{self.zero_stage}-{self.precision}"
 
-    def config(self, out: Path, **changes: Any) -> DiTConfig | TokenizerConfig:
+    def config(self, out: Path, **changes: Any) -> Config:
         """Its settings; `changes` are of the run."""
         own: dict[str, Any] = {"zero_stage": self.zero_stage, "precision": self.precision, "ema_decays": (0.9, 0.5)}
         run = {"save_every_images": EVERY * BATCH, "keep_checkpoints": 3, "hang_timeout_s": 60.0, **changes}
         if self.network == "generator":
             return tiny_dit(out, steps=STEPS, run=run, **own)
         config = tiny_tokenizer(out, steps=STEPS, run=run, **own)
-        if self.stages:
-            stages = get_recipe("vavae-f16d32-dinov2-debug").stages  # type: ignore[union-attr]
-            length = STEPS // len(stages) * BATCH
-            config = dataclasses.replace(
-                config, stages=tuple(dataclasses.replace(stage, total_images=length) for stage in stages)
-            )
-        return config
-
-
-def train(config: DiTConfig | TokenizerConfig) -> None:
-    """Run it, in a process of a pair."""
-    if isinstance(config, DiTConfig):
-        dit.train(config)
-    else:
-        tokenizer.train(config)
+        if not self.stages:
+            return config
+        stages = get_recipe("vavae-f16d32-dinov2-debug").stages  # type: ignore[union-attr]
+        length = STEPS // len(stages) * BATCH
+        return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, total_images=length) for s in stages))
 
 
 def run_folders(out: Path) -> list[Path]:
@@ -129,10 +111,24 @@ def saved_steps(out: Path) -> int:
     return sum(int(path.name.removeprefix("step-")) for path in found if path is not None)
 
 
-# ---------------------------------------------------------------------------------------------- inside a process
+def disk_state(out: Path) -> str | None:
+    """Whether a checkpoint is being written, or published, at this moment."""
+    for folder in run_folders(out):
+        for path in (folder / "checkpoints").glob("*.partial"):
+            whole = path.name.endswith((".old.partial", ".replaced.partial")) or (path / publish.MANIFEST).exists()
+            return "publishing" if whole else "writing"
+    return None
 
-Hook = Callable[[int, int, Path], None]
-"""What happens in a process before its step: (number of the step in this life, rank, run folder)."""
+
+def assert_same_end(found: Path, expected: Path) -> None:
+    """Two runs logged the same and have the same state at the end of every stage, bit for bit."""
+    ours, theirs = run_folders(found), run_folders(expected)
+    assert ours and [path.relative_to(found) for path in ours] == [path.relative_to(expected) for path in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert_same_stage(one, other)
+
+
+# ---------------------------------------------------------------------------------------------- inside a process
 
 
 def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
@@ -152,34 +148,36 @@ def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
 
 def slow_disk() -> None:
     """Let this process write its checkpoints slowly, piece by piece, and flush slowly."""
-    write, flush = publish.write_tensors, publish._flush_folder
+    save, flush = publish.save_tensors, publish._flush_folder
 
-    def slow_write(path: Path, file: publish.TensorFile) -> dict[str, Any]:
-        entry = write(path, file)
-        content = path.read_bytes()
-        for stop in range(0, len(content), PIECE):
-            path.write_bytes(content[:stop])
-            time.sleep(CHUNK_S)
-        path.write_bytes(content)
-        return entry
+    def slow_save(path: Path, *content: Any) -> None:
+        save(path, *content)
+        whole = path.read_bytes()
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, len(whole), 1 << 16):
+                time.sleep(CHUNK_S)
+                file.write(whole[start : start + (1 << 16)])
 
     def slow_flush(folder: Path) -> None:
         time.sleep(FLUSH_S)
         flush(folder)
         time.sleep(FLUSH_S)
 
-    publish.write_tensors, publish._flush_folder = slow_write, slow_flush
+    publish.save_tensors, publish._flush_folder = slow_save, slow_flush
 
 
 # ---------------------------------------------------------------------------------------------- a pair
 
 
 class Pair:
-    """Both processes of one start of a run: its life. What they say goes to OUT-LIFE-RANK.txt, or beside `beside`."""
+    """Both processes of one start of a run: its life. What they say goes to OUT-LIFE-RANK.txt, or beside `beside`.
+
+    hook: called before each step. prepare: called with the rank before the training.
+    """
 
     def __init__(
         self,
-        config: DiTConfig | TokenizerConfig,
+        config: Config,
         *,
         life: int = 0,
         slow: bool = False,
@@ -193,25 +191,8 @@ class Pair:
         self.started = time.monotonic()
         self.codes: dict[int, int] = {}
         port = _free_port()
-        self.pids = [self._fork(config, rank, port, slow, hook, prepare) for rank in (0, 1)]
 
-    def _fork(
-        self,
-        config: DiTConfig | TokenizerConfig,
-        rank: int,
-        port: int,
-        slow: bool,
-        hook: Hook | None,
-        prepare: Callable[[int], None] | None,
-    ) -> int:
-        check_parent()
-        if pid := os.fork():
-            return pid
-        code = 99
-        try:
-            said = os.open(self._file(rank, "txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+        def work(rank: int) -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             _hook_steps(self._file(rank, "steps"), rank, self.out, hook)
@@ -219,8 +200,20 @@ class Pair:
                 slow_disk()
             if prepare is not None:
                 prepare(rank)
+            (dit if isinstance(config, DiTConfig) else tokenizer).train(config)  # type: ignore[attr-defined]
+
+        self.pids = [self._fork(rank, work) for rank in (0, 1)]
+
+    def _fork(self, rank: int, work: Callable[[int], None]) -> int:
+        if pid := fork():
+            return pid
+        code = 99
+        try:
+            text = os.open(self._file(rank, "txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(text, 1)
+            os.dup2(text, 2)
             try:
-                train(config)
+                work(rank)
                 code = 0
             except BaseException as error:  # as the command line does
                 code = cli._report(error, debug=False)
@@ -283,6 +276,12 @@ class Pair:
         os.kill(self.pids[rank], signal.SIGKILL)
         return True
 
+    def remove(self) -> None:
+        """A run that went well leaves nothing, of any of its lives."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        for path in self._beside.parent.glob(f"{self._beside.name}-[0-9]-[01].*"):
+            path.unlink()
+
 
 def _free_port() -> int:
     """Below the ports that the system gives out by itself, so that nobody is faster."""
@@ -292,16 +291,6 @@ def _free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError
-
-
-def disk_state(out: Path) -> str | None:
-    """Whether a checkpoint is being written, or published, at this moment."""
-    for folder in run_folders(out):
-        for path in (folder / "checkpoints").glob("*.partial"):
-            if not path.name.endswith((".old.partial", ".replaced.partial")) and not (path / "manifest.json").exists():
-                return "writing"
-            return "publishing"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- many at a time
@@ -314,48 +303,17 @@ def in_forks(tasks: Sequence[Callable[[], T]], lanes: int, scratch: Path) -> Ite
     while waiting or running:
         while waiting and len(running) < lanes:
             number, task = waiting.pop(0)
-            check_parent()
-            pid = os.fork()
-            if not pid:
-                _run_task(task, scratch / f"{os.getpid()}.result")
+            if not (pid := fork()):
+                found: Any = "its process has died"
+                try:
+                    found = task()
+                except BaseException:
+                    found = traceback.format_exc()
+                finally:
+                    (scratch / f"{os.getpid()}.result").write_bytes(pickle.dumps(found))
+                    os._exit(0)
             running[pid] = number
         pid, _ = os.wait()
         number, path = running.pop(pid), scratch / f"{pid}.result"
         yield number, pickle.loads(path.read_bytes()) if path.exists() else "its process has died"
         path.unlink(missing_ok=True)
-
-
-def _run_task(task: Callable[[], Any], result: Path) -> None:
-    try:
-        found = task()
-    except BaseException:
-        found = traceback.format_exc()
-    try:
-        result.write_bytes(pickle.dumps(found))
-    finally:
-        os._exit(0)
-
-
-def compared(check: Callable[[], None]) -> str:
-    """Why `check` fails, in a fork: it computes, and the caller goes on forking. Empty where it does not."""
-    reader, writer = os.pipe()
-    if not (pid := os.fork()):
-        text = ""
-        try:
-            check()
-        except BaseException:
-            text = traceback.format_exc()[-2000:]
-        os.write(writer, json.dumps(text).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as file:
-        text = json.loads(file.read() or b'"its process has died"')
-    os.waitpid(pid, 0)
-    return text
-
-
-def remove(out: Path) -> None:
-    """A run that went well leaves nothing."""
-    shutil.rmtree(out, ignore_errors=True)
-    for path in out.parent.glob(f"{out.name}-[0-9]-[01].*"):
-        path.unlink()

@@ -1,4 +1,4 @@
-"""Faults in real runs, and what is lost: python benchmarks/reliability.py [--kills 50] [--seed 0] [--only KIND ...]
+"""Faults in real runs, and what is lost: python tests/faults/run.py [--kills 50] [--seed 0] [--only KIND ...]
 
 A run is the generator or the tokenizer, small, trained by two processes over gloo on a CPU: 12 steps, a checkpoint
 every second. Its undisturbed end is what each disturbed run has to reach, bit for bit: the log of every step, weights,
@@ -10,7 +10,7 @@ published (both behind a disk that is slowed down, or they would hardly be hit);
 run's life, start-up included, and one while it starts again. Where a kill fell is read off the disk at that moment.
 The process that is left has to end by itself and to name the one that is gone; before the first step, where nobody
 watches yet, it is killed after a second, as launchers do.
-The other kinds are single faults, injected into one process or on the disk; `FAULTS` says what each has to end like.
+The other kinds are single faults, injected into one process or on the disk (single.py).
 
 The table goes to the screen and, unless --no-save, to benchmarks/results/reliability.csv.
 """
@@ -18,7 +18,6 @@ The table goes to the screen and, unless --no-save, to benchmarks/results/reliab
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import platform
@@ -38,25 +37,13 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's: a process that is forked mu
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ["COLUMNS"] = "1000"  # of the messages that are searched
+sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((0, ""), (1, ""), (2, "benchmarks")))
 import harness
-import reliability_faults as faults
-from reliability_pairs import (
-    EVERY,
-    FLUSH_S,
-    STEPS,
-    Pair,
-    Variant,
-    compared,
-    disk_state,
-    import_all,
-    in_forks,
-    remove,
-    saved_steps,
-)
+from pairs import EVERY, FLUSH_S, STEPS, Pair, Variant, assert_same_end, disk_state, import_all, in_forks, saved_steps
+from single import FAULTS, GENERATOR, Row
 
-RESULTS = Path(__file__).parent / "results" / "reliability.csv"
 VARIANTS = [
-    Variant("generator", 1, "fp32"),
+    GENERATOR,
     Variant("tokenizer", 1, "bf16"),
     Variant("generator", 2, "bf16"),
     Variant("tokenizer", 2, "fp32"),
@@ -75,31 +62,15 @@ PHASES = {
 
 
 @dataclass
-class Row:
-    """A line of the table."""
-
-    fault: str
-    tries: int
-    survived: int
-    lost: str
-    ended: str
-
-
-@dataclass
 class Killed:
     """What came of one run that was killed. `phases`: where each kill fell; `lost`: steps that each kill undid."""
 
     variant: str
-    moment: str
     phases: list[str] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     left_s: list[float] = field(default_factory=list)
     """How long the process that was left took to end, where it ended by itself."""
-    fault: str = ""
-    """What was wrong; empty for a run that survived."""
-
-
-# ---------------------------------------------------------------------------------------------- references
+    wrong: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,45 +93,42 @@ def reference(variant: Variant, folder: Path) -> Reference:
     return Reference(pair.out, start_s, (time.monotonic() - pair.started - start_s) / STEPS)
 
 
-# ---------------------------------------------------------------------------------------------- kill -9
-
-
 def killed_run(variant: Variant, moment: str, known: Reference, seed: int, folder: Path) -> Killed:
     """Kill, start again until the run is through, and compare."""
     draw, out = random.Random(seed), folder / f"{seed}-{variant.name}"
-    found, life = Killed(variant.name, moment), 0
-    slow = moment in ("writing", "publishing")
-    while not found.fault:
+    found, life, kills = Killed(variant.name), 0, 2 if moment == "twice" else 1
+    while True:
         before = saved_steps(out)
-        pair = Pair(variant.config(out), life=life, slow=slow)
+        pair = Pair(variant.config(out), life=life, slow=moment in ("writing", "publishing"))
         life += 1
-        kills = 2 if moment == "twice" else 1
         if len(found.phases) < kills and _strike(pair, moment, known, draw, found):
-            found.fault = _check_survivor(pair, found)
+            found.wrong = _check_survivor(pair, found)
             found.lost.append(before + pair.steps() - saved_steps(out))
             if found.lost[-1] > 2 * EVERY:
-                found.fault = f"{found.lost[-1]} steps were lost"
+                found.wrong = f"{found.lost[-1]} steps were lost"
+            if found.wrong:
+                return found
             continue
         codes = pair.wait()
-        if codes != [0, 0]:
-            found.fault = f"ended with {codes}: {pair.said()[-2000:]}"
-        elif before + pair.steps() != STEPS:
-            found.fault = f"{pair.steps()} steps after a start from step {before}"
-        elif len(found.phases) < kills:  # it was through before the kill: once more
-            remove(out)
-            found, life = Killed(variant.name, moment), 0
-        else:
-            found.fault = compared(partial(faults.assert_same_end, out, known.out))
+        if codes != [0, 0] or before + pair.steps() != STEPS:
+            found.wrong = f"ended with {codes} after {before} and {pair.steps()} steps: {pair.said()[-2000:]}"
+            return found
+        if len(found.phases) == kills:
             break
-    if not found.fault:
-        remove(out)
+        pair.remove()  # it was through before the kill: once more
+        found, life = Killed(variant.name), 0
+    try:
+        assert_same_end(out, known.out)
+    except AssertionError as error:
+        found.wrong = f"not the same: {error}"
+    else:
+        pair.remove()
     return found
 
 
 def _strike(pair: Pair, moment: str, known: Reference, draw: random.Random, found: Killed) -> bool:
     """Wait for the moment and kill; whether there was still somebody to be killed."""
-    rank = draw.randrange(2)
-    again = bool(found.phases)
+    rank, again = draw.randrange(2), bool(found.phases)
     if moment in ("writing", "publishing"):
         ordinal = draw.randrange(STEPS // EVERY)
         reached = pair.wait_for(lambda: pair.steps() >= ordinal * EVERY and disk_state(pair.out) == moment)
@@ -174,8 +142,7 @@ def _strike(pair: Pair, moment: str, known: Reference, draw: random.Random, foun
     end = time.monotonic() + delay_s
     if not (reached and pair.wait_for(lambda: time.monotonic() >= end) and pair.kill(rank)):
         return False
-    state = disk_state(pair.out)
-    found.phases.append(state or ("steps" if pair.steps() else "restart" if again else "start"))
+    found.phases.append(disk_state(pair.out) or ("steps" if pair.steps() else "restart" if again else "start"))
     return True
 
 
@@ -193,35 +160,26 @@ def _check_survivor(pair: Pair, found: Killed) -> str:
     return ""
 
 
+# ---------------------------------------------------------------------------------------------- the table
+
+
 def kill_rows(results: list[Killed]) -> list[Row]:
     """A line for the kills in each phase, and one for all runs."""
     rows = []
     for phase, name in PHASES.items():
-        kills = [result for result in results for at in result.phases if at == phase]
-        lost = [
-            steps for result in results for at, steps in zip(result.phases, result.lost, strict=False) if at == phase
-        ]
-        rows.append(Row(name, len(kills), sum(not run.fault for run in kills), _steps(lost), "bit-equal"))
-    good = sum(not result.fault for result in results)
+        runs = [result for result in results for at in result.phases if at == phase]
+        lost = [n for result in results for at, n in zip(result.phases, result.lost, strict=False) if at == phase]
+        rows.append(Row(name, len(runs), sum(not run.wrong for run in runs), _steps(lost), "bit-equal"))
+    good = sum(not result.wrong for result in results)
     waits = [left for result in results for left in result.left_s]
     ended = f"bit-equal; the other process ended by itself within {max(waits, default=0):.0f} s"
-    rows.append(Row("kill -9: all runs", len(results), good, _steps([n for r in results for n in r.lost]), ended))
-    return rows
+    all_lost = [lost for result in results for lost in result.lost]
+    return [*rows, Row("kill -9: all runs", len(results), good, _steps(all_lost), ended)]
 
 
 def _steps(lost: list[int]) -> str:
-    if not lost:
-        return ""
-    low, high = min(lost), max(lost)
-    return f"{low} to {high} steps" if low < high else f"{high} step{'s' * (high != 1)}"
-
-
-# ---------------------------------------------------------------------------------------------- the table
-
-
-def _row(outcome: faults.Outcome) -> Row:
-    survived = 0 if outcome.wrong else outcome.tries
-    return Row(outcome.fault, outcome.tries, survived, outcome.lost, "failed" if outcome.wrong else outcome.ended)
+    low, high = min(lost, default=0), max(lost, default=0)
+    return "" if not lost else f"{low} to {high} steps" if low < high else f"{high} step{'s' * (high != 1)}"
 
 
 def show(rows: list[Row]) -> None:
@@ -236,17 +194,14 @@ def save(rows: list[Row], path: Path, seed: int, seconds: float) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "safetensors"))
     stamp = {
         "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../vadit", "../benchmarks/*.py"),
+        "commit": harness.commit("../vadit", "../tests/faults"),
         "hardware": f"{harness.hardware('cpu')} x {os.cpu_count()}",
         "versions": f"Python {platform.python_version()}, {versions}",
         "seed": seed,
         "seconds": round(seconds),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*stamp, *asdict(rows[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(stamp | asdict(row) for row in rows)
+    values = [{name: value for name, value in asdict(row).items() if name != "wrong"} for row in rows]
+    harness.write(path, [stamp | row for row in values])
 
 
 def main() -> int:
@@ -254,13 +209,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=["kills", *faults.FAULTS], choices=["kills", *faults.FAULTS])
-    parser.add_argument(
-        "--moments", nargs="*", default=list(MOMENTS), choices=sorted(set(MOMENTS)), help="of the kills"
-    )
-    parser.add_argument("--variants", type=int, nargs="*", default=list(range(len(VARIANTS))), help="of the kills")
+    parser.add_argument("--only", nargs="*", default=["kills", *FAULTS], choices=["kills", *FAULTS])
+    parser.add_argument("--moments", nargs="*", default=list(MOMENTS), choices=sorted(set(MOMENTS)), help="of kills")
+    parser.add_argument("--variants", type=int, nargs="*", default=list(range(len(VARIANTS))), help="of kills")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=Path, default=harness.RESULTS / "reliability.csv")
     parser.add_argument("--folder", type=Path, help="where runs that failed stay; a temporary one if left out")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
@@ -268,47 +221,44 @@ def main() -> int:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         import_all()
-        return _measure(options, folder)
+        return measure(options, folder)
 
 
-def _measure(options: argparse.Namespace, folder: Path) -> int:
+def measure(options: argparse.Namespace, folder: Path) -> int:
+    """The undisturbed runs, the disturbed ones, the table."""
     start = time.monotonic()
     variants = [VARIANTS[index] for index in options.variants] if "kills" in options.only else []
-    needed = dict.fromkeys([*variants, *(VARIANTS[:1] if set(options.only) & set(faults.FAULTS) else [])])
-    makers = [partial(reference, variant, folder / "undisturbed") for variant in needed]
+    names = [name for name in FAULTS if name in options.only]
+    needed = list(dict.fromkeys([*variants, *([GENERATOR] if names else [])]))
     known: dict[Variant, Reference] = {}
-    for number, made in in_forks(makers, options.lanes, folder):
+    for number, made in in_forks([partial(reference, each, folder / "undisturbed") for each in needed], 2, folder):
         if isinstance(made, str):
             raise RuntimeError(made)
-        known[list(needed)[number]] = made
-    tasks: list[Callable[[], Killed | list[faults.Outcome]]] = []
+        known[needed[number]] = made
+    tasks: list[Callable[[], Killed | list[Row]]] = []
     for number in range(options.kills if variants else 0):
         variant, moment = variants[number % len(variants)], options.moments[number % len(options.moments)]
         seed = 1000 * options.seed + number
         tasks.append(partial(killed_run, variant, moment, known[variant], seed, folder / "killed"))
-    names = [name for name in faults.FAULTS if name in options.only]
-    tasks += [partial(faults.FAULTS[name], known[VARIANTS[0]].out, folder / name) for name in names]
+    tasks += [partial(FAULTS[name], known[GENERATOR].out, folder / name) for name in names]
     killed: list[Killed] = []
     single: dict[int, list[Row]] = {}
     for number, result in in_forks(tasks, options.lanes, folder):
-        told: list[tuple[str, str]] = []
         if isinstance(result, Killed):
             killed.append(result)
-            told.append((f"{result.variant}: killed in {', '.join(result.phases)}", result.fault))
-        elif isinstance(result, str):
-            single[number] = [Row(f"task {number}", 1, 0, "", "failed")]
-            told.append((f"task {number}", result))
+            ended = [(f"{result.variant}: killed in {', '.join(result.phases)}", result.wrong)]
         else:
-            single[number] = [_row(outcome) for outcome in result]
-            told += [(outcome.fault, outcome.wrong) for outcome in result]
-        for what, wrong in told:
+            rows = [Row(f"task {number}", 1, 0, "", "failed", result)] if isinstance(result, str) else result
+            single[number] = rows
+            ended = [(row.fault, row.wrong) for row in rows]
+        for what, wrong in ended:
             print(f"{time.monotonic() - start:5.0f} s  {what}: {'FAILED: ' + wrong if wrong else 'ok'}", flush=True)
-    rows = (kill_rows(killed) if variants else []) + [row for number in sorted(single) for row in single[number]]
-    show(rows)
+    table = (kill_rows(killed) if variants else []) + [row for number in sorted(single) for row in single[number]]
+    show(table)
     print(f"\nwhere kills fell: {dict(Counter(phase for result in killed for phase in result.phases))}")
     if not options.no_save:
-        save(rows, options.csv, options.seed, time.monotonic() - start)
-    return int(any(row.survived < row.tries for row in rows))
+        save(table, options.csv, options.seed, time.monotonic() - start)
+    return int(any(row.survived < row.tries for row in table))
 
 
 if __name__ == "__main__":
