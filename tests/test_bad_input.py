@@ -58,7 +58,7 @@ def test_full_disk_leaves_no_weights(
     arguments = [command[0], str(house / command[1]), *command[2:], str(tmp_path / "out")]
     with room_for(100_000):
         message = refusal(capsys, arguments, 1)
-    assert f"{target} (" in message and "free some space" in message
+    assert f"{target} cannot be written (" in message and "free some space" in message
     assert files(tmp_path) == []
     assert cli.main(arguments) == 0
 
@@ -105,7 +105,7 @@ def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: 
 def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with room_for(100):
         message = refusal(capsys, [*DEBUG, "--run.out", str(tmp_path)], 1)
-    assert f"{tmp_path / 'config.json'} (" in message and "free some space" in message
+    assert f"{tmp_path / 'config.json'} cannot be written (" in message and "free some space" in message
     assert files(tmp_path) == []
 
 

@@ -82,12 +82,10 @@ def test_every_hyper_parameter_is_inferred(name: str) -> None:
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_any_mlp_width_is_reproduced(swiglu: bool) -> None:
-    def make(ratio: float) -> DiTSpec:
-        return DiTSpec(hidden_size=44, num_heads=1, mlp_ratio=ratio, swiglu=swiglu)
-
+    spec = DiTSpec(hidden_size=44, num_heads=1, swiglu=swiglu)
     for width in range(1, 400):
-        ratio = interop._infer_mlp_ratio(make, width, 44, swiglu)
-        assert mlp_width(make(ratio)) == width
+        ratio = interop._infer_mlp_ratio(spec, width)
+        assert mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == width
 
 
 def test_wrappers_and_precedence() -> None:

@@ -10,7 +10,6 @@ N = h w, d latent channels.
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vadit.config import AutoencoderSpec
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
+from vadit.models.pretrained import Pretrained
 from vadit.runtime.errors import UsageError
 
 NORM_EPS = 1e-6
@@ -239,11 +238,13 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------ model
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Pretrained):
     """Images (B, C, H, W) in [-1, 1] to a posterior over latents (B, d, H/f, W/f), and back.
 
     Any H and W that the downsample ratio f divides will do; the levels that attend stay those of `spec.image_size`.
     """
+
+    Spec = AutoencoderSpec
 
     def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__()
@@ -292,14 +293,3 @@ class Autoencoder(nn.Module):
         """Reconstruction from a posterior sample, and the posterior."""
         posterior = self.encode(x_BCHW)
         return self.decode(posterior.sample(generator)), posterior
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        save_model(self, self.spec, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Autoencoder:
-        """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
-        spec = read_spec(AutoencoderSpec, folder)
-        path = Path(folder) / WEIGHTS_NAME
-        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vadit.config import DiTSpec
 from vadit.kernels import is_exact, rms_norm, rope, rope_qkv, swiglu
 from vadit.models.attention import Attend, torch_attention
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec, save_model
+from vadit.models.pretrained import Pretrained
 from vadit.runtime.errors import UsageError
 
 TIME_FREQUENCIES = 256
@@ -182,26 +181,32 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens, and with value residual the values (B, H, N, K), into which those of the first block are mixed."""
-        assert not isinstance(places, Tensor), "a relative bias needs PlacedAttention"
         B, N, D = x_BND.shape
-        qkv_BN3HK = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim)
-        if places is not None and self.q_norm is None:
-            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *places)
-        elif places is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            q_BHNK, k_BHNK, v_BHNK = rope_qkv(qkv_BN3HK, *places, self.q_norm.weight, self.k_norm.weight)
-        else:
-            q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
-            if self.q_norm is not None and self.k_norm is not None:
-                q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
-            if places is not None:
-                q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *places)
-        own_BHNK = v_BHNK
+        q_BHNK, k_BHNK, v_BHNK = self.placed(self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim), places)
+        own_BHNK = None if self.value_share is None else v_BHNK
         if self.value_share is not None and first_BHNK is not None:
             v_BHNK = torch.lerp(v_BHNK, first_BHNK, self.value_share.to(v_BHNK.dtype))
         # norms may hand back float32 under autocast; attention needs one dtype
-        out_BHNK = self.attend(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK)
-        out_BND = self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
-        return out_BND, None if self.value_share is None else own_BHNK
+        out_BHNK = self.mix(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK, places)
+        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)), own_BHNK
+
+    def placed(self, qkv_BN3HK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and rotated, and values, each (B, H, N, K)."""
+        assert not isinstance(places, Tensor), "a relative bias needs PlacedAttention"
+        if places is not None and self.q_norm is None:
+            return rope_qkv(qkv_BN3HK, *places)
+        if places is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            return rope_qkv(qkv_BN3HK, *places, self.q_norm.weight, self.k_norm.weight)
+        q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
+        if places is not None:
+            q_BHNK, k_BHNK = rope(q_BHNK, k_BHNK, *places)
+        return q_BHNK, k_BHNK, v_BHNK
+
+    def mix(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, places: Places) -> Tensor:
+        """The values that each token attends to, (B, H, N, K)."""
+        return self.attend(q_BHNK, k_BHNK, v_BHNK)
 
 
 class SwiGLU(nn.Module):
@@ -238,10 +243,17 @@ def _norm(spec: DiTSpec) -> nn.Module:
     return RMSNorm(spec.hidden_size) if spec.rmsnorm else PlainLayerNorm(spec.hidden_size)
 
 
-class Block(nn.Module):
-    """adaLN-zero transformer block: x + gate * attention(modulate(norm(x))), then the same with the MLP."""
+def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(condition_width, out_width))
 
-    def __init__(self, spec: DiTSpec) -> None:
+
+class Block(nn.Module):
+    """adaLN-zero transformer block: x + gate * attention(modulate(norm(x))), then the same with the MLP.
+
+    `condition_width` is that of the condition, where it differs from the block's.
+    """
+
+    def __init__(self, spec: DiTSpec, condition_width: int | None = None) -> None:
         super().__init__()
         width = spec.hidden_size
         self.shift_free = spec.shift_free
@@ -249,7 +261,7 @@ class Block(nn.Module):
         self.attn = Attention(spec)
         self.norm2 = _norm(spec)
         self.mlp: nn.Module = (SwiGLU if spec.swiglu else MLP)(width, mlp_width(spec))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if spec.shift_free else 6) * width))
+        self.adaLN_modulation = _modulation(condition_width or width, (4 if spec.shift_free else 6) * width)
 
     def forward(
         self, x_BND: Tensor, c_BD: Tensor, places: Places, first_BHNK: Tensor | None = None
@@ -269,13 +281,13 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then a linear layer to the p*p*C numbers of each patch."""
+    """adaLN, then a linear layer, for the generator to the p*p*C numbers of each patch."""
 
-    def __init__(self, spec: DiTSpec, out_channels: int) -> None:
+    def __init__(self, spec: DiTSpec, out_width: int, condition_width: int | None = None) -> None:
         super().__init__()
         self.norm_final = _norm(spec)
-        self.linear = nn.Linear(spec.hidden_size, spec.patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.hidden_size, 2 * spec.hidden_size))
+        self.linear = nn.Linear(spec.hidden_size, out_width)
+        self.adaLN_modulation = _modulation(condition_width or spec.hidden_size, 2 * spec.hidden_size)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
@@ -285,11 +297,13 @@ class FinalLayer(nn.Module):
 # ------------------------------------------------------------------------------------------------ model
 
 
-class LightningDiT(nn.Module):
+class LightningDiT(Pretrained):
     """The generator: latent z_t, time t and class y to velocity (or noise, or score), adaLN-zero conditioned.
 
     `gradient_checkpointing` recomputes each block in the backward pass; it can be set at any time.
     """
+
+    Spec = DiTSpec
 
     def __init__(self, spec: DiTSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__()
@@ -308,7 +322,7 @@ class LightningDiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid), requires_grad=False)
         self.feat_rope = RotaryTable(spec.hidden_size // spec.num_heads, grid) if spec.rope else None
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
-        self.final_layer = FinalLayer(spec, self.out_channels)
+        self.final_layer = FinalLayer(spec, spec.patch_size**2 * self.out_channels)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -356,12 +370,18 @@ class LightningDiT(nn.Module):
         masked: bool = False,
     ) -> DiTOutput:
         """`forward` as training wants it: with the outputs of the blocks `taps`, or from a part of the tokens."""
-        assert not masked, "a pass over a part of the tokens needs a MaskedDiT"
-        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
+        c_BD = self.condition(t_B, y_B, drop_B)
         hidden: dict[int, Tensor] = {}
+        x_BND, mask_BN = self.trunk(self.tokens(x_BChw), c_BD, taps=taps, hidden=hidden, masked=masked)
+        return DiTOutput(self.head(x_BND, c_BD, with_variance=with_variance), hidden, mask_BN=mask_BN)
+
+    def trunk(
+        self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """All tokens as the last layer takes them, and which of them were masked."""
+        assert not masked, "a pass over a part of the tokens needs a MaskedDiT"
         places = None if self.feat_rope is None else self.feat_rope()
-        x_BND = self.through(self.blocks, x_BND, c_BD, places, taps=taps, hidden=hidden)
-        return DiTOutput(self.head(x_BND, c_BD, with_variance=with_variance), hidden)
+        return self.through(self.blocks, x_BND, c_BD, places, taps=taps, hidden=hidden), None
 
     def tokens(self, x_BChw: Tensor) -> Tensor:
         """Patches with their positions, (B, N, D)."""
@@ -412,14 +432,3 @@ class LightningDiT(nn.Module):
         grid = self.spec.input_size // p
         x = x_BNE.reshape(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.out_channels, grid * p, grid * p)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        save_model(self, self.spec, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LightningDiT:
-        """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
-        spec = read_spec(DiTSpec, folder)
-        path = Path(folder) / WEIGHTS_NAME
-        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vadit.config import FoundationSpec
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, first_line
 
 TIMM_NAMES = {
     "dinov2": "vit_large_patch14_dinov2.lvd142m",
@@ -95,7 +95,7 @@ class FoundationModel(nn.Module):
         except (AssertionError, RuntimeError) as error:
             raise UsageError(
                 f"foundation model {self.spec.name} does not take images of {self.input_size} pixels "
-                f"({_first_line(error)}); set another --foundation.name"
+                f"({first_line(error)}); set another --foundation.name"
             ) from None
 
 
@@ -178,19 +178,14 @@ def _create(spec: FoundationSpec) -> Any:
 def _create_sized(spec: FoundationSpec, name: str, **arguments: Any) -> Any:
     """With dynamic_img_size where the model knows it: other image sizes by interpolated position embeddings."""
     arguments = {**spec.model_args, **arguments}
-    try:
-        return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
-    except TypeError as error:
-        if "dynamic_img_size" not in str(error):
-            raise _bad_arguments(spec, error) from None
-    try:
-        return timm.create_model(name, **arguments)
-    except TypeError as error:
-        raise _bad_arguments(spec, error) from None
-
-
-def _bad_arguments(spec: FoundationSpec, error: TypeError) -> UsageError:
-    return UsageError(f"foundation.model_args {spec.model_args} do not suit {spec.name}: {_first_line(error)}")
+    for dynamic in ({"dynamic_img_size": True}, {}):
+        try:
+            return timm.create_model(name, **{**dynamic, **arguments})
+        except TypeError as error:
+            if not dynamic or "dynamic_img_size" not in str(error):
+                words = f"foundation.model_args {spec.model_args} do not suit {spec.name}: {first_line(error)}"
+                raise UsageError(words) from None
+    raise AssertionError("the last try returns or raises")
 
 
 def _create_from_file(spec: FoundationSpec, name: str) -> Any:
@@ -211,7 +206,7 @@ def _create_from_file(spec: FoundationSpec, name: str) -> Any:
             detail = str(error).splitlines()[-1].strip()
             raise UsageError(f"foundation.weights {spec.weights} do not fit {name}: {detail}") from None
         raise RunError(
-            f"foundation.weights {spec.weights} cannot be read ({_first_line(error)}); the file is truncated or damaged"
+            f"foundation.weights {spec.weights} cannot be read ({first_line(error)}); the file is truncated or damaged"
         ) from None
 
 
@@ -222,7 +217,7 @@ def _create_from_hub(spec: FoundationSpec, name: str) -> Any:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the socket each have their own kinds
         raise RunError(
-            f"the weights of {_hub_id(name)} could not be had from the hub ({_first_line(error)}); check the network, "
+            f"the weights of {_hub_id(name)} could not be had from the hub ({first_line(error)}); check the network, "
             "or download them elsewhere and set --foundation.weights to the file"
         ) from None
 
@@ -230,10 +225,6 @@ def _create_from_hub(spec: FoundationSpec, name: str) -> Any:
 def _hub_id(name: str) -> str:
     config = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
     return (config and config.hf_hub_id) or name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _stride(model: Any) -> int:

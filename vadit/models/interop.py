@@ -8,9 +8,10 @@ Tensor names are the same on both sides, so nothing is renamed on the way.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,9 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
 from vadit.models.interop_diffusers import DiffusersSettings
 from vadit.models.masked import MaskedDiT
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_weights
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_mapping, read_safetensors
+from vadit.runtime.errors import UsageError
+from vadit.runtime.files import saved_file
 
 Source = str | Path | Mapping[str, Any]
 State = dict[str, Tensor]
@@ -115,29 +116,13 @@ def import_checkpoint(
 # ------------------------------------------------------------------------------------------------ ours to theirs
 
 
-def to_reference_dit(model: LightningDiT) -> dict[str, State]:
-    """{"ema": ...}, as the authors' inference reads it; copies on the CPU."""
-    return {"ema": _copy(model)}
-
-
-def to_reference_autoencoder(model: Autoencoder) -> dict[str, State]:
-    """{"state_dict": ...}, as the authors' tokenizer reads it; copies on the CPU."""
-    return {"state_dict": _copy(model)}
-
-
 def save_reference(model: Model, path: str | Path) -> None:
-    """Write a model as a file that the authors' code loads, whole or not at all."""
-    path = Path(path)
+    """Write a model as a file that the authors' code loads: {"ema": ...} or {"state_dict": ...}."""
     if isinstance(model, MaskedDiT):
         raise UsageError("the authors' format holds a LightningDiT, this is a masked generator; set --format vadit")
-    content = to_reference_dit(model) if isinstance(model, LightningDiT) else to_reference_autoencoder(model)
-    try:
-        with whole_file(path) as partial:
-            torch.save(content, partial)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        raise RunError(
-            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
-        ) from None
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    with saved_file(Path(path)) as partial:
+        torch.save({"ema" if isinstance(model, LightningDiT) else "state_dict": state}, partial)
 
 
 def export_reference(folder: str | Path, out: str | Path) -> None:
@@ -147,19 +132,13 @@ def export_reference(folder: str | Path, out: str | Path) -> None:
     save_reference(kind.from_pretrained(folder), out)
 
 
-def _copy(model: Model) -> State:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def _read(source: Source, keys: tuple[str, ...], mark: str | None, origin: str = "checkpoint") -> tuple[State, str]:
     """The state dict under the first of `keys` that is there (else the source itself), wrapper prefixes stripped."""
     if not isinstance(source, Mapping):
-        origin, source = str(source), read_weights(source)
-    if not isinstance(source, Mapping):
-        raise UsageError(f"{origin} holds a {type(source).__name__}, needed is a mapping of tensors by name")
+        origin, source = str(source), read_mapping(source)
     content = next((source[key] for key in keys if isinstance(source.get(key), Mapping)), source)
     state = {_strip(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     if mark is not None and mark not in state:
@@ -213,33 +192,30 @@ def infer_dit_spec(state: State, origin: str, num_heads: int | None = None) -> D
     swiglu = "blocks.0.mlp.w12.weight" in state
     mlp_hidden = _shape(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2, origin)[1]
 
-    def make(mlp_ratio: float) -> DiTSpec:
-        return DiTSpec(
-            input_size=grid * patch,
-            patch_size=patch,
-            in_channels=channels,
-            hidden_size=hidden,
-            depth=_count(state, r"blocks\.(\d+)\.", origin),
-            num_heads=_infer_heads(state, origin, hidden, num_heads),
-            mlp_ratio=mlp_ratio,
-            num_classes=_shape(state, "y_embedder.embedding_table.weight", 2, origin)[0] - 1,
-            learn_sigma=outputs == 2 * patch**2 * channels,
-            qk_norm="blocks.0.attn.q_norm.weight" in state,
-            swiglu=swiglu,
-            rope="feat_rope.freqs_cos" in state,
-            rmsnorm="blocks.0.norm1.weight" in state,
-            shift_free=modulation == 4 * hidden,
-        )
-
-    return make(_infer_mlp_ratio(make, mlp_hidden, hidden, swiglu))
+    spec = DiTSpec(
+        input_size=grid * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=hidden,
+        depth=_count(state, r"blocks\.(\d+)\.", origin),
+        num_heads=_infer_heads(state, origin, hidden, num_heads),
+        num_classes=_shape(state, "y_embedder.embedding_table.weight", 2, origin)[0] - 1,
+        learn_sigma=outputs == 2 * patch**2 * channels,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        swiglu=swiglu,
+        rope="feat_rope.freqs_cos" in state,
+        rmsnorm="blocks.0.norm1.weight" in state,
+        shift_free=modulation == 4 * hidden,
+    )
+    return dataclasses.replace(spec, mlp_ratio=_infer_mlp_ratio(spec, mlp_hidden))
 
 
-def _infer_mlp_ratio(make: Callable[[float], DiTSpec], mlp_hidden: int, hidden: int, swiglu: bool) -> float:
+def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int) -> float:
     """A ratio whose MLP has exactly `mlp_hidden` units: the shortest decimal first, the two roundings by trial."""
-    units = mlp_hidden * 1.5 if swiglu else float(mlp_hidden)
-    exact = [(units + slack) / hidden for slack in (0.0, 0.5, 1.0, 1.5)]
+    units = mlp_hidden * 1.5 if spec.swiglu else float(mlp_hidden)
+    exact = [(units + slack) / spec.hidden_size for slack in (0.0, 0.5, 1.0, 1.5)]
     candidates = [round(exact[0], 1), round(exact[0], 2), *exact]
-    return next(ratio for ratio in candidates if mlp_width(make(ratio)) == mlp_hidden)
+    return next(r for r in candidates if mlp_width(dataclasses.replace(spec, mlp_ratio=r)) == mlp_hidden)
 
 
 def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) -> int:

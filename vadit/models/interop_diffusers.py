@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadit.models.pretrained import read_weights
+from vadit.models.pretrained import read_mapping
 from vadit.runtime.errors import RunError, UsageError
 
 CLASS_NAME = "AutoencoderKL"
@@ -95,10 +95,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
 
     UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
     """
-    content = read_weights(path)
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{path} holds a {type(content).__name__}, needed is a mapping of tensors by name")
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {str(name): value for name, value in read_mapping(path).items() if isinstance(value, Tensor)}
     config = _read_config(path.parent / CONFIG_NAME)
     settings = DiffusersSettings() if config is None else _settings(config, path.parent / CONFIG_NAME)
     return to_ldm_names(state, str(path)), settings

@@ -21,21 +21,16 @@ from torch import Tensor, nn
 
 from vadit.config import DiTSpec, MaskSpec
 from vadit.config.files import load_config, save_config
-from vadit.kernels import rope_qkv
 from vadit.models.dit import (
     Attention,
     Block,
-    DiTOutput,
     FinalLayer,
     LightningDiT,
     Places,
-    PlainLayerNorm,
-    RMSNorm,
     RotaryTable,
     sincos_positions,
 )
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec
-from vadit.runtime.errors import RunError, write_fault
 
 MASK_NAME = "mask.json"
 """File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
@@ -83,38 +78,25 @@ class PlacedAttention(Attention):
         if relative_grid is not None:
             self.relative_bias = nn.Parameter(torch.zeros((2 * relative_grid - 1) ** 2, self.num_heads))
 
-    def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        assert first_BHNK is None, "model.value_residual is refused with masks"
-        if isinstance(places, Tensor):
-            return self._biased(x_BND, places), None
-        if places is None or places[0].ndim == 2:
-            return super().forward(x_BND, places)
+    def placed(self, qkv_BN3HK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        if places is None or isinstance(places, Tensor):
+            return super().placed(qkv_BN3HK, None)
+        if places[0].ndim == 2:
+            return super().placed(qkv_BN3HK, places)
         # The kernel takes one table for all samples: here the samples are laid in one row, and their tables too.
-        B, N, D = x_BND.shape
-        shape = (1, B * N, 3, self.num_heads, self.head_dim)
-        qkv = self.qkv(x_BND).view(shape)
-        cos, sin = (table.reshape(B * N, self.head_dim) for table in places)
-        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            row = rope_qkv(qkv, cos, sin, self.q_norm.weight, self.k_norm.weight)
-        elif self.q_norm is not None and self.k_norm is not None:
-            q, k, v = qkv.unbind(2)
-            row = rope_qkv(torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=2), cos, sin)
-        else:
-            row = rope_qkv(qkv, cos, sin)
-        q, k, v = (t.transpose(1, 2).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for t in row)
-        out_BHNK = self.attend(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)), None
+        B, N, _, H, K = qkv_BN3HK.shape
+        cos, sin = (table.reshape(B * N, K) for table in places)
+        row = super().placed(qkv_BN3HK.reshape(1, B * N, 3, H, K), (cos, sin))
+        q, k, v = (t.transpose(1, 2).reshape(B, N, H, K).transpose(1, 2) for t in row)
+        return q, k, v
 
-    def _biased(self, x_BND: Tensor, entries: Tensor) -> Tensor:
+    def mix(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, places: Places) -> Tensor:
         """With the bias of each pair of places added to its logit (MDT, section 3.3); torch's kernels alone can."""
+        if not isinstance(places, Tensor):
+            return super().mix(q_BHNK, k_BHNK, v_BHNK, places)
         assert self.relative_bias is not None, "a relative bias was asked of an attention without one"
-        B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        bias = F.embedding(entries, self.relative_bias).movedim(-1, -3).to(v.dtype)
-        out_BHNK = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D))
+        bias = F.embedding(places, self.relative_bias).movedim(-1, -3).to(v_BHNK.dtype)
+        return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=bias)
 
 
 def relative_entries(grid: int) -> Tensor:
@@ -124,27 +106,6 @@ def relative_entries(grid: int) -> Tensor:
     rows = row[:, None] - row[None, :] + grid - 1
     columns = column[:, None] - column[None, :] + grid - 1
     return rows * (2 * grid - 1) + columns
-
-
-class Narrowing(nn.Module):
-    """From the encoder's width to the decoder's: modulated norm and a linear layer (MaskDiT's code)."""
-
-    def __init__(self, spec: DiTSpec, width: int) -> None:
-        super().__init__()
-        self.norm: nn.Module = RMSNorm(spec.hidden_size) if spec.rmsnorm else PlainLayerNorm(spec.hidden_size)
-        self.linear = nn.Linear(spec.hidden_size, width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.hidden_size, 2 * spec.hidden_size))
-
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(self.norm(x_BND, scale, shift))
-
-
-def _conditioned_on(module: Block | FinalLayer, width: int) -> None:
-    """Let a block of the decoder's width take a condition of another width."""
-    last = module.adaLN_modulation[-1]
-    assert isinstance(last, nn.Linear), "the modulation ends in a linear layer"
-    module.adaLN_modulation[-1] = nn.Linear(width, last.out_features)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -177,25 +138,14 @@ class MaskedDiT(LightningDiT):
         assert isinstance(block, Block), "blocks of a generator are Blocks"
         block.attn = PlacedAttention(self.spec, self._relative_grid())
 
-    def forward_features(
-        self,
-        x_BChw: Tensor,
-        t_B: Tensor,
-        y_B: Tensor,
-        drop_B: Tensor | None = None,
-        *,
-        with_variance: bool = False,
-        taps: tuple[int, ...] = (),
-        masked: bool = False,
-    ) -> DiTOutput:
-        """As LightningDiT's; with `masked` the prediction of all tokens from some of them, and the mask."""
+    def trunk(
+        self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
         assert not taps, "no loss of a masked generator takes outputs of its blocks"
-        x_BND, c_BD = self.tokens(x_BChw), self.condition(t_B, y_B, drop_B)
-        visible_BV = self.draw_visible(len(x_BND)) if masked else None
-        if visible_BV is not None:
-            x_BND = _take(x_BND, visible_BV)
-        prediction = self.head(self._through_all(x_BND, c_BD, visible_BV), c_BD, with_variance=with_variance)
-        return DiTOutput(prediction, {}, mask_BN=None if visible_BV is None else self._mask(visible_BV))
+        if not masked:
+            return self._through_all(x_BND, c_BD, None), None
+        visible_BV = self.draw_visible(len(x_BND))
+        return self._through_all(_take(x_BND, visible_BV), c_BD, visible_BV), self._mask(visible_BV)
 
     def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
         """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
@@ -222,14 +172,7 @@ class MaskedDiT(LightningDiT):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, mask.json and model.safetensors; the masks' settings first, so that none lacks them."""
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.mask, folder / MASK_NAME)
-        except OSError as error:
-            raise RunError(
-                f"cannot write the model to {folder} ({write_fault(error)}); free some space or choose another folder"
-            ) from None
+        save_config(self.mask, Path(folder) / MASK_NAME)
         super().save_pretrained(folder)
 
 
@@ -254,20 +197,15 @@ class MaskDiT(MaskedDiT):
         decoder = dataclasses.replace(
             spec, hidden_size=width, depth=mask.decoder_depth, num_heads=mask.decoder_heads, value_residual=False
         )
-        self.narrowing = Narrowing(spec, width)
+        self.narrowing = FinalLayer(spec, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
         self.decoder_rope = RotaryTable(width // mask.decoder_heads, grid) if spec.rope else None
-        self.decoder_blocks = nn.ModuleList(Block(decoder) for _ in range(mask.decoder_depth))
-        self.final_layer = FinalLayer(decoder, self.out_channels)
-        for module in (*self.decoder_blocks, self.final_layer):
-            assert isinstance(module, Block | FinalLayer), "the decoder is made of blocks and a last layer"
-            _conditioned_on(module, spec.hidden_size)
+        self.decoder_blocks = nn.ModuleList(Block(decoder, spec.hidden_size) for _ in range(mask.decoder_depth))
+        self.final_layer = FinalLayer(decoder, spec.patch_size**2 * self.out_channels, spec.hidden_size)
         self._initialize()
         nn.init.normal_(self.mask_token, std=INIT_STD)
-        for layer in (self.narrowing.linear, self.narrowing.adaLN_modulation[-1]):  # as in the authors' code
-            assert isinstance(layer, nn.Linear), "both are linear layers"
-            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.narrowing.linear.weight)  # as in the authors' code
 
     @property
     def compiled_blocks(self) -> list[nn.Module]:

@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import whole_file
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import saved_file
 from vadit.runtime.safetensors_file import save_tensors
 
 CONFIG_NAME = "config.json"
@@ -29,28 +29,29 @@ S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_model(model: nn.Module, spec: Any, folder: str | Path) -> None:
-    """Write `spec` and the model's state dict into `folder`, which is created where it does not exist."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(model.state_dict(), folder / WEIGHTS_NAME)
-        save_config(spec, folder / CONFIG_NAME)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the model to {folder} ({write_fault(error)}); free some space or choose another folder"
-        ) from None
+class Pretrained(nn.Module):
+    """A network that is saved to a folder and read from it. A subclass names the class of its `spec`, `Spec`."""
+
+    Spec: type[Any]
+    spec: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, which is made where it does not exist."""
+        write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_NAME)
+        save_config(self.spec, Path(folder) / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
+        spec = read_spec(cls.Spec, folder)
+        path = Path(folder) / WEIGHTS_NAME
+        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to one file; never half a file, also where it fails."""
-    try:
-        with whole_file(path) as partial:
-            save_tensors(partial, state)
-    except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"cannot write {path} ({write_fault(error)}); free some space or choose another folder"
-        ) from None
+    with saved_file(path) as partial:
+        save_tensors(partial, state)
 
 
 def read_spec(kind: type[S], folder: str | Path) -> S:
@@ -90,8 +91,8 @@ def read_weights(path: str | Path) -> Any:
     try:
         # mapped: of a checkpoint with optimizer states only the weights asked for are ever read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error):
+    except Exception as error:  # the unpickler runs on the damaged bytes themselves and so fails in many ways
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
             raise UsageError(
                 f"{path} holds Python objects besides tensors, which could run code; "
                 "save its state dict alone with torch.save and use that file"
@@ -99,11 +100,14 @@ def read_weights(path: str | Path) -> Any:
         raise RunError(
             f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: fetch or export it anew"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-        # the unpickler runs on the damaged bytes themselves and so fails in many ways
-        raise RunError(
-            f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: fetch or export it anew"
-        ) from None
+
+
+def read_mapping(path: str | Path) -> Mapping[str, Any]:
+    """`read_weights` of a file that has to hold a mapping."""
+    content = read_weights(path)
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path} holds a {type(content).__name__}, needed is a mapping of tensors by name")
+    return content
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
