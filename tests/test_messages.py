@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from vadit.train import runs
 
 PACKAGE = Path(vadit.__file__).parent
 ROOT = PACKAGE.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[a-z]*/README.md"))]
 OPTIONS = (
     *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
     *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
@@ -127,7 +128,7 @@ def test_every_command_of_a_document_is_understood(
     for module in (arguments, sample, train):
         monkeypatch.setattr(module, "parse", only_parse)
     commands = list(documented_commands(document))
-    assert commands or document.name not in ("README.md", "data.md", "checkpoints.md", "scaling.md")
+    assert commands or document.name not in ("data.md", "checkpoints.md", "scaling.md")
     for command in commands:
         assert cli.main(command) == 99, (command, capsys.readouterr().err)
 
@@ -145,6 +146,8 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
     assert [path for path in paths if not (document.parent / path).exists()] == []
     files = re.findall(r"`((?:vadit|benchmarks|tests|launch|docs|csrc|kernels)/[\w/.-]+)`", text)
     assert [path for path in files if not (ROOT / path).exists()] == []
+    for name in re.findall(r"`(vadit(?:\.\w+)+)", text):
+        pkgutil.resolve_name(name)
 
 
 # ------------------------------------------------------------------------------------------------ settings of a run
