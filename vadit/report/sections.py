@@ -83,7 +83,9 @@ def _wide(title: str, runs: Sequence[Run], name: str) -> Chart:
 
 
 def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
-    return tuple(Series(run.name, run.log.curves[name], run.color) for run in runs if name in run.log.curves)
+    factor = 100 if _UNITS.get(name) == "%" else 1
+    curves = ((run, run.log.curves[name]) for run in runs if name in run.log.curves)
+    return tuple(Series(run.name, Curve(curve.x, curve.y * factor), run.color) for run, curve in curves)
 
 
 # ------------------------------------------------------------------------------------------ the page
@@ -222,12 +224,10 @@ def _speed_section(runs: Sequence[Run]) -> Section | None:
     hours = {run.name: now.hours for run in runs if (now := progress(run)) is not None}
     charts = []
     for chart in quantity_charts([run for run in runs if run.name in hours], _SPEED):
-        factor = 100 if chart.y_label == "%" else 1
         series = tuple(
-            replace(each, curve=Curve(np.interp(each.curve.x, hours[each.name].x, hours[each.name].y),
-                                      each.curve.y * factor))
+            replace(each, curve=Curve(np.interp(each.curve.x, hours[each.name].x, hours[each.name].y), each.curve.y))
             for each in chart.series
-        )  # fmt: skip
+        )
         charts.append(replace(chart, series=series, x_label="hours of training"))
     return Section("Throughput and utilisation", charts=charts) if charts else None
 
