@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -33,18 +31,15 @@ class ProgressBar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(
-            *columns, console=console, disable=not distributed.is_main(), speed_estimate_period=30
-        )
+        silent = not distributed.is_main()
+        self._progress = Progress(*columns, console=console, disable=silent, speed_estimate_period=30)
         self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def update(self, done: int, note: str | None = None) -> None:

@@ -6,13 +6,13 @@ log.jsonl has one per log point, evaluations.jsonl one per evaluation during tra
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -97,8 +97,7 @@ class _Events:
         ending = f"{socket.gethostname()}.{os.getpid()}.{next(self._counter)}"
         self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("wb", buffering=0)
         self._waiting = bytearray()
-        self._buffer = io.BytesIO()
-        self._records: Any = RecordWriter(self._buffer)
+        self._records: Any = RecordWriter(SimpleNamespace(write=self._waiting.extend))
         self._event: Any = event_pb2
         self._add(file_version="brain.Event:2")
         # Points of an earlier start from there on are not shown any more.
@@ -121,9 +120,6 @@ class _Events:
         if len(self._waiting) > self._MOST:
             return
         self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
-        self._waiting += self._buffer.getvalue()
-        self._buffer.seek(0)
-        self._buffer.truncate()
 
     def flush(self) -> None:
         """Write what waits; OSError where not all of it could be, and it goes on there the next time."""
@@ -139,27 +135,20 @@ class _Events:
 
 
 def _cut(path: Path, images_seen: int) -> None:
-    """Leave the lines of a log up to so many images, where there is one."""
+    """Leave the lines of a log up to so many images, where there is one; not one that a killed process left half."""
     if not path.exists():
         return
-    lines = _lines(path)
-    kept = [line for line in lines if json.loads(line)["images"] <= images_seen]
-    if len(kept) == len(lines) and path.stat().st_size == sum(len(line.encode()) + 1 for line in lines):
+    text = path.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+    kept = "".join(line for line in lines if json.loads(line)["images"] <= images_seen)
+    if kept == text:
         return
     try:
         with whole_file(path) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_text(kept)
     except OSError as error:
         _print_fault(error)
 
 
 def _print_fault(error: OSError) -> None:
     console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a log: one that a killed process left unfinished is dropped."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
