@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from image_files import encode, jpeg, photo, psnr, write_folder
 from PIL import Image
 
 from vadit.images.folders import FolderSource
-from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request
+from vadit.images.loader import Decoded, ImageBatch, ImageSet, Request
 from vadit.images.pillow import decode
 from vadit.images.transforms import CropKind, apply_crop, plan_crop
 from vadit.runtime.errors import RunError, UsageError
@@ -26,7 +25,7 @@ from vadit.runtime.errors import RunError, UsageError
 pytest.importorskip("nvidia.dali")
 
 from vadit.images import dali as images_dali
-from vadit.images.dali import DaliDecoder, dali_decoder, resample
+from vadit.images.dali import DaliDecoder, resample
 from vadit.images.jpeg import jpeg_area
 
 SIZE = 64
@@ -236,37 +235,6 @@ def test_results_stay_what_they_are_and_batches_may_be_dropped(photos: ImageSet)
         for _ in range(20):
             decoder.submit([Request(1)] * 6)
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("vadit-data")]
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_a_saved_position_goes_on_bit_for_bit(tmp_path: Path, world_size: int) -> None:
-    contents = [jpeg(number) for number in range(20)]
-    contents[7] = damaged(contents[7])
-    settings: dict = {"crop": "random_resized", "flip": True, "on_error": "skip", "max_bad_share": 0.5}
-    images = image_set(tmp_path, contents, **settings)
-
-    def loader(rank: int = 0, ranks: int = 1, seed: int = 3) -> ImageLoader:
-        fresh = ImageSet(images.source, SIZE, **settings)
-        return ImageLoader(fresh, 6 // ranks, seed, rank, ranks, decoder=dali_decoder(fresh, 2))
-
-    expected = list(islice(loader().stream(), 6))  # across an epoch's end
-    first = loader()
-    stream = first.stream()
-    for _ in range(2):
-        next(stream)
-    state = first.state_dict()  # taken with batches in flight
-    stream.close()
-    assert state["images_seen"] == 12
-    parts = [loader(rank, world_size, seed=99) for rank in range(world_size)]
-    for part in parts:
-        part.load_state_dict(state)
-    streams = [part.stream() for part in parts]
-    order = [place for rank in range(world_size) for place in range(rank, 6, world_size)]
-    for batch in expected[2:]:
-        found = [next(part) for part in streams]
-        assert torch.equal(torch.cat([part.ids for part in found]), batch.ids[order])
-        assert torch.equal(torch.cat([part.images for part in found]), batch.images[order])
-        assert torch.equal(torch.cat([part.labels for part in found]), batch.labels[order])
 
 
 def test_the_interpreter_ends_with_batches_in_flight(photos: ImageSet) -> None:

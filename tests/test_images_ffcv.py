@@ -83,7 +83,7 @@ def shared(beton: Path) -> FfcvImageLoader:
 @pytest.fixture
 def loader(shared: FfcvImageLoader) -> FfcvImageLoader:
     """One for all tests, since each compiles; at its start, and with the settings that the fixture gave it."""
-    shared.images_seen, shared.seed, shared.rank, shared.world_size, shared.batch_size = 0, 3, 0, 1, 5
+    shared.images_seen = 0
     shared.images.crop, shared.images.on_error, shared.images.bad = "center", "raise", {}
     return shared
 
@@ -113,34 +113,13 @@ def test_batches_are_pillows(loader: FfcvImageLoader, beton: Path, crop: Any) ->
 
 
 @needs_ffcv
-def test_ranks_share_an_epoch_and_position_does_not_depend_on_their_number(loader: FfcvImageLoader) -> None:
-    alone = ids_of(loader)
-    assert sorted(alone) == list(range(COUNT)) and loader.epoch == 1
-    loader.world_size, loader.batch_size = 2, 3
-    parts = []
-    for rank in range(2):
-        loader.load_state_dict({"seed": 3, "images_seen": 0})
-        loader.rank = rank
-        parts.append(ids_of(loader))
-    assert parts[0] == alone[0::2] and parts[1] == alone[1::2]
-    loader.load_state_dict({"seed": 3, "images_seen": 0})
-    ids_of(islice(loader, 2))
-    state = loader.state_dict()
-    assert state["images_seen"] == 12
-    loader.rank, loader.world_size, loader.batch_size = 0, 1, 5
-    loader.load_state_dict(state)
-    assert ids_of(loader) == alone[12:]
-
-
-@needs_ffcv
-def test_a_batch_keeps_its_pixels_and_a_running_iterator_follows_load_state_dict(loader: FfcvImageLoader) -> None:
+def test_a_batch_keeps_its_pixels(loader: FfcvImageLoader) -> None:
     batches = loader.stream()
     first = next(batches)
     pixels = first.images.clone()
-    later = [next(batches) for _ in range(8)]
+    for _ in range(8):
+        next(batches)
     assert torch.equal(first.images, pixels)  # FFCV's own buffers are written again
-    loader.load_state_dict({"seed": 3, "images_seen": 5})
-    assert torch.equal(next(batches).images, later[0].images)
     batches.close()
 
 
@@ -254,6 +233,9 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(UsageError, match=rf"{reason}.*; set --data.loader torch"):
             FfcvImageLoader(images, 2)
+    if importlib.util.find_spec("ffcv"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "1.1.0")
+        assert "ffcv 1.1.0 is installed, and this loader is made for 1.0.2" in why_not(ImageSet(source, SIZE))
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv", None)
     assert "pip install 'vadit[ffcv]'" in why_not(ImageSet(source, SIZE))
