@@ -145,10 +145,10 @@ def native_worker(mode: str, path: str) -> None:
         images = ImageSet(FolderSource(path), SIZE)
         start = dali_decoder(images, 2, "cpu")
     else:
-        from vadit.images.ffcv import FfcvImageLoader
+        from vadit.images.ffcv import ffcv_decoder
 
         images = ImageSet(BetonSource(path), SIZE)
-        start = FfcvImageLoader(images, 4, num_workers=2)._decoder
+        start = ffcv_decoder(images, 2)
     with start() as decoder:
 
         def pixels(indices: list[int]) -> list[Any]:

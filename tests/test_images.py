@@ -302,7 +302,7 @@ def test_a_run_stays_with_the_loader_that_it_began_with(folder: Path, monkeypatc
     assert choice.name == "torch" and "the run began with dali, but nvidia.dali is not installed" in choice.refused
 
 
-def test_quasi_random_order_is_ffcvs(folder: Path) -> None:
+def test_quasi_random_order_needs_a_beton(folder: Path) -> None:
     spec = ImageDataSpec(path=str(folder), order="quasi_random", loader="torch")
-    with pytest.raises(UsageError, match=r"data.order quasi_random is FFCV's.*set --data.order random"):
+    with pytest.raises(UsageError, match=r"data.order quasi_random is for a .beton, and .*set --data.order random"):
         open_loader(spec, open_images(spec, SIZE), 2)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vadit.images.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
 from vadit.images.beton_writer import BetonWriter, encode_image
-from vadit.images.ffcv import FfcvImageLoader, why_not
+from vadit.images.ffcv import ffcv_decoder, why_not
 from vadit.images.folders import DebugSource
 from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request
 from vadit.images.page_order import PageOrder
@@ -75,13 +75,18 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("ffcv") / "images.beton", map(encoded, range(COUNT)))
 
 
+def ffcv_loader(images: ImageSet, batch_size: int, seed: int = 0, order: str = "random") -> ImageLoader:
+    pages = PageOrder(images.source) if order == "quasi_random" else None  # type: ignore[arg-type]
+    return ImageLoader(images, batch_size, seed, decoder=ffcv_decoder(images, 2), order=pages)
+
+
 @pytest.fixture(scope="module")
-def shared(beton: Path) -> FfcvImageLoader:
-    return FfcvImageLoader(ImageSet(BetonSource(beton), SIZE, flip=True), 5, seed=3, num_workers=2)
+def shared(beton: Path) -> ImageLoader:
+    return ffcv_loader(ImageSet(BetonSource(beton), SIZE, flip=True), 5, seed=3)
 
 
 @pytest.fixture
-def loader(shared: FfcvImageLoader) -> FfcvImageLoader:
+def loader(shared: ImageLoader) -> ImageLoader:
     """One for all tests, since each compiles; at its start, and with the settings that the fixture gave it."""
     shared.images_seen = 0
     shared.images.crop, shared.images.on_error, shared.images.bad = "center", "raise", {}
@@ -99,7 +104,7 @@ def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
 
 @needs_ffcv
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_batches_are_pillows(loader: FfcvImageLoader, beton: Path, crop: Any) -> None:
+def test_batches_are_pillows(loader: ImageLoader, beton: Path, crop: Any) -> None:
     loader.images.crop = crop
     mirrored = 0
     for batch, expected in zip(islice(loader.stream(), 14), pillow(beton, crop).stream(), strict=False):
@@ -113,7 +118,7 @@ def test_batches_are_pillows(loader: FfcvImageLoader, beton: Path, crop: Any) ->
 
 
 @needs_ffcv
-def test_a_batch_keeps_its_pixels(loader: FfcvImageLoader) -> None:
+def test_a_batch_keeps_its_pixels(loader: ImageLoader) -> None:
     batches = loader.stream()
     first = next(batches)
     pixels = first.images.clone()
@@ -124,7 +129,7 @@ def test_a_batch_keeps_its_pixels(loader: FfcvImageLoader) -> None:
 
 
 @needs_ffcv
-def test_leaving_early_ends_the_threads(loader: FfcvImageLoader) -> None:
+def test_leaving_early_ends_the_threads(loader: ImageLoader) -> None:
     before = set(threading.enumerate())
     num_threads = torch.get_num_threads()
     for _ in range(3):
@@ -145,10 +150,10 @@ def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
         "import sys, torch\n"
         "torch.set_num_threads(2)\n"
         "from vadit.images.beton import BetonSource\n"
-        "from vadit.images.loader import ImageSet\n"
-        "from vadit.images.ffcv import FfcvImageLoader\n"
-        f"loader = FfcvImageLoader(ImageSet(BetonSource(sys.argv[1]), {SIZE}), 5, num_workers=2)\n"
-        "batches = loader.stream()\n"
+        "from vadit.images.loader import ImageLoader, ImageSet\n"
+        "from vadit.images.ffcv import ffcv_decoder\n"
+        f"images = ImageSet(BetonSource(sys.argv[1]), {SIZE})\n"
+        "batches = ImageLoader(images, 5, decoder=ffcv_decoder(images, 2)).stream()\n"
         "print(next(batches).images.shape[0], torch.get_num_threads())\n"
     )
     # Interpreted, not compiled: that takes most of the time, and the threads are the same.
@@ -183,7 +188,7 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(beton: Path, t
     for index in bad:
         damaged(path, index)
     images = ImageSet(BetonSource(path), SIZE, on_error="raise", max_bad_share=0.2)
-    loader = FfcvImageLoader(images, COUNT, seed=1, num_workers=2, order=order)
+    loader = ffcv_loader(images, COUNT, seed=1, order=order)
     with pytest.raises(RunError, match=rf"sample {bad[0]} of .*bad\.beton fails its checksum"):
         next(iter(loader))
     images.on_error = "skip"
@@ -213,7 +218,7 @@ def test_pillow_judges_what_turbojpeg_does_not_like(tmp_path: Path) -> None:
     flawed = EncodedImage("jpg", whole.width, whole.height, data[:-2] + b"abc" + data[-2:])
     path = write(tmp_path / "odd.beton", [whole, short, flawed])
     images = ImageSet(BetonSource(path), SIZE, on_error="skip", max_bad_share=0.5)
-    loader = FfcvImageLoader(images, 3, num_workers=1)
+    loader = ffcv_loader(images, 3)
     (batch,) = loader
     assert sorted(images.bad) == [1] and "does not decode" in str(images.bad[1]) and 1 not in batch.ids.tolist()
     plain = ImageSet(BetonSource(path), SIZE, on_error="skip", max_bad_share=0.5)
@@ -232,7 +237,7 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
         (ImageSet(source, SIZE - 1), rf"short side is {SIZE - 1} pixels, and .*images\.beton:0 has"),
     ):
         with pytest.raises(UsageError, match=rf"{reason}.*; set --data.loader torch"):
-            FfcvImageLoader(images, 2)
+            ffcv_decoder(images, 2)
     if importlib.util.find_spec("ffcv"):
         monkeypatch.setattr("importlib.metadata.version", lambda name: "1.1.0")
         assert "ffcv 1.1.0 is installed, and this loader is made for 1.0.2" in why_not(ImageSet(source, SIZE))
@@ -244,7 +249,7 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
 @needs_ffcv
 def test_quasi_random_batches(beton: Path) -> None:
     images = ImageSet(BetonSource(beton), SIZE, flip=True)
-    loader = FfcvImageLoader(images, 5, seed=2, num_workers=2, order="quasi_random")
+    loader = ffcv_loader(images, 5, seed=2, order="quasi_random")
     before = set(threading.enumerate())
     batches = list(islice(loader.stream(), 12))
     assert set(threading.enumerate()) == before

@@ -21,7 +21,7 @@ class ImageDataSpec:
     loader: Literal["auto", "torch", "dali", "ffcv"] = "auto"
     """Who decodes: Pillow in threads, DALI, FFCV (.beton files); auto: by what is installed and by the path."""
     order: Literal["random", "quasi_random"] = "random"
-    """Order of an epoch; quasi_random reads a .beton in large pieces (FFCV; for data larger than memory)."""
+    """Order of an epoch; quasi_random reads a .beton in large pieces (for data larger than memory)."""
     num_workers: int = 8
     """Decoding threads per process."""
     on_error: Literal["raise", "skip"] = "raise"

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from vadit.config import ImageDataSpec
+from vadit.images.beton import BetonSource
 from vadit.images.folders import DebugSource, FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
+from vadit.images.page_order import PageOrder
 from vadit.images.pillow import decode, pillow_decoder
+from vadit.images.tar import TarSource
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count
@@ -37,12 +40,8 @@ def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:
     if spec.labels_file is not None:
         return FolderSource(spec.path, spec.labels_file)
     if spec.path.endswith(".beton"):
-        from vadit.images.beton import BetonSource
-
         return BetonSource(spec.path)
     if spec.path.endswith(".tar") or (Path(spec.path).is_dir() and any(Path(spec.path).glob("*.tar"))):
-        from vadit.images.tar import TarSource
-
         source = TarSource(spec.path, on_error=spec.on_error)
         if source.bad_files:
             names = "; ".join(f"{place} {why}" for place, why in list(source.bad_files.items())[:10])
@@ -68,30 +67,16 @@ def open_loader(
     that are alike but not equal. UsageError where the settings ask for what cannot be had here.
     """
     name, reason, refused = _pick(spec, images, torch.device(device), begun_with)
-    if spec.order == "quasi_random" and name != "ffcv":
-        raise UsageError(
-            f"data.order quasi_random is FFCV's, with a .beton file; the loader is {name} here ({reason}); "
-            "set --data.order random"
-        )
-    choice = Choice(SETTING, name, reason, refused=refused)
-    if name == "ffcv":
-        from vadit.images.ffcv import FfcvImageLoader
-
-        return (
-            FfcvImageLoader(
-                images,
-                batch_size,
-                seed=seed,
-                rank=rank,
-                world_size=world_size,
-                num_workers=spec.num_workers,
-                device=device,
-                order=spec.order,
-            ),
-            choice,
-        )
+    order = None
+    if spec.order == "quasi_random":
+        if not isinstance(images.source, BetonSource):
+            raise UsageError(
+                f"data.order quasi_random is for a .beton, and {images.source.name} is none; set --data.order random"
+            )
+        order = PageOrder(images.source)
     decoder = _decoder(name, images, spec.num_workers, device)
-    return ImageLoader(images, batch_size, seed, rank, world_size, decoder=decoder), choice
+    loader = ImageLoader(images, batch_size, seed, rank, world_size, decoder=decoder, order=order)
+    return loader, Choice(SETTING, name, reason, refused=refused)
 
 
 def open_decoder(
@@ -108,6 +93,10 @@ def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device
         from vadit.images.dali import dali_decoder
 
         return dali_decoder(images, num_workers, device)
+    if name == "ffcv":
+        from vadit.images.ffcv import ffcv_decoder
+
+        return ffcv_decoder(images, num_workers, device)
     return pillow_decoder(images, num_workers, device)
 
 

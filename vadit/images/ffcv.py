@@ -20,19 +20,17 @@ from dataclasses import dataclass
 from importlib import metadata
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vadit.images.beton import BetonSource
-from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request, undecodable
-from vadit.images.page_order import PageOrder
+from vadit.images.loader import Decoder, ImageSet, Request, undecodable
 from vadit.images.pillow import ThreadedDecoder, decode
 from vadit.images.transforms import plan_crop
 from vadit.runtime.errors import RunError, UsageError, first_line
-from vadit.runtime.stream import split_epochs
 
 VERSION = "1.0.2"
 """Of FFCV, whose inside `_Pipeline` uses."""
@@ -67,61 +65,17 @@ def why_not(images: ImageSet) -> str:
     return ""
 
 
-class FfcvImageLoader(ImageLoader):
-    """Training batches of a BetonSource, loaded by FFCV; see ImageLoader for order, position, ranks and bad images.
+def ffcv_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
+    """Starts FfcvDecoders with so many threads; compiles, for some seconds.
 
-    order="quasi_random" is for files larger than memory: see PageOrder. The constructor compiles, for some seconds.
     UsageError where FFCV cannot load these images.
     """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 8,
-        device: torch.device | str = "cpu",
-        order: Literal["random", "quasi_random"] = "random",
-    ) -> None:
-        reason = why_not(images)
-        source = images.source
-        if reason or not isinstance(source, BetonSource):
-            raise UsageError(f"data.loader is ffcv, but {reason}; set --data.loader torch")
-        pipeline = _Pipeline(source, images.size)
-        pinned = torch.device(device).type == "cuda"
-
-        super().__init__(
-            images,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-            decoder=lambda: FfcvDecoder(images, pipeline, max(1, num_workers), pinned=pinned),
-        )
-        self.page_order = PageOrder(source) if order == "quasi_random" else None
-
-    @contextlib.contextmanager
-    def _session(self) -> Iterator[Callable[[Tensor], Callable[[], ImageBatch]]]:
-        with super()._session() as start:
-            if self.page_order is None:
-                yield start
-                return
-            with self.page_order.reading_ahead() as touch:
-
-                def start_and_read_ahead(positions: Tensor) -> Callable[[], ImageBatch]:
-                    for epoch, places in split_epochs(positions, self.num_samples):
-                        touch(places, epoch, self.seed)
-                    return start(positions)
-
-                yield start_and_read_ahead
-
-    def _ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
-        if self.page_order is None:
-            return super()._ids(places, epoch, seed)
-        return self.page_order.ids(places, epoch, seed)
+    reason = why_not(images)
+    if reason or not isinstance(images.source, BetonSource):
+        raise UsageError(f"data.loader is ffcv, but {reason}; set --data.loader torch")
+    pipeline = _Pipeline(images.source, images.size)
+    pinned = torch.device(device).type == "cuda"
+    return lambda: FfcvDecoder(images, pipeline, max(1, num_workers), pinned=pinned)
 
 
 @dataclass

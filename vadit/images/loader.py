@@ -1,8 +1,7 @@
 """Images for the tokenizer and for encoding: what sources, decoders and the loader share.
 
 A source holds encoded images and their labels (folders, tar, beton). A decoder turns them into pixels under the rules
-of transforms (pillow: the rule itself; dali). `ImageLoader` puts them in order. FFCV reads and decodes in one, so it is
-a loader of its own (ffcv).
+of transforms (pillow: the rule itself; dali; ffcv). `ImageLoader` puts them in order.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
+from vadit.images.page_order import PageOrder
 from vadit.images.transforms import CropKind
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError
@@ -186,7 +186,8 @@ class ImageLoader(PositionedLoader[ImageBatch]):
     """Shuffled training batches of an image set; see PositionedLoader for order, position and ranks.
 
     on_error="skip": an image that does not decode gives its place to the next one of the epoch's order that does (a
-    function of the position alone), is noted in the set's `bad`, and a warning closes the iteration.
+    function of the position alone), is noted in the set's `bad`, and a warning closes the iteration. `order` is for a
+    .beton larger than memory, in place of the random order.
     """
 
     def __init__(
@@ -198,23 +199,31 @@ class ImageLoader(PositionedLoader[ImageBatch]):
         world_size: int = 1,
         *,
         decoder: Decoder,
+        order: PageOrder | None = None,
     ) -> None:
         super().__init__(len(images), batch_size, seed, rank, world_size)
         self.images = images
         self._decoder = decoder
+        self._order = order
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Callable[[Tensor], Callable[[], ImageBatch]]]:
-        try:
-            with self._decoder() as decoder:
-                yield lambda positions: self._start(decoder, positions)
-        finally:
-            self.images.warn_of_bad_files()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.images.warn_of_bad_files)
+            decoder = stack.enter_context(self._decoder())
+            touch = stack.enter_context(self._order.reading_ahead()) if self._order else lambda *_: None
+            yield lambda positions: self._start(decoder, touch, positions)
 
-    def _start(self, decoder: ImageDecoder, positions: Tensor) -> Callable[[], ImageBatch]:
+    def _ids(self, places: Tensor, epoch: int, seed: int) -> Tensor:
+        return self._order.ids(places, epoch, seed) if self._order else super()._ids(places, epoch, seed)
+
+    def _start(
+        self, decoder: ImageDecoder, touch: Callable[[Tensor, int, int], None], positions: Tensor
+    ) -> Callable[[], ImageBatch]:
         seed = self.seed
         candidates: list[Iterator[Request]] = []
         for epoch, places in split_epochs(positions, self.num_samples):
+            touch(places, epoch, seed)
             own = self.images.requests(self._ids(places, epoch, seed), seed=seed, epoch=epoch)
             candidates += [self._candidates(*one, epoch, seed) for one in zip(own, places.tolist(), strict=True)]
         requests = [next(candidate) for candidate in candidates]
