@@ -11,12 +11,11 @@ loss, the quantile, the veto, the window), or one update of the average. Rows: b
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
@@ -37,50 +36,67 @@ MODELS = {
 WAYS = {"plain": (False, False), "guard": (True, False), "ema": (False, True), "guard+ema": (True, True)}
 
 
-def step(
-    device: torch.device, model: DiTSpec, batch: int, zero_stage: int, *, guarded: bool, averaged: bool
-) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """One training step of a new network, and the guard's or the average's part of it alone."""
-    torch.manual_seed(0)
-    spec = EngineSpec(zero_stage=zero_stage, precision="autocast" if device.type == "cuda" else "fp32")  # type: ignore[arg-type]
-    engine = Engine(
-        LightningDiT(model).to(device).train(),
-        optimizer=OptimizerSpec(lr=1e-5),
-        spec=spec,
-        global_batch=batch,
-        device=device,
-    )
-    if not guarded:
-        for owner in (engine._engine, engine._engine.optimizer):
-            for name in ("clip_fp32_gradients", "scaled_global_norm", "check_overflow", "_get_norm_groups", "step"):
-                owner.__dict__.pop(name, None)
-    ema = ShardedEMA(engine, (0.9999,) if averaged else ())
-    guard = Guard(GuardSpec(), Path(tempfile.gettempdir()))
-    latents = torch.randn(batch, model.in_channels, model.input_size, model.input_size, device=device)
-    labels = torch.randint(0, model.num_classes, (batch,), device=device)
+class Training:
+    """A new generator, its guard and its average; call it for one training step. `way`: of WAYS."""
 
-    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return engine(x, t, y).float()
+    def __init__(self, device: torch.device, name: str, zero_stage: int, folder: Path, way: str = "guard+ema") -> None:
+        self.guarded, averaged = WAYS[way]
+        torch.manual_seed(0)
+        depth, width, heads, side, self.batch = MODELS[device.type][name]
+        model = DiTSpec(depth=depth, hidden_size=width, num_heads=heads, patch_size=1, in_channels=32, input_size=side)
+        precision = "autocast" if device.type == "cuda" else "fp32"
+        self.engine = Engine(
+            LightningDiT(model).to(device).train(),
+            optimizer=OptimizerSpec(lr=1e-5),
+            spec=EngineSpec(zero_stage=zero_stage, precision=precision),  # type: ignore[arg-type]
+            global_batch=self.batch,
+            device=device,
+        )
+        if not self.guarded:
+            deepspeed = self.engine._engine
+            ours = ("clip_fp32_gradients", "scaled_global_norm", "check_overflow", "_get_norm_groups", "step")
+            for owner in (deepspeed, deepspeed.optimizer):
+                for method in ours:
+                    owner.__dict__.pop(method, None)
+        self.ema = ShardedEMA(self.engine, (0.9999,) if averaged else ())
+        self.guard = Guard(GuardSpec(), folder)
+        self.latents = torch.randn(self.batch, model.in_channels, side, side, device=device)
+        self.labels = torch.randint(0, model.num_classes, (self.batch,), device=device)
 
-    def one() -> None:
-        engine.begin_step(1e-5)
-        loss = flow.training_loss(FlowSpec(), network, latents, labels, images_seen=0).total
-        if guarded:
-            engine.backward(loss)
-            applied = guard.step({"model": engine})
+    def __call__(self) -> None:
+        self.engine.begin_step(1e-5)
+        drawn = flow.draw(FlowSpec(), self.latents, images_seen=0)
+        loss = flow.loss(FlowSpec(), drawn, self.engine(drawn.x_t, drawn.t, self.labels).float()).total
+        if self.guarded:
+            self.engine.backward(loss)
+            applied = self.guard.step({"model": self.engine})
         else:
-            engine._engine.backward(loss)
-            engine._engine.step()
-            applied = engine._engine.was_step_applied()
+            self.engine._engine.backward(loss)
+            self.engine._engine.step()
+            applied = self.engine._engine.was_step_applied()
         if applied:
-            ema.update()
+            self.ema.update()
 
-    def verdict() -> None:
+    def verdict(self) -> None:
+        """The guard's part of a step alone."""
+        loss = torch.ones((), device=self.latents.device, requires_grad=True)
         loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
-        torch.where(guard._judge({"model": norm}), math.inf, norm)
+        norm = loss.detach()
+        torch.where(self.guard._judge({"model": norm}), math.inf, norm)
 
-    loss, norm = torch.ones((), device=device, requires_grad=True), torch.ones((), device=device)
-    return one, verdict if guarded and not averaged else ema.update if averaged and not guarded else None
+
+def arguments(description: str | None, *, rounds: int, stages: list[int]) -> argparse.Namespace:
+    """The command line of both benchmarks of a run."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--stages", type=int, nargs="*", default=stages)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -93,66 +109,45 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int 
     return (time.process_time() - start) / repeats * 1e3
 
 
+def rows(device: torch.device, name: str, zero_stage: int, rounds: int, folder: Path) -> Iterator[dict[str, object]]:
+    """A row per way."""
+    calls = {way: Training(device, name, zero_stage, folder, way) for way in WAYS}
+    parts = {"guard": calls["guard"].verdict, "ema": calls["ema"].ema.update}
+    alone = {way: statistics.median(milliseconds(part, device, 50) for _ in range(9)) for way, part in parts.items()}
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(rounds):
+        for way, call in calls.items():
+            times[way].append(milliseconds(call, device))
+    plain = statistics.median(times["plain"])
+    for way, values in times.items():
+        q1, median, q3 = statistics.quantiles(values, n=4)
+        yield {
+            "model": name, "batch": calls[way].batch, "zero_stage": zero_stage, "way": way,
+            "median_ms": round(median, 3), "q1_ms": round(q1, 3), "q3_ms": round(q3, 3),
+            "ratio_of_medians": round(median / plain, 4),
+            # Of the rounds' own ratios: what slows a round down slows all of its ways down.
+            "median_of_ratios": round(statistics.median(v / b for v, b in zip(values, times["plain"], strict=True)), 4),
+            "alone_ms": round(alone[way], 4) if way in alone else "",
+            "alone_share": round(alone[way] / plain, 6) if way in alone else "",
+            "rounds": rounds,
+        }  # fmt: skip
+
+
 def main() -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 3])
-    parser.add_argument("--no-save", action="store_true", help="print only")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    rows = []
-    for name, (depth, width, heads, side, batch) in MODELS[options.device].items():
-        model = DiTSpec(depth=depth, hidden_size=width, num_heads=heads, patch_size=1, in_channels=32, input_size=side)
-        for zero_stage in options.stages:
-            steps = {
-                way: step(device, model, batch, zero_stage, guarded=guarded, averaged=averaged)
-                for way, (guarded, averaged) in WAYS.items()
-            }
-            alone = {way: part for way, (_, part) in steps.items() if part is not None}
-            parts = {
-                way: statistics.median(milliseconds(part, device, 50) for _ in range(9)) for way, part in alone.items()
-            }
-            calls = {way: call for way, (call, _) in steps.items()}
-            for call in calls.values():
-                call()
-            times: dict[str, list[float]] = {way: [] for way in calls}
-            for _ in range(options.rounds):
-                for way, call in calls.items():
-                    times[way].append(milliseconds(call, device))
-            plain = statistics.median(times["plain"])
-            for way, values in times.items():
-                q1, median, q3 = statistics.quantiles(values, n=4)
-                # Of the rounds' own ratios: what slows a round down slows all of its ways down.
-                ratio = statistics.median(value / base for value, base in zip(values, times["plain"], strict=True))
-                row = {
-                    "model": name,
-                    "batch": batch,
-                    "zero_stage": zero_stage,
-                    "way": way,
-                    "median_ms": round(median, 3),
-                    "q1_ms": round(q1, 3),
-                    "q3_ms": round(q3, 3),
-                    "ratio_of_medians": round(median / plain, 4),
-                    "median_of_ratios": round(ratio, 4),
-                    "alone_ms": round(parts[way], 4) if way in parts else "",
-                    "alone_share": round(parts[way] / plain, 6) if way in parts else "",
-                    "rounds": options.rounds,
-                    "threads": options.threads,
-                    "hardware": harness.hardware(options.device),
-                }
-                rows.append(row)
-                print(*row.values(), flush=True)
+    options = arguments(__doc__, rounds=25, stages=[0, 1, 3])
+    what = {"threads": options.threads, "hardware": harness.hardware(options.device)}
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS[options.device]:
+            for zero_stage in options.stages:
+                for row in rows(torch.device(options.device), name, zero_stage, options.rounds, Path(folder)):
+                    found.append(row | what)
+                    print(*found[-1].values(), flush=True)
     if not options.no_save:
-        path = harness.RESULTS / f"guard-{harness.hardware(options.device)}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"rows written to {path}")
+        harness.write(harness.RESULTS / f"guard-{what['hardware']}.csv", found)
 
 
 if __name__ == "__main__":
