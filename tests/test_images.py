@@ -15,7 +15,7 @@ from image_files import center_crop
 from PIL import Image
 
 from vadit.config import ImageDataSpec
-from vadit.images import backends as loaders
+from vadit.images import backends
 from vadit.images.backends import open_images, open_loader
 from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
@@ -259,13 +259,13 @@ class Broken:
 
 def with_dali(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
     """DALI as it is where it is not installed (None), where it works ("none"), or has a fault."""
-    monkeypatch.setattr(loaders, "installed", lambda package: package == "nvidia.dali" and fault is not None)
-    real = loaders._decoder
+    monkeypatch.setattr(backends, "installed", lambda package: package == "nvidia.dali" and fault is not None)
+    real = backends._decoder
 
     def decoder(name: str, images: ImageSet, num_workers: int, device: Any) -> Any:
         return (lambda: Broken(images, str(fault))) if name == "dali" else real(name, images, num_workers, device)
 
-    monkeypatch.setattr(loaders, "_decoder", decoder)
+    monkeypatch.setattr(backends, "_decoder", decoder)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from vadit.runtime.errors import RunError, UsageError
 
 pytest.importorskip("nvidia.dali")
 
-from vadit.images import dali as images_dali
+from vadit.images import dali
 from vadit.images.dali import DaliDecoder, resample
 from vadit.images.jpeg import jpeg_area
 
@@ -96,7 +96,7 @@ def test_photographs_are_cropped_as_by_pillow(photos: ImageSet, kind: CropKind, 
 def test_jpegs_are_decoded_to_the_same_bits(options: dict, mode: str) -> None:
     files = [encode(image.convert(mode), **options) for image in PHOTOS]
     assert [jpeg_area(data) for data in files] == [image.width * image.height for image in PHOTOS]
-    pipeline = images_dali._JpegPipeline(len(files), 1, torch.device("cpu"))
+    pipeline = dali._JpegPipeline(len(files), 1, torch.device("cpu"))
     for data, pixels in zip(files, pipeline.run(files), strict=True):
         with Image.open(io.BytesIO(data)) as image:
             assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
@@ -117,7 +117,7 @@ def test_halving_is_pillows_for_every_odd_side() -> None:
     for side in range(3, 700):
         image = Image.fromarray(np.ascontiguousarray(noise[:, :side]))
         expected = np.asarray(image.resize((side // 2, 1), Image.Resampling.BOX))
-        found = images_dali._halve(torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
+        found = dali._halve(torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
         assert np.array_equal(found.numpy(), expected), side
 
 
@@ -150,10 +150,10 @@ def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
 
 
 def test_runs_are_bounded_by_their_area() -> None:
-    most = images_dali.MAX_AREA
+    most = dali.MAX_AREA
     areas = {0: most, 1: 5, 2: 0, 4: most - 5, 5: 1, 6: 0}
-    assert list(images_dali._groups(areas)) == [([0], True), ([1, 4], True), ([5], True), ([2, 6], False)]
-    assert list(images_dali._groups({})) == []
+    assert list(dali._groups(areas)) == [([0], True), ([1, 4], True), ([5], True), ([2, 6], False)]
+    assert list(dali._groups({})) == []
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -180,7 +180,7 @@ def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_outlives_its_errors() -> None:
-    good, pipeline = jpeg(0), images_dali._JpegPipeline(4, 1, torch.device("cpu"))
+    good, pipeline = jpeg(0), dali._JpegPipeline(4, 1, torch.device("cpu"))
     expected = pipeline.run([good])[0].clone()
     for _ in range(2):
         with pytest.raises(RuntimeError):
@@ -198,7 +198,7 @@ def test_pillow_takes_over_where_dali_fails_for_no_reason(
     def fail(pipeline: object, jpegs: object) -> None:
         raise RuntimeError("out of some resource")
 
-    monkeypatch.setattr(images_dali._JpegPipeline, "run", fail)
+    monkeypatch.setattr(dali._JpegPipeline, "run", fail)
     with caplog.at_level(logging.WARNING):
         decoded = decode_all(photos, requests * 3)
     assert not decoded.failures and torch.equal(decoded.pixels, expected.pixels.repeat(3, 1, 1, 1))

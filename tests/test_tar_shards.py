@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import random
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,7 @@ import pytest
 from full_disk import room_for
 from tar_files import blob, bytes_of, samples, with_checksum, write_tar
 
-from vadit.images import tar as tar_shards
-from vadit.images import tar_index
+from vadit.images import tar, tar_index
 from vadit.images.tar import TarSource, expand, find_shards
 from vadit.images.tar_index import BLOCK
 from vadit.runtime.errors import UsageError
@@ -146,7 +144,7 @@ def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
 def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         write_tar(tmp_path / f"t-{number}.tar", samples(40 * number, 40))
-    monkeypatch.setattr(tar_shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(tar, "MAX_OPEN_SHARDS", 2)
     source = TarSource(tmp_path)
     order = list(range(240)) * 4
     random.Random(0).shuffle(order)
@@ -155,11 +153,6 @@ def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monkey
         assert set(pool.map(source.describe, order)) == {source.describe(index) for index in range(240)}
     here = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert len([name for name in here if name.startswith(str(tmp_path))]) <= 2
-
-
-def test_a_source_travels_to_another_process(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", samples(0, 5))
-    assert bytes_of(pickle.loads(pickle.dumps(TarSource(tmp_path)))) == [blob(number) for number in range(5)]
 
 
 # ------------------------------------------------------------------------------------------------ the index

@@ -142,7 +142,7 @@ def _problem(name: str, images: ImageSet, device: torch.device, *, in_order: boo
 
 
 def installed(package: str) -> bool:
-    """Whether a package is there, as far as can be told without importing it."""
+    """Whether a package is there, as far as can be seen without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a parent package
@@ -157,7 +157,7 @@ def _trial(images: ImageSet, device: torch.device) -> str:
     for index in list(range(0, len(images), step))[:TRIAL_IMAGES]:
         try:
             expected.append(decode(images, Request(index)))
-        except RunError:  # the loader will meet it, and tell
+        except RunError:  # the loader will meet it, and report it
             continue
         requests.append(Request(index))
     if not requests:

@@ -110,7 +110,7 @@ class DaliDecoder(ThreadedDecoder):
         return window.flip(1) if request.mirror else window
 
     def _run(self, jpegs: Sequence[bytes]) -> tuple[list[Tensor], str]:
-        """The images as DALI decodes them, or none and what it says where it refuses one (Pillow will tell which)."""
+        """The images as DALI decodes them, or none and what it says where it refuses one (Pillow finds out which)."""
         pipeline = self._pipelines.get()
         try:
             return pipeline.run(jpegs), ""

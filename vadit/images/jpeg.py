@@ -30,7 +30,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def jpeg_area(data: bytes) -> int:
-    """Pixels of an ordinary JPEG that is whole as far as its structure tells; 0 for anything else.
+    """Pixels of an ordinary JPEG that is whole as far as its structure shows; 0 for anything else.
 
     Ordinary: 8 bits; grey, or Y, Cb and Cr; every marker from the first to the end of the image is one that belongs
     there. With what this leaves out, DALI is more forgiving than Pillow, or reads it in another way.
@@ -56,7 +56,7 @@ def jpeg_area(data: bytes) -> int:
 
 
 def _is_ordinary_frame(body: bytes) -> bool:
-    """Whether a frame header tells of 8 bits and of the components that a JFIF file has."""
+    """Whether a frame header states 8 bits and the components that a JFIF file has."""
     if len(body) < 6 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
         return False
     return body[6::3] in (b"\x01", b"\x01\x02\x03")

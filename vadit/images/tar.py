@@ -11,7 +11,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,8 +57,9 @@ class TarSource:
         self._records = np.concatenate([index.records for index in indices])
         counts = [len(index.records) for index in indices]
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self._stamps = [index.stamp for index in indices]
-        self._keep_open()
+        shards = list(zip(self._shards, (index.stamp for index in indices), strict=True))
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(lambda number: _OpenShard(*shards[number]))
+        """The shard of a number; those that were read from last stay open."""
         if len(self._records) == 0:
             raise UsageError(
                 f"{self.name} holds no images ({len(self._shards)} shards; images end in "
@@ -94,16 +95,6 @@ class TarSource:
             return f"{self._shards[number]}:byte {position}"
         return f"{self._shards[number]}:{text(member.name)}"
 
-    def _keep_open(self) -> None:
-        """`_open` gives a shard by its number, and keeps those that were read from last."""
-        shards, stamps = self._shards, self._stamps
-
-        @functools.lru_cache(MAX_OPEN_SHARDS)
-        def open_shard(number: int) -> _OpenShard:
-            return _OpenShard(shards[number], stamps[number])
-
-        self._open = open_shard
-
     def _read_indices(self) -> list[ShardIndex]:
         """The index of every shard; raised or noted what is wrong with it."""
         with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="vadit-index") as pool:
@@ -138,13 +129,6 @@ class TarSource:
                 "add the names that are missing to classes.json or classes.txt, or remove that file"
             )
         return names
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._keep_open()
 
 
 def find_shards(name: str) -> list[Path]:

@@ -84,7 +84,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def stamp_of(file: BinaryIO) -> list[int]:
-    """What tells an open file from one that was put in its place: its size in bytes and its time of change."""
+    """By which an open file differs from one that was put in its place: its size in bytes and its time of change."""
     status = os.fstat(file.fileno())
     return [status.st_size, status.st_mtime_ns]
 
