@@ -255,7 +255,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def in_own_process(case: Case) -> Row | None:
-    """Measure one case in a process of its own; None where that failed, which is told."""
+    """Measure one case in a process of its own; None where that failed, which is printed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONSAFEPATH": ""}
     command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

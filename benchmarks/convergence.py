@@ -66,7 +66,7 @@ PUBLISHED = (
               "fast-DiT's README: 0.84 steps/s of 128 images, fp16, checkpointing"),
     Published("MaskDiT-XL/2", "maskdit-xl2", 2_000_000 * 1024 / (260 * 3600 * 8), "A100 (8)", PEAK_TFLOPS["A100"],
               "MaskDiT's README: 2M steps of 1024 images in 260 h on 8 GPUs"),
-    Published("LightningDiT-XL/1, log", SUBJECT, 5.3 * 1024 / 32, "not told (32 GPUs)", None,
+    Published("LightningDiT-XL/1, log", SUBJECT, 5.3 * 1024 / 32, "not named (32 GPUs)", None,
               "the authors' training log: 5.3 steps/s of 1024 images on 32 GPUs"),
     Published("LightningDiT-XL/1, headline", SUBJECT, IMAGES / (10 * 3600 * 8), "H800 (8)", PEAK_TFLOPS["H800"],
               "the authors: about 10 h on 8 H800", 10.0),

@@ -61,7 +61,7 @@ def step_row(**changes: Any) -> dict[str, str]:
 
 
 class Clock:
-    """A clock that stands still but for what is told it."""
+    """A clock that stands still but for what it is set to."""
 
     def __init__(self, scale: float) -> None:
         self.now, self.scale = 0.0, scale

@@ -79,8 +79,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         _read_run(path, name, color) for color, (path, name) in enumerate(zip(paths, _names(resolved), strict=True))
     ]
     if all(run.is_empty for run in runs):
-        told = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
-        raise UsageError(f"nothing to report yet: {told or 'no log point, evaluation or metrics'}")
+        notes = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
+        raise UsageError(f"nothing to report yet: {notes or 'no log point, evaluation or metrics'}")
     return runs
 
 

@@ -39,21 +39,19 @@ from vadit.runtime.spread import spread
 GRIDS_PER_RUN = 4
 """Sample grids of a run on the page: the first, the last, and between them."""
 _KINDS = {"dit": "Generators", "tokenizer": "Tokenizers", "unknown": "Runs of unknown kind"}
-_TITLES = {
-    "images_per_s": "Throughput",
-    "images_per_s_per_gpu": "Throughput per device",
-    "mfu": "Model FLOP utilisation",
-    "data_wait_share": "Time waiting for data",
-    "comm_share": "Time in communication",
-    "memory_gib": "Peak memory",
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "loss": "Loss",
-    "mse": "Velocity MSE",
+_QUANTITIES = {
+    "images_per_s": ("Throughput", "images/s"),
+    "images_per_s_per_gpu": ("Throughput per device", "images/s"),
+    "mfu": ("Model FLOP utilisation", "%"),
+    "data_wait_share": ("Time waiting for data", "%"),
+    "comm_share": ("Time in communication", "%"),
+    "memory_gib": ("Peak memory", "GiB"),
+    "lr": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", ""),
+    "loss": ("Loss", ""),
+    "mse": ("Velocity MSE", ""),
 }
-_UNITS = {"images_per_s": "images/s", "images_per_s_per_gpu": "images/s", "memory_gib": "GiB"} | dict.fromkeys(
-    ("mfu", "data_wait_share", "comm_share"), "%"
-)
+"""Title and unit of what a log has; others go by their names."""
 _SPEED = ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib")
 _SHOWN_ELSEWHERE = (*_SPEED, "loss", "mse", "epochs", "hours_left", "hours_to_64_epochs")
 _LINEAR = (*_SPEED, "lr")
@@ -71,11 +69,12 @@ def quantity_charts(
     """
     if names is None:
         names = dict.fromkeys(("loss", "images_per_s", *(name for run in runs for name in run.log.curves)))
-    return [
-        Chart(_TITLES.get(name, name), series, y_label=_UNITS.get(name, ""), may_be_log=name not in _LINEAR, file=name)
-        for name in names
-        if name not in without and (series := _series(runs, name))
-    ]
+    charts = []
+    for name in (name for name in names if name not in without):
+        title, unit = _QUANTITIES.get(name, (name, ""))
+        if series := _series(runs, name):
+            charts.append(Chart(title, series, y_label=unit, may_be_log=name not in _LINEAR, file=name))
+    return charts
 
 
 def _wide(title: str, runs: Sequence[Run], name: str) -> Chart:
@@ -83,7 +82,7 @@ def _wide(title: str, runs: Sequence[Run], name: str) -> Chart:
 
 
 def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
-    factor = 100 if _UNITS.get(name) == "%" else 1
+    factor = 100 if _QUANTITIES.get(name, ("", ""))[1] == "%" else 1
     curves = ((run, run.log.curves[name]) for run in runs if name in run.log.curves)
     return tuple(Series(run.name, Curve(curve.x, curve.y * factor), run.color) for run, curve in curves)
 
