@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,13 +116,17 @@ def test_weights_have_the_permissions_of_any_new_file(house: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 10, 40_000])
-def test_truncated_reference_checkpoint(
+def test_truncated_weights_are_named(
     length: int, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes((house / "reference.pt").read_bytes()[:length])
-    message = refusal(capsys, ["import", str(cut), "--out", str(tmp_path / "out")], 1)
-    assert f"{cut} cannot be read" in message and "truncated or damaged" in message
+    (tmp_path / "cut.pt").write_bytes((house / "reference.pt").read_bytes()[:length])
+    message = refusal(capsys, ["import", str(tmp_path / "cut.pt"), "--out", str(tmp_path / "out")], 1)
+    assert f"{tmp_path / 'cut.pt'} cannot be read" in message and "truncated or damaged" in message
+    weights = tmp_path / "cut" / "model.safetensors"
+    shutil.copytree(house / "exported", weights.parent)
+    weights.write_bytes(weights.read_bytes()[:length])
+    arguments = ["export", str(weights.parent), "--format", "reference", "--out", str(tmp_path / "out")]
+    assert str(weights) in refusal(capsys, arguments, 1)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,17 +166,4 @@ def test_unreadable_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = ["train", "vavae-f16d32-dinov2-debug", "--data.path", str(tmp_path / "images")]
     message = refusal(capsys, [*arguments, "--run.out", str(tmp_path / "run")], 2)
     assert f"{tmp_path / 'images'} cannot be read" in message and "give read permission" in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_batch_that_the_processes_do_not_divide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*DEBUG, "--run.out", str(tmp_path / "run")]
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, told in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert cli.main(arguments) == 2
-        text = capsys.readouterr().err
-        assert text.count("run.batch_size 4 is not divisible by 3 processes") == told
     assert not (tmp_path / "run").exists()
