@@ -118,7 +118,11 @@ REFUSALS = {
     "world size zero": (["train", "lightningdit-b", "--dry-run", "--world-size", "0"], ["--world-size is 0"]),
     "encode without images": (["encode", "--tokenizer", "x"], ["--images"]),
     "required settings": (["sample", "--out", "x"], ["--generator", "--tokenizer"]),
-    "evaluate what": (["evaluate", "everything"], ["samples, tokenizer, latents, make-reference", "'everything'"]),
+    "evaluate what": (
+        ["evaluate", "everything"],
+        ["samples, tokenizer, latents, make-reference first, found everything"],
+    ),
+    "evaluate nothing": (["evaluate"], ["make-reference first, found nothing"]),
     "doctor takes nothing": (["doctor", "--all"], ["unknown setting --all"]),
 }
 

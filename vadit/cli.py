@@ -102,7 +102,8 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(f"vadit {__version__}")
     elif several:
-        raise UsageError(f"vadit {first} needs {', '.join(several)} first, found {' '.join(arguments[1:2])!r}")
+        found = next(iter(arguments[1:]), "nothing")
+        raise UsageError(f"vadit {first} needs {', '.join(several)} first, found {found}")
     else:
         words = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
         near = difflib.get_close_matches(first, words, n=1)
@@ -181,7 +182,7 @@ def _help(group: str) -> str:
         [
             "vadit: VA-VAE tokenizers and LightningDiT generators, from images to samples.",
             "",
-            f"usage: vadit {group or 'COMMAND'} [--setting value ...] [--debug]",
+            f"usage: vadit {f'{group} KIND' if group else 'COMMAND'} [--setting value ...] [--debug]",
             "",
             *lines,
             "",
