@@ -293,6 +293,7 @@ def test_a_reference_of_two_images_will_do_and_of_one_will_not(small: Path) -> N
     with pytest.raises(UsageError, match="mu without sigma"):
         evaluate(small / "drawn.npz", small / "half.npz")
     np.savez(small / "statistics.npz", mu=mu, sigma=sigma)
+    assert evaluate(small / "drawn.npz", small / "statistics.npz", num_samples=2).keys() == {"fid", "is"}
     with pytest.raises(UsageError, match="FD-DINOv2 needs the reference's images"):
         evaluate(small / "drawn.npz", small / "statistics.npz", dinov2=lambda images: images)
 
@@ -402,6 +403,8 @@ def test_a_scorer_gives_the_numbers_of_the_files_and_keeps_its_reference(small: 
     kept.write_bytes(kept.read_bytes()[:100])
     assert score() == first
     np.savez(reference, arr_0=pictures(9, 4))  # of the same size as before
+    assert score()[1] == 9 and score()[1] == 0
+    (small / "weights.pth").write_bytes(b"another network")
     assert score()[1] == 9
     np.savez(reference, **dict(zip(("mu", "sigma"), mean_and_covariance(theirs), strict=True)))
     assert [score()[0], score()[0]] == [{"fid6_x": pytest.approx(fid)}] * 2

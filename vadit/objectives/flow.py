@@ -47,16 +47,6 @@ class PathPoint:
 
 
 @dataclass(frozen=True)
-class VelocityLoss:
-    """The two parts of LightningDiT's loss for each sample."""
-
-    mse: Tensor
-    """(B,): mean squared error over channels and positions."""
-    direction: Tensor
-    """(B,): mean over positions of 1 - cos(prediction, target) along channels."""
-
-
-@dataclass(frozen=True)
 class Drawn:
     """Noise and time drawn for data, and what a network is asked there."""
 
@@ -173,12 +163,15 @@ def sample_time(
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> VelocityLoss:
-    """Squared and direction error of each sample, (B, C, ...) both, in fp32 or wider (LightningDiT, section 4.2)."""
+def velocity_loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Errors (B,) of velocities (B, C, ...), in fp32 or wider (LightningDiT, section 4.2).
+
+    The mean of squares over channels and positions, and the mean over positions of 1 - cos along channels.
+    """
     _check_same_shape(prediction, target)
     prediction, target = _at_least_fp32(prediction), _at_least_fp32(target)
     cosine = F.cosine_similarity(prediction, target, dim=1)
-    return VelocityLoss(mse=_per_sample((prediction - target) ** 2), direction=_per_sample(1 - cosine))
+    return _per_sample((prediction - target) ** 2), _per_sample(1 - cosine)
 
 
 def draw(spec: FlowSpec, x1: Tensor, images_seen: int, generator: torch.Generator | None = None) -> Drawn:
@@ -196,9 +189,9 @@ def loss(spec: FlowSpec, drawn: Drawn, output: Tensor) -> FlowLoss:
     """
     contrastive: Tensor | None = None
     if spec.prediction == "velocity":
-        errors = velocity_loss(output, drawn.velocity)
-        mse = errors.mse.mean()
-        direction = errors.direction.mean() if spec.direction_loss else torch.zeros_like(mse)
+        squared, turned = velocity_loss(output, drawn.velocity)
+        mse = squared.mean()
+        direction = turned.mean() if spec.direction_loss else torch.zeros_like(mse)
         if spec.contrastive_weight > 0:
             contrastive = contrastive_error(output, drawn.velocity)
     else:
