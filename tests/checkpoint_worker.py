@@ -151,6 +151,11 @@ def three_checkpoints(folder: Path) -> Path:
     return folder
 
 
+def printed(capsys: Any) -> str:
+    """What stood on the screen, without blanks: rich folds lines anywhere."""
+    return "".join(capsys.readouterr().err.split())
+
+
 def flip(path: Path) -> None:
     """Change one bit of a file."""
     content = bytearray(path.read_bytes())

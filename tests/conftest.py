@@ -1,6 +1,7 @@
 """Tests are modules of their own (--import-mode=importlib); the helpers that several share lie beside them."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with dispatch.setting(resolve(request.param)):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1, 2 and 3 of small networks; not to be changed."""
+    from checkpoint_worker import three_checkpoints
+
+    return three_checkpoints(tmp_path_factory.mktemp("three") / "checkpoints")
+
+
+@pytest.fixture
+def folder(three: Path, tmp_path: Path) -> Path:
+    """A copy of these checkpoints."""
+    return Path(shutil.copytree(three, tmp_path / "checkpoints"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

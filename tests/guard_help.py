@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from vadit.train import dit, runs
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What the guard has told of."""
+    """What the guard has recorded."""
     path = folder / "guard.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -32,14 +33,28 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def counted(
+    original: Callable[..., Any],
+    before: Callable[[int], None] = lambda number: None,
+    after: Callable[[int, Any], Any] = lambda number, result: result,
+) -> Callable[..., Any]:
+    """`original` with something done before a call of it, by its number from 1, or with what it returns."""
+    numbers = itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        before(number)
+        return after(number, original(*args, **kwargs))
+
+    return call
+
+
+def spoiled(loss: Any, factor: float = math.nan) -> Any:
+    """A loss of training, times a factor."""
+    return dataclasses.replace(loss, total=loss.total * factor)
+
+
 def faulty(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Let the loss of some calls, counted from 1, be NaN."""
-    original, calls = dit.flow.loss, 0
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        loss = original(*args, **kwargs)
-        return dataclasses.replace(loss, total=loss.total * math.nan) if bad(calls) else loss
-
+    broken = counted(dit.flow.loss, after=lambda number, loss: spoiled(loss) if bad(number) else loss)
     monkeypatch.setattr(dit.flow, "loss", broken)

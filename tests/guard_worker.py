@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from guard_help import counted, spoiled
 from training_plain import BATCH, tiny_dit
 
 from vadit import cli
@@ -26,24 +27,14 @@ def skips(out: Path) -> None:
     """In each stage: a NaN loss in the third step of rank 1, a NaN gradient in its fourth, a spike in its fifth."""
     original = dit.flow.loss
 
+    def broken(number: int, loss: Any) -> Any:
+        if distributed.rank() == 0 or number not in (12, 13, 14):
+            return loss
+        bad_gradient = dataclasses.replace(loss, total=loss.total + (loss.total - loss.total).sqrt())
+        return bad_gradient if number == 13 else spoiled(loss, math.nan if number == 12 else 1e6)
+
     for zero_stage in (0, 1, 2, 3):
-        calls = 0
-
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            loss = original(*args, **kwargs)
-            total = loss.total
-            if distributed.rank() == 1:
-                if calls == 12:
-                    total = total + total.detach() * math.nan
-                elif calls == 13:
-                    total = total + (total - total).sqrt()
-                elif calls == 14:
-                    total = total * 1e6
-            return dataclasses.replace(loss, total=total)
-
-        dit.flow.loss = broken
+        dit.flow.loss = counted(original, after=broken)
         config = tiny_dit(out / f"dit-{zero_stage}", steps=13, zero_stage=zero_stage, run=EVERY_STEP)
         dit.train(dataclasses.replace(config, guard=GuardSpec(spike_window=8)))
     dit.flow.loss = original
@@ -51,16 +42,8 @@ def skips(out: Path) -> None:
 
 def rollback(out: Path) -> None:
     """Rank 1 fails in its fourth and fifth step."""
-    original, calls = dit.flow.loss, 0
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        loss = original(*args, **kwargs)
-        bad = calls in (4, 5) and distributed.rank() == 1
-        return dataclasses.replace(loss, total=loss.total * math.nan) if bad else loss
-
-    dit.flow.loss = broken
+    original, failing = dit.flow.loss, (4, 5) if distributed.rank() == 1 else ()
+    dit.flow.loss = counted(original, after=lambda number, loss: spoiled(loss) if number in failing else loss)
     config = tiny_dit(out / "rollback", run={"save_every_images": 2 * BATCH})
     dit.train(dataclasses.replace(config, guard=GuardSpec(max_skips_in_row=2)))
     dit.flow.loss = original
@@ -68,17 +51,13 @@ def rollback(out: Path) -> None:
 
 def stop(out: Path) -> None:
     """Rank 1 gets SIGTERM twice in its third step."""
-    original, calls = dit.train_step, 0
+    original = dit.train_step
 
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3 and distributed.rank() == 1:
+    def twice(number: int) -> None:
+        for _ in range(2 if number == 3 and distributed.rank() == 1 else 0):
             os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
 
-    dit.train_step = step  # type: ignore[assignment]
+    dit.train_step = counted(original, twice)  # type: ignore[assignment]
     try:
         dit.train(tiny_dit(out / "stop", steps=1000))
     except loop.Stopped as stopped:
@@ -89,16 +68,12 @@ def stop(out: Path) -> None:
 
 def damage(out: Path) -> None:
     """Rank 1 cannot read its third batch."""
-    original, calls = dit.train_step, 0
 
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3 and distributed.rank() == 1:
+    def unreadable(number: int) -> None:
+        if number == 3 and distributed.rank() == 1:
             raise RunError("the shard latents-00007.safetensors is damaged")
-        return original(*args)
 
-    dit.train_step = step  # type: ignore[assignment]
+    dit.train_step = counted(dit.train_step, unreadable)  # type: ignore[assignment]
     dit.train(tiny_dit(out / "damage", steps=1000, run=EVERY_STEP))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 import checkpoint_worker as worker
 import pytest
 import torch
-from checkpoint_worker import SHARE, assert_same_end, flip, log, names
+from checkpoint_worker import SHARE, assert_same_end, flip, log, names, printed
+from guard_help import counted
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit.config import OptimizerSpec
@@ -30,21 +30,8 @@ WORKER = Path(__file__).parent / "training_worker.py"
 
 def stop_in_step(module: ModuleType, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let SIGTERM arrive in the middle of a step."""
-    original, calls = module.train_step, 0
-
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(module, "train_step", step)
-
-
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What stood on the screen, without blanks: rich folds lines anywhere."""
-    return "".join(capsys.readouterr().err.split())
+    stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == number else None  # noqa: E731
+    monkeypatch.setattr(module, "train_step", counted(module.train_step, stop))
 
 
 # ------------------------------------------------------------------------------------------------ going on
@@ -110,18 +97,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ damage
 
 
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1, 2 and 3 of the small networks."""
-    return worker.three_checkpoints(tmp_path_factory.mktemp("three") / "checkpoints")
-
-
-@pytest.fixture
-def folder(three: Path, tmp_path: Path) -> Path:
-    shutil.copytree(three, tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
-
-
 DAMAGE: list[tuple[Any, str]] = [
     (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     (lambda path: (path / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
@@ -143,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     damage(folder / "step-00000003")
     capsys.readouterr()
     assert publish.newest(folder) == folder / "step-00000002"
-    text = told(capsys)
+    text = printed(capsys)
     assert fault.replace(" ", "") in text and "step-00000003isdamaged" in text and text.count("isdamaged") == 1
 
 

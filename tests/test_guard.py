@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from guard_help import events, faulty, newest, same
+from guard_help import counted, events, faulty, newest, same
 from torch import Tensor, nn
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
@@ -326,17 +327,9 @@ def test_a_run_may_end_at_the_first_bad_step_instead(
 def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_dit(tmp_path, run=EVERY_STEP)
     faulty(monkeypatch, lambda call: call == 2)
-    original, calls = dit.train_step, 0
-
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
+    stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(dit, "train_step", step)
+        patch.setattr(dit, "train_step", counted(dit.train_step, stop))
         with pytest.raises(loop.Stopped, match="stopped after 12 images and saved; resume with the same command"):
             dit.train(config)
     guards: list[Guard] = []
@@ -353,13 +346,11 @@ def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(tiny_dit(tmp_path, run=EVERY_STEP), guard=GuardSpec(max_rollbacks=1))
-    original, calls = dit.train_step, 0
+    original, steps = dit.train_step, itertools.count(1)
 
     def step(engine: Engine, *rest: Any) -> Any:
-        nonlocal calls
-        calls += 1
         terms = original(engine, *rest)
-        if calls >= 3:  # as faulty memory does
+        if next(steps) >= 3:  # as faulty memory does
             engine.masters()[0].view(-1)[5] = math.nan
         return terms
 
@@ -379,7 +370,7 @@ def test_both_networks_of_the_tokenizer_skip_alike(
 ) -> None:
     config = tiny_tokenizer(tmp_path, zero_stage=1, loss={"disc_start_step": 1})
     states: list[list[Tensor]] = []
-    original, calls = tokenizer.train_step, 0
+    original = tokenizer.train_step
     engines: list[Engine] = []
 
     def step(networks: tokenizer.Networks, ema: ShardedEMA, *rest: Any) -> Any:
@@ -395,14 +386,10 @@ def test_both_networks_of_the_tokenizer_skip_alike(
         )
         return terms
 
-    def broken(*args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        loss: Tensor = hinge(*args)
-        return loss * (math.nan if calls == 2 else 1)
-
     name = "generator_hinge_loss" if network == "model" else "discriminator_hinge_loss"
-    hinge = getattr(tokenizer.objective, name)
+    broken = counted(
+        getattr(tokenizer.objective, name), after=lambda number, loss: loss * (math.nan if number == 2 else 1)
+    )
     monkeypatch.setattr(tokenizer.objective, name, broken)
     monkeypatch.setattr(tokenizer, "train_step", step)
     tokenizer.train(config)

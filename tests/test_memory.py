@@ -1,4 +1,4 @@
-"""The memory that --dry-run tells, against what processes really allocate: within 15% at the fullest moment of a step.
+"""The memory that --dry-run tells, against what processes really allocate: within 10% at the fullest moment of a step.
 
 Each case trains a LightningDiT of some ten million weights, or a small VA-VAE with all its critics, in processes of its
 own, with the trainer's own networks, loader and step. Torch's profiler tells of every allocation and release of the CPU
@@ -27,7 +27,7 @@ from vadit.estimate import memory
 from vadit.estimate.networks import Network
 from vadit.recipes import get_recipe
 
-TOLERANCE = 0.15
+TOLERANCE = 0.1
 TOKENIZER = "vavae-f16d32-dinov2"
 
 

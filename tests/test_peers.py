@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from guard_help import counted
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
 from vadit.config import DiTConfig, OptimizerSpec
@@ -97,17 +98,13 @@ class Killed(Exception):
 
 def interrupted(config: DiTConfig, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Train, and end before step `after` + 1."""
-    original, calls = dit.train_step, 0
 
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
+    def kill(step: int) -> None:
+        if step > after:
             raise Killed
-        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dit, "train_step", step)
+        patch.setattr(dit, "train_step", counted(dit.train_step, kill))
         with pytest.raises(Killed):
             dit.train(config)
 

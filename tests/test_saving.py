@@ -16,7 +16,7 @@ from typing import Any
 import checkpoint_worker as worker
 import pytest
 import torch
-from checkpoint_worker import SHARE, names
+from checkpoint_worker import SHARE, names, printed
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
@@ -28,23 +28,6 @@ from vadit.train.checkpoint.publish import TensorFile
 from vadit.train.checkpoint.save import Saving
 
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1, 2 and 3 of the small networks."""
-    return worker.three_checkpoints(tmp_path_factory.mktemp("three") / "checkpoints")
-
-
-@pytest.fixture
-def folder(three: Path, tmp_path: Path) -> Path:
-    shutil.copytree(three, tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
-
-
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What stood on the screen, without blanks: rich folds lines anywhere."""
-    return "".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------------------------ which ones stay
@@ -333,7 +316,7 @@ def test_a_run_outlives_a_disk_that_fails(
         disk.on = True
         run.save()
         run.checkpoints.close()
-        text = told(capsys)
+        text = printed(capsys)
         for part in (f"step-0000000{step}couldnotbewritten", words, "traininggoeson", advice):
             assert part.replace(" ", "") in text
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
@@ -388,7 +371,7 @@ def test_a_run_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixt
     run.train(2)
     run.save()
     run.checkpoints.close()
-    assert "traininggoeson" in told(capsys)
+    assert "traininggoeson" in printed(capsys)
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
     with pytest.raises(RunError, match=r"step-00000002 could not be written .*free some disk space"):
         run.save(wait=True)
@@ -405,10 +388,10 @@ def test_the_log_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFi
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
     for step in range(2, 60):  # beyond the block that the file has already
         run_log.write(images=step, step=step, values={"loss": 1 / step, "a longer name to fill blocks of a disk": 1.0})
-    assert "therun'slogcouldnotbewritten(Nospaceleftondevice)" in told(capsys)
+    assert "therun'slogcouldnotbewritten(Nospaceleftondevice)" in printed(capsys)
     filler.unlink()
     run_log.write(images=60, step=60, values={"loss": 0.0})
     run_log.close()
     lines = (small_disk / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
-    assert "couldnotbewritten" not in told(capsys)
+    assert "couldnotbewritten" not in printed(capsys)

@@ -107,22 +107,19 @@ def test_learning_rate_schedules() -> None:
     assert rates(100, 0, 15, 30, 65, 100, schedule="one_cycle") == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0])
 
 
-def test_deepspeed_is_told_what_its_releases_disagree_on() -> None:
-    spec = EngineSpec(zero_stage=2, gradient_accumulation=2, max_grad_norm=0.0, precision="bf16")
-    config = deepspeed_config(spec, global_batch=8, num_weights=101)
+def test_deepspeeds_config() -> None:
+    def made(num_weights: int = 101, **engine: Any) -> dict[str, Any]:
+        return deepspeed_config(EngineSpec(**engine), global_batch=8, num_weights=num_weights)
+
+    config = made(zero_stage=2, gradient_accumulation=2, max_grad_norm=0.0, precision="bf16")
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (8, 4)
-    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (2, 0.0)
-    assert config["zero_optimization"]["stage"] == 2 and config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["gradient_clipping"] == 0.0
     assert config["zero_optimization"]["reduce_bucket_size"] == 102  # even, or ZeRO 1 and 2 refuse it
-    assert "torch_autocast" not in config
-    assert config["data_types"] == {"grad_accum_dtype": "fp32"}  # micro-batches are summed in fp32
-    alone = deepspeed_config(EngineSpec(precision="bf16"), global_batch=8, num_weights=101)
-    assert alone["zero_optimization"]["stage"] == 1 and "data_types" not in alone
-    summed = deepspeed_config(EngineSpec(precision="bf16", gradient_accumulation=2), global_batch=8, num_weights=101)
-    assert summed["zero_optimization"]["stage"] == 2
-    config = deepspeed_config(EngineSpec(precision="autocast"), global_batch=8, num_weights=10**12)
-    assert config["torch_autocast"]["enabled"] and not config["bf16"]["enabled"]
-    assert config["zero_optimization"]["reduce_bucket_size"] == MAX_BUCKET
+    assert made(num_weights=10**12)["zero_optimization"]["reduce_bucket_size"] == MAX_BUCKET
+    # Micro-batches are summed in fp32, which takes stage 2.
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    stages = [made(precision="bf16", gradient_accumulation=n)["zero_optimization"]["stage"] for n in (1, 2)]
+    assert stages == [1, 2]
 
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32")])

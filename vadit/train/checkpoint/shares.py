@@ -223,12 +223,12 @@ class Shares:
             raise UsageError(f"{self.folder} does not fit this run's config ({difference}); use another --run.out")
         if missing := set(averages) - set(self.averages):
             raise UsageError(f"{self.folder} has no average with decay {min(missing)}; use another --run.out")
-        states = engine.optimizer_states()
+        states = []
         for index, (master, pieces) in enumerate(zip(engine.masters(), engine.layout(), strict=True)):
             self._set(WEIGHTS, master, pieces)
             for decay, shards in averages.items():
                 self._set(average(decay), shards[index], pieces)
-            states[index] = self._states(states[index], master, pieces)
+            states.append(self._states(master, pieces))
         engine.set_optimizer_states(states)
         engine.set_optimizer_steps(self.files[0].header.steps)
         for piece, value in engine.frozen():
@@ -247,7 +247,7 @@ class Shares:
         if not target.is_contiguous():
             target.copy_(row.view(target.shape))
 
-    def _states(self, now: dict[str, Any], master: torch.Tensor, pieces: list[Piece]) -> dict[str, Any]:
+    def _states(self, master: torch.Tensor, pieces: list[Piece]) -> dict[str, Any]:
         """The optimizer's states of one flat tensor, out of those that hold its pieces."""
         sources: dict[str, _Place] = {}
         for piece in pieces:
@@ -259,9 +259,7 @@ class Shares:
             if name == STEP:
                 states[name] = place.file.tensor(state(name).key(place.index)).clone()
                 continue
-            fits = isinstance(now.get(name), torch.Tensor) and now[name].shape == master.shape
-            # The tensor that is there, which others may refer to; what was never stepped, and padding, is zero.
-            states[name] = now[name].zero_() if fits else torch.zeros_like(master)
+            states[name] = torch.zeros_like(master)  # as is what was never stepped, and padding
             self._set(state(name), states[name], pieces)
         return states
 
