@@ -82,7 +82,7 @@ class PlainEngine:
         for group in self._adam.param_groups:
             group["lr"] = lr
 
-    def backward(self, loss: Tensor, *, told: Tensor | None = None) -> None:
+    def backward(self, loss: Tensor, *, checked: Tensor | None = None) -> None:
         """Add the gradients of a micro-batch; masters in fp32 take them at once."""
         (loss / self.spec.gradient_accumulation).backward()
         if self._masters is not self._weights:
