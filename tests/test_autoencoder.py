@@ -116,28 +116,15 @@ def test_equals_naive_form(change: dict) -> None:
         moments = model.moments(x)
         z = torch.randn(2, 3, 16 // ratio, 24 // ratio)
         images = model.decode(z)
+        model.train()  # which rounds otherwise
+        trained = model.moments(x), model.decode(z)
+    for found, expected in zip(trained, (moments, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for found, expected in ((moments, naive.moments(x)), (images, naive.decode(z))):
         assert found.shape == expected.shape
         assert (found - expected).norm() / expected.norm() < 1e-5
     used = {name for name in model.state_dict() if ".attn." in name and name.endswith("q.weight")}
     assert len(used) == len(model.spec.attention_resolutions) * (2 * model.spec.num_res_blocks + 1)
-
-
-def test_reference_shapes_of_f16d32() -> None:
-    with torch.device("meta"):
-        model = Autoencoder(AutoencoderSpec())
-        assert model.moments(torch.empty(1, 3, 256, 256)).shape == (1, 64, 16, 16)
-    state = model.state_dict()
-    assert [name for name in state if name.endswith("attn.0.q.weight")] == [
-        "encoder.down.4.attn.0.q.weight",
-        "decoder.up.4.attn.0.q.weight",
-    ]
-    assert state["encoder.down.4.block.0.nin_shortcut.weight"].shape == (512, 256, 1, 1)
-    assert state["decoder.up.3.block.0.nin_shortcut.weight"].shape == (256, 512, 1, 1)
-    assert state["quant_conv.weight"].shape == (64, 64, 1, 1)
-    assert state["post_quant_conv.weight"].shape == (32, 32, 1, 1)
-    assert model.encoder.conv_out.weight.shape == (64, 512, 3, 3)
-    assert model.decoder.conv_out.weight.shape == (3, 128, 3, 3)
 
 
 def test_posterior() -> None:

@@ -175,6 +175,7 @@ def test_initialisation() -> None:
     assert 0.98 * bound < state["blocks.0.attn.qkv.weight"].abs().max() <= bound
     assert all((tensor == 0).all() for name, tensor in state.items() if name.endswith("mlp.w12.bias"))
     assert not model.pos_embed.requires_grad
+    assert LightningDiT(dataclasses.replace(BASE, value_residual=True)).blocks[1].attn.value_share.tolist() == [0.5]
 
 
 def test_parameter_count_of_the_paper() -> None:
@@ -218,6 +219,21 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str) -> None:
     assert all(torch.equal(gradients[0][k], gradients[1][k]) for k in gradients[0])
 
 
+def test_blocks_are_computed_twice_only_where_that_saves_memory() -> None:
+    model = randomised(BASE)
+    calls = [0]
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
+    for checkpointing, expected in ((False, 1), (True, 2)):
+        model.gradient_checkpointing = checkpointing
+        with torch.no_grad():
+            model(*inputs(BASE))
+        assert calls == [1]
+        calls[0] = 0
+        model(*inputs(BASE)).sum().backward()
+        assert calls == [expected]
+        calls[0] = 0
+
+
 def test_rotary_table_stays_float32_when_the_model_is_cast() -> None:
     model = randomised(BASE)
     assert model.feat_rope is not None
@@ -247,12 +263,6 @@ def test_load_errors(tmp_path) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))
     with pytest.raises(UsageError, match=r"model.safetensors: tensor blocks\.2\.\S+ of shape .* is missing"):
-        LightningDiT.from_pretrained(tmp_path)
-    config.write_text(config.read_text().replace('"depth": 3', '"depth": 1'))
-    with pytest.raises(UsageError, match=r"unexpected tensor blocks\.1\."):
-        LightningDiT.from_pretrained(tmp_path)
-    config.write_text(config.read_text().replace('"depth": 1', '"depth": 2').replace('_classes": 5', '_classes": 7'))
-    with pytest.raises(UsageError, match=r"embedding_table.weight has shape \(6, 48\), the model needs \(8, 48\)"):
         LightningDiT.from_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

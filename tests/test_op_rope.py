@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vadit.kernels import dispatch, rope, rope_qkv
-from vadit.kernels.testing import assert_as_exact_as_torch, device, results_and_gradients
+from vadit.kernels.testing import assert_as_exact_as_torch, assert_compiles, device, results_and_gradients
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -152,10 +152,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 def test_compiles_as_one_graph() -> None:
     op, _ = with_tables(*angles(16, 24))
-    inputs = [normal(2, 3, 16, 24, seed=1), normal(2, 3, 16, 24, seed=2), 1 + 0.2 * normal(24), None]
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for found, eager in zip(results_and_gradients(compiled, inputs), results_and_gradients(op, inputs), strict=True):
-        torch.testing.assert_close(found, eager)
+    assert_compiles(op, [normal(2, 3, 16, 24, seed=1), normal(2, 3, 16, 24, seed=2), 1 + 0.2 * normal(24), None])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -167,10 +164,7 @@ def test_packed_compiles_as_one_graph(normed: bool) -> None:
         q, k, v = rope_qkv(qkv, cos, sin, *weights)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    inputs = [normal(2, 16, 3, 5, 24), *weights]
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for found, eager in zip(results_and_gradients(compiled, inputs), results_and_gradients(op, inputs), strict=True):
-        torch.testing.assert_close(found, eager)
+    assert_compiles(op, [normal(2, 16, 3, 5, 24), *weights])
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vadit.kernels import dispatch, swiglu
-from vadit.kernels.testing import assert_as_exact_as_torch, device, results_and_gradients
+from vadit.kernels.testing import assert_as_exact_as_torch, assert_compiles, device, results_and_gradients
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -70,10 +70,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
-    x12 = normal(2, 16, 72)
-    for found, eager in zip(results_and_gradients(compiled, [x12]), results_and_gradients(swiglu, [x12]), strict=True):
-        torch.testing.assert_close(found, eager)
+    assert_compiles(swiglu, [normal(2, 16, 72)])
 
 
 def test_opcheck() -> None:

@@ -73,45 +73,21 @@ def _token_major(t_BHNK: Tensor) -> Tensor:
 def register(namespace: str) -> None:
     """Shapes of the results of the ops in a namespace that has them."""
 
-    def empty_weights(cos: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        q_gradient, k_gradient = (cos.new_empty(0 if w is None else w.shape[0]) for w in (q_weight, k_weight))
-        return q_gradient, k_gradient
+    def weights(cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> list[Tensor]:
+        return [cos.new_empty(0 if weight is None else weight.shape[0]) for weight in (q_weight, k_weight)]
 
     @torch.library.register_fake(f"{namespace}::rope")
-    def _(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return _token_major(q), _token_major(k)
 
     @torch.library.register_fake(f"{namespace}::rope_backward")
-    def _(
-        dq: Tensor,
-        dk: Tensor,
-        q: Tensor | None,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        return _token_major(dq), _token_major(dk), *empty_weights(cos, q_weight, k_weight)
+    def _(dq: Tensor, dk: Tensor, q: Tensor | None, k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        return _token_major(dq), _token_major(dk), *weights(*rest)
 
     @torch.library.register_fake(f"{namespace}::rope_qkv_backward")
-    def _(
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        q: Tensor | None,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
+    def _(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         B, H, N, K = dq.shape
-        return dq.new_empty(B, N, 3, H, K), *empty_weights(cos, q_weight, k_weight)
+        return dq.new_empty(B, N, 3, H, K), *weights(*rest)
 
 
 def _keep(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> None:

@@ -53,3 +53,10 @@ def assert_as_exact_as_torch(op: Op, formula: Op, inputs: Sequence[Tensor | None
         assert f.shape == e.shape and f.dtype == p.dtype, f"result {position}: {f.shape} {f.dtype}"
         error, allowed = relative_error(f, e), 2 * relative_error(p, e) + torch.finfo(f.dtype).eps / 2 + FLOOR
         assert error <= allowed, f"result {position}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_compiles(op: Op, inputs: Sequence[Tensor | None]) -> None:
+    """The op is one graph to torch.compile, and the same compiled as eager, gradients too."""
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for found, eager in zip(results_and_gradients(compiled, inputs), results_and_gradients(op, inputs), strict=True):
+        torch.testing.assert_close(found, eager)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -237,20 +238,16 @@ def _token_major(t: Tensor) -> Tensor:
     return t.new_empty(B, N, H, K).transpose(1, 2)
 
 
-def rope(
-    q: Tensor,
-    k: Tensor,
-    cos_NK: Tensor,
-    sin_NK: Tensor,
-    q_weight_K: Tensor | None,
-    k_weight_K: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """q and k (B, H, N, K) rotated, after RMS-normalising each where its weight is given."""
+def rope(q: Tensor, k: Tensor, *tables_and_weights: Any) -> tuple[Tensor, Tensor]:
+    """q and k (B, H, N, K) rotated, after RMS-normalising each where its weight (K,) is given.
+
+    tables_and_weights: cos, sin (N, K), the weights, eps.
+    """
+    *tables_and_weights, eps = tables_and_weights
     q_out, k_out = _token_major(q), _token_major(k)
     if q.numel():
-        tensors = (q_out, k_out, q, k, cos_NK, sin_NK, q_weight_K, k_weight_K)
-        common.launch(_forward, _decide_forward, (q.shape, q.stride(), k.stride(), eps), *tensors)
+        sizes = (q.shape, q.stride(), k.stride(), eps)
+        common.launch(_forward, _decide_forward, sizes, q_out, k_out, q, k, *tables_and_weights)
     return q_out, k_out
 
 
@@ -262,12 +259,14 @@ def _launch_backward(
     k: Tensor | None,
     cos_NK: Tensor,
     sin_NK: Tensor,
-    weights: tuple[Tensor | None, Tensor | None],
+    q_weight_K: Tensor | None,
+    k_weight_K: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Fills `out`; returns the gradients of the weights, of size 0 where there is none."""
+    weights = q_weight_K, k_weight_K
     shape = gradients[0].shape
-    weighted = weights != (None, None)
+    weighted = q_weight_K is not None or k_weight_K is not None
     if gradients[0].numel():
         programs = shape[0] * _programs(shape, weighted)[2]
         sums = cos_NK.new_empty(programs, 2, shape[3]) if weighted else cos_NK.new_empty(0)
@@ -283,38 +282,18 @@ def _launch_backward(
     return dq_weight, dk_weight
 
 
-def rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    cos_NK: Tensor,
-    sin_NK: Tensor,
-    q_weight_K: Tensor | None,
-    k_weight_K: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients for q, k and the weights, from those of the rotated q and k; q and k are needed with a weight."""
+def rope_backward(dq: Tensor, dk: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients for q, k and the weights, from those of the rotated q and k.
+
+    saved: q and k (needed with a weight), cos, sin (N, K), the weights, eps.
+    """
     _, H, _, K = dq.shape
-    dq_in, dk_in, weights = _token_major(dq), _token_major(dk), (q_weight_K, k_weight_K)
-    sums = _launch_backward((dq_in, dk_in, None), H * K, (dq, dk, None), q, k, cos_NK, sin_NK, weights, eps)
-    return dq_in, dk_in, *sums
+    dq_in, dk_in = _token_major(dq), _token_major(dk)
+    return dq_in, dk_in, *_launch_backward((dq_in, dk_in, None), H * K, (dq, dk, None), *saved)
 
 
-def rope_qkv_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    cos_NK: Tensor,
-    sin_NK: Tensor,
-    q_weight_K: Tensor | None,
-    k_weight_K: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient for the packed qkv (B, N, 3, H, K), dv copied into it, and those for the weights."""
     B, H, N, K = dq.shape
     dqkv = dq.new_empty(B, N, 3, H, K)
-    out, weights = dqkv.unbind(2), (q_weight_K, k_weight_K)
-    return dqkv, *_launch_backward(out, 3 * H * K, (dq, dk, dv), q, k, cos_NK, sin_NK, weights, eps)
+    return dqkv, *_launch_backward(dqkv.unbind(2), 3 * H * K, (dq, dk, dv), *saved)
