@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vadit.config import DiTConfig, MaskSpec, TokenizerConfig
+from vadit.config import DiTConfig, MaskSpec, TokenizerConfig, vary
 from vadit.config.files import load_run_config, save_config
 from vadit.runtime.errors import UsageError
 
@@ -23,12 +22,11 @@ BASES = {
 
 def changed(base: str, settings: dict[str, Any]) -> Any:
     """The config with settings changed, given by their dotted names."""
-    config, groups = BASES[base], {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         group, _, last = name.partition(".")
         groups.setdefault(group, {})[last] = value
-    parts = {group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()}
-    return dataclasses.replace(config, **parts)
+    return vary(BASES[base], **groups)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ apex is played by a module that computes AdamW in torch ops; torchao is the real
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
@@ -19,7 +18,7 @@ import torch
 from guard_help import counted
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
-from vadit.config import DiTConfig, OptimizerSpec
+from vadit.config import DiTConfig, OptimizerSpec, vary
 from vadit.models.dit import LightningDiT
 from vadit.runtime.errors import UsageError
 from vadit.train import dit, float8, optimizers, runs, tokenizer
@@ -79,7 +78,7 @@ def torchao() -> Iterator[Any]:
 
 
 def with_kind(config: Any, kind: str) -> Any:
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind=kind))
+    return vary(config, optimizer={"kind": kind})
 
 
 def chosen(folder: Path, setting: str) -> dict[str, str]:
@@ -184,8 +183,7 @@ def test_resume_goes_on_with_apex_and_refuses_without(
 
 def float8_dit(out: Path, recipe: str | None, *, mlp_ratio: float = 3.0, precision: str = "bf16") -> DiTConfig:
     """Hidden width 64, MLP 128: all multiples of 16 (with mlp_ratio 4 the MLP has 170)."""
-    config = tiny_dit(out, precision=precision, float8=recipe)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_ratio=mlp_ratio))
+    return vary(tiny_dit(out, precision=precision, float8=recipe), model={"mlp_ratio": mlp_ratio})
 
 
 def converted(model: LightningDiT) -> set[str]:

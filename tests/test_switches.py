@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec
+from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
 from vadit.models.dit import LightningDiT
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import flow, regularisers
@@ -157,43 +158,43 @@ def test_the_projector_sees_the_aligned_block() -> None:
 # ------------------------------------------------------------------------------------------ training
 
 
-def config(folder: Path, **flow_settings: float) -> DiTConfig:
+RUN = {"total_images": 16, "save_every_images": 8}
+ALIGNED = RepaSpec(weight=0.5, block=1, projector_width=16, foundation=FoundationSpec(name="dinov2"))
+
+
+def config(folder: Path, **groups: Any) -> DiTConfig:
     start = get_recipe("lightningdit-b-debug")
     assert isinstance(start, DiTConfig)
-    return dataclasses.replace(
-        start,
-        flow=dataclasses.replace(start.flow, **flow_settings),
-        repa=RepaSpec(weight=0.5, block=1, projector_width=16, foundation=FoundationSpec(name="dinov2")),
-        run=dataclasses.replace(start.run, out=str(folder), total_images=16, save_every_images=8),
-    )
+    return vary(start, run=RUN | {"out": str(folder)}, **groups)
+
+
+def trained_in_two_parts(whole: DiTConfig, folder: Path) -> dict[str, Tensor]:
+    """The weights of a run that goes on in mid-way; they are those of the run at once, which trains, too."""
+    trainer.train(whole)
+    for images in (8, 16):
+        trainer.train(vary(whole, run={"out": str(folder), "total_images": images}))
+    at_once, in_two = (runs.read_weights(run)[0] for run in (whole.run.out, folder))
+    assert at_once.keys() == in_two.keys()
+    assert all(torch.equal(value, at_once[name]) for name, value in in_two.items())
+    return in_two
 
 
 def test_all_terms_train_go_on_to_the_bit_and_leave_no_projector(tmp_path: Path) -> None:
-    settings = {"contrastive_weight": 0.05, "dispersive_weight": 0.5, "time_shift": 1.4}
-    whole = config(tmp_path / "whole", **settings)
-    trainer.train(whole)
+    flow = {"contrastive_weight": 0.05, "dispersive_weight": 0.5, "time_shift": 1.4}
+    whole = config(tmp_path / "whole", flow=flow, repa=ALIGNED)
+    weights = trained_in_two_parts(whole, tmp_path / "half")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     for line in lines:
         total = line["mse"] + line["direction"] - 0.05 * line["contrastive"]
         total += 0.5 * line["dispersive"] + 0.5 * line["alignment"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         assert 0 < line["alignment"] < 2 and line["dispersive"] <= 0
-    half = dataclasses.replace(config(tmp_path / "half", **settings))
-    first = dataclasses.replace(half, run=dataclasses.replace(half.run, total_images=8))
-    trainer.train(first)
-    saved = json.loads((tmp_path / "half" / "config.json").read_text())
-    saved["run"]["total_images"] = 16
-    (tmp_path / "half" / "config.json").write_text(json.dumps(saved))
-    trainer.train(half)
-    ours, theirs = (runs.read_weights(tmp_path / name)[0] for name in ("half", "whole"))
-    assert ours.keys() == theirs.keys() and any(name.startswith("projector.") for name in ours)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     fresh = trainer.training_network(whole, 16)
-    assert not torch.equal(ours["projector.0.weight"], fresh.state_dict()["projector.0.weight"])
+    assert not torch.equal(weights["projector.0.weight"], fresh.state_dict()["projector.0.weight"])
     export.export_run(tmp_path / "whole", tmp_path / "exported")
     assert not any(name.startswith("projector.") for name in export.load_generator(tmp_path / "exported").state_dict())
-    start = dataclasses.replace(whole.run, out=str(tmp_path / "on"), init_from=str(tmp_path / "exported"))
-    trainer.train(dataclasses.replace(whole, run=start))  # the projector starts anew
+    # the projector starts anew
+    trainer.train(vary(whole, run={"out": str(tmp_path / "on"), "init_from": str(tmp_path / "exported")}))
 
 
 def test_online_features_are_the_foundation_models() -> None:
@@ -208,9 +209,7 @@ def test_online_features_are_the_foundation_models() -> None:
 
 
 def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> None:
-    start = config(tmp_path / "run")
-    start = dataclasses.replace(start, repa=RepaSpec(), engine=dataclasses.replace(start.engine, ema_decays=(0.5, 0.9)))
-    trainer.train(start)
+    trainer.train(config(tmp_path / "run", engine={"ema_decays": (0.5, 0.9)}))
     plain, fast, slow = (export.load_generator(tmp_path / "run", ema).state_dict() for ema in (0.0, 0.5, 0.9))
     name = "final_layer.linear.bias"
     assert not torch.equal(plain[name], fast[name]) and not torch.equal(fast[name], slow[name])
@@ -220,25 +219,9 @@ def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------ Muon
 
 
-def test_muon_steps_matrices_of_blocks_and_adamw_the_rest(tmp_path: Path) -> None:
-    start = get_recipe("lightningdit-b-debug")
-    assert isinstance(start, DiTConfig)
-    muon = dataclasses.replace(
-        start,
-        optimizer=dataclasses.replace(start.optimizer, kind="muon", lr=1e-2),
-        engine=dataclasses.replace(start.engine, zero_stage=0, ema_decays=()),
-        run=dataclasses.replace(start.run, out=str(tmp_path / "whole"), total_images=16, save_every_images=8),
-    )
-    trainer.train(muon)
-    states, _ = runs.read_weights(tmp_path / "whole")
-    half = dataclasses.replace(muon, run=dataclasses.replace(muon.run, out=str(tmp_path / "half"), total_images=8))
-    trainer.train(half)
-    saved = json.loads((tmp_path / "half" / "config.json").read_text())
-    saved["run"]["total_images"] = 16
-    (tmp_path / "half" / "config.json").write_text(json.dumps(saved))
-    trainer.train(dataclasses.replace(half, run=dataclasses.replace(half.run, total_images=16)))
-    again, _ = runs.read_weights(tmp_path / "half")
-    assert all(torch.equal(again[name], states[name]) for name in states)
+def test_muon_trains_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    optimizer, engine = {"kind": "muon", "lr": 1e-2}, {"zero_stage": 0, "ema_decays": ()}
+    trained_in_two_parts(config(tmp_path / "whole", optimizer=optimizer, engine=engine), tmp_path / "half")
 
 
 def test_muon_is_torchs_muon_at_adamws_size() -> None:
