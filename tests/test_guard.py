@@ -80,14 +80,15 @@ def test_a_sound_run_meets_no_false_alarm(window: int, spread: float, tmp_path: 
 
 def test_spikes_are_left_out_and_move_nothing(tmp_path: Path) -> None:
     guard = Guard(GuardSpec(spike_window=16), tmp_path)
+    assert not judged(guard, model=math.nan) and (guard.skipped, guard.in_row) == (1, 1)
     assert all(judged(guard, model=1.0 + step / 100) for step in range(16))
     before = guard.state_dict()["norms"]
     assert not judged(guard, model=11.5)
     assert not judged(guard, model=math.inf)
-    assert (guard.applied, guard.skipped, guard.in_row) == (False, 2, 2)
+    assert (guard.applied, guard.skipped, guard.in_row) == (False, 3, 2)
     assert guard.state_dict()["norms"] == before
     assert judged(guard, model=11.0)
-    assert (guard.applied, guard.skipped, guard.in_row) == (True, 2, 0)
+    assert (guard.applied, guard.skipped, guard.in_row) == (True, 3, 0)
 
 
 def test_nothing_is_a_spike_before_the_window_has_filled(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch
         ({"precision": "autocast"}, 2, [None, (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
         ({"overlap_comm": True}, 2, [(4, 8, 4, 4, 4), (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
         ({"offload_optimizer": True, "ema_decays": (0.9, 0.99)}, 2, [(4, 8, 8, 4, 4), (4, 0, 0, 4, 8), None, None]),
+        (
+            {"zero_stage": 3, "offload_optimizer": True, "offload_weights": True},
+            2,
+            [None, None, None, (0, 0, 0, 2, 12)],
+        ),
         # ZeRO 3 gathers all weights of a small network, and those to come once more.
         ({"gradient_accumulation": 2}, 64, [(4, 8, 4, 4, 4), None, None, (4 / 64, 12 / 64, 4 / 64, 4 / 64, 12)]),
         ({"precision": "autocast"}, 64, [None, None, None, (4 / 64, 12 / 64, 4 / 64, 4 / 64, 14)]),
@@ -155,6 +160,27 @@ def test_shares_of_the_stages(engine: Any, gpus: int, expected: list[Any]) -> No
             found = (row.weights, row.optimizer, row.averages, row.gradients, row.buffers)
             assert [value / 100 for value in found] == pytest.approx(list(wanted)), row.stage
             assert row.total == pytest.approx(100 * sum(wanted))
+
+
+def test_activations_come_and_go_beside_gradients() -> None:
+    config = get_recipe("lightningdit-b")
+    network = Network("one", torch.nn.Linear(10, 10, bias=False, device="meta"), averaged=True)
+    frozen = Network("two", torch.nn.Linear(10, 5, bias=False, device="meta").requires_grad_(False))
+    held = memory.Activations(1e6, 1e6 + 300)
+
+    def rows(accumulation: int) -> list[tuple[float, ...]]:
+        engine = replace(config.engine, precision="fp32", gradient_accumulation=accumulation)
+        found = memory.stages(replace(config, engine=engine), [network, frozen], held, 2)
+        assert {row.moment for row in found} == {"backward"} and {row.activations for row in found} == {1e6}
+        return [(row.weights, row.gradients, row.buffers) for row in found]
+
+    # Weights of which 50 are frozen; buckets of 400 bytes, and what ZeRO 3 gathers twice.
+    assert rows(1) == [(600, 300, 0), (600, 300, 400), (600, 0, 400), (400, 200, 1200)]
+    assert rows(2) == [(600, 400, 0), (600, 400, 400), (600, 200, 400), (400, 200, 1200)]
+    config = replace(config, evaluation=replace(config.evaluation, every_images=8, tokenizer="vae"))
+    large = Network("large", torch.nn.Linear(1 << 16, 1 << 16, bias=False, device="meta"), averaged=True)
+    row = memory.stages(config, [large], memory.Activations(0, 0), 64)[2]  # buckets are cut at 500 million weights
+    assert (row.moment, row.gradients, row.buffers) == ("evaluation", 0, 4 << 32)
 
 
 def test_what_is_held_is_counted_where_it_is_fullest() -> None:

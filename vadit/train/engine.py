@@ -85,7 +85,7 @@ def start(device: torch.device) -> None:
         # speed up sums between processes of one machine: gloo serves for what runs there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        # The processes have met; one may now look through much data while the others wait.
+        # The processes have met; one may now read much data while the others wait.
         distributed.set_collective_timeout(START_S)
 
 
@@ -195,7 +195,7 @@ class Engine:
         """Back-propagate `loss` (a mean over this process's micro-batch) and reduce gradients where ZeRO wants it.
 
         Where `checked`, else `loss` itself, is not finite, the gradients become NaN. Their norm is computed over all
-        processes anyway, so it tells every one of them of a bad loss on any, without a collective of its own.
+        processes anyway, so every one of them hears of a bad loss on any, without a collective of its own.
         """
         sound = torch.isfinite(loss.detach() if checked is None else checked)
         self._engine.backward(loss * torch.where(sound, 1.0, math.nan))
@@ -246,7 +246,7 @@ class Engine:
             return lambda: combine_grad_norm_groups(groups())
         measure: Callable[[], torch.Tensor] = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._judged
-        # In bf16 it would look through all gradients once more, and wait for the device: the norm says the same.
+        # In bf16 it would read all gradients once more, and wait for the device: the norm says the same.
         optimizer.check_overflow = lambda partition_gradients=True: None
         return measure
 

@@ -1,7 +1,7 @@
 """The run folder: its config, its seeds, the weights it starts from, and the weights it gives.
 
 RUN/config.json       the resolved config; a run only goes on with the same one
-RUN/deepspeed.json    what DeepSpeed was told
+RUN/deepspeed.json    DeepSpeed's own config
 RUN/backends.json     what computes attention, linear layers and optimizer steps, and why
 RUN/log.jsonl, tensorboard/
 RUN/evaluations.jsonl, evaluations/   numbers and pictures of the looks during training
@@ -115,7 +115,7 @@ def seed_everything(spec: RunSpec) -> None:
 
 
 def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
-    """Keep what DeepSpeed was told, per network. Collective."""
+    """Keep DeepSpeed's own config of each network. Collective."""
     distributed.from_main(lambda: (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n"))
 
 
@@ -169,8 +169,8 @@ def read_weights(
     if ema is None:
         return shares.whole(WEIGHTS), path
     if ema not in (known := shares.averages):
-        told = ", ".join(map(repr, known)) or "left out only"
-        raise UsageError(f"{path} has no average with decay {ema}; --ema can be {told}")
+        choice = ", ".join(map(repr, known)) or "left out only"
+        raise UsageError(f"{path} has no average with decay {ema}; --ema can be {choice}")
     return shares.whole(average(ema)), path
 
 
