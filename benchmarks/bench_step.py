@@ -161,8 +161,9 @@ def run(case: Case) -> Row:
             from vadit.train import dit as trainer  # type: ignore[no-redef]
         found: list[Measured] = []
 
-        def instead_of_loop(task: Any, *_: Any, device: torch.device, **__: Any) -> None:
+        def instead_of_loop(task: Any, **_: Any) -> None:
             lengths = {"resident": case.data == "resident", "rounds": case.rounds, "warmup": case.warmup}
+            device = task.engine.device
             found.append(measure(task, precision=config.engine.precision, device=device, **lengths))
 
         stack.enter_context(mock.patch.object(loop, "run", instead_of_loop))
