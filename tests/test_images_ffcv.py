@@ -233,7 +233,6 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
     source = BetonSource(beton)
     for images, reason in (
         (ImageSet(DebugSource(4, SIZE), SIZE), "debug:4 is none"),
-        (ImageSet(source, SIZE, "random_resized"), "random_resized scales"),
         (ImageSet(source, SIZE - 1), rf"short side is {SIZE - 1} pixels, and .*images\.beton:0 has"),
     ):
         with pytest.raises(UsageError, match=rf"{reason}.*; set --data.loader torch"):

@@ -14,8 +14,8 @@ class ImageDataSpec:
     """Folder of images (a subfolder per class, or flat), of .tar shards, a pattern of shards, or a .beton; debug:N."""
     labels_file: str | None = None
     """File with a line "NAME LABEL" per image of a flat folder; names are relative to it."""
-    crop: Literal["center", "random", "random_resized"] = "center"
-    """center: ADM's centre crop; random: a random square of the short side; random_resized: of area 0.8-1."""
+    crop: Literal["center", "random"] = "center"
+    """center: ADM's centre crop; random: a random square of the short side."""
     flip: bool = False
     """Mirror images at random."""
     loader: Literal["auto", "torch", "dali", "ffcv"] = "auto"

@@ -208,13 +208,10 @@ def _by_pillow(data: bytes) -> Tensor:
 
 
 def resample(image: Tensor, crop: Crop, *, as_float: bool = False) -> Tensor:
-    """The four steps of a Crop on uint8 (H, W, 3): uint8 (size, size, 3), within rounding of apply_crop's.
+    """The three steps of a Crop on uint8 (H, W, 3): uint8 (size, size, 3), within rounding of apply_crop's.
 
     On a CPU uint8 is filtered as such, rounded after each pass, as in Pillow; a GPU needs float32 (`as_float`).
     """
-    if crop.cut is not None:
-        left, top, right, bottom = crop.cut
-        image = image[top:bottom, left:right]
     planes = image[None].permute(0, 3, 1, 2)
     if as_float:
         planes = planes.float()

@@ -46,8 +46,6 @@ def why_not(images: ImageSet) -> str:
     source = images.source
     if not isinstance(source, BetonSource):
         return f"FFCV reads .beton files, and {source.name} is none (vadit prepare makes one)"
-    if images.crop == "random_resized":
-        return "FFCV takes parts of stored images, and data.crop random_resized scales them"
     other = np.flatnonzero(np.minimum(source.widths, source.heights) != images.size)
     if len(other):
         index = int(other[0])
