@@ -42,11 +42,11 @@ SHARD_SIZE = 10_000
 NUM_SHARDS = 128
 FILL = 5
 """Batches that are not timed: every queue here holds fewer."""
-MIN_TURN_S, MIN_BATCHES = 0.25, 6
-BASELINE = "reference"
+MIN_TURN_S = 0.5
+WORKERS = 2
+"""Processes of the reference's loader, and threads of vadit's."""
 KINDS = {"sample": torch.bfloat16, "sample-fp32": torch.float32, "moments": torch.bfloat16}
-
-SHOWN = ("kind", "contender", "workers", "median_per_s", "ratio", "open_s", "restore_s")
+SHOWN = ("kind", "contender", "median_per_s", "ratio", "open_s", "restore_s")
 
 Stream = Callable[[], contextlib.AbstractContextManager[Iterator[object]]]
 """Opens a loader; the iterator gives batches for ever."""
@@ -67,7 +67,7 @@ class Row(harness.Stamp):
     q3_per_s: float
     rounds: int
     ratio: float | str = ""
-    """To the reference's way with as many workers (vadit's two threads: with 2)."""
+    """To the reference's way."""
     open_s: float | str = ""
     """Index: from the folder's name to a data set."""
     restore_s: float | str = ""
@@ -123,20 +123,14 @@ class ReferenceLatents(Dataset[tuple[Tensor, Tensor]]):
         return ((stored - self.mean) / self.std)[0], label[0]
 
 
-def reference_stream(folder: Path, options: argparse.Namespace, workers: int) -> Stream:
-    @contextlib.contextmanager
-    def start() -> Iterator[Iterator[object]]:
+def reference_stream(folder: Path, options: argparse.Namespace) -> Stream:
+    def batches() -> Iterator[object]:
         data = ReferenceLatents(folder)
-        loader = DataLoader(data, options.batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=False)
+        loader = DataLoader(data, options.batch, shuffle=True, num_workers=WORKERS, drop_last=True, pin_memory=False)
+        while True:
+            yield from loader
 
-        def batches() -> Iterator[object]:
-            while True:
-                yield from loader
-
-        with contextlib.closing(batches()) as stream:  # the end of it ends the workers
-            yield stream
-
-    return start
+    return lambda: contextlib.closing(batches())  # which ends the workers
 
 
 def our_stream(data: LatentDataset, options: argparse.Namespace) -> Stream:
@@ -144,37 +138,35 @@ def our_stream(data: LatentDataset, options: argparse.Namespace) -> Stream:
 
 
 def turn(stream: Stream, options: argparse.Namespace) -> float:
-    """Latents per second: MIN_BATCHES batches or more, until MIN_TURN_S are over."""
+    """Latents per second, until MIN_TURN_S are over."""
     with stream() as batches:
         for _ in range(FILL):
             next(batches)
-        started = time.perf_counter()
-        count = 0
-        while (passed := time.perf_counter() - started) < MIN_TURN_S or count < MIN_BATCHES:
+        started, count = time.perf_counter(), 0
+        while (passed := time.perf_counter() - started) < MIN_TURN_S:
             next(batches)
             count += 1
         return options.batch * count / passed
 
 
-# ------------------------------------------------------------------------------------------------ rows
-
-
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> list[Row]:
     """All rounds of one kind of latents."""
-    contenders = {(BASELINE, workers): reference_stream(folder, options, workers) for workers in (0, 2)}
-    contenders["vadit", 2] = our_stream(LatentDataset(folder), options)
-    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
+    make_folder(folder, options.num_latents, kind)
+    contenders = {
+        "reference": reference_stream(folder, options),
+        "vadit": our_stream(LatentDataset(folder), options),  # opened once, as in a run
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds):
-        for key, stream in contenders.items():
-            speeds[key].append(turn(stream, options))
-        done = "  ".join(f"{name}/{workers} {speeds[name, workers][-1]:,.0f}" for name, workers in contenders)
+        for name, stream in contenders.items():
+            speeds[name].append(turn(stream, options))
+        done = "  ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
         print(f"{kind} round {number + 1}: {done}", flush=True)
-    medians = {key: statistics.median(values) for key, values in speeds.items()}
-    rows = []
-    for (name, workers), values in speeds.items():
-        ratio = round(medians[name, workers] / medians[BASELINE, workers], 2)
-        rows.append(row(options, values, options.num_latents, kind, name, workers, ratio=ratio))
-    return rows
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return [
+        row(options, values, options.num_latents, kind, name, ratio=round(medians[name] / medians["reference"], 2))
+        for name, values in speeds.items()
+    ]
 
 
 def measure_index(folder: Path, options: argparse.Namespace) -> Row:
@@ -192,12 +184,10 @@ def measure_index(folder: Path, options: argparse.Namespace) -> Row:
         next(stream)
         restore_s = time.perf_counter() - started
     values = [turn(our_stream(data, options), options) for _ in range(options.rounds)]
-    return row(options, values, len(data), "index", "vadit", 2, open_s=round(open_s, 4), restore_s=round(restore_s, 4))
+    return row(options, values, len(data), "index", "vadit", open_s=round(open_s, 4), restore_s=round(restore_s, 4))
 
 
-def row(
-    options: argparse.Namespace, values: list[float], num: int, kind: str, contender: str, workers: int, **extra: float
-) -> Row:
+def row(options: argparse.Namespace, values: list[float], num: int, kind: str, contender: str, **extra: float) -> Row:
     q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return Row(
         date=datetime.date.today().isoformat(),
@@ -209,7 +199,7 @@ def row(
         shape=f"{CHANNELS}x{SIDE}x{SIDE}",
         batch=options.batch,
         contender=contender,
-        workers=workers,
+        workers=WORKERS,
         median_per_s=round(median),
         q1_per_s=round(q1),
         q3_per_s=round(q3),
@@ -232,10 +222,7 @@ def main() -> None:
     for kind in options.only:
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:  # one kind at a time on the disk
             folder = Path(scratch) / kind
-            if kind == "index":
-                rows.append(measure_index(folder, options))
-            else:
-                rows += measure(make_folder(folder, options.num_latents, kind), kind, options)
+            rows += [measure_index(folder, options)] if kind == "index" else measure(folder, kind, options)
     for line in rows:
         print({name: getattr(line, name) for name in SHOWN})
     if not options.no_save:

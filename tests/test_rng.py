@@ -72,5 +72,9 @@ def test_fold_is_63_bits_ordered_and_stable() -> None:
     assert rng.fold(1, 2) != rng.fold(2, 1) and rng.fold(1, "flip") != rng.fold(1, "noise")
     assert all(0 <= rng.fold(value, -value) < 2**63 for value in range(100))
     assert len({rng.fold(a, b) for a in range(50) for b in range(50)}) == 2500
+    ids = [0, 5, 2**40]
+    assert rng.seeds(3, ids) == [rng.fold(3, index) for index in ids]
     # Golden values: a change of the hash would silently change every sample of a seed.
     assert rng.fold(0) == 0xE220A8397B1DCDAF >> 1
+    assert rng.integers(3, ids, 1000).tolist() == [737, 806, 52]
+    assert rng.permute(torch.tensor([0, 1, 999]), 1000, 7).tolist() == [741, 287, 126]
