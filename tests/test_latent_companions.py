@@ -21,7 +21,7 @@ from latent_files import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vadit.commands import encode as encode_command
+from vadit import cli
 from vadit.config import DiTSpec, FoundationSpec, LatentDataSpec, RepaSpec
 from vadit.images.loader import ImageSet, Request
 from vadit.images.online import open_online_images
@@ -236,15 +236,24 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
         encode(autoencoder, images, tmp_path / "bad", features=model, **options)
 
 
-def test_encode_command_with_features(tmp_path: Path) -> None:
+def test_encode_command_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Autoencoder(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
-    arguments = ["--tokenizer", str(tmp_path / "tokenizer"), "--images", "debug:3", "--device", "cpu", "--no-flip"]
+    arguments = [
+        "encode",
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--images",
+        "debug:3",
+        "--device",
+        "cpu",
+        "--no-flip",
+    ]
     arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random", "--image-size", "32"]
-    encode_command.run([*arguments, "--out", str(tmp_path / "l")])
+    assert cli.main([*arguments, "--out", str(tmp_path / "l")]) == 0
     (shard,) = open_folder(tmp_path / "l")
     assert shard.tensors["features"].shape == (3, 192, 2, 2) and "features_flip" not in shard.tensors
     assert shard.settings is not None and shard.settings.features is not None
     assert shard.settings.features["input_size"] == 32
     assert shard.settings.shard_size == 2_500
-    with pytest.raises(UsageError, match=r"--features-grid is 0"):
-        encode_command.run([*arguments, "--out", str(tmp_path / "m"), "--features-grid", "0"])
+    assert cli.main([*arguments, "--out", str(tmp_path / "m"), "--features-grid", "0"]) == 2
+    assert "--features-grid is 0" in capsys.readouterr().err

@@ -22,6 +22,9 @@ from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.runtime.stream import debug_count
 
+BLOCK = 64
+"""Latents that are worked on at a time: few enough for a core's cache."""
+
 
 class LatentDataset:
     """A folder of latents, from `vadit encode` or in the authors' layout (`latents`, `latents_flip`, `labels`).
@@ -62,7 +65,7 @@ class LatentDataset:
             self.mean, self.std = statistics.mean, statistics.std
         self._normalize = normalize
         self._rows = RowReader(self.shards, first.key)
-        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         """Mean and deviation on each device that was asked for: sending them anew would wait for the device."""
 
     def __len__(self) -> int:
@@ -78,21 +81,30 @@ class LatentDataset:
         flips = torch.zeros(len(ids), dtype=torch.bool)
         if self.flip:
             flips = rng.uniform(rng.fold(seed, "flip", epoch), ids) < 0.5
-        pin = torch.device(device).type == "cuda"
-        latents = self._rows.read(ids, flips, pin=pin).to(device, non_blocking=pin).float()
-        if self.shards[0].has_moments:
-            mean, std = latents.chunk(2, dim=1)
-            noise = posterior_noise(rng.fold(seed, "posterior", epoch), ids, math.prod(mean.shape[1:]))
-            latents = _send(noise, device).reshape(mean.shape).mul_(std).add_(mean)
-        if self._normalize:
-            if str(device) not in self._on_device:
-                self._on_device[str(device)] = (self.mean.to(device), self.std.to(device))
-            mean, std = self._on_device[str(device)]
-            latents = latents.sub_(mean).div_(std)
-        if self.multiplier != 1:
-            latents = latents.mul_(self.multiplier)
+        latents = torch.empty((len(ids), self.channels, self.size, self.size), device=device)
+        for start in range(0, len(ids), BLOCK):
+            block = slice(start, start + BLOCK)
+            self._fill(latents[block], ids[block], flips[block], rng.fold(seed, "posterior", epoch))
         parts = (latents, _send(self.labels[ids], device))
         return parts if self.companion is None else (*parts, self.companion.batch(ids, flips, device))
+
+    def _fill(self, latents: Tensor, ids: Tensor, flips: Tensor, noise_seed: int) -> None:
+        """Some rows of a batch: read, sampled, normalised."""
+        device, pin = latents.device, latents.is_cuda
+        stored = self._rows.read(ids, flips, pin=pin).to(device, non_blocking=pin)
+        if self.shards[0].has_moments:
+            mean, std = stored.float().chunk(2, dim=1)
+            noise = posterior_noise(noise_seed, ids, math.prod(mean.shape[1:]))
+            latents.copy_(_send(noise, device).reshape(mean.shape)).mul_(std).add_(mean)
+        else:
+            latents.copy_(stored)
+        if self._normalize:
+            if device not in self._on_device:
+                self._on_device[device] = (self.mean.to(device), self.std.to(device))
+            mean, std = self._on_device[device]
+            latents.sub_(mean).div_(std)
+        if self.multiplier != 1:
+            latents.mul_(self.multiplier)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, d, h, w) as the autoencoder's decoder takes them."""

@@ -20,8 +20,6 @@ from vadit.runtime import rng
 
 NUM_POINTS = 1 << 16
 VALUES_PER_WORD = 4
-BLOCK = 32
-"""Rows made at a time: their words fit a core's cache."""
 _MIX = np.uint32(0x846CA68B)  # of lowbias32, https://nullprogram.com/blog/2018/07/31/
 _GOLDEN_SECTION = 0.6180339887498949
 
@@ -31,14 +29,11 @@ def posterior_noise(seed: int, ids: Tensor, size: int) -> Tensor:
     first = rng.integers(rng.fold(seed, "xor"), ids, 1 << 32).numpy()[:, None].astype(np.uint32)
     second = rng.integers(rng.fold(seed, "multiply"), ids, 1 << 32).numpy()[:, None].astype(np.uint32) | np.uint32(1)
     fixed, plane = _fixed_words(-(-size // VALUES_PER_WORD)), _plane()
-    values = np.empty((len(ids), 2 * len(fixed)), np.float64)  # two float32 each
-    for start in range(0, len(ids), BLOCK):
-        block = slice(start, start + BLOCK)
-        words = (fixed ^ first[block]) * second[block]
-        words ^= words >> np.uint32(15)
-        words *= _MIX
-        words ^= words >> np.uint32(16)
-        np.take(plane, words.view("<u2"), out=values[block], mode="clip")  # "raise" would go through a second buffer
+    words = (fixed ^ first) * second
+    words ^= words >> np.uint32(15)
+    words *= _MIX
+    words ^= words >> np.uint32(16)
+    values = np.take(plane, words.view("<u2"), mode="clip")  # two float32 each; "raise" would go through another buffer
     return torch.from_numpy(values.view(np.float32)[:, :size])
 
 
