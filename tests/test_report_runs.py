@@ -122,6 +122,7 @@ def test_losses_stand_beside_the_authors_log_where_the_recipe_is_theirs(tmp_path
     authors = next(series for series in mse.series if not series.is_line)
     assert authors.curve.x.tolist() == [step * BATCH for step in REFERENCE_STEPS[:4]]
     assert authors.curve.y.tolist() == list(REFERENCE_MSE[:4])
+    assert (np.diff(REFERENCE_MSE) < 0).all() and REFERENCE_STEPS[-1] * BATCH == headline().run.total_images
 
     (changed,) = read_runs([make_run(tmp_path / "changed", vary(headline(), optimizer={"lr": 1e-4}))])
     loss = next(section for section in run_sections([changed]) if section.title == "Loss")

@@ -134,7 +134,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
                   _frontier_section, _grids_section, _rest_section)  # fmt: skip
         for section in filter(None, (make(group) for make in makers)):
             if len(group) < len(runs):
-                charts = [replace(each, file=each.file and f"{title}-{each.file}") for each in section.charts]
+                charts = [replace(each, file=each.file and f"{title.lower()}-{each.file}") for each in section.charts]
                 section = replace(section, title=f"{title}: {section.title}", charts=charts)
             sections.append(section)
     return sections
