@@ -211,7 +211,7 @@ def test_a_summary_is_the_class_token_of_images_scaled_by_pillow() -> None:
     found = summary(torch.from_numpy(image).permute(2, 0, 1)[None])
     scaled = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
     x = torch.from_numpy(scaled.copy()).permute(2, 0, 1)[None].float() / 255
-    tokens = summary._model.forward_features((x - 0.5) / 0.5)  # this model's mean and deviation
+    tokens = summary.model.forward_features((x - 0.5) / 0.5)  # this model's mean and deviation
     torch.testing.assert_close(found, tokens[:, 0].detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -219,10 +219,10 @@ def test_position_embeddings_are_resized_as_dinov2_does() -> None:
     sizes: dict[str, int | float | str | bool] = {"img_size": 296, "patch_size": 8, "embed_dim": 4, "depth": 1}
     spec = FoundationSpec(name="vit_tiny_patch16_224", weights="random", model_args={**sizes, "num_heads": 1})
     torch.manual_seed(0)
-    old = ImageSummary(spec, side=296)._model.pos_embed[0, 1:].reshape(37, 37, 4).double().numpy()
+    old = ImageSummary(spec, side=296).model.pos_embed[0, 1:].reshape(37, 37, 4).double().numpy()
     torch.manual_seed(0)
     summary = ImageSummary(spec, side=128)
-    found = summary._model.pos_embed
+    found = summary.model.pos_embed
     assert found.shape == (1, 1 + 16 * 16, 4)
 
     def weight(distance: float) -> float:  # cubic convolution with a = -0.75 (Keys 1981), as torch has it

@@ -348,6 +348,11 @@ class LightningDiT(Pretrained):
         """Dtype of the weights."""
         return self.pos_embed.dtype
 
+    @property
+    def compiled_blocks(self) -> list[nn.Module]:
+        """All transformer blocks: what a trainer compiles one by one."""
+        return list(self.blocks)
+
     def forward(
         self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None, *, with_variance: bool = False
     ) -> Tensor:

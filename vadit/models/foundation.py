@@ -111,37 +111,29 @@ def _tf32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class ImageSummary:
+class ImageSummary(nn.Module):
     """uint8 images (B, 3, H, W) to one feature vector each, (B, D) fp32 on the CPU: the class token after the norm.
 
     For FD-DINOv2 (Stein et al. 2023): Pillow's bicubic to 224 pixels, then the model's own mean and deviation.
     """
 
     def __init__(self, spec: FoundationSpec, side: int = 224) -> None:
-        self._model = _create(spec).eval().requires_grad_(False)
-        self._side = side
-        _fit_positions(self._model, side // _stride(self._model))
-        self._mean, self._std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in _image_statistics(self._model, spec)
-        )
-        self._device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> ImageSummary:
-        """Move the network."""
-        self._model.to(device)
-        self._device = device
-        return self
+        super().__init__()
+        self.model = _create(spec).eval().requires_grad_(False)
+        self.side = side
+        _fit_positions(self.model, side // _stride(self.model))
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in _image_statistics(self.model, spec))
 
     @torch.no_grad()
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        size = (self._side, self._side)
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        size = (self.side, self.side)
         pixels = [
             np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC))
             for image in images_BCHW.cpu()
         ]
         x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-        x = ((x - self._mean) / self._std).to(self._device)
-        return self._model.forward_head(self._model.forward_features(x), pre_logits=True).float().cpu()
+        x = ((x - self.mean) / self.std).to(self.model.pos_embed.device)
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True).float().cpu()
 
 
 def _fit_positions(model: Any, grid: int) -> None:

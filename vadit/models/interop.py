@@ -32,7 +32,7 @@ Source = str | Path | Mapping[str, Any]
 State = dict[str, Tensor]
 Model = LightningDiT | Autoencoder
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 """What DistributedDataParallel and torch.compile put before every name."""
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 """Parts of a tokenizer checkpoint that neither encode nor decode."""
@@ -140,17 +140,12 @@ def _read(source: Source, keys: tuple[str, ...], mark: str | None, origin: str =
     if not isinstance(source, Mapping):
         origin, source = str(source), read_mapping(source)
     content = next((source[key] for key in keys if isinstance(source.get(key), Mapping)), source)
-    state = {_strip(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    named = {WRAPPER_PREFIXES.sub("", str(name)): value for name, value in content.items()}
+    state = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if mark is not None and mark not in state:
         found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor"
         raise UsageError(f"{origin}: tensor {mark} is missing ({found}); name a checkpoint of the right kind")
     return state, origin
-
-
-def _strip(name: str) -> str:
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def _shape(state: State, name: str, dimensions: int, origin: str) -> tuple[int, ...]:

@@ -62,8 +62,10 @@ class LPIPS(nn.Module):
 
     def _distance(self, features: Tensor, stage: int) -> Tensor:
         features = features.float()
-        # the root of the plain sum, with eps outside: the package's form, whose values are the published ones
-        x_BEhw, y_BEhw = (features / (_length(features) + NORM_EPS)).chunk(2)
+        # the root of the plain sum, with eps outside: the package's form, whose values are the published ones;
+        # vector_norm has a gradient of 0 where all features are 0
+        length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        x_BEhw, y_BEhw = (features / (length + NORM_EPS)).chunk(2)
         return ((x_BEhw - y_BEhw).square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
     def _load_backbone(self, path: str | None) -> None:
@@ -86,11 +88,6 @@ class LPIPS(nn.Module):
         state = read_weights(_head_file())
         for stage, head in enumerate(self.heads):
             head.data.copy_(state[f"lin{stage}.model.1.weight"])
-
-
-def _length(features_BEhw: Tensor) -> Tensor:
-    """Norm along channels (B, 1, h, w), whose gradient is 0 where all features are."""
-    return torch.linalg.vector_norm(features_BEhw, dim=1, keepdim=True)
 
 
 def _vgg_features() -> nn.Sequential:

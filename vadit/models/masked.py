@@ -126,11 +126,6 @@ class MaskedDiT(LightningDiT):
         for block in self.blocks:
             self._place(block)
 
-    @property
-    def compiled_blocks(self) -> list[nn.Module]:
-        """All transformer blocks: what a trainer compiles one by one."""
-        return list(self.blocks)
-
     def _relative_grid(self) -> int | None:
         return None
 
@@ -218,9 +213,8 @@ class MaskDiT(MaskedDiT):
         elif self.training:  # without a mask the token has a gradient of 0, which ZeRO needs more than none
             x_BND = x_BND + 0 * self.mask_token.to(x_BND.dtype)
         x_BND = x_BND + self.decoder_pos_embed.to(x_BND.dtype)
-        return self.through(
-            self.decoder_blocks, x_BND, c_BD, None if self.decoder_rope is None else self.decoder_rope()
-        )
+        places = None if self.decoder_rope is None else self.decoder_rope()
+        return self.through(self.decoder_blocks, x_BND, c_BD, places)
 
 
 class MDT(MaskedDiT):

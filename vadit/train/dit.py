@@ -19,7 +19,7 @@ from vadit.latents.loader import LatentLoader
 from vadit.models import attention
 from vadit.models.dit import Attention, DiTOutput, LightningDiT
 from vadit.models.foundation import FoundationModel
-from vadit.models.masked import MaskedDiT, build_generator
+from vadit.models.masked import build_generator
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
@@ -62,7 +62,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         spec=config.engine,
         global_batch=config.run.batch_size,
         device=device,
-        blocks=model.compiled_blocks if isinstance(model, MaskedDiT) else list(model.blocks),
+        blocks=model.compiled_blocks,
         forward=model.forward_features,
     )
     runs.save_deepspeed_config(folder, {"model": engine.config})
