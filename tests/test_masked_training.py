@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -105,34 +104,6 @@ def test_mdt_trains_as_plain_adamw_does(zero_stage: int, tmp_path: Path) -> None
 def test_mdt_trains_with_ddpm(tmp_path: Path) -> None:
     base = config(tmp_path, MDT_MASK, steps=2, model={"learn_sigma": True}, zero_stage=2)
     check_against_plain(dataclasses.replace(base, flow=dataclasses.replace(base.flow, objective="ddpm")))
-
-
-@pytest.mark.parametrize("mask", [MASKDIT, MDT_MASK])
-def test_killed_and_begun_again_it_is_the_same_run(
-    mask: MaskSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(Exception):
-        pass
-
-    every = {"save_every_images": 2 * BATCH, "background_saves": False}
-    straight = logged(dit.train(config(tmp_path / "straight", mask, run=every)))
-    step, calls = dit.train_step, 0
-
-    def killed_in_the_fourth(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Killed
-        return step(*args)
-
-    again = config(tmp_path / "killed", mask, run=every)
-    with monkeypatch.context() as patched, contextlib.suppress(Killed):
-        patched.setattr(dit, "train_step", killed_in_the_fourth)
-        dit.train(again)
-    dit.train(again)
-    assert logged(tmp_path / "killed")[-2:] == straight[-2:]
-    states = [runs.read_weights(tmp_path / name)[0] for name in ("straight", "killed")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize(("mask", "kind"), [(MASKDIT, MaskDiT), (MDT_MASK, MDT)])

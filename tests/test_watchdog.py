@@ -78,7 +78,7 @@ def test_a_main_thread_that_keeps_the_gil_is_ended_with_its_stack(pairs: tuple[d
 
 
 def sentence(*standings: Standing) -> str | None:
-    return judge(list(standings), timeout_s=60.0, grace_s=10.0) or None
+    return judge(list(standings), timeout_s=60.0, grace_s=10.0, quiet_s=4.0) or None
 
 
 def test_nobody_is_judged_while_somebody_gets_on() -> None:
@@ -162,6 +162,19 @@ def test_a_failed_collective_shortens_the_wait_for_the_dead() -> None:
     assert sentence(Standing(0), dead) is None
     text = sentence(Standing(0, accuses=True), dead)
     assert text is not None and text.startswith("rank 1 is gone")
+
+
+def test_a_failed_collective_makes_silence_tell() -> None:
+    text = sentence(Standing(0, accuses=True), Standing(1, step=3, silent_s=4.5))
+    assert text is not None and text.startswith("rank 1 has not been heard of for 4 s")
+    assert sentence(Standing(0, accuses=True), Standing(1, silent_s=3.5)) is None
+    assert sentence(Standing(0), Standing(1, silent_s=4.5)) is None
+
+
+def test_who_knows_of_a_few_says_only_who_is_lost() -> None:
+    assert sentence(Standing(1, step=5, idle_s=99.0), Standing(0, step=5, idle_s=99.0)) is None
+    text = sentence(Standing(1, idle_s=99.0), Standing(0, silent_s=31.0))
+    assert text is not None and text.startswith("rank 0 has not been heard of for 31 s")
 
 
 def test_the_setting_is_checked_and_0_guards_nothing() -> None:

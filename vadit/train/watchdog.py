@@ -195,18 +195,13 @@ class Watchdog:
                 own.idle_s = own.idle_s + passed_s if beat is seen else 0.0
                 (own.step, own.doing), seen = beat, beat
                 own.where, own.waits = _whereabouts(self._main) if own.idle_s > self.timeout_s / 4 else ("", False)
-                if verdict := self._judge(passed_s):
+                others = [] if self._messenger is None else self._messenger.standings(passed_s)
+                known = "" if self._messenger is None else self._messenger.verdict
+                if verdict := known or judge([own, *others], self.timeout_s, self.grace_s, self.quiet_s):
                     self._end(verdict)
                 self._pause()
         finally:
             faulthandler.cancel_dump_traceback_later()
-
-    def _judge(self, passed_s: float) -> str:
-        others = [] if self._messenger is None else self._messenger.standings(passed_s)
-        if self._messenger is not None and self._messenger.verdict:
-            return self._messenger.verdict
-        limits = {"timeout_s": self.timeout_s, "grace_s": self.grace_s, "quiet_s": self.quiet_s}
-        return judge([self._own, *others], **limits, of_all=distributed.is_main())
 
     def _end(self, verdict: str) -> None:
         """Publish a verdict; end the process, unless its main thread is about to do so by itself."""
@@ -233,17 +228,15 @@ class Watchdog:
         os._exit(HANG_CODE)
 
 
-def judge(
-    standings: list[Standing], *, timeout_s: float, grace_s: float, quiet_s: float = 4.0, of_all: bool = True
-) -> str:
+def judge(standings: list[Standing], timeout_s: float, grace_s: float, quiet_s: float) -> str:
     """Who holds the run up, in a sentence; empty while there is somebody who gets on.
 
-    of_all: whether these are the standings of all processes; those of a few say only who is lost.
+    The first standing is the judge's own. Rank 0 knows of all processes; who knows of a few says only who is lost.
     """
     present = [each for each in standings if not each.done]
-    accused = any(each.accuses for each in present)
+    accused, of_all = any(each.accuses for each in present), standings[0].rank == 0
     gone = [each for each in present if each.gone_s is not None]
-    heard = [each for each in present if each not in gone]
+    heard = [each for each in present if each.gone_s is None]
     silent = [each for each in heard if each.silent_s >= (quiet_s if accused else timeout_s / 2)]
     living = [each for each in heard if each not in silent]
     idle_s = min((each.idle_s for each in living), default=timeout_s)
@@ -251,27 +244,20 @@ def judge(
     newest = max((each.step for each in living), default=0)
     behind = [each for each in living if each.step < newest]
     busy = [each for each in living if not each.waits]
+    some = busy if len(busy) < len(living) or len(living) == 1 else []
     gone_s = max((each.gone_s or 0.0 for each in gone), default=0.0)
     ended = gone_s >= 1.0 if accused else min(gone_s, idle_s) >= grace_s
-    unheard = "{who} has not been heard of for {silent_s:.0f} s; {last}"
+    lost = "{who} has not been heard of for {silent_s:.0f} s; {last}"
     cases = [
-        # whether it is so, whom it names, what it says
-        (ended, gone, "{who} is gone (its process has ended); {last}"),
-        (accused and not gone, silent, unheard),
-        (stalled, gone + silent, unheard),
-        (stalled and of_all, behind, f"{{who}} lags behind step {newest}; {{last}}, {{idle_s:.0f}} s ago{{where}}"),
-        (
-            stalled and of_all and (len(busy) < len(living) or len(living) == 1),
-            busy,
-            "{who} does not get on; {last}, {idle_s:.0f} s ago{where}",
-        ),
+        # whether it is so, whom it names, how the sentence begins, what it says of each
+        (ended, gone, "", "{who} is gone (its process has ended); {last}"),
+        (accused and not gone, silent, "", lost),
+        (stalled, gone + silent, "", lost),
+        (stalled and of_all, behind, "", f"{{who}} lags behind step {newest}; {{last}}, {{idle_s:.0f}} s ago{{where}}"),
+        (stalled and of_all, some, "", "{who} does not get on; {last}, {idle_s:.0f} s ago{where}"),
+        (stalled and of_all, living, "nobody gets on; ", "{who}: {last}, {idle_s:.0f} s ago{where}"),
     ]
-    for so, named, sentence in cases:
-        if so and named:
-            return _list(named, sentence)
-    if stalled and of_all:
-        return "nobody gets on; " + _list(living, "{who}: {last}, {idle_s:.0f} s ago{where}")
-    return ""
+    return next((begin + _list(named, sentence) for so, named, begin, sentence in cases if so and named), "")
 
 
 def _list(standings: list[Standing], sentence: str) -> str:
