@@ -160,11 +160,11 @@ torch.distributed.init_process_group("gloo")
 rank = distributed.rank()
 ids = torch.arange(rank, 5, 2)
 rows = torch.stack([ids.float(), -ids.float()], 1)
-order, values = distributed.all_rows(ids, rows, torch.device("cpu"))
+order, values = distributed.all_rows(ids, rows)
 assert order.tolist() == [0, 2, 4, 1, 3], order
 assert torch.equal(values[:, 1], -order.float())
 empty = ids[:0] if rank == 1 else ids
-order, values = distributed.all_rows(empty, torch.zeros(0) if rank == 1 else rows, torch.device("cpu"))
+order, values = distributed.all_rows(empty, torch.zeros(0) if rank == 1 else rows)
 assert order.tolist() == [0, 2, 4] and values.shape == (3, 2)
 torch.distributed.destroy_process_group()
 """
@@ -208,7 +208,7 @@ def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch:
     assert all(evaluate_all(batch) == whole for batch in (1, 32, 40))
     gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def record(ids: Tensor, rows: Tensor, on: torch.device) -> tuple[Tensor, Tensor]:
+    def record(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         gathered.setdefault(distributed.rank(), []).append((ids, rows))
         if distributed.rank() == 0:
             return ids, rows

@@ -176,12 +176,12 @@ def evaluate_tokenizer(
         if features is not None:
             pairs.append(torch.stack([features(filled).float(), features(restored).float()], dim=1)[: len(group)].cpu())
         places += range(first, first + len(group))
-    scores_NS = _all_rows(places, rows, device)
+    scores_NS = _all_rows(places, rows)
     if not len(scores_NS):
         raise UsageError("there are no images to evaluate; name a folder that holds some")
     rfid = None
     if features is not None:
-        pairs_N2D = _all_rows(places, pairs, device)
+        pairs_N2D = _all_rows(places, pairs)
         rfid = frechet_distance(*_moments(pairs_N2D[:, 0]), *_moments(pairs_N2D[:, 1]))
     means = scores_NS.mean(dim=0).tolist()
     return ReconstructionMetrics(
@@ -207,10 +207,10 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         yield waiting
 
 
-def _all_rows(places: list[int], rows: list[Tensor], device: str | torch.device) -> Tensor:
+def _all_rows(places: list[int], rows: list[Tensor]) -> Tensor:
     """Rows (n, ...) of all processes in the order of their places in the set."""
     own = torch.cat(rows) if rows else torch.zeros(0)
-    order, values = distributed.all_rows(torch.tensor(places, dtype=torch.int64), own, torch.device(device))
+    order, values = distributed.all_rows(torch.tensor(places, dtype=torch.int64), own)
     return values[order.argsort()]
 
 

@@ -104,24 +104,23 @@ def any_most(value: float, on: torch.device) -> float:
     return float(most.item())
 
 
-def all_rows(ids: torch.Tensor, rows: torch.Tensor, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (n,) int64 and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
+def all_gathered(value: T) -> list[T]:
+    """What each process gives, in the order of ranks (every process must call); pickled on the way."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def all_rows(ids: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (n,) and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
 
     Every process must call. A process without rows may give any empty tensor.
     """
-    if not dist.is_initialized() or world_size() == 1:
-        return ids.cpu(), rows.cpu()
-    shapes: list[Any] = [None] * world_size()
-    dist.all_gather_object(shapes, (len(ids), tuple(rows.shape[1:]), rows.dtype))
-    most, shape, dtype = max(shapes, key=lambda each: each[0])
-    parts = []
-    for own, size, kind in ((ids, (), torch.int64), (rows, shape, dtype)):
-        padded = torch.zeros(most, *size, dtype=kind, device=on)
-        padded[: len(own)] = own.to(on) if len(own) else padded[:0]
-        gathered = [torch.empty_like(padded) for _ in shapes]
-        dist.all_gather(gathered, padded)
-        parts.append(torch.cat([part[:count].cpu() for part, (count, _, _) in zip(gathered, shapes, strict=True)]))
-    return parts[0], parts[1]
+    found = all_gathered((ids.cpu(), rows.cpu()))
+    parts = [part for part in found if len(part[0])] or found[:1]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def from_main(make: Callable[[], T]) -> T:

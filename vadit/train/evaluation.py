@@ -46,16 +46,12 @@ Beat = Callable[[], None]
 
 
 class Made(NamedTuple):
-    """What one process has made."""
+    """What one process has made, by image."""
 
-    ids: Tensor
-    """(n,) int64: which images."""
-    features: Tensor
-    """(n, F) fp32: what the numbers are taken from."""
-    shown_ids: Tensor
-    """(m,) int64: images of the picture."""
-    shown: Tensor
-    """(m, H, W, 3) uint8."""
+    features: dict[int, np.ndarray]
+    """(F,) fp32: what the numbers are taken from."""
+    pictures: dict[int, np.ndarray]
+    """(H, W, 3) uint8: images of the picture."""
 
 
 class _Failed(Exception):
@@ -79,8 +75,8 @@ class Evaluation:
         """This process's part; no collectives."""
         raise NotImplementedError
 
-    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
-        """The numbers by name, and the picture, of what all processes have made."""
+    def finish(self, features: np.ndarray, pictures: np.ndarray) -> tuple[dict[str, float], Image.Image]:
+        """The numbers by name, and the picture, of what all processes have made, in the order of the images."""
         raise NotImplementedError
 
     def run(self, position: Position, log: RunLog, beat: Beat) -> None:
@@ -118,12 +114,13 @@ class Evaluation:
         assert not own, f"the network that is trained has no {min(own)}"
         beat()
         made: Made = self._together(lambda: self.make(network, beat))
-        ids, features = distributed.all_rows(made.ids, made.features, self._device)
-        shown_ids, shown = distributed.all_rows(made.shown_ids, made.shown, self._device)
+        parts = distributed.all_gathered(made)
         beat()
-        order, shown_order = ids.argsort(), shown_ids.argsort()
-        whole = Made(ids[order], features[order], shown_ids[shown_order], shown[shown_order])
-        return self._together(lambda: self.finish(whole) if distributed.is_main() else ({}, None))
+        features = {index: row for part in parts for index, row in part.features.items()}
+        pictures = {index: row for part in parts for index, row in part.pictures.items()}
+        return self._together(
+            lambda: self.finish(_stacked(features), _stacked(pictures)) if distributed.is_main() else ({}, None)
+        )
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, or _Failed on every process where it failed on any. Collective."""
@@ -135,6 +132,10 @@ class Evaluation:
         if not distributed.any_rank(bool(problem), self._device):
             return found
         raise _Failed(problem or "another process could not do its part")
+
+
+def _stacked(rows: dict[int, np.ndarray]) -> np.ndarray:
+    return np.stack([rows[index] for index in sorted(rows)]) if rows else np.empty(0)
 
 
 @contextlib.contextmanager
@@ -207,41 +208,36 @@ class _Samples(Evaluation):
         return build_generator(self._config.model, self._config.mask)
 
     def make(self, network: nn.Module, beat: Beat) -> Made:
-        spec, config = self._config.evaluation, self._config
+        config, spec = self._config, self._config.evaluation
         scored = spec.num_samples if self._scorer is not None else 0
-        ids, features, shown_ids, shown = [], [], [], []
-        drawn = []
+        count, drawn = max(scored, spec.grid_images), []
         # The arithmetic of training: fp32 would take several times as long on a GPU.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
-            for part in draw(network, self._sampler, num_samples=max(scored, spec.grid_images), flow=config.flow):
+            for part in draw(network, self._sampler, num_samples=count, flow=config.flow):
                 drawn.append(part)
                 beat()
+        made = Made({}, {})
         for part in drawn:
             pixels = decode(self._autoencoder, self._dataset.denormalize(part.latents))
-            own = torch.tensor(part.indices)
-            grid, counted = own < spec.grid_images, own < scored
-            shown_ids.append(own[grid])
-            shown.append(channels_last(pixels.cpu()[grid]))
-            if self._scorer is not None and counted.any():
-                ids.append(own[counted])
-                features.append(self._scorer.features(pixels[counted.to(pixels.device)].expand(-1, 3, -1, -1)))
+            places = [place for place, index in enumerate(part.indices) if index < scored]
+            if self._scorer is not None and places:
+                rows = self._scorer.features(pixels[places].expand(-1, 3, -1, -1)).cpu().numpy()
+                made.features.update(zip([part.indices[place] for place in places], rows, strict=True))
+            shown = channels_last(pixels.cpu()).numpy()
+            made.pictures.update(
+                (index, shown[place]) for place, index in enumerate(part.indices) if index < spec.grid_images
+            )
             beat()
-        none = torch.empty(0, dtype=torch.int64)
-        return Made(
-            torch.cat([none, *ids]),
-            torch.cat(features) if features else torch.empty(0, 0),
-            torch.cat([none, *shown_ids]),
-            torch.cat(shown) if shown else torch.empty(0, 0, dtype=torch.uint8),
-        )
+        return made
 
-    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
+    def finish(self, features: np.ndarray, pictures: np.ndarray) -> tuple[dict[str, float], Image.Image]:
         values: dict[str, float] = {}
         wanted = self._config.evaluation.num_samples
         if self._scorer is not None:
-            if len(made.ids) != wanted:
-                raise RunError(f"{len(made.ids)} of {wanted} samples were made; a part gives no number")
-            values = self._scorer.score(made.features, sampler_name(self._sampler))
-        return values, image_grid(made.shown.numpy())
+            if len(features) != wanted:
+                raise RunError(f"{len(features)} of {wanted} samples were made; a part gives no number")
+            values = self._scorer.score(torch.from_numpy(features), sampler_name(self._sampler))
+        return values, image_grid(pictures)
 
 
 # ------------------------------------------------------------------------------------------ the tokenizer
@@ -271,26 +267,20 @@ class _Reconstructions(Evaluation):
 
         assert isinstance(network, Autoencoder), "made by network()"
         places = spread(len(self._images), self._count).tolist()
-        own = range(distributed.rank(), self._count, distributed.world_size())
-        ids = {places[place]: place for place in own}
-        found, values, pairs = [], [], []
+        own = {places[index]: index for index in range(distributed.rank(), self._count, distributed.world_size())}
+        made = Made({}, {})
         with self._decoder() as decoder:
             # One at a time, so that a picture is the same on any number of processes.
-            for batch in load_in_order(self._images, list(ids), 1, decoder):
-                pixels = batch.images.to(self._device)
+            for batch in load_in_order(self._images, list(own), 1, decoder):
+                pixels, index = batch.images.to(self._device), own[int(batch.ids[0])]
                 again = to_uint8(reconstruct(network, pixels, 0, posterior="mode"))
-                found.append(ids[int(batch.ids[0])])
-                values.append(psnr(pixels, again).float().cpu())
-                pairs.append(channels_last(torch.cat([pixels, again], dim=3).cpu()))
+                made.features[index] = psnr(pixels, again).float().cpu().numpy()
+                made.pictures[index] = channels_last(torch.cat([pixels, again], dim=3).cpu())[0].numpy()
                 beat()
-        kept = torch.tensor(found, dtype=torch.int64)
-        if not pairs:
-            return Made(kept, torch.empty(0, 1), kept, torch.empty(0, dtype=torch.uint8))
-        return Made(kept, torch.cat(values)[:, None], kept, torch.cat(pairs))
+        return made
 
-    def finish(self, made: Made) -> tuple[dict[str, float], Image.Image]:
-        if len(made.ids) == 0:
+    def finish(self, features: np.ndarray, pictures: np.ndarray) -> tuple[dict[str, float], Image.Image]:
+        if len(features) == 0:
             raise RunError("none of the images decodes")
-        originals, again = np.split(made.shown.numpy(), 2, axis=2)
-        picture = reconstruction_pairs(originals, again)
-        return {f"psnr{count_name(len(made.ids))}": float(made.features.mean())}, picture
+        originals, again = np.split(pictures, 2, axis=2)
+        return {f"psnr{count_name(len(features))}": float(features.mean())}, reconstruction_pairs(originals, again)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from vadit.runtime import distributed
 from vadit.runtime.console import ProgressBar, console
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
+from vadit.runtime.stream import PositionedLoader
 from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
@@ -22,22 +23,6 @@ from vadit.train.guard import Guard, StopRequest, not_finite
 from vadit.train.optimizers import learning_rate
 from vadit.train.tracker import Tracker, timed_collectives
 from vadit.train.watchdog import Watchdog
-
-
-class Loader(Protocol):
-    """What the loop needs of a loader."""
-
-    def stream(self) -> Generator[Any, None, None]:
-        """Full batches for ever."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position of what was handed out."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position."""
-
-    def ids_between(self, before: dict[str, Any], after: dict[str, Any]) -> list[int]:
-        """The samples of all processes that were handed out between two positions."""
 
 
 class Evaluation(Protocol):
@@ -60,7 +45,7 @@ class Task:
     """Every network that is trained; the first is the one that is exported and averaged."""
     ema: ShardedEMA
     guard: Guard
-    loader: Loader
+    loader: PositionedLoader[Any]
     step: Callable[[Iterator[Any], Position], dict[str, torch.Tensor]]
     """Take batches, step through the guard; returns the terms of the loss as scalars on the device."""
     flops_per_image: float | None = None

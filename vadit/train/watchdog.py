@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 
@@ -300,8 +299,7 @@ class Messenger:
         if main:  # who asks for a missing key waits
             for name in (*ranks, "verdict"):
                 self._store.set(f"watchdog/{nonce}/{name}", "")
-        found: list[Any] = [None for _ in ranks]
-        dist.all_gather_object(found, (nonce, machine, os.getpid()))
+        found = distributed.all_gathered((nonce, machine, os.getpid()))
         self._prefix = f"watchdog/{found[0][0]}/"
         self._near: dict[int, int] = {}  # rank by handle, of the processes of this machine
         self._ends = select.poll()
