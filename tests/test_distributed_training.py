@@ -102,15 +102,6 @@ def test_a_process_that_dies_between_two_stages_is_named(tmp_path: Path) -> None
     assert "rank 1 is gone" in said[0]
 
 
-@pytest.mark.faults
-def test_every_run_of_two_processes_goes_on_to_the_bit(tmp_path: Path) -> None:
-    launch("resumed", tmp_path)
-    folders = sorted(tmp_path.iterdir())
-    assert len(folders) == 12
-    for folder in folders:
-        assert_same_end(folder / "killed", folder / "straight")
-
-
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_the_look_of_two_processes_is_what_the_checkpoint_draws(zero_stage: int, runs: Path) -> None:
     run = runs / f"dit-{zero_stage}"

@@ -80,10 +80,10 @@ class Standing:
     def parse(cls, rank: int, message: bytes) -> Standing | None:
         """Out of a message; None where it makes no sense, which counts as silence."""
         try:
-            told = json.loads(message)
-            idle_s = max(0.0, float(told["idle_s"]))  # 0 for NaN, too
-            flags = {name: bool(told[name]) for name in ("waits", "accuses", "done")}
-            return cls(rank, int(told["step"]), str(told["doing"]), idle_s, str(told["where"]), **flags)
+            values = json.loads(message)
+            idle_s = max(0.0, float(values["idle_s"]))  # 0 for NaN, too
+            flags = {name: bool(values[name]) for name in ("waits", "accuses", "done")}
+            return cls(rank, int(values["step"]), str(values["doing"]), idle_s, str(values["where"]), **flags)
         except Exception:  # whatever it is: no message may end the watchdog
             return None
 
@@ -282,8 +282,7 @@ class Messenger:
     """Exchanges standings and the verdict by the process group's store, over a client of its own; collective to make.
 
     Keys are watchdog/NONCE/RANK and watchdog/NONCE/verdict, with a nonce of this start: torchrun may keep one store
-    over its restarts. Rank 0 reads all processes, the others rank 0 and those of their machine, whose end the system
-    tells.
+    over its restarts. Rank 0 reads all processes, the others rank 0 and those of their machine, whose end they see.
     """
 
     def __init__(self, own: Standing) -> None:
