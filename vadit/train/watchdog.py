@@ -157,6 +157,7 @@ class Watchdog:
                 self._messenger.wait(self.grace_s if in_order else self.quiet_s)
             self._left.set()
             self._threads[1].join(self.quiet_s)  # the store may be out of reach
+            self._messenger.close()
         if self._own.accuses and self._verdict:
             raise RunError(f"{self._verdict}; {AGAIN}") from error
 
@@ -167,8 +168,10 @@ class Watchdog:
         try:
             work()
         except BaseException as error:
-            traceback.print_exc(file=sys.__stderr__)
-            self._exit(f"the watchdog itself has failed ({type(error).__name__}: {error})")
+            try:
+                traceback.print_exc(file=sys.__stderr__)
+            finally:
+                self._exit(f"the watchdog itself has failed ({type(error).__name__}: {error})")
 
     def _pause(self) -> None:
         if self._hurry.wait(self.interval_s):
@@ -216,15 +219,17 @@ class Watchdog:
     def _exit(self, verdict: str) -> None:
         who = f"[rank {self._own.rank}] " if self._messenger is not None else ""
         stream = sys.__stderr__
-        print(f"\n{who}error: {verdict}; the threads of this process stand here:", file=stream, flush=True)
-        faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        print(f"{who}error: {verdict}; {AGAIN}", file=stream, flush=True)  # once more, where it is seen
-        leave_for_torchrun(f"error: {verdict}")
-        faulthandler.cancel_dump_traceback_later()
-        if self._messenger is not None:
-            self._messenger.publish(verdict)
-            time.sleep(self.quiet_s)  # the store goes with rank 0: let all read the verdict
-        os._exit(HANG_CODE)
+        try:
+            print(f"\n{who}error: {verdict}; the threads of this process stand here:", file=stream, flush=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
+            print(f"{who}error: {verdict}; {AGAIN}", file=stream, flush=True)  # once more, where it is seen
+            leave_for_torchrun(f"error: {verdict}")
+            faulthandler.cancel_dump_traceback_later()
+            if self._messenger is not None:
+                self._messenger.publish(verdict)
+                time.sleep(self.quiet_s)  # the store goes with rank 0: let all read the verdict
+        finally:
+            os._exit(HANG_CODE)
 
 
 def judge(standings: list[Standing], timeout_s: float, grace_s: float, quiet_s: float) -> str:
@@ -357,6 +362,11 @@ class Messenger:
         end = time.monotonic() + limit_s
         while time.monotonic() < end and not all(each.done or each.gone_s for each in self.standings(HURRY_S)):
             time.sleep(HURRY_S)
+
+    def close(self) -> None:
+        """Let go of the others' processes."""
+        while self._near:
+            os.close(self._near.popitem()[0])
 
 
 def _connect() -> dist.Store:
