@@ -27,15 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.folders import ppm
+from vadit.images.folders import MAX_CLASSES, ppm
 from vadit.images.jpeg import jpeg_size
 from vadit.runtime.errors import RunError, UsageError
 
 VERSION = 2
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
 MAX_FIELDS = 64
-MAX_CLASSES = 1 << 20
-"""Largest label + 1 of a file that names no classes: a damaged label shall not make a list of billions."""
 JPG, RAW = 0, 1
 
 HEADER = np.dtype(

@@ -13,6 +13,7 @@ from vadit.runtime.errors import RunError, UsageError
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 DEBUG_CLASSES = 10
 MAX_CLASSES = 1_000_000
+"""Largest label + 1 where classes have no names: a damaged label shall not make a list of billions."""
 SET_FOLDER = "set --data.path (vadit encode and evaluate: --images)"
 GIVE_LABELS = "--labels-file (of vadit encode and prepare; vadit train: --data.labels-file)"
 

@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from vadit.images.folders import MAX_CLASSES
 from vadit.runtime.errors import RunError
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 )
-MAX_CLASSES = 1_000_000
 NO_LABEL = -1
 RECORD = np.dtype([("header", "<i8"), ("start", "<i8"), ("size", "<i8"), ("label", "<i4")])
 """An image: position of its (first) header, of its bytes, their number, label."""
