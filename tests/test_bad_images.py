@@ -158,7 +158,7 @@ def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog: p
             assert psnr(pixels.cpu().numpy(), reference[stem(images, index)].numpy()) >= exact
         assert torch.equal(batch.labels, images.labels[batch.ids])
     names = [name for name, *_ in [*BAD.values(), *(PLACES[kind] for kind in places)]]
-    assert len(images.bad_files) == len(names)
+    assert len(images.bad) == len(names)
     message = next(text for text in caplog.messages if "do not decode" in text)
     assert f"{len(names)} images do not decode" in message
     assert sum(name in message for name in names) == 10
@@ -191,7 +191,7 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
     os.unlink(images.source.describe(last))
     seen += ids_of(list(batches))
     assert last not in seen and len(seen) == len(GOOD)
-    assert list(images.bad_files) == [images.source.describe(last)]
+    assert list(images.bad) == [last]
 
 
 # ------------------------------------------------------------------------------------------------ prepared data

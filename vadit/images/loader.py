@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -42,17 +42,12 @@ class ImageBatch:
 class ImageSource(Protocol):
     """Encoded images and their labels; decodes nothing."""
 
-    @property
-    def name(self) -> str:
-        """The path that the user gave."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the labels."""
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 (n,)."""
+    name: str
+    """The path that the user gave."""
+    classes: list[str]
+    """Names of the labels."""
+    labels: Tensor
+    """int64 (n,)."""
 
     def __len__(self) -> int: ...
 
@@ -94,26 +89,18 @@ Decoder = Callable[[], AbstractContextManager[ImageDecoder]]
 """Starts a decoder, and ends its threads and pipelines when the context ends."""
 
 
+@dataclass(eq=False)
 class ImageSet:
     """A source with the settings of a run: side, crop, mirroring, and what happens to bad images."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        size: int,
-        crop: CropKind = ImageDataSpec.crop,
-        flip: bool = ImageDataSpec.flip,
-        on_error: Literal["raise", "skip"] = ImageDataSpec.on_error,
-        max_bad_share: float = ImageDataSpec.max_bad_share,
-    ) -> None:
-        self.source = source
-        self.size = size
-        self.crop: CropKind = crop
-        self.flip = flip
-        self.on_error = on_error
-        self.max_bad_share = max_bad_share
-        self.bad: dict[int, RunError] = {}
-        """Images that did not decode so far, and why (on_error="skip")."""
+    source: ImageSource
+    size: int
+    crop: CropKind = ImageDataSpec.crop
+    flip: bool = ImageDataSpec.flip
+    on_error: Literal["raise", "skip"] = ImageDataSpec.on_error
+    max_bad_share: float = ImageDataSpec.max_bad_share
+    bad: dict[int, RunError] = field(default_factory=dict, init=False)
+    """Images that did not decode so far, and why (on_error="skip")."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -127,11 +114,6 @@ class ImageSet:
     def labels(self) -> Tensor:
         """int64 (n,)."""
         return self.source.labels
-
-    @property
-    def bad_files(self) -> dict[str, str]:
-        """Where the images are that did not decode so far -> why."""
-        return {self.source.describe(index): str(error) for index, error in sorted(self.bad.items())}
 
     def requests(self, ids: Sequence[int] | Tensor, *, seed: int, epoch: int) -> list[Request]:
         """Images as training samples: crop and mirroring are functions of (seed, id, epoch)."""
@@ -150,18 +132,19 @@ class ImageSet:
             raise error
         self.bad.setdefault(index, error)
         if len(self.bad) > self.max_bad_share * len(self):
-            names = ", ".join(list(self.bad_files)[:10])
             raise RunError(
                 f"{len(self.bad)} of {len(self)} images of {self.source.name} do not decode, more than "
-                f"data.max_bad_share {self.max_bad_share:g} allows: {names}; replace them, or raise "
+                f"data.max_bad_share {self.max_bad_share:g} allows: {self._bad_names()}; replace them, or raise "
                 "--max-bad-share (vadit train: --data.max-bad-share)"
             ) from error
 
     def warn_of_bad_files(self) -> None:
         """Log how many images did not decode, with the first ten names."""
         if self.bad:
-            names = ", ".join(list(self.bad_files)[:10])
-            logger.warning("%d images do not decode and were skipped: %s", len(self.bad), names)
+            logger.warning("%d images do not decode and were skipped: %s", len(self.bad), self._bad_names())
+
+    def _bad_names(self) -> str:
+        return ", ".join(self.source.describe(index) for index in sorted(self.bad)[:10])
 
 
 def describe_classes(classes: Sequence[str]) -> str:
