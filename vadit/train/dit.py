@@ -79,17 +79,13 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     guard = Guard(config.guard, folder)
     evaluation = generator_evaluation(config, dataset, ema, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
-
-    def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
-        return train_step(engine, ema, guard, config, batches, position, device, features)
-
     task = loop.Task(
         title=title,
         engines={"model": engine},
         ema=ema,
         guard=guard,
         loader=loader,
-        step=step,
+        step=lambda batches, position: train_step(engine, ema, guard, config, batches, position, features),
         flops_per_image=flops.tracked_flops(config),
         peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
@@ -120,13 +116,12 @@ def train_step(
     config: DiTConfig,
     batches: Iterator[Any],
     position: Position,
-    device: torch.device,
     features: Features | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
-        latents, labels, *companions = (part.to(device, non_blocking=True) for part in next(batches))
+        latents, labels, *companions = (part.to(engine.device, non_blocking=True) for part in next(batches))
         terms: dict[str, Tensor] = {}
         for masks in masked.passes(config.mask, position.images_seen):
             drawn = draw(config, latents, position.images_seen)

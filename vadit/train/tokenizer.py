@@ -96,17 +96,13 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
     guard = Guard(config.guard, folder)
     evaluation = tokenizer_evaluation(config, images, ema, folder)
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
-
-    def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
-        return train_step(networks, ema, guard, config, batches, position, device)
-
     task = loop.Task(
         title=title,
         engines=engines,
         ema=ema,
         guard=guard,
         loader=loader,
-        step=step,
+        step=lambda batches, position: train_step(networks, ema, guard, config, batches, position),
         flops_per_image=flops.tracked_flops(config),
         peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
@@ -170,12 +166,11 @@ def train_step(
     config: TokenizerConfig,
     batches: Iterator[Any],
     position: Position,
-    device: torch.device,
 ) -> dict[str, Tensor]:
     """One optimizer step of both networks over `gradient_accumulation` micro-batches; the means of the loss terms."""
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.gradient_accumulation):
-        images = to_signed(next(batches).images.to(device, non_blocking=True))
+        images = to_signed(next(batches).images.to(networks.model.device, non_blocking=True))
         # Steps are counted from 1 here: disc_start_step 1 means from the first.
         adversarial = networks.discriminator is not None and position.step + 1 >= config.loss.disc_start_step
         terms, fake = generator_step(networks, config.loss, images, adversarial=adversarial)
