@@ -152,14 +152,14 @@ def test_a_compiled_and_checkpointed_block_computes_the_same(name: str) -> None:
             torch.testing.assert_close(value, true, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_keeps_and_tells_its_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_and_prints_its_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dit.train(tiny_dit(tmp_path / "auto", steps=2))
     assert "engine.attention" not in capsys.readouterr().err
     dit.train(tiny_dit(tmp_path / "math", steps=2, attention="math"))
     assert "engine.attention" not in capsys.readouterr().err
     dit.train(tiny_dit(tmp_path / "cudnn", steps=2, attention="cudnn"))
-    told = [line for line in capsys.readouterr().err.splitlines() if "engine.attention" in line]
-    assert len(told) == 1 and "cudnn cannot be had here" in told[0] and "using torch instead" in told[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "engine.attention" in line]
+    assert len(lines) == 1 and "cudnn cannot be had here" in lines[0] and "using torch instead" in lines[0]
     names = {}
     for name in ("auto", "math", "cudnn"):
         names[name] = json.loads((tmp_path / name / "backends.json").read_text())["engine.attention"]["name"]

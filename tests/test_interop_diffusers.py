@@ -89,8 +89,8 @@ def test_every_form_is_a_tokenizer(tmp_path: Path, form: str, capsys: pytest.Cap
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     check(tokenizer, state)
     convert.import_command(convert.ImportOptions(source=str(path), out=str(tmp_path / "ours")))
-    told = capsys.readouterr().out
-    assert "a tokenizer" in told and "data.normalize off and --data.multiplier 0.18215" in told
+    printed = capsys.readouterr().out
+    assert "a tokenizer" in printed and "data.normalize off and --data.multiplier 0.18215" in printed
     check(Autoencoder.from_pretrained(tmp_path / "ours"), state)
 
 

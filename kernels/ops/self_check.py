@@ -87,8 +87,8 @@ def self_check(device: torch.device) -> dict[str, str]:
             if why is None:
                 break
             dispatch.distrust(op, backend, why)
-            told = f"{backend} failed its self-check ({why})"
-            failures[op] = f"{failures[op]}; {told}" if op in failures else told
+            fault = f"{backend} failed its self-check ({why})"
+            failures[op] = f"{failures[op]}; {fault}" if op in failures else fault
     return failures
 
 

@@ -146,9 +146,9 @@ def try_out(name: str, *, head_dim: int, dtype: torch.dtype, device: torch.devic
         try:
             found = _run(named(name), packed, wanted)
         except Exception as error:  # whatever a missing package or an unfit kernel raises
-            told = [str(warning.message).split("(Triggered")[0].strip(" .") for warning in caught]
-            told = [text for text in told if "not used because" not in text and "runtime disabled" not in text]
-            return "; ".join([first_line(error).rstrip("."), *told])
+            warned = [str(warning.message).split("(Triggered")[0].strip(" .") for warning in caught]
+            warned = [text for text in warned if "not used because" not in text and "runtime disabled" not in text]
+            return "; ".join([first_line(error).rstrip("."), *warned])
     expected = _run(named("math"), packed.float(), wanted.float())
     for what, value, reference in zip(("output", "gradient"), found, expected, strict=True):
         off = ((value.float() - reference).norm() / reference.norm()).item()

@@ -49,7 +49,7 @@ class DiTOutput(NamedTuple):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sin-cos embedding (1, grid*grid, width): the first half tells the column, the second the row."""
+    """Fixed 2-D sin-cos embedding (1, grid*grid, width): first half the column, second half the row."""
     omega = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angle = torch.outer(torch.arange(grid, dtype=torch.float64), omega)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)

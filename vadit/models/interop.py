@@ -48,7 +48,7 @@ AUTOENCODER_MARK = "encoder.conv_in.weight"
 def load_reference_dit(source: Source, *, num_heads: int | None = None) -> LightningDiT:
     """A generator from the authors' file (or what it holds): {"ema": ...} before {"model": ...} before bare tensors.
 
-    `num_heads` is needed only where neither RoPE buffers nor QK-norm tell the head width. The label table's last row
+    `num_heads` is needed only where neither RoPE buffers nor QK-norm give the head width. The label table's last row
     counts as the null class. Float32, on the CPU, in evaluation mode. Raises UsageError where tensors are missing,
     left over or misshapen, RunError where the file is damaged.
     """
@@ -214,20 +214,20 @@ def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int) -> float:
 
 
 def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) -> int:
-    told_by = [name for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight") if name in state]
-    if not told_by:
+    sources = [name for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight") if name in state]
+    if not sources:
         if num_heads is None:
             raise UsageError(
-                f"{origin} has neither RoPE nor QK-norm, so its tensors do not tell the number of heads; give "
+                f"{origin} has neither RoPE nor QK-norm, so its tensors do not give the number of heads; give "
                 "--num-heads (the paper: B 12, L 16, XL 16)"
             )
         return num_heads
-    head_dim = state[told_by[0]].shape[-1]
+    head_dim = state[sources[0]].shape[-1]
     if hidden % head_dim:
-        raise UsageError(f"{origin}: tensor {told_by[0]} is {head_dim} wide, which does not divide the width {hidden}")
+        raise UsageError(f"{origin}: tensor {sources[0]} is {head_dim} wide, which does not divide the width {hidden}")
     if num_heads is not None and num_heads != hidden // head_dim:
         raise UsageError(
-            f"--num-heads is {num_heads}, but {told_by[0]} of {origin} says {hidden // head_dim}; leave it out"
+            f"--num-heads is {num_heads}, but {sources[0]} of {origin} says {hidden // head_dim}; leave it out"
         )
     return hidden // head_dim
 

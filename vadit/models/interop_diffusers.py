@@ -42,7 +42,7 @@ _ATTENTION = re.compile(rf"attentions\.(\d+)\.({'|'.join(map(re.escape, _ATTENTI
 
 @dataclass(frozen=True)
 class DiffusersSettings:
-    """What the tensors of an AutoencoderKL do not tell; defaults are those of diffusers and of released VAEs."""
+    """What the tensors of an AutoencoderKL do not say; defaults are those of diffusers and of released VAEs."""
 
     norm_groups: int = 32
     """Groups of GroupNorm."""

@@ -65,7 +65,7 @@ def read_spec(kind: type[S], folder: str | Path) -> S:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one file, on the CPU; a damaged file raises RunError with its name."""
     try:
-        with open(path, "rb"):  # safetensors tells a file that may not be read as one that is not there
+        with open(path, "rb"):  # safetensors reports a file that may not be read as one that is not there
             pass
         return load_file(path)
     except OSError as error:
