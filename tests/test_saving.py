@@ -138,7 +138,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     values = run.checkpoints.log_values()
     assert values["save_stall_ms"] > 0 and "save_write_ms" not in values
     # The next one writes into the same memory, and what it holds is of its own step.
+    before = {name: buffer.data_ptr() for name, buffer in run.checkpoints._buffers.items()}
     run.save()
+    assert {name: buffer.data_ptr() for name, buffer in run.checkpoints._buffers.items()} == before
     run.train(6)
     run.checkpoints.close()
     costs = run.checkpoints.log_values()
