@@ -9,10 +9,9 @@ scikit-image and scikit-learn. They are read as three sets of files, and speeds 
 - "raw": their pixels in a .beton, which torchvision cannot read.
 
 A contender hands out normalised float32 batches in random order: torchvision as ImageFolder + DataLoader(Resize,
-CenterCrop, ToTensor, Normalize), ours as their uint8 batches through `to_signed`. Contenders take turns. A turn opens
-the loader, waits for its first batch (that time is "first"; the first turn's includes imports and FFCV's compiler),
-lets the queues fill for FILL batches and then times `--batches` of them, in a steady state: as many batches are under
-way at the start as at the end. Rows go to benchmarks/results/image-loaders-HARDWARE.csv.
+CenterCrop, ToTensor, Normalize), ours as uint8 batches through `to_signed`. Contenders take turns: open the loader,
+wait for its first batch ("first"; the first turn's includes imports and FFCV's compiler), let the queues fill for FILL
+batches, and time `--batches` of them in a steady state. Rows go to benchmarks/results/image-loaders-HARDWARE.csv.
 """
 
 from __future__ import annotations
