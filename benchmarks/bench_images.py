@@ -38,9 +38,9 @@ from torch.utils.data import DataLoader
 from vadit.config import ImageDataSpec
 from vadit.demo.data import PHOTOS, photograph
 from vadit.images.backends import PACKAGES, installed, open_images, open_loader
-from vadit.images.beton import BetonSource
 from vadit.images.pixels import to_signed
 from vadit.images.prepare import prepare_images
+from vadit.images.sources.beton import BetonSource
 
 WIDTH, HEIGHT = 500, 375
 FILL = 5

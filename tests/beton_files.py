@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vadit.images.beton import FIELD, FOOTER, HEADER, MIN_PAGE_SIZE, OUR_FIELDS, BetonSource, row_type
-from vadit.images.beton_writer import BetonWriter, encode_image
+from vadit.images.sources.beton import FIELD, FOOTER, HEADER, MIN_PAGE_SIZE, OUR_FIELDS, BetonSource, row_type
+from vadit.images.sources.beton_writer import BetonWriter, encode_image
 
 COUNT = 9
 FRONT = HEADER.itemsize + 3 * FIELD.itemsize

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vadit.config import AutoencoderSpec
-from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import decode
 from vadit.images.pixels import to_signed
+from vadit.images.sources.folders import FolderSource
 from vadit.latents.shards import LatentSettings, LatentShardWriter, save_index
 from vadit.latents.statistics import compute_statistics
 

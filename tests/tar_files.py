@@ -7,8 +7,8 @@ import random
 import tarfile
 from pathlib import Path
 
-from vadit.images.tar import TarSource
-from vadit.images.tar_index import BLOCK
+from vadit.images.sources.tar import TarSource
+from vadit.images.sources.tar_index import BLOCK
 
 Members = list[tuple[str, bytes]]
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images, open_loader
-from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.prepare import prepare_images
+from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import to_rgb
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
@@ -61,7 +61,7 @@ def open_set(loader: str, folder: Path, **settings: object) -> ImageSet:
     """The images of a flat folder as the loader gets them."""
     source: ImageSource = FolderSource(folder)
     if loader == "webdataset":
-        from vadit.images.tar import TarSource
+        from vadit.images.sources.tar import TarSource
 
         shard = folder.with_name(folder.name + ".tar")
         source = TarSource(str(shard if shard.exists() else pack(folder, shard)))

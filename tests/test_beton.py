@@ -12,8 +12,8 @@ import pytest
 import torch
 from beton_files import COUNT, decoded, picture, without_checksums, write
 
-from vadit.images.beton import MIN_PAGE_SIZE, BetonFile, BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter, encode_image
+from vadit.images.sources.beton import MIN_PAGE_SIZE, BetonFile, BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter, encode_image
 from vadit.runtime.errors import RunError
 
 

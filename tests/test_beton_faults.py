@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from beton_files import COUNT, FRONT, picture, without_checksums, write
 
-from vadit.images.beton import (
+from vadit.images.jpeg import jpeg_size
+from vadit.images.sources.beton import (
     ALLOCATION,
     FIELD,
     FOOTER,
@@ -26,8 +27,7 @@ from vadit.images.beton import (
     Field,
     row_type,
 )
-from vadit.images.beton_writer import encode_image
-from vadit.images.jpeg import jpeg_size
+from vadit.images.sources.beton_writer import encode_image
 from vadit.runtime.errors import RunError, UsageError
 
 

@@ -13,8 +13,8 @@ from latent_files import IMAGE_SIDE, NUM_IMAGES, TOKENIZER, signed_pixels, write
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
-from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet
+from vadit.images.sources.folders import FolderSource
 from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import EncodeSummary, encode
 from vadit.latents.loader import LatentLoader

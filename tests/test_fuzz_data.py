@@ -19,10 +19,10 @@ from mutations import BLOCK, NUM_CASES, NUM_NATIVE_CASES, Region, blocks, cases,
 from tar_files import write_tar
 
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.images.beton import FIELD, FOOTER, HEADER, BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter
-from vadit.images.tar import TarSource
-from vadit.images.tar_index import index_path
+from vadit.images.sources.beton import FIELD, FOOTER, HEADER, BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter
+from vadit.images.sources.tar import TarSource
+from vadit.images.sources.tar_index import index_path
 from vadit.latents.dataset import open_latents
 from vadit.latents.shards import open_shard
 from vadit.runtime.errors import RunError, UsageError

@@ -20,11 +20,11 @@ from image_files import center_crop, encode, jpeg, photo, psnr
 from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases, in_time
 from PIL import Image
 
-from vadit.images.beton import BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter
-from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import pillow_decoder
+from vadit.images.sources.beton import BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter
+from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import to_rgb
 
 SIZE = 32

@@ -17,9 +17,9 @@ from PIL import Image
 from vadit.config import ImageDataSpec
 from vadit.images import backends
 from vadit.images.backends import open_images, open_loader
-from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
+from vadit.images.sources.folders import FolderSource
 from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 8

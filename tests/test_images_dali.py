@@ -16,9 +16,9 @@ import torch
 from image_files import encode, jpeg, photo, psnr, write_folder
 from PIL import Image
 
-from vadit.images.folders import FolderSource
 from vadit.images.loader import Decoded, ImageBatch, ImageSet, Request
 from vadit.images.pillow import decode
+from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import CropKind, apply_crop, plan_crop
 from vadit.runtime.errors import RunError, UsageError
 
@@ -242,7 +242,7 @@ def test_results_stay_what_they_are_and_batches_may_be_dropped(photos: ImageSet)
 
 def test_the_interpreter_ends_with_batches_in_flight(photos: ImageSet) -> None:
     program = f"""
-from vadit.images.folders import FolderSource
+from vadit.images.sources.folders import FolderSource
 from vadit.images.loader import ImageLoader, ImageSet, Request
 from vadit.images.dali import DaliDecoder, dali_decoder
 images = ImageSet(FolderSource({photos.source.name!r}), 32)

@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vadit.images.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter, encode_image
 from vadit.images.ffcv import ffcv_decoder, why_not
-from vadit.images.folders import DebugSource
 from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request
-from vadit.images.page_order import PageOrder
 from vadit.images.pillow import pillow_decoder
+from vadit.images.sources.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter, encode_image
+from vadit.images.sources.folders import DebugSource
+from vadit.images.sources.page_order import PageOrder
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.stream import sample_ids
 
@@ -149,7 +149,7 @@ def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "torch.set_num_threads(2)\n"
-        "from vadit.images.beton import BetonSource\n"
+        "from vadit.images.sources.beton import BetonSource\n"
         "from vadit.images.loader import ImageLoader, ImageSet\n"
         "from vadit.images.ffcv import ffcv_decoder\n"
         f"images = ImageSet(BetonSource(sys.argv[1]), {SIZE})\n"

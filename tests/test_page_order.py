@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vadit.images.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter
-from vadit.images.page_order import PageOrder
+from vadit.images.sources.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter
+from vadit.images.sources.page_order import PageOrder
 
 COUNT = 37
 WINDOW = 3

@@ -22,11 +22,11 @@ from prepared import SIZE, content, fill, prepare
 from tar_files import write_tar
 
 from vadit import cli
-from vadit.images.beton import BetonSource, EncodedImage
-from vadit.images.beton_writer import BetonWriter, encode_image
-from vadit.images.folders import FolderSource
 from vadit.images.loader import ImageSet, ImageSource
 from vadit.images.pillow import decode
+from vadit.images.sources.beton import BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import BetonWriter, encode_image
+from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import to_rgb
 from vadit.runtime.errors import RunError, UsageError
 

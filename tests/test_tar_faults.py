@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tar_files import Members, blob, bytes_of, samples, with_checksum, write_tar
 
-from vadit.images.tar import TarSource
-from vadit.images.tar_index import BLOCK
+from vadit.images.sources.tar import TarSource
+from vadit.images.sources.tar_index import BLOCK
 from vadit.runtime.errors import RunError, UsageError
 
 

@@ -15,9 +15,9 @@ import pytest
 from full_disk import room_for
 from tar_files import blob, bytes_of, samples, with_checksum, write_tar
 
-from vadit.images import tar, tar_index
-from vadit.images.tar import TarSource, expand, find_shards
-from vadit.images.tar_index import BLOCK
+from vadit.images.sources import tar, tar_index
+from vadit.images.sources.tar import TarSource, expand, find_shards
+from vadit.images.sources.tar_index import BLOCK
 from vadit.runtime.errors import UsageError
 
 # ------------------------------------------------------------------------------------------------ what is read

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from vadit.config import ImageDataSpec
-from vadit.images.beton import BetonSource
-from vadit.images.folders import DebugSource, FolderSource
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
-from vadit.images.page_order import PageOrder
 from vadit.images.pillow import decode, pillow_decoder
-from vadit.images.tar import TarSource
+from vadit.images.sources.beton import BetonSource
+from vadit.images.sources.folders import DebugSource, FolderSource
+from vadit.images.sources.page_order import PageOrder
+from vadit.images.sources.tar import TarSource
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count

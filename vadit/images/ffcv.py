@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.beton import BetonSource
 from vadit.images.loader import Decoder, ImageSet, Request, undecodable
 from vadit.images.pillow import ThreadedDecoder, decode
+from vadit.images.sources.beton import BetonSource
 from vadit.images.transforms import plan_crop
 from vadit.runtime.errors import RunError, UsageError, first_line
 

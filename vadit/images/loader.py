@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.images.page_order import PageOrder
+from vadit.images.sources.page_order import PageOrder
 from vadit.images.transforms import CropKind
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError

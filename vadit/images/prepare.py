@@ -33,10 +33,10 @@ from torch import Tensor
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
-from vadit.images.beton import BetonFile, BetonSource, EncodedImage
-from vadit.images.beton_writer import PAGE_SIZE, BetonWriter, encode_image
-from vadit.images.folders import FolderSource, read_file
 from vadit.images.loader import ImageSource
+from vadit.images.sources.beton import BetonFile, BetonSource, EncodedImage
+from vadit.images.sources.beton_writer import PAGE_SIZE, BetonWriter, encode_image
+from vadit.images.sources.folders import FolderSource, read_file
 from vadit.images.transforms import open_image, plan_crop, scale, to_rgb
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, saved_file

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.tar_index import (
+from vadit.images.sources.tar_index import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
     Damaged,

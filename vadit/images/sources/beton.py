@@ -9,7 +9,7 @@
 | notes | ours, which FFCV skips: JSON, then a footer with checksums of the JSON and of the tables |
 | allocations | sample, address and size of every payload, to the end of the file |
 
-Files of ours (vadit.images.beton_writer) have the fields OUR_FIELDS: `label` is the class, whose name stands in the
+Files of ours (`beton_writer`) have the fields OUR_FIELDS: `label` is the class, whose name stands in the
 notes, and `crc32` the checksum of the sample (see `row_crc32`). FFCV itself trusts the addresses and sizes that it
 finds and reads wherever they point, so it is given only files that `BetonFile` has taken.
 """
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.folders import MAX_CLASSES, ppm
 from vadit.images.jpeg import jpeg_size
+from vadit.images.sources.folders import MAX_CLASSES, ppm
 from vadit.runtime.errors import RunError, UsageError
 
 VERSION = 2

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vadit.images.folders import MAX_CLASSES
+from vadit.images.sources.folders import MAX_CLASSES
 from vadit.runtime.errors import RunError
 
 IMAGE_EXTENSIONS = frozenset(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadit.images.beton import BetonSource
+from vadit.images.sources.beton import BetonSource
 from vadit.runtime import rng
 
 WINDOW_BYTES = 512 << 20

@@ -1,4 +1,4 @@
-"""Writes a .beton of images (vadit.images.beton has the format) without ffcv; a killed writer goes on where it was."""
+"""Writes a .beton of images (`beton` has the format) without ffcv; a killed writer goes on where it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from vadit.images.beton import (
+from vadit.images.sources.beton import (
     ALLOCATION,
     FIELD,
     FOOTER,
