@@ -203,6 +203,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
     (chart,) = training.charts
     assert chart.level == 30 and [series.color for series in chart.series] == [0, 1]
     assert ("fid10k_dopri5_random", "8.2 ± 0.1", "10.9 ± 0.1") in list(sections["Evaluation"].table)
+    assert sections["Evaluation"].table[-1] == ("the recipe's source reports", *[base.paper.metric] * 2)
     (frontier,) = sections["Frontier of tokenizers"].charts
     points = {series.name: (series.curve.x.tolist(), series.curve.y.tolist()) for series in frontier.series}
     assert points["with"] == ([0.28], [8.2]) and points["without"] == ([0.26], [10.9])
