@@ -16,7 +16,7 @@ from vadit.images.pillow import pillow_decoder
 from vadit.runtime.errors import RunError, UsageError
 
 PIXELS_PER_TOKEN = 16
-"""Side of an image over that of its grid of tokens, where nothing tells it: that of DiT/2 on f8, and of f16."""
+"""Side of an image over that of its grid of tokens, where no file has it: that of DiT/2 on f8, and of f16."""
 
 
 class Latents(Protocol):
@@ -24,7 +24,7 @@ class Latents(Protocol):
 
     labels: Tensor
     image_size: int | None
-    """Side in pixels, where the latents' files tell it."""
+    """Side in pixels, where the latents' files have it."""
 
     def image_ids(self) -> tuple[Tensor, int]:
         """Index of each latent's image, int64 (N,), and the number of images."""

@@ -275,7 +275,7 @@ def open_folder(folder: Path) -> list[LatentShard]:
 def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
     """The shards and the number of classes, checked to agree with the index where there is one.
 
-    The authors' folders have none; there the largest label tells the number of classes.
+    The authors' folders have none; there the largest label gives the number of classes.
     """
     shards = open_folder(folder)
     path = folder / INDEX_FILE
