@@ -38,8 +38,7 @@ from vadit.latents.dataset import LatentDataset
 from vadit.latents.loader import LatentLoader
 
 CHANNELS, SIDE, CLASSES = 32, 16, 1000
-SHARD_SIZE = 10_000
-NUM_SHARDS = 128
+SHARD_SIZE, NUM_SHARDS = 10_000, 128
 FILL = 5
 """Batches that are not timed: every queue here holds fewer."""
 MIN_TURN_S = 0.5

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from vadit import cli
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
+from vadit.latents.dataset import LatentDataset, open_latents
 from vadit.latents.loader import LatentLoader
 from vadit.latents.noise import posterior_noise
 from vadit.latents.shards import open_shard
@@ -183,13 +183,6 @@ def test_open_latents_checks_the_model(tmp_path: Path) -> None:
             open_latents(spec, DiTSpec(**(fitting | change)))
     with pytest.raises(UsageError, match=r"has 5 classes but model.num_classes is 4; set --model.num-classes 5"):
         open_latents(spec, DiTSpec(**(fitting | {"num_classes": 4})))
-
-
-def test_debug_latents_fit_the_model() -> None:
-    dataset = open_latents(LatentDataSpec(path="debug:10"), DiTSpec(input_size=4, in_channels=3, num_classes=2))
-    assert isinstance(dataset, DebugLatents) and len(dataset) == 10
-    latents, labels = next(LatentLoader(dataset, 4).stream())
-    assert latents.shape == (4, 3, 4, 4) and labels.max() < 2 and latents.std() > 0.5
 
 
 def test_statistics_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
