@@ -246,7 +246,8 @@ def one_fails(out: str) -> None:
     run.checkpoints.close()
     publish.write_tensors = original
     run.restore()
-    seen = {"failures": failures, "fault": fault, "step": run.step}
+    needed = run.checkpoints._bytes_of_all(run.checkpoints._files())
+    seen = {"failures": failures, "fault": fault, "step": run.step, "needed": needed}
     Path(f"{out}-{distributed.rank()}.json").write_text(json.dumps(seen))
 
 
