@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vadit import kernels
-from vadit.config import FlowSpec
+from vadit.config import FlowSpec, SampleSpec
 from vadit.objectives import flow
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
@@ -182,8 +182,8 @@ def test_sde_is_euler_maruyama_by_hand(form, last_step):
         noise,
         labels,
         num_steps=5,
-        diffusion_form=form,
-        last_step=last_step,
+        sde_diffusion=form,
+        sde_last_step=last_step,
         timestep_shift=0.3,
         seed=5,
         indices=[7, 8, 9],
@@ -195,7 +195,7 @@ def test_sde_is_euler_maruyama_by_hand(form, last_step):
 def test_sde_has_the_marginals_of_the_data(form):
     noise = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(60, dtype=torch.long)
-    settings = {"num_steps": 100, "diffusion_form": form, "last_step": "euler"}
+    settings = {"num_steps": 100, "sde_diffusion": form, "sde_last_step": "euler"}
     samples = sample_sde(GaussianVelocity(), noise, labels, seed=1, **settings)
     # standard error of the mean 0.008
     assert float(samples.mean()) == pytest.approx(MEAN, abs=0.04)
@@ -263,8 +263,8 @@ def test_every_sampler_takes_a_rising_scale():
     assert both(sample_ode, method="heun", num_steps=4) > 1e-2
     assert both(sample_ode, method="dopri5", cfg_channels=3) > 1e-2
     assert both(sample_sde, num_steps=4) > 1e-2
-    rising = Guidance(3.0, (0.0, 1.0), None, None, 2.0)
-    assert [rising.at(torch.tensor(t)).scale for t in (-0.1, 0.0, 1.0, 1.5)] == [1.0, 1.0, 3.0, 3.0]
+    rising = Guidance(SampleSpec(cfg_scale=3.0, cfg_power=2.0))
+    assert [rising.scale(torch.tensor(t)) for t in (-0.1, 0.0, 1.0, 1.5)] == [1.0, 1.0, 3.0, 3.0]
 
 
 def test_dopri5_controls_its_steps_on_both_halves():

@@ -123,41 +123,12 @@ def draw_group(
     shape = (model.spec.in_channels, model.spec.input_size, model.spec.input_size)
     labels = sample_labels(indices, spec.seed, model.num_classes, spec.labels, fixed_labels).to(device)
     noise = rng.normal(rng.fold(spec.seed, "x0"), indices, shape).to(device)
-    guidance: dict[str, Any] = {
-        "cfg_scale": spec.cfg_scale,
-        "cfg_interval": spec.cfg_interval,
-        "cfg_channels": spec.cfg_channels,
-        "cfg_power": spec.cfg_power,
-        "guide": guide,
-        "num_steps": spec.num_steps,
-    }
     if spec.method == "ddpm":
-        latents = sample_ddpm(model, noise, labels, seed=spec.seed, indices=indices, **guidance)
+        latents = sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
     elif spec.method == "euler_maruyama":
-        latents = sample_sde(
-            model,
-            noise,
-            labels,
-            diffusion_form=spec.sde_diffusion,
-            last_step=spec.sde_last_step,
-            timestep_shift=spec.timestep_shift,
-            flow=flow,
-            seed=spec.seed,
-            indices=indices,
-            **guidance,
-        )
+        latents = sample_sde(model, noise, labels, spec, flow=flow, guide=guide, indices=indices)
     else:
-        latents = sample_ode(
-            model,
-            noise,
-            labels,
-            method=spec.method,
-            timestep_shift=spec.timestep_shift,
-            atol=spec.atol,
-            rtol=spec.rtol,
-            flow=flow,
-            **guidance,
-        )
+        latents = sample_ode(model, noise, labels, spec, flow=flow, guide=guide)
     return Drawn(list(indices), latents, labels)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from vadit.config import FlowSpec, SampleSpec
 from vadit.kernels import exact
 from vadit.objectives import ddpm
 from vadit.objectives.flow import (
-    DiffusionForm,
     path_point,
     sampling_interval,
     sde_diffusion,
@@ -32,7 +31,6 @@ from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-LastStep = Literal["mean", "tweedie", "euler", "none"]
 
 LAST_STEP_SIZE = 0.04
 """Of an SDE's last step, where it has one (SiT)."""
@@ -40,51 +38,34 @@ LAST_STEP_SIZE = 0.04
 
 @dataclass(frozen=True)
 class Guidance:
-    """output = weak + scale (strong - weak) on the first `channels` channels (Ho & Salimans 2022), strong's elsewhere.
+    """output = weak + scale (strong - weak) on the first channels (Ho & Salimans 2022), the strong one elsewhere.
 
     The strong output is the conditional one. The weak one is the same network's at the null label, or, with `guide`,
-    that network's at the same label (autoguidance: Karras et al. 2024).
+    that network's at the same label (autoguidance: Karras et al. 2024). At a scale of 1 the weak network does not run.
     """
 
-    scale: float
-    """1 is no guidance: the weak network does not run."""
-    interval: tuple[float, float]
-    """Guidance acts where low <= t <= high (Kynkaanniemi et al. 2024), t = 1 being data."""
-    channels: int | None
-    """How many of the channels are guided; None: all."""
-    guide: Any
+    spec: SampleSpec
+    """The scale, its schedule (Gao et al. 2023), the interval (Kynkaanniemi et al. 2024) and the channels."""
+    guide: Any = None
     """A weaker network to guide with, called as the sampled one is."""
-    power: float | None
-    """s of the power-cosine schedule, 1 + (scale - 1) (1 - cos(pi t^s)) / 2 (Gao et al. 2023: 4); None: constant."""
-
-    def check(self, num_channels: int) -> None:
-        """Refuse settings that cannot be meant."""
-        if self.channels is not None and not 1 <= self.channels <= num_channels:
-            raise UsageError(
-                f"cfg_channels is {self.channels}; it must be from 1 to the latent's {num_channels} channels"
-            )
-        if self.power is not None and not self.power > 0:
-            raise UsageError(f"cfg_power is {self.power}; it must be above 0, or left out for a constant scale")
-        if self.interval[0] > self.interval[1]:
-            raise UsageError(f"cfg_interval is {self.interval}; its low end must not be above its high end")
 
     def active(self, t: Tensor) -> bool:
         """Whether guidance acts at t, an fp32 scalar (compared in fp32, as the authors' code does)."""
-        low, high = self.interval
+        low, high = self.spec.cfg_interval
         # high = 1 is no limit: dopri5 steps beyond 1 and interpolates back, guided all the way
-        return self.scale != 1 and not bool(t < low) and (high >= 1 or not bool(t > high))
+        return self.spec.cfg_scale != 1 and not bool(t < low) and (high >= 1 or not bool(t > high))
 
-    def at(self, t: Tensor) -> Guidance:
-        """The guidance at t, with the scale that its schedule has there."""
-        if self.power is None:
-            return self
-        rise = (1 - math.cos(math.pi * min(max(float(t), 0.0), 1.0) ** self.power)) / 2
-        return replace(self, scale=1 + (self.scale - 1) * rise, power=None)
+    def scale(self, t: Tensor) -> float:
+        """The scale at t, as its schedule has it there."""
+        if self.spec.cfg_power is None:
+            return self.spec.cfg_scale
+        rise = (1 - math.cos(math.pi * min(max(float(t), 0.0), 1.0) ** self.spec.cfg_power)) / 2
+        return 1 + (self.spec.cfg_scale - 1) * rise
 
-    def combine(self, strong: Tensor, weak: Tensor, num_channels: int) -> Tensor:
+    def combine(self, t: Tensor, strong: Tensor, weak: Tensor, num_channels: int) -> Tensor:
         """The guided output; channels after the latent's `num_channels` (a variance) stay the strong one's."""
-        channels = self.channels or num_channels
-        guided = weak[:, :channels] + self.scale * (strong[:, :channels] - weak[:, :channels])
+        channels = self.spec.cfg_channels or num_channels
+        guided = weak[:, :channels] + self.scale(t) * (strong[:, :channels] - weak[:, :channels])
         return torch.cat([guided, strong[:, channels:]], dim=1)
 
 
@@ -100,43 +81,36 @@ def sample_ode(
     model: Any,
     noise: Tensor,
     labels: Tensor,
+    spec: SampleSpec | None = None,
     *,
-    method: str = SampleSpec.method,
-    num_steps: int = SampleSpec.num_steps,
-    timestep_shift: float = SampleSpec.timestep_shift,
-    cfg_scale: float = SampleSpec.cfg_scale,
-    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
-    cfg_channels: int | None = SampleSpec.cfg_channels,
-    cfg_power: float | None = SampleSpec.cfg_power,
-    guide: nn.Module | None = None,
-    atol: float = SampleSpec.atol,
-    rtol: float = SampleSpec.rtol,
     flow: FlowSpec | None = None,
+    guide: nn.Module | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Integrate the probability-flow ODE from noise (B, C, h, w) to latents of that shape.
 
     model: callable (x, t (B,) fp32, labels (B,)) -> output, with `num_classes`, whose value is the null label.
+    settings: those of `SampleSpec`, over `spec`: method, num_steps, timestep_shift, cfg_scale, cfg_interval, ...
     num_steps counts the points of linspace(0, 1): 250 points are 249 steps. heun is the second-order Heun method
     (torchdiffeq's heun2: two evaluations per step); dopri5 takes its steps by atol and rtol over the whole batch
     and only the end points of the grid. flow says what the output means (default: velocity on the linear path).
     Guidance acts on the output, before it is turned into a velocity. Outside cfg_interval, and at cfg_scale 1, only
     the conditional pass runs; the one exception is dopri5 that guides a part of the channels (see `_DoubledField`).
     """
-    flow = flow or FlowSpec()
-    if method not in ("euler", "heun", "dopri5"):
-        raise UsageError(f"method {method!r} is no ODE solver; choose euler, heun or dopri5")
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
-    _check_batch(noise, labels, guidance)
-    times = time_grid(num_steps, *sampling_interval(flow), timestep_shift)
+    flow, spec = flow or FlowSpec(), _settings(noise, labels, spec, settings)
+    if spec.method not in ("euler", "heun", "dopri5"):
+        raise UsageError(f"method {spec.method!r} is no ODE solver; choose euler, heun or dopri5")
+    guidance = Guidance(spec, guide)
+    times = time_grid(spec.num_steps, *sampling_interval(flow), spec.timestep_shift)
     with evaluation(model, guide):
-        if method == "dopri5":
-            return _dopri5(model, noise, labels, guidance, flow, times, atol, rtol)
+        if spec.method == "dopri5":
+            return _dopri5(model, noise, labels, guidance, flow, times)
         field = _Field(model, labels, guidance, flow)
         x = noise
         for t, t_next in itertools.pairwise(times):
             dt = t_next - t
             slope = field.velocity(x, t)
-            if method == "heun":
+            if spec.method == "heun":
                 # at t + dt, not at t_next: one ulp can decide on which side of cfg_interval it lies
                 slope_next = field.velocity(x + dt * slope, t + dt)
                 slope = slope * 0.5 + slope_next * 0.5
@@ -148,42 +122,33 @@ def sample_sde(
     model: Any,
     noise: Tensor,
     labels: Tensor,
+    spec: SampleSpec | None = None,
     *,
-    num_steps: int = SampleSpec.num_steps,
-    diffusion_form: DiffusionForm = SampleSpec.sde_diffusion,
-    last_step: LastStep = SampleSpec.sde_last_step,
-    timestep_shift: float = SampleSpec.timestep_shift,
-    cfg_scale: float = SampleSpec.cfg_scale,
-    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
-    cfg_channels: int | None = SampleSpec.cfg_channels,
-    cfg_power: float | None = SampleSpec.cfg_power,
-    guide: nn.Module | None = None,
     flow: FlowSpec | None = None,
-    seed: int = SampleSpec.seed,
+    guide: nn.Module | None = None,
     indices: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW (SiT, eq. 5), then one step without noise.
 
     num_steps - 1 steps over linspace(0, 1 - LAST_STEP_SIZE, num_steps), then the last one: mean (the SDE's drift),
     euler (the ODE's velocity), tweedie (E[x1 | x_t]) or none (the grid then ends at 1). The shift acts on the share
     of the interval. The noise of step k in sample i is a function of (seed, i, k); indices default to 0..B-1.
+    The arguments are `sample_ode`'s.
     """
-    flow = flow or FlowSpec()
-    if last_step not in ("mean", "tweedie", "euler", "none"):
-        raise UsageError(f"last_step {last_step!r} is unknown; choose mean, tweedie, euler or none")
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
-    _check_batch(noise, labels, guidance)
-    low, high = sde_interval(flow, diffusion_form, 0.0 if last_step == "none" else LAST_STEP_SIZE)
-    times = low + (high - low) * time_grid(num_steps, shift=timestep_shift)
+    flow, spec = flow or FlowSpec(), _settings(noise, labels, spec, settings)
+    form, last_step = spec.sde_diffusion, spec.sde_last_step
+    low, high = sde_interval(flow, form, 0.0 if last_step == "none" else LAST_STEP_SIZE)
+    times = low + (high - low) * time_grid(spec.num_steps, shift=spec.timestep_shift)
     indices = range(len(noise)) if indices is None else indices
     with evaluation(model, guide):
-        field = _Field(model, labels, guidance, flow)
+        field = _Field(model, labels, Guidance(spec, guide), flow)
         x = noise
         for step, (t, t_next) in enumerate(itertools.pairwise(times)):
             dt = t_next - t
             velocity, score = field.velocity_and_score(x, t)
-            w = sde_diffusion(flow.path, diffusion_form, t)
-            kick = _step_noise(seed, step, indices, x)
+            w = sde_diffusion(flow.path, form, t)
+            kick = _step_noise(spec.seed, step, indices, x)
             x = x + dt * (velocity + w * score) + torch.sqrt(2 * w * dt) * kick
         if last_step == "none":
             return x
@@ -192,7 +157,7 @@ def sample_sde(
             point = path_point(flow.path, times[-1])
             return x / point.alpha + point.sigma**2 / point.alpha * score
         if last_step == "mean":
-            velocity = velocity + sde_diffusion(flow.path, diffusion_form, times[-1]) * score
+            velocity = velocity + sde_diffusion(flow.path, form, times[-1]) * score
         return x + LAST_STEP_SIZE * velocity
 
 
@@ -200,39 +165,35 @@ def sample_ddpm(
     model: Any,
     noise: Tensor,
     labels: Tensor,
+    spec: SampleSpec | None = None,
     *,
-    num_steps: int = SampleSpec.num_steps,
-    cfg_scale: float = SampleSpec.cfg_scale,
-    cfg_interval: tuple[float, float] = SampleSpec.cfg_interval,
-    cfg_channels: int | None = SampleSpec.cfg_channels,
-    cfg_power: float | None = SampleSpec.cfg_power,
     guide: nn.Module | None = None,
-    seed: int = SampleSpec.seed,
     indices: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Ancestral sampling in num_steps of the 1000 steps of a DDPM with learned variance (ADM, DiT).
 
     model has `forward_with_variance(x, t, labels) -> (B, 2C, h, w)` and `num_classes`. Guidance acts on the noise
     prediction, the variance is the conditional one's (DiT); its time is 1 - timestep / 1000 (MDT), so 1 is data.
     """
-    guidance = Guidance(cfg_scale, cfg_interval, cfg_channels, guide, cfg_power)
-    _check_batch(noise, labels, guidance)
-    schedule = ddpm.make_schedule(num_steps)
+    spec = _settings(noise, labels, spec, settings)
+    guidance = Guidance(spec, guide)
+    schedule = ddpm.make_schedule(spec.num_steps)
     timesteps, schedule = schedule.timesteps.tolist(), schedule.to(noise.device)
     indices = range(len(noise)) if indices is None else indices
     predict = _with_variance(model)
     weak = None if guide is None else _with_variance(guide)
     with evaluation(model, guide):
         x = noise
-        for step in reversed(range(num_steps)):
+        for step in reversed(range(spec.num_steps)):
             times = _fill(x, float(timesteps[step]))
             t = torch.tensor(1 - timesteps[step] / ddpm.NUM_STEPS)
             if guidance.active(t):
                 strong_output, weak_output = _both(predict, weak, x, times, labels, model.num_classes)
-                output = guidance.at(t).combine(strong_output, weak_output, x.shape[1])
+                output = guidance.combine(t, strong_output, weak_output, x.shape[1])
             else:
                 output = predict(x, times, labels)
-            kick = _step_noise(seed, step, indices, x) if step else torch.zeros_like(x)
+            kick = _step_noise(spec.seed, step, indices, x) if step else torch.zeros_like(x)
             x = ddpm.ancestral_step(schedule, output, x, step, kick)
         return x
 
@@ -252,7 +213,7 @@ class _Field:
         if not self.guidance.active(t):
             return self.model(x, times, self.labels).to(x.dtype)
         strong, weak = self.strong_and_weak(x, times)
-        return self.guidance.at(t).combine(strong, weak, x.shape[1])
+        return self.guidance.combine(t, strong, weak, x.shape[1])
 
     def strong_and_weak(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         strong, weak = _both(self.model, self.guidance.guide, x, times, self.labels, self.model.num_classes)
@@ -278,27 +239,19 @@ class _DoubledField(_Field):
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         half = x.chunk(2)[0]
         strong, weak = self.strong_and_weak(half, _fill(half, t))
-        channels = self.guidance.channels
-        guided = self.guidance.at(t).combine(strong, weak, x.shape[1]) if self.guidance.active(t) else strong
+        channels = self.guidance.spec.cfg_channels
+        guided = self.guidance.combine(t, strong, weak, x.shape[1]) if self.guidance.active(t) else strong
         shadow = torch.cat([guided[:, :channels], weak[:, channels:]], dim=1)
         output = torch.cat([guided, shadow])
         return to_velocity(self.flow.path, self.flow.prediction, output, x, _fill(x, t))
 
 
-def _dopri5(
-    model: Any,
-    noise: Tensor,
-    labels: Tensor,
-    guidance: Guidance,
-    flow: FlowSpec,
-    times: Tensor,
-    atol: float,
-    rtol: float,
-) -> Tensor:
+def _dopri5(model: Any, noise: Tensor, labels: Tensor, guidance: Guidance, flow: FlowSpec, times: Tensor) -> Tensor:
     from torchdiffeq import odeint
 
-    part = guidance.channels is not None and guidance.channels < noise.shape[1]
-    doubled = part and guidance.scale != 1 and guidance.guide is None
+    spec = guidance.spec
+    part = spec.cfg_channels is not None and spec.cfg_channels < noise.shape[1]
+    doubled = part and spec.cfg_scale != 1 and guidance.guide is None
     field = (_DoubledField if doubled else _Field)(model, labels, guidance, flow)
     state = torch.cat([noise, noise]) if doubled else noise
 
@@ -314,13 +267,14 @@ def _dopri5(
     # by which the compiled ops round otherwise
     try:
         with exact():
-            latents = odeint(slope, state, ends, method="dopri5", atol=[atol], rtol=[rtol], options=options)[-1]
+            tolerances = {"atol": [spec.atol], "rtol": [spec.rtol]}
+            latents = odeint(slope, state, ends, method="dopri5", **tolerances, options=options)[-1]
     except AssertionError as error:
         if "underflow in dt" not in str(error) and "non-finite" not in str(error):
             raise
         raise RunError(
-            f"dopri5 found no step that meets atol {atol:g} and rtol {rtol:g}, or the latents became infinite; raise "
-            "the tolerances or take method euler"
+            f"dopri5 found no step that meets atol {spec.atol:g} and rtol {spec.rtol:g}, or the latents became "
+            "infinite; raise the tolerances or take method euler"
         ) from None
     return latents[: len(noise)]
 
@@ -369,7 +323,17 @@ def evaluation(*models: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _check_batch(noise: Tensor, labels: Tensor, guidance: Guidance) -> None:
+def _settings(noise: Tensor, labels: Tensor, spec: SampleSpec | None, changes: dict[str, Any]) -> SampleSpec:
+    """The settings of a batch; refuses what cannot be meant."""
+    spec = replace(spec or SampleSpec(), **changes)
     if labels.shape != noise.shape[:1]:
         raise UsageError(f"labels have shape {tuple(labels.shape)}; noise {tuple(noise.shape)} needs ({len(noise)},)")
-    guidance.check(noise.shape[1])
+    if spec.cfg_channels is not None and not 1 <= spec.cfg_channels <= noise.shape[1]:
+        raise UsageError(
+            f"cfg_channels is {spec.cfg_channels}; it must be from 1 to the latent's {noise.shape[1]} channels"
+        )
+    if spec.cfg_power is not None and not spec.cfg_power > 0:
+        raise UsageError(f"cfg_power is {spec.cfg_power}; it must be above 0, or left out for a constant scale")
+    if spec.cfg_interval[0] > spec.cfg_interval[1]:
+        raise UsageError(f"cfg_interval is {spec.cfg_interval}; its low end must not be above its high end")
+    return spec
