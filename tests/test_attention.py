@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import types
 from pathlib import Path
@@ -13,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_plain import logged, tiny_dit
+from training_plain import tiny_dit
 
 from vadit.config import EngineSpec
+from vadit.kernels.testing import assert_compiles
 from vadit.models import attention
-from vadit.models.dit import Attention, Block, LightningDiT
-from vadit.train import dit
+from vadit.models.dit import Attention, LightningDiT
 
 CPU = torch.device("cpu")
 HEAD_DIM = 72
@@ -49,6 +47,11 @@ def test_kernels_agree_with_float64(name: str, dtype: torch.dtype, allowed: floa
     wanted = torch.autograd.grad(expected, exact, gradient.double())
     for value, true in zip((out, *found), (expected, *wanted), strict=True):
         assert (value.double() - true).norm() <= allowed * true.norm()
+
+
+@pytest.mark.parametrize("name", ["torch", "math", "flash"])
+def test_kernels_compile_as_one_graph(name: str) -> None:
+    assert_compiles(attention.named(name), inputs(torch.float32))
 
 
 def test_default_is_torch_bit_by_bit() -> None:
@@ -122,47 +125,3 @@ def test_order_on_gpus() -> None:
     assert "flash_attn_3" not in attention.preference(64, (10, 0))[0]
     order, reason = attention.preference(36, (9, 0))
     assert order == () and "multiple of 8" in reason
-
-
-@pytest.mark.parametrize("name", ["math", "flash"])
-def test_a_compiled_and_checkpointed_block_computes_the_same(name: str) -> None:
-    torch.manual_seed(0)
-    spec = dataclasses.replace(tiny_dit(Path("unused")).model, depth=1)
-    model = LightningDiT(spec, gradient_checkpointing=True).train()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05) if parameter.requires_grad else None
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    x, t, y = torch.randn(2, 32, 4, 4), torch.rand(2), torch.tensor([1, 2])
-    drop = torch.zeros(2, dtype=torch.bool)
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        model(x, t, y, drop).square().sum().backward()
-        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-    expected = gradients()
-    block.attn.attend = attention.named(name)
-    eager = gradients()
-    block.compile(backend="aot_eager", fullgraph=True)
-    compiled = gradients()
-    for found in (eager, compiled):
-        assert len(found) == len(expected)
-        for value, true in zip(found, expected, strict=True):
-            torch.testing.assert_close(value, true, rtol=1e-4, atol=1e-5)
-
-
-def test_a_run_keeps_and_prints_its_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dit.train(tiny_dit(tmp_path / "auto", steps=2))
-    assert "engine.attention" not in capsys.readouterr().err
-    dit.train(tiny_dit(tmp_path / "math", steps=2, attention="math"))
-    assert "engine.attention" not in capsys.readouterr().err
-    dit.train(tiny_dit(tmp_path / "cudnn", steps=2, attention="cudnn"))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "engine.attention" in line]
-    assert len(lines) == 1 and "cudnn cannot be had here" in lines[0] and "using torch instead" in lines[0]
-    names = {}
-    for name in ("auto", "math", "cudnn"):
-        names[name] = json.loads((tmp_path / name / "backends.json").read_text())["engine.attention"]["name"]
-    assert names == {"auto": "torch", "math": "math", "cudnn": "torch"}
-    assert logged(tmp_path / "cudnn") == logged(tmp_path / "auto")
-    assert logged(tmp_path / "math") == pytest.approx(logged(tmp_path / "auto"), rel=1e-5)

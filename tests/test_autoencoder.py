@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from model_help import assert_recomputing_changes_nothing
 from torch import Tensor
 
 from vadit.config import AutoencoderSpec
@@ -158,17 +159,13 @@ def test_image_size_that_the_ratio_does_not_divide() -> None:
 
 def test_gradient_checkpointing_gives_equal_gradients() -> None:
     model = randomised(BASE)
-    assert not model.gradient_checkpointing
     x = torch.rand(2, 3, 16, 16) * 2 - 1
-    gradients = []
-    for recompute in (False, True):
-        model.gradient_checkpointing = recompute
-        model.zero_grad()
+
+    def loss() -> Tensor:
         images, posterior = model(x, torch.Generator().manual_seed(3))
-        ((images - x).square().mean() + 0.1 * posterior.kl().mean()).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) == len(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        return (images - x).square().mean() + 0.1 * posterior.kl().mean()
+
+    assert_recomputing_changes_nothing(model, loss)
 
 
 def test_channels_last_gives_the_same_numbers() -> None:
@@ -179,12 +176,3 @@ def test_channels_last_gives_the_same_numbers() -> None:
         model.to(memory_format=torch.channels_last)
         found = model.decode(model.encode(x.to(memory_format=torch.channels_last)).mode())
     assert (found - expected).norm() / expected.norm() < 1e-5
-
-
-def test_save_and_load(tmp_path) -> None:
-    model = randomised(BASE)
-    model.save_pretrained(tmp_path)
-    loaded = Autoencoder.from_pretrained(tmp_path)
-    assert loaded.spec == BASE
-    x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(loaded.moments(x), model.moments(x))

@@ -204,15 +204,7 @@ def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_gra
 
 def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> None:
     harness = load("harness")
-
-    @dataclasses.dataclass
-    class One:
-        speed: int
-
-    @dataclasses.dataclass
-    class Other:
-        pace: int
-
+    One, Other = (dataclasses.make_dataclass("Row", [name]) for name in ("speed", "pace"))
     path = tmp_path / "rows.csv"
     harness.append(path, [One(1)])
     harness.append(path, [One(2), One(3)])

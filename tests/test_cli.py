@@ -44,13 +44,6 @@ def test_help_and_recipes_need_no_torch(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for command in cli.COMMANDS:
-        assert re.search(rf"^  {command} ", text, re.MULTILINE), command
-
-
 @pytest.mark.parametrize("command", [*cli.COMMANDS, "evaluate"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
@@ -68,25 +61,16 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(
     assert "--stages.1.vf-weight" in text
 
 
-def test_recipes_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["recipes"]) == 0
-    text = capsys.readouterr().out
-    for part in ("lightningdit-xl-64ep", "fid50k_euler249", "2.11", "1,024,000,000", "VA-VAE f16d32"):
-        assert part in text, part
-
-
 # ------------------------------------------------------------------------------------------------ refusals
 
 REFUSALS = {
     "unknown command": (["trian"], ["'trian'", "did you mean train"]),
     "unknown recipe": (["train", "lightningdit-x"], ["'lightningdit-x'", "lightningdit-", "vadit recipes"]),
-    "no recipe": (["train"], ["name of a recipe", "vadit recipes"]),
     "setting before recipe": (["train", "--run.seed", "1"], ["name of a recipe"]),
     "unknown setting": (
         ["train", "lightningdit-b", "--optimizer.lrr", "1"],
         ["unknown setting --optimizer.lrr", "did you mean --optimizer.lr?"],
     ),
-    "setting without its group": (["train", "lightningdit-b", "--lr", "1"], ["--lr;", "did you mean --optimizer.lr?"]),
     "not a number": (["train", "lightningdit-b", "--optimizer.lr", "fast"], ["--optimizer.lr", "'fast'"]),
     "no such choice": (
         ["train", "lightningdit-b", "--engine.precision", "fp8"],
@@ -98,15 +82,6 @@ REFUSALS = {
         ["unknown setting --no-data.normalize", "did you mean --data.no-normalize?"],
     ),
     "stray word": (["train", "lightningdit-b", "faster"], ["'faster'", "--name value"]),
-    "impossible value": (["train", "lightningdit-b", "--run.batch-size", "0"], ["run.batch_size is 0", "at least 1"]),
-    "image size": (
-        ["train", "vavae-f16d32-dinov2", "--autoencoder.image-size", "250"],
-        ["image_size 250", "downsample ratio 16"],
-    ),
-    "alignment without a model": (
-        ["train", "vavae-f16d32-dinov2", "--foundation.name", "none"],
-        ["--loss.vf-weight 0"],
-    ),
     "batch and processes": (
         ["train", "lightningdit-b-debug", "--dry-run", "--world-size", "3"],
         ["run.batch_size 4", "3 processes", "--run.batch-size 3"],
@@ -116,12 +91,7 @@ REFUSALS = {
         ["--world-size 2", "--dry-run"],
     ),
     "world size zero": (["train", "lightningdit-b", "--dry-run", "--world-size", "0"], ["--world-size is 0"]),
-    "encode without images": (["encode", "--tokenizer", "x"], ["--images"]),
     "required settings": (["sample", "--out", "x"], ["--generator", "--tokenizer"]),
-    "evaluate what": (
-        ["evaluate", "everything"],
-        ["samples, tokenizer, latents, make-reference first, found everything"],
-    ),
     "evaluate nothing": (["evaluate"], ["make-reference first, found nothing"]),
     "doctor takes nothing": (["doctor", "--all"], ["unknown setting --all"]),
 }
@@ -140,12 +110,9 @@ def test_refusal_is_one_sentence_that_names_the_setting(case: str, capsys: pytes
 
 MISSING = {
     "images for the tokenizer": ["train", "vavae-f16d32-dinov2-debug", "--data.path", "nowhere"],
-    "latents": ["train", "lightningdit-b-debug", "--data.path", "nowhere"],
     "tokenizer to encode with": ["encode", "--tokenizer", "nowhere", "--images", "nowhere", "--out", "out"],
     "generator": ["sample", "--generator", "nowhere", "--tokenizer", "nowhere", "--out", "out"],
-    "samples": ["evaluate", "samples", "nowhere", "--reference", "nowhere.npz"],
     "latents to measure": ["evaluate", "latents", "--latents", "nowhere"],
-    "run to export": ["export", "nowhere", "--out", "out"],
     "checkpoint to import": ["import", "nowhere.pt", "--out", "out"],
     "statistics": ["encode", "--stats-only", "nowhere"],
 }
@@ -211,7 +178,6 @@ KERNELS = "VADIT_KERNELS is 'turbo'; set it to one of auto, reference"
         ("train", ValueError(KERNELS), 2, f"error: {KERNELS}"),
         ("train", RunError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
         ("train", OSError(errno.ENOSPC, "No space left", "/x"), 1, "error: /x: No space left; free some space"),
-        ("train", OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: Quota exceeded; free some space"),
         ("train", PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
         ("train", Stopped("stopped after step 3", interrupted=False), 0, "stopped after step 3"),
         ("train", Stopped("stopped after step 3", interrupted=True), 130, "stopped after step 3"),
@@ -219,7 +185,6 @@ KERNELS = "VADIT_KERNELS is 'turbo'; set it to one of auto, reference"
         ("train", SystemExit(3), 3, ""),
         ("train", torch.OutOfMemoryError(), 1, f"error: {FULL}; raise --engine.gradient-accumulation"),
         ("encode", torch.OutOfMemoryError(), 1, f"error: {FULL}; lower --batch-size\n"),
-        ("evaluate samples", torch.OutOfMemoryError(), 1, f"error: {FULL}; lower --batch-size\n"),
         ("sample", torch.OutOfMemoryError(), 1, f"error: {FULL}; free it of other programs, or use a GPU with more"),
         ("train", ZeroDivisionError(), 1, "Traceback"),
         ("train", ValueError("of VADIT_KERNELS is said nothing here"), 1, "Traceback"),
@@ -279,9 +244,3 @@ def test_dry_run_prints_what_the_overrides_resolve_to(capsys: pytest.CaptureFixt
 def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank=1")
     assert config["run"]["seed"] == 7
-
-
-def test_dry_run_of_the_tokenizer_counts_all_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    _, text = dry_run(capsys, "vavae-f16d32-dinov2-debug")
-    for network in ("autoencoder", "discriminator", "foundation model"):
-        assert network in text, network

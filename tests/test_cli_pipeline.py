@@ -124,15 +124,6 @@ def test_export_and_import_give_the_same_weights_back(house: Path, tmp_path: Pat
     assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
 
 
-def test_evaluate_tokenizer_writes_its_numbers(house: Path, tmp_path: Path) -> None:
-    out = tmp_path / "numbers.json"
-    images = ["--images", str(house / "images"), "--image-size", str(SIDE), "--num-workers", "1"]
-    assert cli.main(["evaluate", "tokenizer", "--tokenizer", str(house / "tokenizer"), *images, "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert (found["kind"], found["inputs"]["num_images"]) == ("tokenizer", NUM_IMAGES)
-    assert found["metrics"].keys() == {"psnr", "ssim"} and 0 < found["metrics"]["psnr"] < 30
-
-
 def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--image-size 60" in refusal(capsys, encode(house, "--image-size", "60"), 2)
     assert "label 99" in refusal(capsys, sample(house, tmp_path / "x", "--classes", "99"), 2)

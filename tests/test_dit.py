@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from model_help import assert_recomputing_changes_nothing, randomised
 from torch import Tensor
 
 from vadit.config import DiTSpec
@@ -25,18 +26,6 @@ SPECS = {
     "layer_norm_qk_norm_rope": dataclasses.replace(BASE, rmsnorm=False, qk_norm=True),
     "qk_norm_without_rope": dataclasses.replace(BASE, rope=False, qk_norm=True),
 }
-
-
-def randomised(spec: DiTSpec, seed: int = 0) -> LightningDiT:
-    """A model in which no weight is zero, so that every path shows in the output."""
-    model = LightningDiT(spec)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "pos_embed":
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return model.eval()
 
 
 def inputs(spec: DiTSpec, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +126,7 @@ def naive_rope(q_BNHK: Tensor, grid: int) -> Tensor:
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_equals_naive_form(name: str) -> None:
     spec = SPECS[name]
-    model = randomised(spec)
+    model = randomised(LightningDiT(spec))
     x, t, y = inputs(spec)
     expected = naive_forward(spec, model.state_dict(), x, t, y)
     with torch.no_grad():
@@ -185,7 +174,7 @@ def test_parameter_count_of_the_paper() -> None:
 
 
 def test_label_dropout() -> None:
-    model = randomised(dataclasses.replace(BASE, class_dropout=0.5)).train()
+    model = randomised(LightningDiT(dataclasses.replace(BASE, class_dropout=0.5))).train()
     x, t, _ = inputs(BASE, 1)
     x, t, y = x.expand(64, -1, -1, -1), t.expand(64), torch.full((64,), 2)
     null = torch.full((64,), model.num_classes)
@@ -206,21 +195,13 @@ def test_label_dropout() -> None:
 
 @pytest.mark.parametrize("name", ["lightning_patch1", "layer_norm_qk_norm_rope", "shift_free"])
 def test_gradient_checkpointing_gives_equal_gradients(name: str) -> None:
-    model = randomised(SPECS[name])
+    model = randomised(LightningDiT(SPECS[name]))
     x, t, y = inputs(model.spec)
-    gradients = []
-    for recompute in (False, True):
-        model.gradient_checkpointing = recompute
-        model.zero_grad()
-        model(x, t, y).square().mean().backward()
-        gradients.append({k: v.grad.clone() for k, v in model.named_parameters() if v.grad is not None})
-    assert len(gradients[0]) == sum(parameter.requires_grad for parameter in model.parameters())
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][k], gradients[1][k]) for k in gradients[0])
+    assert_recomputing_changes_nothing(model, lambda: model(x, t, y).square().mean())
 
 
 def test_blocks_are_computed_twice_only_where_that_saves_memory() -> None:
-    model = randomised(BASE)
+    model = randomised(LightningDiT(BASE))
     calls = [0]
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
     for checkpointing, expected in ((False, 1), (True, 2)):
@@ -235,7 +216,7 @@ def test_blocks_are_computed_twice_only_where_that_saves_memory() -> None:
 
 
 def test_rotary_table_stays_float32_when_the_model_is_cast() -> None:
-    model = randomised(BASE)
+    model = randomised(LightningDiT(BASE))
     assert model.feat_rope is not None
     exact = model.feat_rope.freqs_cos.clone()
     model.bfloat16()
@@ -245,7 +226,7 @@ def test_rotary_table_stays_float32_when_the_model_is_cast() -> None:
 
 
 def test_save_and_load(tmp_path) -> None:
-    model = randomised(SPECS["qk_norm_patch2"])
+    model = randomised(LightningDiT(SPECS["qk_norm_patch2"]))
     model.save_pretrained(tmp_path / "new" / "folder")
     loaded = LightningDiT.from_pretrained(tmp_path / "new" / "folder")
     assert loaded.spec == model.spec
@@ -259,7 +240,7 @@ def test_save_and_load(tmp_path) -> None:
 def test_load_errors(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"holds no model.safetensors"):
         LightningDiT.from_pretrained(tmp_path)
-    randomised(BASE).save_pretrained(tmp_path)
+    randomised(LightningDiT(BASE)).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))
     with pytest.raises(UsageError, match=r"model.safetensors: tensor blocks\.2\.\S+ of shape .* is missing"):

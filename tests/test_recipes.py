@@ -16,7 +16,6 @@ from vadit import cli
 from vadit.config import Config, DiTConfig, TokenizerConfig
 from vadit.config.files import from_dict, load_run_config, to_dict
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, RECIPES, SHORT_NAMES, get_recipe
-from vadit.runtime.errors import UsageError
 
 SIZES = {
     "model": {"input_size", "hidden_size", "depth", "num_heads", "num_classes"},
@@ -62,11 +61,6 @@ def test_recipe_is_a_whole_config_that_survives_the_disk() -> None:
         assert config.paper.source and config.paper.metric, name
         assert config.run.out == f"runs/{name}"
         assert not isinstance(config, DiTConfig) or config.paper.tokenizer, name
-
-
-def test_unknown_recipe_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"'lightningdit-xl-64'.*lightningdit-xl-64ep.*vadit recipes"):
-        get_recipe("lightningdit-xl-64")
 
 
 HEADLINE, DIT, VAVAE = "lightningdit-xl-64ep", "table1-00-dit", "vavae-f16d32-dinov2-50ep"
@@ -188,16 +182,13 @@ f16d64-mae     0.15 31.03 0.054 0.87   23.58 14.40 11.69
 f16d64-dinov2  0.14 30.71 0.055 0.87   24.00 14.95 11.98
 """
 TABLE_4_AND_5 = """
-f16d32                     0.26 28.59 0.089 0.80  22.62
-f16d32-dinov2              0.28 27.96 0.096 0.79  15.82
-f16d32-mae                 0.28 28.33 0.091 0.80  19.89
 f16d32-sam                 0.26 28.31 0.091 0.80  19.80
 f16d32-clip                0.33 28.39 0.091 0.80  18.93
 f16d32-dinov2-no-mcos      0.27 28.52 0.090 0.80  21.87
 f16d32-dinov2-no-mdistmat  0.27 28.24 0.090 0.80  17.74
 f16d32-dinov2-no-margin    0.27 28.07 0.093 0.79  17.77
 """
-"""Tokenizer: rFID, PSNR, LPIPS, SSIM, FID-10K of B (and of L and XL)."""
+"""Tokenizer: rFID, PSNR, LPIPS, SSIM, FID-10K of B (and of L and XL); without those of Table 2."""
 
 ALIGNMENT: dict[str, dict[str, Any]] = {
     "": {"foundation.name": "none", "loss.vf_weight": 0.0},

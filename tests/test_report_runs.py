@@ -311,9 +311,7 @@ def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture
     save_config(headline(), tmp_path / "bare" / "config.json")
     (tmp_path / "nothing").mkdir()
     for arguments, message in (
-        ([], "needs one or more run folders"),
         ([tmp_path / "absent"], "absent is no run folder"),
-        ([full / "log.jsonl"], "name its folder"),
         ([tmp_path / "nothing"], "holds neither config.json nor log.jsonl"),
         ([empty], "its log.jsonl holds no points yet"),
         ([tmp_path / "bare"], "there is no log.jsonl yet"),

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_networks import SmallNet
 from torch import nn
 
-from vadit.config import DiTSpec, SampleSpec
+from vadit.config import SampleSpec
 from vadit.images.pixels import channels_last, to_uint8
 from vadit.runtime.errors import RunError, UsageError
 from vadit.sampling import draw as drawing
@@ -26,23 +27,6 @@ from vadit.sampling.write import noted_sampler, write_samples
 def _small_groups(monkeypatch):
     """Groups of 16, so that a few samples are several groups, the last one not full."""
     monkeypatch.setattr(drawing, "GROUP", 16)
-
-
-class SmallNet(nn.Module):
-    """A smooth nonlinear network with two classes, which counts its calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(7)
-        self.num_classes, self.spec = 2, DiTSpec(input_size=2, in_channels=4, num_classes=2)
-        self.weight = nn.Parameter(torch.randn(4, 4, generator=generator) * 0.5)
-        self.table = nn.Parameter(torch.randn(3, 4, generator=generator))
-        self.calls = 0
-
-    def forward(self, x, t, labels):
-        self.calls += 1
-        hidden = torch.einsum("bchw,cd->bdhw", x, self.weight) + self.table[labels][:, :, None, None]
-        return torch.sin(hidden + 3 * t.reshape(-1, 1, 1, 1))
 
 
 class TinyDecoder(nn.Module):
@@ -84,18 +68,8 @@ def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method):
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        (
-            "euler",
-            [
-                {"num_steps": 6},
-                {"timestep_shift": 0.3},
-                {"cfg_scale": 3.0},
-                {"cfg_interval": (0.3, 1.0)},
-                {"cfg_channels": 3},
-                {"cfg_power": 4.0},
-                {"method": "heun"},
-            ],
-        ),
+        ("euler", [{"num_steps": 6}, {"timestep_shift": 0.3}, {"cfg_scale": 3.0}, {"cfg_interval": (0.3, 1.0)}]),
+        ("euler", [{"cfg_channels": 3}, {"cfg_power": 4.0}, {"method": "heun"}]),
         ("dopri5", [{"atol": 0.1}, {"rtol": 1e-6}]),
         ("euler_maruyama", [{"timestep_shift": 0.3}, {"sde_diffusion": "sbdm"}, {"sde_last_step": "none"}]),
     ],
@@ -214,7 +188,7 @@ def test_resume_draws_only_what_is_missing(tmp_path):
     kept = (out / "images" / "000004.png").stat().st_mtime_ns
     model = SmallNet()
     _write(out, num_samples=40, model=model)
-    assert model.calls == 3, "one group of the three was drawn, in three Euler steps"
+    assert len(model.calls) == 3, "one group of the three was drawn, in three Euler steps"
     assert _bytes(out) == whole and (out / "images" / "000004.png").stat().st_mtime_ns == kept
 
 
@@ -301,13 +275,3 @@ def test_a_damaged_image_stops_the_archive_whole(tmp_path):
     with pytest.raises(RunError, match=r"000001\.png does not decode"):
         _write(tmp_path, num_samples=2)
     assert not list(tmp_path.glob("samples.npz*"))
-
-
-def test_grey_pictures_become_rgb(tmp_path):
-    class Grey(nn.Module):
-        def decode(self, z):
-            return z[:, :1]
-
-    files = _write(tmp_path, num_samples=3, autoencoder=Grey())
-    pixels = np.load(files.npz)["arr_0"]
-    assert pixels.shape == (3, 2, 2, 3) and (pixels[..., :1] == pixels).all()

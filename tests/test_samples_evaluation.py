@@ -106,9 +106,6 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
         with pytest.raises(kind, match=match):
             list(image_files.open_images(path).batches(2))
 
-    lossy = write_pngs(tmp_path / "lossy", pictures(1))
-    Image.fromarray(pictures(1)[0]).save(lossy / "b.jpg")
-    refuse(lossy, "is a JPEG")
     mixed = write_pngs(tmp_path / "mixed", pictures(2))
     Image.fromarray(pictures(1, side=12)[0]).save(mixed / "000002.png")
     refuse(mixed, "12x12 pixels, 000000.png is 16x16")
@@ -118,19 +115,11 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
     disguised = write_pngs(tmp_path / "disguised", pictures(1))
     Image.fromarray(pictures(1)[0]).save(disguised / "000001.png", format="jpeg")
     refuse(disguised, "JPEG by its content")
-    (tmp_path / "deep").mkdir()
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep" / "a.png")
-    refuse(tmp_path / "deep", "pixel mode I;16")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes((mixed / "000000.png").read_bytes()[:60])
     refuse(tmp_path / "broken", "does not decode", RunError)
-    (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "no PNG files")
-    refuse(tmp_path / "missing", "does not exist")
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
     refuse(tmp_path / "float.npz", "float32")
-    np.savez(tmp_path / "other.npz", images=pictures(2))
-    refuse(tmp_path / "other.npz", "no arr_0")
     np.savez(tmp_path / "cut.npz", arr_0=pictures(2))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-40])
     refuse(tmp_path / "cut.npz", "cannot be read", RunError)
@@ -286,8 +275,6 @@ def test_a_reference_of_two_images_will_do_and_of_one_will_not(small: Path) -> N
     np.savez(small / "one.npz", arr_0=pictures(1, 2))
     with pytest.raises(UsageError, match="at least 2 images, found 1"):
         evaluate(small / "drawn.npz", small / "one.npz")
-    with pytest.raises(UsageError, match="holds 6 images, 9 were asked for"):
-        evaluate(small / "drawn.npz", small / "two.npz", num_samples=9)
     mu, sigma = mean_and_covariance(extract(pictures(9, 1)).pool)
     np.savez(small / "half.npz", mu=mu)
     with pytest.raises(UsageError, match="mu without sigma"):
@@ -359,8 +346,6 @@ def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFi
     assert "{seed}" in refuse("all.npz", "--seeds", "3")
     np.savez(small / "drawn-1.npz", arr_0=pictures(7, 1))
     assert "sets of one size" in refuse("drawn-{seed}.npz", "--seeds", "3")
-    np.savez(small / "one.npz", arr_0=pictures(1))
-    assert "at least 2 images, found 1" in refuse("one.npz")
 
 
 def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) -> None:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from small_networks import SmallNet
 from torch import nn
 
 from vadit import kernels
@@ -43,26 +44,8 @@ class GaussianVelocity(nn.Module):
         return noise if self.prediction == "noise" else -noise / point.sigma
 
 
-class SmallNet(nn.Module):
-    """A smooth nonlinear network with two classes, whose dropout would show a forgotten eval mode."""
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(7)
-        self.num_classes = 2
-        self.weight = nn.Parameter(torch.randn(channels, channels, generator=generator) * 0.5)
-        self.table = nn.Parameter(torch.randn(3, channels, generator=generator))
-        self.dropout = nn.Dropout(0.5)
-        self.calls: list[tuple[float, int]] = []
-
-    def forward(self, x, t, labels):
-        self.calls.append((float(t[0]), len(x)))
-        hidden = torch.einsum("bchw,cd->bdhw", x, self.weight) + self.table[labels][:, :, None, None]
-        return self.dropout(torch.sin(hidden + 3 * t.reshape(-1, 1, 1, 1)))
-
-
-def _batch(size: int = 6, channels: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    noise = torch.randn(size, channels, 2, 2, generator=torch.Generator().manual_seed(0))
+def _batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.randn(size, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     return noise, torch.arange(size) % 2
 
 
@@ -177,17 +160,8 @@ def test_sde_is_euler_maruyama_by_hand(form, last_step):
     velocity, score, data = exact(x, high)
     w = 1 - high if form == "sigma" else 1.0
     ends = {"mean": x + 0.04 * (velocity + w * score), "euler": x + 0.04 * velocity, "tweedie": data, "none": x}
-    found = sample_sde(
-        GaussianVelocity(),
-        noise,
-        labels,
-        num_steps=5,
-        sde_diffusion=form,
-        sde_last_step=last_step,
-        timestep_shift=0.3,
-        seed=5,
-        indices=[7, 8, 9],
-    )
+    settings = {"num_steps": 5, "sde_diffusion": form, "sde_last_step": last_step, "timestep_shift": 0.3}
+    found = sample_sde(GaussianVelocity(), noise, labels, seed=5, indices=[7, 8, 9], **settings)
     torch.testing.assert_close(found, ends[last_step], rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from model_help import randomised
 from torch import Tensor
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
@@ -24,16 +25,6 @@ from vadit.train import optimizers, runs
 from vadit.train.checkpoint import export
 
 SPEC = DiTSpec(input_size=4, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5, class_dropout=0.0)
-
-
-def settled(model: LightningDiT) -> LightningDiT:
-    """With weights where a new network has zeros, so that all of it counts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
 
 
 def batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +93,7 @@ def test_alignment_loss_pairs_tokens_with_features_of_their_place() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_taps_are_the_outputs_of_blocks_and_change_nothing(recompute: bool) -> None:
-    model = settled(LightningDiT(SPEC, gradient_checkpointing=recompute))
+    model = randomised(LightningDiT(SPEC, gradient_checkpointing=recompute))
     x, t, y = batch()
     caught: list[Tensor] = []
     for block in model.blocks:
@@ -118,8 +109,8 @@ def test_taps_are_the_outputs_of_blocks_and_change_nothing(recompute: bool) -> N
 @pytest.mark.parametrize("recompute", [False, True])
 def test_value_residual_mixes_the_first_blocks_values_in(recompute: bool) -> None:
     spec = dataclasses.replace(SPEC, value_residual=True)
-    model = settled(LightningDiT(spec, gradient_checkpointing=recompute))
-    plain = settled(LightningDiT(SPEC))
+    model = randomised(LightningDiT(spec, gradient_checkpointing=recompute))
+    plain = randomised(LightningDiT(SPEC))
     missing = plain.load_state_dict({k: v for k, v in model.state_dict().items() if "value_share" not in k})
     assert not missing.missing_keys
     x, t, y = batch()
@@ -144,7 +135,7 @@ def test_value_residual_mixes_the_first_blocks_values_in(recompute: bool) -> Non
 
 def test_the_projector_sees_the_aligned_block() -> None:
     repa = RepaSpec(weight=0.5, block=3, projector_width=16)
-    model = settled(AlignedDiT(SPEC, repa, 7))
+    model = randomised(AlignedDiT(SPEC, repa, 7))
     x, t, y = batch()
     plain = LightningDiT(SPEC)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("projector.")})
