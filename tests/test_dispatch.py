@@ -120,12 +120,6 @@ def test_exact_takes_plain_torch_and_any_layout() -> None:
         assert not kernels.is_exact()
 
 
-def test_wrong_call_reads_the_same_from_every_backend(backend: str) -> None:
-    with pytest.raises(ValueError) as error:
-        kernels.rms_norm(torch.ones(2, 3, 8), torch.ones(7))
-    assert str(error.value) == "rms_norm: found weight (7,); needed weight (8,) for x (2, 3, 8)"
-
-
 @needs_extension
 def test_schemas_of_triton_and_of_the_library_are_the_same() -> None:
     for op in dispatch.OPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -66,6 +67,13 @@ def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path
     for expected in ("Run &lt;1&gt;", '<p class="lead">Second &amp; last.</p>', "34.4 dB", "<th>with</th>", "a &lt; b"):
         assert expected in text
     assert text.count("1 not finite") == 1
+
+
+def test_small_pictures_are_embedded_byte_by_byte(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.png"
+    Image.new("RGB", (40, 40), (3, 60, 200)).save(path)
+    text = write_report(tmp_path / "r.html", "t", "", [Section("s", images=[("c", path)])]).read_text()
+    assert f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" in text
 
 
 def test_a_log_forgets_what_a_resumed_run_did_again_and_skips_damaged_lines(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from vadit.report.runs import (
     IMAGENET_IMAGES,
     REFERENCE_MSE,
     REFERENCE_STEPS,
-    different_settings,
     higher_is_better,
     is_headline,
     progress,
@@ -334,10 +333,3 @@ def test_one_point_and_points_that_are_no_numbers(tmp_path: Path) -> None:
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     text = write_runs_report([folder], tmp_path / "r.html").page.read_text()
     assert "not finite" in text and "Infinity" not in text
-
-
-def test_settings_that_differ_are_read_from_the_files(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    (first / "config.json").write_text('{"kind": "dit", "x": {"y": 1, "z": [1]}, "run": {"out": "a"}}')
-    (second / "config.json").write_text('{"kind": "dit", "x": {"y": 2, "z": [1]}, "new": true, "run": {"out": "b"}}')
-    assert different_settings(read_runs([first, second])) == [("x.y", "1", "2"), ("new", "-", "true")]

@@ -15,7 +15,7 @@ from model_help import randomised
 from torch import Tensor
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
-from vadit.models.dit import LightningDiT
+from vadit.models.dit import DiTOutput, LightningDiT
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import flow, regularisers
 from vadit.recipes import get_recipe
@@ -157,6 +157,28 @@ def config(folder: Path, **groups: Any) -> DiTConfig:
     start = get_recipe("lightningdit-b-debug")
     assert isinstance(start, DiTConfig)
     return vary(start, run=RUN | {"out": str(folder)}, **groups)
+
+
+@pytest.mark.parametrize(("aligned", "dispersed"), [(1, 2), (2, 1), (2, 2)])
+def test_each_loss_gets_its_own_block(aligned: int, dispersed: int) -> None:
+    repa = RepaSpec(weight=0.25, block=aligned)
+    both = config(Path("unused"), model={"depth": 4 * dispersed}, flow={"dispersive_weight": 0.5}, repa=repa)
+    generator = torch.Generator().manual_seed(0)
+    outputs = {block: torch.randn(3, 4, 8, generator=generator) for block in (1, 2)}
+    projected, features = (torch.randn(3, 4, 6, generator=generator) for _ in range(2))
+    features = features.transpose(1, 2).reshape(3, 6, 2, 2)
+    hidden = {block: outputs[block] for block in trainer.tapped_blocks(both)}
+    terms = trainer._with_regularisers(
+        both,
+        {"loss": torch.tensor(1.0)},
+        DiTOutput(torch.empty(0), hidden, projected),
+        [features],
+        trainer.Features(6, None),
+    )
+    dispersive = regularisers.dispersive_loss(outputs[dispersed], 0.5)
+    alignment = regularisers.alignment_loss(projected, features)
+    assert torch.equal(terms["dispersive"], dispersive) and torch.equal(terms["alignment"], alignment)
+    torch.testing.assert_close(terms["loss"], 1 + 0.5 * dispersive + 0.25 * alignment)
 
 
 def trained_in_two_parts(whole: DiTConfig, folder: Path) -> dict[str, Tensor]:
