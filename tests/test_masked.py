@@ -312,15 +312,6 @@ def test_tokens_are_patches_in_the_order_of_the_embedding() -> None:
     assert differs[:, 6].all() and differs.sum() == len(x)
 
 
-def test_without_masked_tokens_it_would_be_the_flow_loss() -> None:
-    x1 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    drawn = flow.draw(FlowSpec(), x1, 0, torch.Generator().manual_seed(2))
-    found = masked.loss(FlowSpec(), drawn, drawn.x_t.tanh(), torch.zeros(2, 4, dtype=torch.bool), 0.0)
-    expected = flow.loss(FlowSpec(), drawn, drawn.x_t.tanh())
-    assert found.mse.item() == pytest.approx(expected.mse.item(), rel=1e-6)
-    assert found.direction.item() == pytest.approx(expected.direction.item(), rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 SMALL_MASKDIT = dataclasses.replace(MASKDIT, decoder_depth=1)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from guard_help import counted
 from training_plain import BATCH, logged, tiny_dit, tiny_tokenizer
 
 from vadit.config import DiTConfig, OptimizerSpec, vary
@@ -91,26 +90,6 @@ def last_weights(folder: Path, ema: float | None = None) -> dict[str, torch.Tens
     return runs.read_weights(folder, ema=ema)[0]
 
 
-class Killed(Exception):
-    """The end of a process, played."""
-
-
-def interrupted(config: DiTConfig, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
-    """Train, and end before step `after` + 1."""
-
-    def kill(step: int) -> None:
-        if step > after:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dit, "train_step", counted(dit.train_step, kill))
-        with pytest.raises(Killed):
-            dit.train(config)
-
-
-TWO_STEPS = {"save_every_images": 2 * BATCH}
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with nothing of other people's."""
@@ -184,11 +163,10 @@ def test_resume_goes_on_with_apex_and_refuses_without(
     tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, resumed = (
-        with_kind(tiny_dit(tmp_path / name, zero_stage=1, run=TWO_STEPS), "apex_fused")
-        for name in ("straight", "resumed")
+        with_kind(tiny_dit(tmp_path / name, zero_stage=1), "apex_fused") for name in ("straight", "resumed")
     )
     dit.train(straight)
-    interrupted(resumed, monkeypatch, after=3)
+    dit.train(vary(resumed, run={"total_images": 2 * BATCH}))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "apex.optimizers", None)
         with pytest.raises(UsageError, match=r"kind apex_fused, which adamw cannot go on from: .*cannot be had"):
