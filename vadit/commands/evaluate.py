@@ -176,7 +176,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
         "protocol": f"ADM's centre crop; posterior {options.posterior}; PSNR per image on uint8, range 255; "
         "SSIM window 11, sigma 1.5; LPIPS VGG; rFID against the very images",
     }
-    results.report("tokenizer", [metrics.named() for metrics in found], inputs, options.out)
+    results.report("tokenizer", found, inputs, options.out)
 
 
 def latents(options: EvaluateLatentsOptions) -> None:

@@ -8,7 +8,6 @@ numbers depend on no batch size and no number of processes, to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,27 +27,6 @@ GROUP = 32
 """Images that the networks see together."""
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window in pixels (sigma 1.5)."""
-
-
-@dataclass(frozen=True)
-class ReconstructionMetrics:
-    """Means over images."""
-
-    num_images: int
-    psnr: float
-    """dB, per image, on uint8 pixels (range 0..255) of all channels; infinite where an image came back exactly."""
-    ssim: float
-    """Gaussian window 11x11, sigma 1.5, on images clamped to [-1, 1] (range 2)."""
-    lpips: float | None
-    """On images clamped to [-1, 1]; the network is the caller's (the paper: VGG)."""
-    rfid: float | None
-    """Frechet distance to the very images given, in the caller's features (the paper: Inception's pool_3)."""
-
-    def named(self) -> dict[str, float]:
-        """The numbers that there are, by name; a distance carries its number of images: rfid50k."""
-        rfid = f"rfid{count_name(self.num_images)}"
-        values = {"psnr": self.psnr, "ssim": self.ssim, "lpips": self.lpips, rfid: self.rfid}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()
@@ -103,7 +81,7 @@ def evaluate_image_set(
     device: torch.device,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
-) -> list[ReconstructionMetrics]:
+) -> list[dict[str, float]]:
     """The numbers of all images, once for each seed of the posterior samples; `evaluate_tokenizer` has the rest.
 
     Pillow decodes, whatever else is installed: the numbers are compared with those of others.
@@ -115,7 +93,7 @@ def evaluate_image_set(
     for seed in seeds:
         with pillow_decoder(images, num_workers, device)() as decoder:
             batches = load_in_order(images, ids, max(batch_size, 1), decoder)
-            metrics = evaluate_tokenizer(
+            count, metrics = evaluate_tokenizer(
                 autoencoder,
                 (batch.images.contiguous() for batch in batches),
                 ids=ids,
@@ -125,8 +103,8 @@ def evaluate_image_set(
                 posterior=posterior,
                 seed=seed,
             )
-        if metrics.num_images != len(images):
-            raise RunError(f"{metrics.num_images} of {len(images)} images were read; a part of them gets no numbers")
+        if count != len(images):
+            raise RunError(f"{count} of {len(images)} images were read; a part of them gets no numbers")
         found.append(metrics)
     return found
 
@@ -148,9 +126,13 @@ def evaluate_tokenizer(
     features: Callable[[Tensor], Tensor] | None = None,
     posterior: Literal["sample", "mode"] = "sample",
     seed: int = 0,
-) -> ReconstructionMetrics:
-    """Encode and decode uint8 images (B, 3, H, W) in batches of any size, and compare.
+) -> tuple[int, dict[str, float]]:
+    """Encode and decode uint8 images (B, 3, H, W) in batches of any size, and compare: their count, and means.
 
+    psnr: dB, per image, on uint8 pixels (range 0..255) of all channels; infinite where an image came back exactly.
+    ssim: Gaussian window 11x11, sigma 1.5, on images clamped to [-1, 1] (range 2). With `lpips`, lpips: of images in
+    [-1, 1] (the paper: VGG). With `features`, rfid50k: the Frechet distance of 50,000 images to the very images given,
+    in these features (the paper: Inception's pool_3).
     `ids` names the images by their places in the whole set: a process's `share_of_images`, by default 0, 1, ...
     `lpips(x, y)` takes images in [-1, 1] and gives B values; `features(uint8 images)` gives (B, D). The autoencoder and
     both functions are on `device` and in evaluation mode. Under a launcher every process gets the numbers of all.
@@ -179,18 +161,12 @@ def evaluate_tokenizer(
     scores_NS = _all_rows(places, rows)
     if not len(scores_NS):
         raise UsageError("there are no images to evaluate; name a folder that holds some")
-    rfid = None
+    count = len(scores_NS)
+    metrics = dict(zip(("psnr", "ssim", "lpips"), scores_NS.mean(dim=0).tolist(), strict=False))
     if features is not None:
         pairs_N2D = _all_rows(places, pairs)
-        rfid = frechet_distance(*_moments(pairs_N2D[:, 0]), *_moments(pairs_N2D[:, 1]))
-    means = scores_NS.mean(dim=0).tolist()
-    return ReconstructionMetrics(
-        num_images=len(scores_NS),
-        psnr=means[0],
-        ssim=means[1],
-        lpips=None if lpips is None else means[2],
-        rfid=rfid,
-    )
+        metrics[f"rfid{count_name(count)}"] = frechet_distance(*_moments(pairs_N2D[:, 0]), *_moments(pairs_N2D[:, 1]))
+    return count, metrics
 
 
 def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
