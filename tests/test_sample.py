@@ -43,21 +43,30 @@ class TinyDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------ draw
 
 
-def _draw(num_samples=37, world_size=1, **settings):
+def _draw(num_samples=37, **settings):
     spec = SampleSpec(**{"num_steps": 5, "cfg_scale": 2.0, **settings})
     return {
         index: (latent, int(label))
-        for rank in range(world_size)
-        for part in draw(SmallNet(), spec, num_samples=num_samples, rank=rank, world_size=world_size)
+        for part in draw(SmallNet(), spec, num_samples=num_samples)
         for index, latent, label in zip(part.indices, part.latents, part.labels, strict=True)
     }
 
 
+def _as_process(monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
 @pytest.mark.parametrize("method", ["euler", "dopri5", "euler_maruyama"])
-def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method):
+def test_samples_are_a_function_of_seed_and_index_bit_by_bit(method, monkeypatch):
     reference = _draw(method=method)
     assert sorted(reference) == list(range(37))
-    others = _draw(method=method, world_size=3), _draw(method=method, num_samples=18)
+    shared = {}
+    with monkeypatch.context() as patch:
+        for rank in range(3):
+            _as_process(patch, rank, 3)
+            shared |= _draw(method=method)
+    others = shared, _draw(method=method, num_samples=18)
     assert [len(other) for other in others] == [37, 18]
     for other in others:
         for index, (latent, label) in other.items():
@@ -171,10 +180,11 @@ def test_files_hold_the_decoded_samples(tmp_path):
     assert seen == [16, 20]
 
 
-def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
+def test_files_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     _write(tmp_path / "one", num_samples=40)
     for rank in (2, 1, 0):
-        _write(tmp_path / "three", num_samples=40, rank=rank, world_size=3)
+        _as_process(monkeypatch, rank, 3)
+        _write(tmp_path / "three", num_samples=40)
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "three")
 
 

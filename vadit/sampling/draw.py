@@ -87,8 +87,6 @@ def draw(
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
 ) -> Iterator[Drawn]:
     """This process's share of samples 0..num_samples-1, a group at a time, on the model's device.
 
@@ -96,17 +94,15 @@ def draw(
     guide: a weaker generator for autoguidance, instead of the null label. labels: a list that is used over and over.
     """
     check_request(model, spec, flow, num_samples, labels)
-    for group in own_groups(num_samples, rank, world_size):
+    for group in own_groups(num_samples):
         count = num_samples - group.start
         indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels)
         yield Drawn(indices[:count], latents[:count], drawn_labels[:count])
 
 
-def own_groups(num_samples: int, rank: int | None, world_size: int | None) -> Iterator[range]:
+def own_groups(num_samples: int) -> Iterator[range]:
     """The whole groups that reach over samples 0..num_samples-1 and are this process's: they go to all in turn."""
-    rank = distributed.rank() if rank is None else rank
-    world_size = distributed.world_size() if world_size is None else world_size
-    for number in range(rank, math.ceil(num_samples / GROUP), world_size):
+    for number in range(distributed.rank(), math.ceil(num_samples / GROUP), distributed.world_size()):
         yield range(number * GROUP, (number + 1) * GROUP)
 
 

@@ -63,8 +63,6 @@ def write_samples(
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
     source: dict[str, Any] | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SampleFiles:
     """Draw and decode samples 0..num_samples-1 into out/images/000000.png ..., out/samples.npz and out/grid.png.
@@ -81,7 +79,6 @@ def write_samples(
     """
     check_request(model, spec, flow, num_samples, labels)
     out = Path(out)
-    rank = distributed.rank() if rank is None else rank
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
         "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
@@ -94,11 +91,11 @@ def write_samples(
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
     }
-    distributed.from_main(lambda: _claim_folder(out, settings, source or {}, write=rank == 0))
+    distributed.from_main(lambda: _claim_folder(out, settings, source or {}))
     device = device_of(model)
     mean, std = (values.reshape(1, -1, 1, 1).to(device) for values in (mean, std))
     done = 0
-    for group in own_groups(num_samples, rank, world_size):
+    for group in own_groups(num_samples):
         wanted = [index for index in group if index < num_samples]
         missing = [index for index in wanted if not _is_whole(_png(out, index))]
         if missing:
@@ -116,7 +113,7 @@ def write_samples(
             progress(done)
     distributed.barrier()
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
-    if rank == 0:
+    if distributed.is_main():
         all_labels = sample_labels(range(num_samples), spec.seed, model.num_classes, spec.labels, labels)
         _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
@@ -135,13 +132,12 @@ def noted_sampler(samples: str | Path) -> str | None:
     return None
 
 
-def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], *, write: bool) -> None:
+def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any]) -> None:
     """Write settings.json, or check that what is there was drawn with the same settings."""
     file = out / SETTINGS
     if not file.is_file():
-        if write:
-            with saved_file(file, _AGAIN) as partial:
-                partial.write_text(json.dumps(settings | {"source": source}, indent=2))
+        with saved_file(file, _AGAIN) as partial:
+            partial.write_text(json.dumps(settings | {"source": source}, indent=2))
         return
     try:
         noted = json.loads(file.read_text())
