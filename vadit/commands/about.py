@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from vadit.commands.common import print_table
-from vadit.config import Config, TokenizerConfig
-from vadit.recipes import DIT_SIZES, PAPER_RECIPES, SHORT_NAMES
+from vadit.recipes import PAPER_RECIPES, SHORT_NAMES
+from vadit.recipes.sizes import model_name
 from vadit.runtime.errors import UsageError
 
 METRIC_WIDTH = 36
@@ -69,20 +69,3 @@ def recipe_table(words: Sequence[str] = ()) -> Any:
         if all(word.lower() in " ".join(row).lower() for word in words):
             table.add_row(*row)
     return table
-
-
-def model_name(config: Config) -> str:
-    """LightningDiT-XL/1, DiT-XL/2, VA-VAE f16d32 ...; what sets it apart behind it."""
-    if isinstance(config, TokenizerConfig):
-        spec = config.autoencoder
-        kind = "VAE" if config.foundation.name == "none" else "VA-VAE"
-        aligned = "" if config.foundation.name == "none" else f", {config.foundation.name}"
-        stages = f", {len(config.stages)} stages" if config.stages else ""
-        return f"{kind} f{spec.downsample_ratio}d{spec.latent_channels}{aligned}{stages}"
-    model = config.model
-    sizes = [name for name, size in DIT_SIZES.items() if all(getattr(model, key) == size[key] for key in size)]
-    size = sizes[0] if sizes else f"{model.depth}x{model.hidden_size}"
-    new = [name for name in ("swiglu", "rmsnorm", "rope") if getattr(model, name)]
-    kind, extras = ("LightningDiT", []) if len(new) == 3 else ("DiT", new)
-    extras = [*extras, *[config.mask.kind] * (config.mask.kind != "none"), *["repa"] * (config.repa.weight > 0)]
-    return ", ".join([f"{kind}-{size}/{model.patch_size}", *extras])

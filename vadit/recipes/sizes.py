@@ -1,8 +1,10 @@
-"""Sizes of the generator, and lengths in images that several recipes share."""
+"""Sizes and names of networks, and lengths in images that several recipes share."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from vadit.config import Config, DiTSpec, TokenizerConfig
 
 DIT_SIZES: dict[str, dict[str, Any]] = {
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
@@ -21,3 +23,25 @@ BATCH_SIZE = 1024
 
 EPOCHS_80 = 100_000 * BATCH_SIZE
 """What the paper calls 80 epochs, in images (79.9)."""
+
+
+def dit_size(model: DiTSpec) -> str:
+    """The paper's letter of a generator's size; empty where it is none of them."""
+    sizes = (name for name, size in DIT_SIZES.items() if all(getattr(model, key) == size[key] for key in size))
+    return next(sizes, "")
+
+
+def model_name(config: Config) -> str:
+    """LightningDiT-XL/1, DiT-XL/2, VA-VAE f16d32 ...; what sets it apart behind it."""
+    if isinstance(config, TokenizerConfig):
+        spec = config.autoencoder
+        kind = "VAE" if config.foundation.name == "none" else "VA-VAE"
+        aligned = "" if config.foundation.name == "none" else f", {config.foundation.name}"
+        stages = f", {len(config.stages)} stages" if config.stages else ""
+        return f"{kind} f{spec.downsample_ratio}d{spec.latent_channels}{aligned}{stages}"
+    model = config.model
+    size = dit_size(model) or f"{model.depth}x{model.hidden_size}"
+    new = [name for name in ("swiglu", "rmsnorm", "rope") if getattr(model, name)]
+    kind, extras = ("LightningDiT", []) if len(new) == 3 else ("DiT", new)
+    extras = [*extras, *[config.mask.kind] * (config.mask.kind != "none"), *["repa"] * (config.repa.weight > 0)]
+    return ", ".join([f"{kind}-{size}/{model.patch_size}", *extras])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vadit.config import DiTConfig
-from vadit.recipes.sizes import DIT_SIZES
+from vadit.recipes.sizes import dit_size, model_name
 from vadit.recipes.tokenizers import TOKENIZERS
 from vadit.report.charts import GREY, Chart, Curve, Series, save_png, short_number
 from vadit.report.page import Section, is_picture, write_report
@@ -148,12 +148,13 @@ def _progress_section(runs: Sequence[Run]) -> Section:
     columns, series, targets = [], [], set()
     for run in runs:
         now = progress(run)
+        what = ", ".join(filter(None, (model_name(run.config), run.config.paper.source))) if run.config else "-"
         images = f"{run.log.images:,.0f}" if run.log.curves else "-"
         if now is None:
-            columns.append((_what(run), images, "-", _last(run, "loss"), *["-"] * 6))
+            columns.append((what, images, "-", _last(run, "loss"), *["-"] * 6))
             continue
         columns.append(
-            (_what(run), images, f"{now.epochs:.3g}", _last(run, "loss"), short_number(now.images_per_s),
+            (what, images, f"{now.epochs:.3g}", _last(run, "loss"), short_number(now.images_per_s),
              _last(run, "mfu", share=True), _hours(now.hours_done), *_left(run, now))
         )  # fmt: skip
         targets.add(now.target)
@@ -292,7 +293,7 @@ def _frontier_section(runs: Sequence[Run]) -> Section | None:
         if rfid and protocol in gfid:
             point = Curve(np.array([next(iter(rfid.values()))]), np.array([gfid[protocol]]))
             series.append(Series(run.name, point, run.color, "dots"))
-            sizes.add(_size(run))
+            sizes.add(dit_size(run.config.model) if isinstance(run.config, DiTConfig) else "")
     left_out = [run.name for run, rfid, gfid in both if (rfid or gfid) and not (rfid and protocol in gfid)]
     notes = [f"Not drawn, for lack of rFID or of {protocol}: {', '.join(left_out)}."] if left_out else []
     for letter in TABLE_2[0].fid_10k if protocol.startswith("fid10k_dopri5") else ():
@@ -307,14 +308,6 @@ def _frontier_section(runs: Sequence[Run]) -> Section | None:
         note="Lower left is better: the paper's Figure 2.",
     )  # fmt: skip
     return Section("Frontier of tokenizers", charts=[chart], notes=notes)
-
-
-def _size(run: Run) -> str:
-    """The paper's letter of a generator's size, or nothing."""
-    model = run.config.model if isinstance(run.config, DiTConfig) else None
-    sizes = (letter for letter, size in DIT_SIZES.items()
-             if model and (model.hidden_size, model.depth) == (size["hidden_size"], size["depth"]))  # fmt: skip
-    return next(sizes, "")
 
 
 # ------------------------------------------------------------------------------------------ pictures and the rest
@@ -361,15 +354,3 @@ def _hours(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.1f} h" if hours < 1000 else f"{hours:,.0f} h"
-
-
-def _what(run: Run) -> str:
-    if run.config is None:
-        return "-"
-    if isinstance(run.config, DiTConfig):
-        spec = run.config.model
-        network = f"{spec.depth} x {spec.hidden_size}, patch {spec.patch_size}"
-    else:
-        tokenizer = run.config.autoencoder
-        network = f"f{tokenizer.downsample_ratio}d{tokenizer.latent_channels}, {run.config.foundation.name}"
-    return ", ".join(filter(None, (network, run.config.paper.source)))
