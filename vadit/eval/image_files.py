@@ -17,7 +17,7 @@ from vadit.images.pixels import read_png
 from vadit.runtime.errors import RunError, UsageError
 
 # Left out in silence, they would leave the scores of a part of a set.
-_OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+_OTHER_PICTURES = (".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 
 
 class ImageSource(Protocol):
@@ -39,12 +39,12 @@ class PngFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         files = [file for file in self.path.rglob("*") if file.is_file()]
-        lossy = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".jfif")]
-        if lossy:
-            raise UsageError(f"{lossy[0]} is a JPEG, whose losses change every score; store images as PNG or .npz")
         other = [file for file in files if file.suffix.lower() in _OTHER_PICTURES]
         if other:
-            raise UsageError(f"{other[0]} is no PNG; store all images of {self.path} as PNG, or as one .npz with arr_0")
+            raise UsageError(
+                f"{other[0]} is no PNG; store all images of {self.path} as PNG, or as one .npz with arr_0 "
+                "(a JPEG's losses change every score)"
+            )
         self.files = sorted((file for file in files if file.suffix.lower() == ".png"), key=_file_order)
         if not self.files:
             raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
@@ -126,8 +126,6 @@ def open_images(path: str | Path) -> ImageSource:
         return PngFolder(path / "images" if (path / "images").is_dir() else path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist; name a folder of PNGs or an .npz with arr_0")
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise UsageError(f"{path} is a JPEG, whose losses change every score; name a folder of PNGs or an .npz")
     if path.suffix != ".npz":
         raise UsageError(f"{path} is neither a folder nor an .npz file; name a folder of PNGs or an .npz with arr_0")
     return NpzImages(path)

@@ -53,23 +53,15 @@ def read_log(path: str | Path, before: float = 0.0) -> Log:
             while lines and lines[-1]["images"] >= line["images"]:
                 lines.pop()
             lines.append(line)
-    # rows of lines with the same names, so that numpy takes in most of a log at once
-    rows: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in lines:
-        if set(map(type, line.values())) != {float}:
-            words = {name: value for name, value in line.items() if not isinstance(value, float)}
+        words = {name: value for name, value in line.items() if not isinstance(value, float)}
+        if words:
             log.lines.append({"images": line["images"], **words})
-            line = {name: value for name, value in line.items() if name not in words}
-        rows[tuple(line)].append(list(line.values()))
-    pieces: dict[str, list[np.ndarray]] = defaultdict(list)
-    for names, values in rows.items():
-        table = np.array(values).T
-        for name, column in zip(names, table, strict=True):
-            pieces[name].append(np.stack([table[names.index("images")], column]))
-    for name in (name for name in pieces if name not in ("images", "step")):
-        x, y = np.concatenate(pieces[name], axis=1)
-        order = np.argsort(x, kind="stable")
-        log.curves[name] = Curve(x[order], y[order])
+        for name, value in line.items():
+            if name not in words and name not in ("images", "step"):
+                points[name].append((line["images"], value))
+    log.curves = {name: Curve(*np.array(found).T) for name, found in points.items()}
     return log
 
 

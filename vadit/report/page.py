@@ -130,12 +130,8 @@ def is_picture(path: Path) -> bool:
     try:
         with Image.open(path) as opened:
             opened.verify()
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ):  # missing, no picture, cut short, too large
+    # missing, no picture, cut short, too large
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
 

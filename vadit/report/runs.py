@@ -49,11 +49,6 @@ class Run:
     notes: list[str]
     """What could not be read."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not (self.log.curves or self.evaluations.curves or self.grids or self.scores)
-
     def scored(self, kind: str, name: str) -> dict[str, float]:
         """Numbers of its metrics*.json of one kind whose names begin so."""
         return {
@@ -78,7 +73,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = [
         _read_run(path, name, color) for color, (path, name) in enumerate(zip(paths, _names(resolved), strict=True))
     ]
-    if all(run.is_empty for run in runs):
+    if not any(run.log.curves or run.evaluations.curves or run.grids or run.scores for run in runs):
         notes = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
         raise UsageError(f"nothing to report yet: {notes or 'no log point, evaluation or metrics'}")
     return runs
