@@ -60,7 +60,7 @@ def test_apex_is_nvidias_or_another_project_and_never_imported(site: Path) -> No
 def test_optional_packages_are_found_by_their_distribution(site: Path) -> None:
     install(site, "nvidia_dali_cuda999", "9.9")
     install(site, "flash_attn_3", "3.0.0")
-    found = {package.name: doctor._optional(package) for package in doctor.OPTIONAL_PACKAGES}
+    found = {finding.name: finding for finding in doctor._optional()}
     assert (found["DALI"].state, found["DALI"].version) == ("ok", "9.9")
     assert (found["flash-attn 3"].state, found["flash-attn 3"].version) == ("ok", "3.0.0")
     assert found["flash-attn"].state == "missing" and "flash_attn_2" in found["flash-attn"].detail

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -35,50 +35,35 @@ class Finding:
         return "missing" if self.remedy else "ok"
 
 
-@dataclass(frozen=True)
-class OptionalPackage:
-    """An acceleration that comes with one pip package."""
-
-    name: str
-    distributions: str
-    """Regular expression of the distribution names that carry it."""
-    use: str
-    remedy: str
-
-
-OPTIONAL_PACKAGES = (
-    OptionalPackage(
+OPTIONAL_PACKAGES = {
+    r"flash[-_]attn": Finding(
         "flash-attn",
-        r"flash[-_]attn",
         "attention: engine.attention flash_attn_2, or auto; without it torch's own, which has flash kernels, too",
-        "pip install flash-attn --no-build-isolation  (builds for hours; needs nvcc)",
+        remedy="pip install flash-attn --no-build-isolation  (builds for hours; needs nvcc)",
     ),
-    OptionalPackage(
+    r"flash[-_]attn[-_]3": Finding(
         "flash-attn 3",
-        r"flash[-_]attn[-_]3",
         "attention on Hopper: engine.attention flash_attn_3, or auto",
-        "git clone https://github.com/Dao-AILab/flash-attention && pip install --no-build-isolation "
+        remedy="git clone https://github.com/Dao-AILab/flash-attention && pip install --no-build-isolation "
         "./flash-attention/hopper  (builds for hours; needs nvcc)",
     ),
-    OptionalPackage(
+    "torchao": Finding(
         "torchao",
-        r"torchao",
         "float8 in the generator's blocks: engine.float8",
-        "pip install -c constraints.txt torchao",
+        remedy="pip install -c constraints.txt torchao",
     ),
-    OptionalPackage(
+    r"nvidia[-_]dali[-_]cuda\d+": Finding(
         "DALI",
-        r"nvidia[-_]dali[-_]cuda\d+",
         "decoding of JPEGs: data.loader dali, or auto",
-        "pip install -c constraints.txt nvidia-dali-cuda130",
+        remedy="pip install -c constraints.txt nvidia-dali-cuda130",
     ),
-    OptionalPackage(
+    "ffcv": Finding(
         "FFCV",
-        r"ffcv",
         "a loader of packed images",
-        "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv==1.0.2",
+        remedy="apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv==1.0.2",
     ),
-)
+}
+"""By a regular expression of the distributions that carry each: what it is good for, and what brings it."""
 
 NVIDIA_APEX = (
     "git clone https://github.com/NVIDIA/apex && pip install -v --no-build-isolation "
@@ -94,7 +79,7 @@ def examine() -> list[Finding]:
         _compiler(),
         _extension(),
         *_backends(),
-        *(_optional(package) for package in OPTIONAL_PACKAGES),
+        *_optional(),
         _apex(),
         _deepspeed(),
     ]
@@ -190,11 +175,12 @@ def _backends() -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------ other packages
 
 
-def _optional(package: OptionalPackage) -> Finding:
-    found = distribution(package.distributions)
-    if found is None:
-        return Finding(package.name, f"not installed ({package.use}); optional", remedy=package.remedy)
-    return Finding(package.name, package.use, found[1])
+def _optional() -> Iterator[Finding]:
+    for pattern, package in OPTIONAL_PACKAGES.items():
+        if found := distribution(pattern):
+            yield replace(package, version=found[1], remedy="")
+        else:
+            yield replace(package, detail=f"not installed ({package.detail}); optional")
 
 
 def _apex() -> Finding:
