@@ -155,17 +155,16 @@ def test_the_command_takes_a_folder_and_gives_means_over_seeds(
 
 WORKER = """
 import torch
+from vadit.eval.tokenizer import _all_rows
 from vadit.runtime import distributed
 torch.distributed.init_process_group("gloo")
 rank = distributed.rank()
 ids = torch.arange(rank, 5, 2)
 rows = torch.stack([ids.float(), -ids.float()], 1)
-order, values = distributed.all_rows(ids, rows)
-assert order.tolist() == [0, 2, 4, 1, 3], order
-assert torch.equal(values[:, 1], -order.float())
-empty = ids[:0] if rank == 1 else ids
-order, values = distributed.all_rows(empty, torch.zeros(0) if rank == 1 else rows)
-assert order.tolist() == [0, 2, 4] and values.shape == (3, 2)
+values = _all_rows(ids.tolist(), list(rows.split(1)))
+assert torch.equal(values, torch.stack([torch.arange(5.0), -torch.arange(5.0)], 1)), values
+values = _all_rows([], []) if rank == 1 else _all_rows(ids.tolist(), [rows])
+assert values.tolist() == [[0, 0], [2, -2], [4, -4]], values
 torch.distributed.destroy_process_group()
 """
 
@@ -206,16 +205,13 @@ def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch:
     whole = evaluate_all(75)
     assert whole[0] == 75 and whole[1].keys() == {"psnr", "ssim", "lpips", "rfid75"}
     assert all(evaluate_all(batch) == whole for batch in (1, 32, 40))
-    gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    gathered: dict[int, list[tuple[list[int], Tensor]]] = {}
 
-    def record(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        gathered.setdefault(distributed.rank(), []).append((ids, rows))
-        if distributed.rank() == 0:
-            return ids, rows
-        parts = [gathered[rank][len(gathered[1]) - 1] for rank in range(2)]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    def record(own: tuple[list[int], Tensor]) -> list[tuple[list[int], Tensor]]:
+        gathered.setdefault(distributed.rank(), []).append(own)
+        return [parts[len(gathered[distributed.rank()]) - 1] for parts in gathered.values()]
 
-    monkeypatch.setattr(distributed, "all_rows", record)
+    monkeypatch.setattr(distributed, "all_gathered", record)
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = None
     for rank in range(2):

@@ -16,10 +16,10 @@ from vadit.cli import main
 from vadit.config import Config, DiTConfig, RunSpec, StageSpec, TokenizerConfig, vary
 from vadit.config.files import save_config
 from vadit.recipes import get_recipe
+from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
 from vadit.report.log import read_log
 from vadit.report.runs import (
-    IMAGENET_IMAGES,
     REFERENCE_MSE,
     REFERENCE_STEPS,
     higher_is_better,

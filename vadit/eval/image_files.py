@@ -124,10 +124,8 @@ def open_images(path: str | Path) -> ImageSource:
     path = Path(path)
     if path.is_dir():
         return PngFolder(path / "images" if (path / "images").is_dir() else path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a folder of PNGs or an .npz with arr_0")
-    if path.suffix != ".npz":
-        raise UsageError(f"{path} is neither a folder nor an .npz file; name a folder of PNGs or an .npz with arr_0")
+    if path.suffix != ".npz" or not path.is_file():
+        raise UsageError(f"{path} is no folder and no .npz file; name a folder of PNGs or an .npz with arr_0")
     return NpzImages(path)
 
 

@@ -45,16 +45,11 @@ def evaluate_latents(
 # ------------------------------------------------------------------------------------------ numbers of points
 
 
-def uniformity(points_2d: np.ndarray) -> dict[str, float]:
-    """The three numbers of points (n, 2), from their densities at the points themselves.
+def uniformity(points: np.ndarray) -> dict[str, float]:
+    """The three numbers of points (n, 2), n > 2 and not on a line, from their densities there.
 
     Lower density_cv and gini, higher normalized_entropy (1 for equal densities): more uniform.
     """
-    points = np.asarray(points_2d, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
-        raise UsageError(f"uniformity needs at least 3 finite points (n, 2), found shape {points.shape}")
-    if np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
-        raise UsageError("the points lie on a line or on one another, where a density in two dimensions has no value")
     densities = point_densities(points)
     return {
         "density_cv": coefficient_of_variation(densities),

@@ -127,8 +127,7 @@ def precision_recall(
     features' own precision (at least fp32; ADM's code takes fp16): 50,000 against 50,000 need 1.2 GiB beside the
     features.
     """
-    a, b = _points(reference, "reference features"), _points(samples, "sample features")
-    _check_widths(a, b)
+    a, b = _both(reference, samples)
     for name, points in (("reference", a), ("sample", b)):
         if not 1 <= k < len(points):
             raise UsageError(f"precision and recall with k {k} need more than {k} {name} images, found {len(points)}")
@@ -172,8 +171,7 @@ def kernel_distance(
 
     Mean over random subsets of features (N, D) and (M, D); unbiased, so near 0 (and sometimes below) for equal sources.
     """
-    x, y = _points(reference, "reference features"), _points(samples, "sample features")
-    _check_widths(x, y)
+    x, y = _both(reference, samples)
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise UsageError(
             f"KID's subset_size {subset_size} must be between 2 and the number of images, {min(len(x), len(y))}; "
@@ -195,8 +193,7 @@ def squared_mmd(reference: Array, samples: Array, within: float | None = None) -
 
     `within`: the reference's own term (`mean_kernel`), where it is known already.
     """
-    x, y = _points(reference, "reference features"), _points(samples, "sample features")
-    _check_widths(x, y)
+    x, y = _both(reference, samples)
     within = mean_kernel(x) if within is None else within
     cross = sum(float(_kernel(a.double(), b.double()).sum()) for a in x.split(_BLOCK) for b in y.split(_BLOCK))
     return within + mean_kernel(y) - 2 * cross / (len(x) * len(y))
@@ -257,9 +254,10 @@ def _points(values: Array, name: str) -> Tensor:
     return points
 
 
-def _check_widths(reference: Tensor, samples: Tensor) -> None:
-    if reference.shape[1] != samples.shape[1]:
+def _both(reference: Array, samples: Array) -> tuple[Tensor, Tensor]:
+    x, y = _points(reference, "reference features"), _points(samples, "sample features")
+    if x.shape[1] != y.shape[1]:
         raise UsageError(
-            f"reference features have width {reference.shape[1]} and sample features {samples.shape[1]}; "
-            "take both from one extractor"
+            f"reference features have width {x.shape[1]} and sample features {y.shape[1]}; take both from one extractor"
         )
+    return x, y

@@ -184,10 +184,10 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _all_rows(places: list[int], rows: list[Tensor]) -> Tensor:
-    """Rows (n, ...) of all processes in the order of their places in the set."""
-    own = torch.cat(rows) if rows else torch.zeros(0)
-    order, values = distributed.all_rows(torch.tensor(places, dtype=torch.int64), own)
-    return values[order.argsort()]
+    """Rows (n, ...) of all processes in the order of their places in the set; every process must call."""
+    found = distributed.all_gathered((places, torch.cat(rows) if rows else torch.zeros(0)))
+    order = torch.tensor([place for places, _ in found for place in places], dtype=torch.int64).argsort()
+    return torch.cat([rows for _, rows in found])[order]
 
 
 def _moments(features_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:

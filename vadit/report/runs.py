@@ -13,14 +13,13 @@ import numpy as np
 from vadit.config import Config, DiTConfig, RepaSpec
 from vadit.config.files import load_run_config
 from vadit.recipes import get_recipe
+from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
 from vadit.report.log import Log, Scores, join_logs, read_log, read_object, read_scores
 from vadit.runtime.errors import UsageError
 
 HEADLINE = "lightningdit-xl-64ep"
 EPOCHS = 64
-IMAGENET_IMAGES = 1_281_167
-"""Images of an epoch where a log does not say."""
 REFERENCE_STEPS = (100, 200, 300, 500, 1000, 2000, 3000, 4000, 80_000)
 REFERENCE_BATCH = 1024
 REFERENCE_MSE = (1.2133, 0.5402, 0.4637, 0.4186, 0.3854, 0.3604, 0.3500, 0.3424, 0.3045)

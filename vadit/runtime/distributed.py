@@ -113,16 +113,6 @@ def all_gathered(value: T) -> list[T]:
     return found
 
 
-def all_rows(ids: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (n,) and rows (n, ...) of all processes, one process after the other, on the CPU; n may differ.
-
-    Every process must call. A process without rows may give any empty tensor.
-    """
-    found = all_gathered((ids.cpu(), rows.cpu()))
-    parts = [part for part in found if len(part[0])] or found[:1]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
 def from_main(make: Callable[[], T]) -> T:
     """What `make` returns on the main process, where alone it is called (every process must call this).
 
