@@ -16,11 +16,11 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -63,10 +63,8 @@ class DaliDecoder(ThreadedDecoder):
         super().__init__(images, count, part=part, num_parts=count, pinned=False)
         self._warned = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         while not self._pipelines.empty():
             self._pipelines.get()
 
@@ -252,13 +250,10 @@ def _halve(planes: Tensor) -> Tensor:
 def _window_of_three(side: int) -> int | None:
     """Which window holds three pixels when Pillow halves an odd side, if one does.
 
-    Where two windows meet in the middle of a pixel, its rounding errors decide: they are repeated here.
+    Where two windows meet in the middle of a pixel, its rounding errors decide: it is asked. Pairs of a ramp's values
+    have means of n + 1/2, three have a whole number.
     """
-    half = side // 2
-    scale = side / half
-    for window in {(half - 1) // 2, half // 2}:
-        centre = (window + 0.5) * scale
-        pixels = range(int(centre - scale / 2 + 0.5), int(centre + scale / 2 + 0.5))
-        if sum(-0.5 < (pixel - centre + 0.5) * (1 / scale) <= 0.5 for pixel in pixels) == 3:
-            return window
-    return None
+    ramp = Image.fromarray(np.arange(side, dtype=np.float32)[None])
+    means = np.asarray(ramp.resize((side // 2, 1), Image.Resampling.BOX))[0]
+    found = np.flatnonzero(np.abs(means % 1 - 0.5) > 0.25)
+    return int(found[0]) if len(found) else None

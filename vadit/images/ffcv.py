@@ -16,10 +16,7 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
-from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -76,35 +73,12 @@ def ffcv_decoder(images: ImageSet, num_workers: int, device: torch.device | str 
     return lambda: FfcvDecoder(images, pipeline, max(1, num_workers), pinned=pinned)
 
 
-@dataclass
-class _Bench:
-    """What a thread needs while it decodes."""
-
-    handle: int
-    """Of turbojpeg."""
-    scratch: np.ndarray
-    """Room for the largest JPEG's pixels, uint8 (1, bytes).
-
-    Of two dimensions: FFCV makes numba's one type of writable rows of bytes a read-only one, for the whole process.
-    """
-
-
 class FfcvDecoder(ThreadedDecoder):
-    """An ImageDecoder over FFCV's compiled pipeline; each thread takes a bench while it decodes."""
+    """An ImageDecoder over FFCV's compiled pipeline."""
 
     def __init__(self, images: ImageSet, pipeline: _Pipeline, num_threads: int, *, pinned: bool) -> None:
         super().__init__(images, num_threads, part=CHUNK, num_parts=2 * num_threads, pinned=pinned)
         self._pipeline = pipeline
-        self._benches: SimpleQueue[_Bench] = SimpleQueue()
-        for _ in range(num_threads):
-            self._benches.put(pipeline.bench())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, traceback)
-        while not self._benches.empty():
-            self._pipeline.free(self._benches.get())
 
     def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
         failures: dict[int, RunError] = {}
@@ -121,11 +95,7 @@ class FfcvDecoder(ThreadedDecoder):
             plan[place] = (*crop.window, request.mirror)
             good.append(place)
         indices = np.array([requests[place].index for place in good], np.int64)
-        bench = self._benches.get()
-        try:
-            statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels.numpy(), plan, bench)
-        finally:
-            self._benches.put(bench)
+        statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels.numpy(), plan)
         for place, status in zip(good, statuses.tolist(), strict=True):
             if status:  # turbojpeg refuses or warns: Pillow has the last word, as with every other loader
                 try:
@@ -149,32 +119,28 @@ class _Pipeline:
         self._library = _turbojpeg()
         jpegs = source.widths * source.heights * source.is_jpeg
         self._scratch_bytes = max(int(jpegs.max()) * 3, 1)
-        none, bench = np.zeros(0, np.int64), self.bench()
-        self.run(none, none, np.zeros((1, size, size, 3), np.uint8), np.zeros((0, 3), _PLAN), bench)  # compiles
-        self.free(bench)
+        none = np.zeros(0, np.int64)
+        self.run(none, none, np.zeros((1, size, size, 3), np.uint8), np.zeros((0, 3), _PLAN))  # compiles
 
-    def run(
-        self, indices: np.ndarray, places: np.ndarray, pixels: np.ndarray, plan: np.ndarray, bench: _Bench
-    ) -> np.ndarray:
+    def run(self, indices: np.ndarray, places: np.ndarray, pixels: np.ndarray, plan: np.ndarray) -> np.ndarray:
         """Decode images `indices` into pixels[places]; plan[place] is left, top, mirror. Statuses (n,), 0: good."""
         statuses = np.zeros(len(indices), np.int64)
-        numbers = np.array([bench.handle, pixels.shape[1]], np.int64)
-        memory = (pixels.reshape(len(pixels), -1), bench.scratch, places, plan, statuses, numbers)
-        self._code(
-            batch_indices=indices,
-            metadata=self._rows,
-            storage_state=self._storage,
-            **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
-        )
+        # Room for the largest JPEG's pixels. Of two dimensions: FFCV makes numba's one type of writable rows of bytes
+        # a read-only one, for the whole process.
+        scratch = np.empty((1, self._scratch_bytes), np.uint8)
+        handle = self._library.tjInitDecompress()
+        try:
+            numbers = np.array([handle, pixels.shape[1]], np.int64)
+            memory = (pixels.reshape(len(pixels), -1), scratch, places, plan, statuses, numbers)
+            self._code(
+                batch_indices=indices,
+                metadata=self._rows,
+                storage_state=self._storage,
+                **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
+            )
+        finally:
+            self._library.tjDestroy(handle)
         return statuses
-
-    def bench(self) -> _Bench:
-        """What one more thread needs."""
-        return _Bench(self._library.tjInitDecompress(), np.empty((1, self._scratch_bytes), np.uint8))
-
-    def free(self, bench: _Bench) -> None:
-        """Give back what turbojpeg holds."""
-        self._library.tjDestroy(bench.handle)
 
 
 def _insides(source: BetonSource) -> tuple[Callable[..., Any], int, np.ndarray, tuple[Any, ...]]:

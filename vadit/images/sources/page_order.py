@@ -81,19 +81,17 @@ class PageOrder:
         It has the system read the pages of their window, and of the next one, in a thread of its own.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="vadit-data")
-        asked: dict[tuple[int, int, int], None] = {}
+
+        @functools.lru_cache(WINDOWS_KNOWN)
+        def ask(window: int, epoch: int, seed: int) -> None:
+            for page in self._layout(epoch, seed).pages[window * self._window : (window + 1) * self._window]:
+                pool.submit(self._file.will_read, int(self._pages[page]) * self._page_size, self._page_size)
 
         def touch(places: Tensor, epoch: int, seed: int) -> None:
-            layout = self._layout(epoch, seed)
-            first, last = np.searchsorted(layout.window_ends, [int(places[0]), int(places[-1])], side="right").tolist()
-            for window in range(first, min(last + 2, len(layout.window_ends))):
-                if (seed, epoch, window) in asked:
-                    continue
-                asked[seed, epoch, window] = None
-                if len(asked) > WINDOWS_KNOWN:
-                    asked.pop(next(iter(asked)))
-                for page in layout.pages[window * self._window : (window + 1) * self._window]:
-                    pool.submit(self._file.will_read, int(self._pages[page]) * self._page_size, self._page_size)
+            ends = self._layout(epoch, seed).window_ends
+            first, last = np.searchsorted(ends, [int(places[0]), int(places[-1])], side="right").tolist()
+            for window in range(first, min(last + 2, len(ends))):
+                ask(window, epoch, seed)
 
         try:
             yield touch
