@@ -103,7 +103,7 @@ def make_sets(folder: Path, options: argparse.Namespace) -> dict[str, tuple[Path
     raw, jpeg = (scaled.with_suffix(f".{kind}.beton") for kind in ("raw", "jpeg"))
     for encode, path in (("raw", raw), ("jpeg", jpeg)):
         spec = ImageDataSpec(path=str(pictures))
-        prepare_images(spec, path, size=options.size, encode=encode, verify="none")  # type: ignore[arg-type]
+        prepare_images(spec, path, size=options.size, encode=encode, verify=False)  # type: ignore[arg-type]
     if not scaled.exists():
         source = BetonSource(jpeg)
         for index, label in enumerate(source.labels.tolist()):

@@ -136,10 +136,8 @@ def test_a_killed_writer_is_resumed(tmp_path: Path, torn: Any) -> None:
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "a.beton", max_samples=1, page_size=MIN_PAGE_SIZE) as writer:
-        with pytest.raises(RunError, match="does not fit"):
-            writer.append(encode_image(picture(0, 1000, 1000), "raw"), 0)
-        for image in (EncodedImage("raw", 2, 2, b"x"), EncodedImage("jpg", 2, 2, b"")):
-            with pytest.raises(ValueError, match="bytes for 2 x 2 pixels"):
+        for image in (encode_image(picture(0, 1000, 1000), "raw"), EncodedImage("jpg", 2, 2, b"")):
+            with pytest.raises(ValueError, match="do not fit a page"):
                 writer.append(image, 0)
         with pytest.raises(RunError, match="no samples"):
             writer.finish()

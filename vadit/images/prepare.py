@@ -10,35 +10,28 @@ few parts are under way at a time, so memory does not grow with the data set.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import re
-import signal
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from PIL import UnidentifiedImageError
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
 from vadit.images.loader import ImageSource
 from vadit.images.sources.beton import BetonFile, BetonSource, EncodedImage
-from vadit.images.sources.beton_writer import PAGE_SIZE, BetonWriter, encode_image
-from vadit.images.sources.folders import FolderSource, read_file
+from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, encode_image
 from vadit.images.transforms import open_image, plan_crop, scale, to_rgb
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
 
 PART_IMAGES = 8
@@ -46,14 +39,11 @@ PART_IMAGES = 8
 PARTS_AHEAD = 3
 """Parts per worker that may wait for the writer."""
 VERIFY_IMAGES = 64
-REPORT_EVERY = 16
-GOES_ON = "make room or give permission, then start again: it goes on where it was"
 
 Progress = Callable[[str, int, int], object]
 """Called with "prepare" or "verify", the images done and their number."""
 In = TypeVar("In")
 Out = TypeVar("Out")
-Ordered = Callable[[Callable[[In], Out], Iterable[In]], Iterator[Out]]
 
 
 @dataclass
@@ -67,37 +57,22 @@ class PrepareSummary:
     num_bytes: int
     """Size of the result."""
     classes: list[str]
-    bad: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str]
     """Place of each image that is left out -> why."""
-    bad_file: Path | None = None
+    bad_file: Path | None
     """Where `bad` is written down."""
-    seconds: float = 0.0
-    """Of making, without verifying."""
-
-    @property
-    def images_per_s(self) -> float:
-        """Images made per second."""
-        return self.num_new / max(self.seconds, 1e-9)
+    images_per_s: float
+    """Images made per second, without verifying."""
 
 
 class Job(NamedTuple):
     """What becomes of each image."""
 
-    spec: ImageDataSpec
-    """Where the images are."""
     size: int
     """Short side in pixels; 0: as it is."""
     encode: Literal["raw", "jpeg"]
     quality: int
     """Of JPEGs; 0 for raw pixels."""
-
-
-class Part(NamedTuple):
-    """Some images in a row."""
-
-    ids: range
-    paths: list[str] | None
-    """Where they are files: not every worker needs the paths of millions."""
 
 
 def prepare_images(
@@ -108,27 +83,26 @@ def prepare_images(
     encode: Literal["raw", "jpeg"] = "raw",
     quality: int = 95,
     num_workers: int | None = None,
-    verify: Literal["decode", "checksum", "none"] = "decode",
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Make `out` (NAME.beton) of the images that `spec` names; `spec.on_error` and `spec.max_bad_share` are kept to.
 
     `size` 0 keeps the pixels as they are. JPEGs are of `quality` with full colour (4:4:4): at 256 pixels, halved colour
-    would be seen, and learned. `num_workers` None: all cores. `verify` reads everything back and decodes it, or only
-    compares checksums. `progress` is called with "prepare" or "verify", the images done and their number.
+    would be seen, and learned. `num_workers` None: all cores. `verify` reads everything back and decodes it.
 
     UsageError: settings that do not fit, or `out` was begun with others. RunError: a bad image (on_error="raise"), too
     many of them, a full disk, or what was written does not read back.
     """
     out = Path(out)
     _check_settings(out, size, quality, num_workers)
-    job = Job(spec, size, encode, quality if encode == "jpeg" else 0)
+    job = Job(size, encode, quality if encode == "jpeg" else 0)
+    num_workers = num_workers or len(os.sched_getaffinity(0))
     source = open_images(spec, max(size, 1)).source
     settings = _settings(job, source)
     report = progress or (lambda *_: None)
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        ordered = stack.enter_context(_workers(num_workers or len(os.sched_getaffinity(0))))
         num_new, writer = 0, None
         if out.exists():
             bad = _bad_of_finished(out, settings)
@@ -138,7 +112,8 @@ def prepare_images(
         if bad and spec.on_error == "raise":
             raise _refusal(source, *next(iter(bad.items())))
         if writer is not None:
-            results = ordered(functools.partial(encode_part, job), _parts(source, writer.done))
+            parts = _cut(range(writer.done, len(source)), PART_IMAGES)
+            results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers)
             num_new = _append(writer, source, results, raises=spec.on_error == "raise", report=report)
         seconds = time.monotonic() - started
         left_out = {source.describe(int(index)): why for index, why in bad.items()}
@@ -151,24 +126,23 @@ def prepare_images(
             )
         if writer is not None:
             writer.finish({"classes": source.classes, "settings": settings, "bad": bad})
-        with saved_file(out.with_name(f"{out.name}.classes.json"), GOES_ON) as partial:
-            partial.write_text(json.dumps(source.classes, indent=0) + "\n", encoding="utf-8")
-        labels = source.labels[[index for index in range(len(source)) if str(index) not in bad]]
-        if verify != "none":
-            _check_labels(out, source, labels)
-            spans = [
-                range(len(labels))[start : start + VERIFY_IMAGES] for start in range(0, len(labels), VERIFY_IMAGES)
-            ]
-            for span in ordered(functools.partial(verify_part, str(out), size, verify == "decode"), spans):
-                report("verify", span.stop, len(labels))
-    return PrepareSummary(len(labels), num_new, out.stat().st_size, list(source.classes), left_out, bad_file, seconds)
+    with saved_file(out.with_name(f"{out.name}.classes.json"), GOES_ON) as partial:
+        partial.write_text(json.dumps(source.classes, indent=0) + "\n", encoding="utf-8")
+    count = len(source) - len(bad)
+    if verify:
+        written, parts = BetonSource(out), _cut(range(count), VERIFY_IMAGES)
+        problems = _in_order(lambda ids: verify_part(written, size, ids), parts, num_workers)
+        for ids, problem in zip(parts, problems, strict=True):
+            if problem:
+                raise RunError(problem)
+            report("verify", ids.stop, count)
+    images_per_s = num_new / max(seconds, 1e-9)
+    return PrepareSummary(count, num_new, out.stat().st_size, source.classes, left_out, bad_file, images_per_s)
 
 
 def _check_settings(out: Path, size: int, quality: int, num_workers: int | None) -> None:
     if out.suffix != ".beton":
         raise UsageError(f"{out} is no name for the result; it must end in .beton")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; choose another name for the result")
     if size < 0:
         raise UsageError(f"--size is {size}; it must be at least 1 pixel, or 0 for images as they are")
     if not 1 <= quality <= 100:
@@ -185,9 +159,7 @@ def _settings(job: Job, source: ImageSource) -> dict[str, Any]:
         digest.update(source.describe(index).removeprefix(root).encode(errors="surrogateescape") + b"\n")
     return {
         "source": f"{len(source)} images, {digest.hexdigest()[:16]}",  # of names and labels; their folder may move
-        "size": job.size,
-        "encode": job.encode,
-        "quality": job.quality,
+        **job._asdict(),
     }
 
 
@@ -220,8 +192,7 @@ def _append(
             else:
                 writer.skip(str(index), result)
             index += 1
-            if index % REPORT_EVERY == 0 or index == len(source):
-                report("prepare", index, len(source))
+        report("prepare", index, len(source))
     return writer.num_samples - first
 
 
@@ -243,30 +214,19 @@ def _list_bad(out: Path, bad: dict[str, str]) -> Path | None:
     return path
 
 
-def _check_labels(out: Path, source: ImageSource, labels: Tensor) -> None:
-    """RunError where the file's labels, as they lie on the disk, are not those that it should have."""
-    with open(out, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if BetonSource(out).labels.tolist() != labels.tolist():
-        raise RunError(f"the labels in {out} are not those of {source.name}; remove it")
-
-
 # ------------------------------------------------------------------------------------------------ in the workers
 
 
-def encode_part(job: Job, part: Part) -> list[EncodedImage | str]:
-    """The images of a part, or why they cannot be had."""
+def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage | str]:
+    """Some images, or why they cannot be had."""
     results: list[EncodedImage | str] = []
-    for place, index in enumerate(part.ids):
+    for index in ids:
         try:
-            data = _source(job.spec, job.size).read(index) if part.paths is None else read_file(part.paths[place])
-            results.append(encode_file(data, job))
+            results.append(encode_file(source.read(index), job))
         except MemoryError:
             raise
         except RunError as error:
             results.append(str(error))
-        except UnidentifiedImageError:
-            results.append("it is no image of a kind that Pillow knows")
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
             words = " ".join(f"{type(error).__name__}: {error}".split())
             results.append(re.sub(r" at 0x[0-9a-f]+", "", words))  # the same for the same bytes
@@ -294,76 +254,66 @@ def encode_file(data: bytes, job: Job) -> EncodedImage:
     return stored
 
 
-def verify_part(path: str, size: int, decode: bool, ids: range) -> range:
-    """Read images of a .beton back (that compares their checksums), and decode them; RunError names a bad one."""
-    source = _source(ImageDataSpec(path=path), size)
+def verify_part(source: BetonSource, size: int, ids: range) -> str:
+    """Read images of a .beton back (that compares their checksums), and decode them; what is wrong, if anything is."""
     for index in ids:
-        data = source.read(index)
-        if not decode:
-            continue
         try:
-            sides = open_image(data).size
+            sides = open_image(source.read(index)).size
+        except RunError as error:
+            return str(error)
         except Exception as error:  # Pillow's decoders raise almost any type
-            raise RunError(f"{source.describe(index)} was written but does not decode ({error}); remove it") from error
+            return f"{source.describe(index)} was written but does not decode ({error}); remove it"
         if size and min(sides) != size:
-            raise RunError(f"{source.describe(index)} has {sides[0]} x {sides[1]} pixels, not {size}; remove it")
-    return ids
+            return f"{source.describe(index)} has {sides[0]} x {sides[1]} pixels, not {size}; remove it"
+    return ""
 
 
-def _parts(source: ImageSource, first: int) -> Iterator[Part]:
-    """The images from `first` on, cut into parts."""
-    for start in range(first, len(source), PART_IMAGES):
-        ids = range(start, min(start + PART_IMAGES, len(source)))
-        yield Part(ids, source.paths[ids.start : ids.stop] if isinstance(source, FolderSource) else None)
+def _cut(ids: range, count: int) -> list[range]:
+    """Parts of `count` ids in a row, the last one of fewer."""
+    return [ids[start : start + count] for start in range(0, len(ids), count)]
 
 
-@functools.lru_cache(maxsize=2)
-def _source(spec: ImageDataSpec, size: int) -> ImageSource:
-    """What this process reads from, opened once."""
-    return open_images(spec, max(size, 1)).source
+class _Mapped(Dataset[Out], Generic[In, Out]):
+    """What a function makes of each item, for a DataLoader whose sampler has the items."""
+
+    def __init__(self, function: Callable[[In], Out]) -> None:
+        self.function = function
+
+    def __getitem__(self, item: In) -> Out:
+        return self.function(item)
 
 
-@contextlib.contextmanager
-def _workers(num_workers: int) -> Iterator[Ordered[Any, Any]]:
+def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
     """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead."""
-    _source.cache_clear()  # of an earlier call in this process: files may have changed since
     if num_workers == 1:
-        yield map
+        yield from map(function, items)
         return
-    # The processes are forked from a server that has imported everything: they start at once and share its memory.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start)
-
-    def ordered(function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-        pending: deque[Future[Out]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= num_workers * PARTS_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise RunError(
-                "a process of vadit prepare was killed, perhaps for want of memory; lower --num-workers "
-                "(the same command goes on where it was)"
-            ) from None
-
+    loader = DataLoader(
+        _Mapped(function),
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        prefetch_factor=PARTS_AHEAD,
+        collate_fn=lambda result: result,  # the default one looks for numbers to convert
+        multiprocessing_context="fork",  # they share the source, whose paths may be millions
+        worker_init_fn=_end_with_parent,
+    )
     try:
-        yield ordered
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        yield from loader
+    except RuntimeError as error:
+        raise RunError(
+            f"a process of vadit prepare was killed, perhaps for want of memory ({first_line(error)}); lower "
+            "--num-workers (the same command goes on where it was)"
+        ) from error
 
 
-def _start() -> None:
-    """Of each worker: leave Ctrl-C to the parent, and end with it, even where it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_with_parent(_: int) -> None:
+    """Of each worker: torch's own end hangs where the parent was killed and its pipe is full."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
 
     def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        parent.join()
+        os._exit(1)
 
     threading.Thread(target=follow, name="vadit-follow", daemon=True).start()

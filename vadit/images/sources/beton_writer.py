@@ -10,8 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -24,7 +23,6 @@ from vadit.images.sources.beton import (
     JPG,
     KINDS,
     MAGIC,
-    NOTES_FORMAT,
     OUR_FIELDS,
     RAW,
     VERSION,
@@ -39,6 +37,7 @@ PAGE_SIZE = 8 << 20
 MAX_SIDE = (1 << 16) - 1
 ALIGNMENT = 64
 """Payloads begin at multiples of it."""
+GOES_ON = "make room or give permission, then start again: it goes on where it was"
 _ROW = row_type(OUR_FIELDS)
 _JOURNAL_FORMAT = "vadit-beton-journal"
 
@@ -65,7 +64,7 @@ class BetonWriter:
             for item in items[writer.done:]:              # `done` items are in the file or noted as skipped
                 try:
                     writer.append(encode_image(...), label)   # in worker processes: encode_image; here: append
-                except RunError as error:
+                except OSError as error:
                     writer.skip(name, str(error))
             writer.finish({"classes": [...]})
 
@@ -128,18 +127,13 @@ class BetonWriter:
         return self.num_samples + len(self.skipped)
 
     def append(self, image: EncodedImage, label: int) -> None:
-        """Add a sample. RunError: it does not fit a page, or the disk is full."""
+        """Add a sample, which fits a page. RunError: the disk is full."""
         num_bytes = len(image.data)
-        if num_bytes == 0 or (image.mode == "raw" and num_bytes != image.width * image.height * 3):
-            raise ValueError(f"{num_bytes} bytes for {image.width} x {image.height} pixels")
+        need = _round_up(num_bytes, ALIGNMENT)
+        if not 0 < need <= self._page_size:
+            raise ValueError(f"{num_bytes} bytes do not fit a page of {self._page_size}")
         if self.num_samples == self._max_samples:
             raise ValueError(f"more than max_samples {self._max_samples} samples")
-        need = _round_up(num_bytes, ALIGNMENT)
-        if need > self._page_size:
-            raise RunError(
-                f"a sample of {need} bytes does not fit the {self._page_size} bytes of a page of {self.path}; "
-                "store JPEG, or a smaller size"
-            )
         if len(self._page) + need > self._page_size:
             self._flush_page()
         ptr = self._page_start + len(self._page)
@@ -152,8 +146,6 @@ class BetonWriter:
 
     def skip(self, name: str, reason: str) -> None:
         """Note that an item is not in the file, and why; it counts as done."""
-        if name in self.skipped:
-            raise ValueError(f"{name} is skipped twice")
         self.skipped[name] = reason
         self._lines.append(json.dumps({"skip": name, "why": reason}))
 
@@ -168,7 +160,7 @@ class BetonWriter:
         fields, header, footer = np.zeros(len(OUR_FIELDS), FIELD), np.zeros(1, HEADER), np.zeros(1, FOOTER)
         fields["kind"] = [KINDS.index(field.kind) for field in OUR_FIELDS]
         fields["name"] = [field.name.encode() for field in OUR_FIELDS]
-        text = json.dumps({"format": NOTES_FORMAT, **(notes or {})}).encode()
+        text = json.dumps(notes or {}).encode()
         table = self._page_start + len(text) + FOOTER.itemsize
         header[0] = (VERSION, len(OUR_FIELDS), self._page_size, self.num_samples, table)
         front = header.tobytes() + fields.tobytes() + self._rows
@@ -181,6 +173,7 @@ class BetonWriter:
                 self._data.write(front)
                 self._data.flush()
                 os.fsync(self._data.fileno())
+                os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies it reads the disk
                 self._data.close()
                 os.replace(self._partial, self.path)
                 self._journal_path.unlink()
@@ -192,12 +185,10 @@ class BetonWriter:
         self._data.close()
         self._journal.close()
 
-    def __enter__(self) -> BetonWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _resume(self) -> None:
@@ -267,10 +258,7 @@ class BetonWriter:
         try:
             yield
         except OSError as error:
-            raise RunError(
-                f"{self.path} cannot be written ({write_fault(error)}); make room or give permission, then start "
-                "again: it goes on where it was"
-            ) from error
+            raise RunError(f"{self.path} cannot be written ({write_fault(error)}); {GOES_ON}") from error
 
 
 def _round_up(value: int, step: int) -> int:
