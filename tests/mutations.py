@@ -25,7 +25,6 @@ NUM_CASES = {
     "payload": 80,
     "tar": 200,
     "tar-index": 40,
-    "beton": 200,
 }
 NUM_NATIVE_CASES = {"dali": 100, "ffcv": 100}
 """Of JPEGs for the decoders that may be missing."""

@@ -1,37 +1,28 @@
-"""Damaged latent shards, tars and betons: no crash, no hang, no sample that is wrong in silence (see mutations.py).
+"""Damaged latent shards and tars: no crash, no hang, no sample that is wrong in silence (see mutations.py).
 
-Where a format has no checksum a test says what is noticed and what is not. `pytest tests/test_fuzz_data.py -k
+Betons are in test_beton_faults.py. Where a format has no checksum a test says what is noticed and what is not. `pytest tests/test_fuzz_data.py -k
 tar-block3` runs a block again; a failure names the case, the region and the change.
 """
 
 from __future__ import annotations
 
 import random
-import struct
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from image_files import encode, jpeg, photo
+from image_files import jpeg
 from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder
-from mutations import BLOCK, NUM_CASES, NUM_NATIVE_CASES, Region, blocks, cases, check
+from mutations import BLOCK, Region, blocks, cases, check
 from tar_files import write_tar
 
 from vadit.config import DiTSpec, LatentDataSpec
-from vadit.images.sources.beton import FIELD, FOOTER, HEADER, BetonSource, EncodedImage
-from vadit.images.sources.beton_writer import BetonWriter
 from vadit.images.sources.tar import TarSource
 from vadit.images.sources.tar_index import index_path
 from vadit.latents.dataset import open_latents
 from vadit.latents.shards import open_shard
 from vadit.runtime.errors import RunError, UsageError
-
-
-def test_there_are_500_cases() -> None:
-    assert sum(NUM_CASES.values()) >= 500  # and those that need DALI and FFCV
-    assert all(count % BLOCK == 0 for count in [*NUM_CASES.values(), *NUM_NATIVE_CASES.values()])
-
 
 # ------------------------------------------------------------------------------------------------ latent shards
 
@@ -191,54 +182,3 @@ def test_indices_of_tars(tmp_path: Path, start: int) -> None:
     for case in cases("tar-index", start, data, [("it", 0, len(data))]):
         index.write_bytes(case.data)
         assert read_tar(path) == original, f"{case.name} ({case.change})"
-
-
-# ------------------------------------------------------------------------------------------------ betons
-
-
-def write_beton(path: Path) -> Path:
-    """A .beton of `vadit prepare`'s writer: four small JPEGs and two raw images."""
-    with BetonWriter(path, max_samples=6, page_size=1 << 21) as writer:
-        for number in range(6):
-            image = photo(number, 24, 20)
-            raw = number % 3 == 2
-            data = image.tobytes() if raw else encode(image)
-            writer.append(EncodedImage("raw" if raw else "jpg", 24, 20, data), number % 4)
-        writer.finish({"classes": ["a", "b", "c", "d"]})
-    return path
-
-
-def read_beton(path: Path) -> dict[str, Any]:
-    source = BetonSource(path)
-    return {
-        "classes": source.classes,
-        "labels": source.labels.tolist(),
-        "data": [source.read(index) for index in range(len(source))],
-    }
-
-
-def beton_regions(path: Path) -> list[Region]:
-    """Every part of the file."""
-    source = BetonSource(path)
-    data = path.read_bytes()
-    table = struct.unpack_from("<Q", data, 16)[0]
-    rows = HEADER.itemsize + len(source.file.fields) * FIELD.itemsize
-    notes = data.rindex(b'{"format"')
-    spans = [(int(ptr), int(ptr + size)) for ptr, size in zip(source.ptrs, source.sizes, strict=True)]
-    descriptors = [(HEADER.itemsize + number * FIELD.itemsize) for number in range(len(source.file.fields))]
-    return [
-        ("its header", 0, HEADER.itemsize),
-        *((f"field descriptor {number}", start, start + 20) for number, start in enumerate(descriptors)),
-        ("its rows", rows, rows + source.file.rows.nbytes),
-        *((f"payload {number}", *spans[number]) for number in (1, 2)),
-        ("its notes", notes, table - FOOTER.itemsize),
-        ("its footer", table - FOOTER.itemsize, table),
-        ("its allocations", table, len(data)),
-    ]
-
-
-@blocks("beton")
-def test_betons(tmp_path: Path, start: int) -> None:
-    path = write_beton(tmp_path / "images.beton")
-    original = read_beton(path)
-    check(cases("beton", start, path.read_bytes(), beton_regions(path)), path, lambda: read_beton(path), original)

@@ -9,7 +9,7 @@ import random
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pytest
 from full_disk import room_for
@@ -193,15 +193,8 @@ def test_an_index_of_another_shard_is_made_anew(tmp_path: Path, monkeypatch: pyt
     assert len(calls) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_goes_without_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_to_goes_without_index(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", samples(0, 4))
-
-    def refuse(*_: Any) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert len(TarSource(path)) == 4
-    monkeypatch.undo()
     with room_for(100):
         assert len(TarSource(path)) == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar"]

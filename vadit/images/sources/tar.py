@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -88,10 +87,9 @@ class TarSource:
         """SHARD:MEMBER (SHARD:byte N where the shard cannot be read any more)."""
         number, position = int(self._shard_of[index]), int(self._records["header"][index])
         try:
-            shard = self._open(number)
-            with shard.lock:
-                member = next(members(shard.file, position))
-        except (OSError, RunError, Damaged, StopIteration):
+            with open(self._shards[number], "rb") as file:
+                member = next(members(file, position))
+        except (OSError, Damaged, StopIteration):
             return f"{self._shards[number]}:byte {position}"
         return f"{self._shards[number]}:{text(member.name)}"
 
@@ -190,8 +188,6 @@ class _OpenShard:
 
     def __init__(self, path: Path, stamp: list[int]) -> None:
         self.file = open(path, "rb")  # noqa: SIM115 (closed by __del__)
-        self.lock = threading.Lock()
-        """Of whoever moves the file's position; `read_all` does not."""
         if stamp_of(self.file) != stamp:
             raise RunError(f"{path} was changed while it was in use; start again")
 

@@ -1,8 +1,8 @@
 """What lies where in a WebDataset shard: one walk over the headers of a .tar, kept beside it as NAME.tar.index.
 
 Members with the same path up to the first dot of the file's name are one sample (WebDataset's rule): its image by the
-extension, its label from `.cls` (a whole number in ASCII) or from "label" or "cls" of `.json`. The index is a cache: it
-is made anew where the shard's size or time of change differ, or where its own checksum does not fit.
+extension, its label from `.cls` (a whole number in ASCII) or from "label" or "cls" of `.json`. The index is a cache, an
+.npz: it is made anew where the shard's size or time of change differ, or where it is damaged (zip has checksums).
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import contextlib
 import json
 import os
 import tarfile
-import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +18,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vadit.images.sources.folders import MAX_CLASSES
+from vadit.images.sources.folders import EXTENSIONS, MAX_CLASSES
 from vadit.runtime.errors import RunError
+from vadit.runtime.files import whole_file
 
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
-)
+IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
+LABEL_EXTENSIONS = ("cls", "json")
 NO_LABEL = -1
 RECORD = np.dtype([("header", "<i8"), ("start", "<i8"), ("size", "<i8"), ("label", "<i4")])
 """An image: position of its (first) header, of its bytes, their number, label."""
 
 BLOCK = tarfile.BLOCKSIZE
-_MAGIC = b"vadit-tar-index 2 "
-_MAX_JSON_BYTES = 1 << 24
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 
 
@@ -95,79 +91,26 @@ def index_path(path: Path) -> Path:
 
 
 def _save(path: Path, index: ShardIndex) -> None:
-    """Keep the index of shard `path`; a folder that cannot be written to goes without."""
-    content = json.dumps({"stamp": index.stamp, "bad": index.bad}).encode() + b"\n" + index.records.tobytes()
-    target = index_path(path)
-    # several processes may open new shards at once, so each writes a file of its own
-    partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        partial.write_bytes(_MAGIC + b"%08x\n" % zlib.crc32(content) + content)
-        os.replace(partial, target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    """Keep the index of shard `path`; a folder that cannot be written to goes without.
+
+    Processes that open a new shard at once write the same bytes.
+    """
+    with contextlib.suppress(OSError), whole_file(index_path(path)) as partial, partial.open("wb") as file:
+        np.savez(file, stamp=index.stamp, records=index.records, bad=np.array(json.dumps(index.bad)))
 
 
 def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
     """The index that was kept, where it is whole and of this very shard."""
     try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    start = len(_MAGIC) + 9
-    if content[:start] != _MAGIC + b"%08x\n" % zlib.crc32(content[start:]):
-        return None
-    end = content.index(b"\n", start)
-    head = json.loads(content[start:end])
-    if head["stamp"] != stamp:
-        return None
-    return ShardIndex(np.frombuffer(content, RECORD, offset=end + 1), head["bad"], stamp)
+        with np.load(path) as kept:
+            if kept["stamp"].tolist() == stamp:
+                return ShardIndex(kept["records"].astype(RECORD, casting="no"), json.loads(str(kept["bad"])), stamp)
+    except Exception:  # there is none, or it is damaged in whatever way
+        pass
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ samples
-
-
-class _Sample:
-    """The members of one key, by their extensions."""
-
-    __slots__ = ("members", "why")
-
-    def __init__(self) -> None:
-        self.members: dict[str, Member] = {}
-        self.why = ""
-
-    def take(self, member: Member, extension: str) -> None:
-        if extension.rpartition(".")[2] not in IMAGE_EXTENSIONS and extension not in ("cls", "json"):
-            return  # texts, masks, features: not ours
-        if member.kind:
-            self.why = f"{text(member.name)} is {member.kind}; make the shard with tar --dereference --hard-dereference"
-        if extension in self.members:
-            self.why = f"{text(member.name)} is there twice; give every sample a name of its own"
-        self.members[extension] = member
-
-    def record(self, descriptor: int) -> list[tuple[int, int, int, int]]:
-        """The RECORD of the image, or nothing where there is none; ValueError says what is wrong."""
-        if self.why:
-            raise ValueError(self.why)
-        images = {extension: member for extension, member in self.members.items() if extension not in ("cls", "json")}
-        # 17.left.jpg is the image where there is no 17.jpg
-        found = [member for extension, member in images.items() if "." not in extension] or list(images.values())
-        if len(found) > 1:
-            names = " and ".join(text(member.name) for member in found[:2])
-            raise ValueError(f"one sample has several images ({names}); a sample's name ends at the first dot")
-        if not found:
-            if "cls" in self.members:
-                raise ValueError(f"there is a label but no image ({' '.join(sorted(IMAGE_EXTENSIONS))})")
-            return []
-        image, label = found[0], NO_LABEL
-        if "cls" in self.members:
-            member = self.members["cls"]
-            label = _label(read_all(descriptor, member.start, min(member.size, 64)))
-        elif "json" in self.members:
-            content = _json(descriptor, self.members["json"])
-            given = [content[name] for name in ("label", "cls") if name in content]
-            label = _label(str(given[0]).encode()) if given else NO_LABEL
-        return [(image.header, image.start, image.size, label)]
 
 
 def walk(file: BinaryIO) -> ShardIndex:
@@ -176,22 +119,57 @@ def walk(file: BinaryIO) -> ShardIndex:
     Left out without a word: folders, links and devices that are not named like images or labels, members of other
     kinds (.txt, .npy), files whose name begins with a dot, and texts without an image.
     """
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, list[tuple[str, Member]]] = {}
     bad: dict[str, str] = {}
     try:
         for member in members(file):
             key, extension = split_name(member.name)
-            if key and extension:
-                samples.setdefault(key, _Sample()).take(member, extension)
+            if key and (extension in LABEL_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
+                samples.setdefault(key, []).append((extension, member))
     except Damaged as error:
         bad[f"from byte {error.position} on"] = str(error)
     rows: list[tuple[int, int, int, int]] = []
-    for key, sample in samples.items():
+    for key, found in samples.items():
         try:
-            rows += sample.record(file.fileno())
+            rows += _record(found, file.fileno())
         except ValueError as error:
             bad[text(key)] = str(error)
     return ShardIndex(np.array(sorted(rows), RECORD), bad)
+
+
+def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int, int, int, int]]:
+    """The RECORD of a sample's image, or nothing where there is none; ValueError says what is wrong.
+
+    found: its members that are images or labels, by extension.
+    """
+    by_extension = dict(found)
+    if len(by_extension) < len(found):
+        twice = next(member for extension, member in found if member is not by_extension[extension])
+        raise ValueError(f"{text(twice.name)} is there twice; give every sample a name of its own")
+    for member in by_extension.values():
+        if member.kind:
+            raise ValueError(
+                f"{text(member.name)} is {member.kind}; make the shard with tar --dereference --hard-dereference"
+            )
+    label, content = by_extension.pop("cls", None), by_extension.pop("json", None)
+    # 17.left.jpg is the image where there is no 17.jpg
+    images = [member for extension, member in by_extension.items() if "." not in extension]
+    images = images or list(by_extension.values())
+    if len(images) > 1:
+        names = " and ".join(text(member.name) for member in images[:2])
+        raise ValueError(f"one sample has several images ({names}); a sample's name ends at the first dot")
+    if not images:
+        if label is not None:
+            raise ValueError(f"there is a label but no image ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+        return []
+    number = NO_LABEL
+    if label is not None:
+        number = _label(read_all(descriptor, label.start, min(label.size, 64)))
+    elif content is not None:
+        values = _json(descriptor, content)
+        given = [values[name] for name in ("label", "cls") if name in values]
+        number = _label(str(given[0]).encode()) if given else NO_LABEL
+    return [(images[0].header, images[0].start, images[0].size, number)]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -216,8 +194,6 @@ def _label(content: bytes) -> int:
 
 
 def _json(descriptor: int, member: Member) -> dict[str, Any]:
-    if member.size > _MAX_JSON_BYTES:
-        raise ValueError(f"{text(member.name)} has {member.size} bytes, too many for a .json of labels")
     try:
         content = json.loads(read_all(descriptor, member.start, member.size))
     except (ValueError, RecursionError) as error:
