@@ -1,7 +1,7 @@
 """Damaged latent shards and tars: no crash, no hang, no sample that is wrong in silence (see mutations.py).
 
-Betons are in test_beton_faults.py. Where a format has no checksum a test says what is noticed and what is not. `pytest tests/test_fuzz_data.py -k
-tar-block3` runs a block again; a failure names the case, the region and the change.
+Betons are in test_beton_faults.py. Where a format has no checksum a test says what is noticed and what is not.
+`pytest tests/test_fuzz_data.py -k tar-block3` runs a block again; a failure names the case, the region and the change.
 """
 
 from __future__ import annotations
