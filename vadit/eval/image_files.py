@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 
@@ -18,19 +18,6 @@ from vadit.runtime.errors import RunError, UsageError
 
 # Left out in silence, they would leave the scores of a part of a set.
 _OTHER_PICTURES = (".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-
-
-class ImageSource(Protocol):
-    """Images of one size on disk, read in order and in batches."""
-
-    path: Path
-    size: tuple[int, int]
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
-        """Batches uint8 (B, H, W, 3) of `limit` images (default all) from place `first` on, in file order."""
-        ...
 
 
 class PngFolder:
@@ -57,6 +44,7 @@ class PngFolder:
         return len(self.files)
 
     def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """Batches uint8 (B, H, W, 3) of `limit` images (default all) from place `first` on, in file order."""
         files = self.files[first:][:limit]
         for start in range(0, len(files), batch_size):
             images = [read_png(file) for file in files[start : start + batch_size]]
@@ -85,6 +73,7 @@ class NpzImages:
         return self._count
 
     def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """As those of a folder."""
         remaining = max(min(self._count - first, self._count if limit is None else limit), 0)
         with _npy_stream(self.path) as (stream, _, _):
             stream.seek(first * math.prod(self.size) * 3, os.SEEK_CUR)  # a compressed member is read up to there
@@ -119,7 +108,7 @@ def _npy_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dty
         yield stream, shape, dtype
 
 
-def open_images(path: str | Path) -> ImageSource:
+def open_images(path: str | Path) -> PngFolder | NpzImages:
     """A folder of PNGs, what `vadit sample` wrote (its images/ lie beside a grid), or an .npz with arr_0."""
     path = Path(path)
     if path.is_dir():

@@ -58,7 +58,8 @@ class FeatureMoments:
 def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), N >= 2."""
     moments = FeatureMoments()
-    moments.update(features)
+    for start in range(0, max(len(features), 1), _BLOCK):
+        moments.update(features[start : start + _BLOCK])
     return moments.result()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.eval.image_files import ImageSource, open_images
+from vadit.eval.image_files import open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
     FeatureMoments,
@@ -176,7 +176,7 @@ class SampleScorer:
 
     At a small n FID is biased upwards and only comparable with itself at that n; its name carries n. KID is here the
     unbiased estimate from all pairs of images, not a mean over subsets: less noise, and a second instead of a minute.
-    The reference's features are kept in the folder `cache`, where one is given, and read there the next time.
+    The reference's features are kept in the folder `cache` and read there the next time.
     """
 
     def __init__(
@@ -186,15 +186,13 @@ class SampleScorer:
         inception_weights: str | Path | None,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
-        cache: str | Path | None = None,
+        cache: Path,
     ) -> None:
         self._batch_size = batch_size
         self._extractor = Inception(inception_weights, device)
-        path, file = Path(reference), None
-        if cache is not None:
-            file = Path(cache) / f"reference-{_key(path, Path(inception_weights or ''))}.npz"
-        kept = None if file is None else _read_kept(file)
-        self._reference = kept or _keep(_load_reference(path, self._extractor, batch_size), file)
+        path = Path(reference)
+        file = cache / f"reference-{_key(path, Path(inception_weights or ''))}.npz"
+        self._reference = _read_kept(file) or _keep(_load_reference(path, self._extractor, batch_size), file)
 
     def features(self, images: Tensor) -> Tensor:
         """Inception's pool features (B, 2048), on the CPU, of uint8 images (B, 3, H, W)."""
@@ -258,15 +256,14 @@ def _key(reference: Path, weights: Path) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
-def _keep(reference: _Reference, file: Path | None) -> _Reference:
-    """The reference with its own kernel, written to `file` where one is named."""
+def _keep(reference: _Reference, file: Path) -> _Reference:
+    """The reference with its own kernel, written to `file`."""
     arrays: dict[str, Any] = {"mu": reference.pool[0], "sigma": reference.pool[1]}
     if reference.features is not None:
         reference = dataclasses.replace(reference, own_kernel=mean_kernel(reference.features))
         arrays |= {"features": reference.features, "own_kernel": np.array(reference.own_kernel)}
-    if file is not None:
-        with saved_file(file, "make room there") as partial, partial.open("wb") as stream:
-            np.savez(stream, **arrays)
+    with saved_file(file, "make room there") as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)
     return reference
 
 
@@ -301,23 +298,22 @@ def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> tuple[np.nd
 def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Reference:
     """Stored statistics go before those of the images: ADM's files hold statistics of the whole data set."""
     stored = _load_statistics(path)
-    if stored is not None and "arr_0" not in stored:
-        return _Reference(_pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else None, None)
-    source: ImageSource = open_images(path)
-    if stored is None and len(source) < 2:
-        raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
     # Features of a million images would take tens of gigabytes: sums, and the few that are needed one by one.
-    pool_moments, spatial_moments = FeatureMoments(), FeatureMoments()
-    wanted, rows, count = spread(len(source), REFERENCES_FOR_RECALL), [], 0
-    for images in source.batches(batch_size):
-        found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
-        pool = found.pool.cpu().numpy()
-        if stored is None:
-            pool_moments.update(pool)
-            spatial_moments.update(found.spatial)
-        rows.append(pool[wanted[(wanted >= count) & (wanted < count + len(pool))] - count])
-        count += len(pool)
-    features = np.concatenate(rows)
+    pool_moments, spatial_moments, features = FeatureMoments(), FeatureMoments(), None
+    if stored is None or "arr_0" in stored:
+        source = open_images(path)
+        if stored is None and len(source) < 2:
+            raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
+        wanted, rows, count = spread(len(source), REFERENCES_FOR_RECALL), [], 0
+        for images in source.batches(batch_size):
+            found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+            pool = found.pool.cpu().numpy()
+            if stored is None:
+                pool_moments.update(pool)
+                spatial_moments.update(found.spatial)
+            rows.append(pool[wanted[(wanted >= count) & (wanted < count + len(pool))] - count])
+            count += len(pool)
+        features = np.concatenate(rows)
     if stored is None:
         return _Reference(pool_moments.result(), spatial_moments.result(), features)
     # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.eval.metrics import FeatureMoments, count_name, frechet_distance
+from vadit.eval.metrics import count_name, frechet_distance, mean_and_covariance
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed, to_uint8
@@ -165,7 +164,8 @@ def evaluate_tokenizer(
     metrics = dict(zip(("psnr", "ssim", "lpips"), scores_NS.mean(dim=0).tolist(), strict=False))
     if features is not None:
         pairs_N2D = _all_rows(places, pairs)
-        metrics[f"rfid{count_name(count)}"] = frechet_distance(*_moments(pairs_N2D[:, 0]), *_moments(pairs_N2D[:, 1]))
+        before, after = (mean_and_covariance(pairs_N2D[:, side]) for side in (0, 1))
+        metrics[f"rfid{count_name(count)}"] = frechet_distance(*before, *after)
     return count, metrics
 
 
@@ -188,10 +188,3 @@ def _all_rows(places: list[int], rows: list[Tensor]) -> Tensor:
     found = distributed.all_gathered((places, torch.cat(rows) if rows else torch.zeros(0)))
     order = torch.tensor([place for places, _ in found for place in places], dtype=torch.int64).argsort()
     return torch.cat([rows for _, rows in found])[order]
-
-
-def _moments(features_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    moments = FeatureMoments()
-    for part in features_ND.split(1024):
-        moments.update(part)
-    return moments.result()
