@@ -15,15 +15,10 @@ from vadit.estimate.networks import networks
 
 def dit_flops(spec: DiTSpec, mask: MaskSpec | None = None, *, masked: bool = False) -> int:
     """FLOPs of one image's forward pass; `masked`: of a pass of the mask's network that sees a part of the tokens."""
-    return _dit_flops(spec, mask or MaskSpec(), masked)
-
-
-@functools.cache
-def _dit_flops(spec: DiTSpec, mask: MaskSpec, masked: bool) -> int:
     from vadit.models.masked import build_generator
 
     with torch.device("meta"):
-        model = build_generator(spec, mask).to("meta")
+        model = build_generator(spec, mask or MaskSpec()).to("meta")
         x_1Chw, zero_1 = torch.zeros(1, spec.in_channels, spec.input_size, spec.input_size), torch.zeros(1)
         return _count(lambda: model.forward_features(x_1Chw, zero_1, zero_1.long(), zero_1.bool(), masked=masked))
 

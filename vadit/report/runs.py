@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,9 +206,9 @@ def is_headline(config: Config | None) -> bool:
     )  # fmt: skip
 
 
-def loss_at(run: Run, images: float, name: str = "mse") -> float | None:
-    """A logged mean at the log point nearest to `images`, where one lies within 2%."""
-    curve = run.log.curves.get(name)
+def loss_at(run: Run, images: float) -> float | None:
+    """The logged velocity MSE at the log point nearest to `images`, where one lies within 2%."""
+    curve = run.log.curves.get("mse")
     if curve is None:
         return None
     nearest = int(np.abs(curve.x - images).argmin())
@@ -221,8 +220,7 @@ def loss_at(run: Run, images: float, name: str = "mse") -> float | None:
 
 def higher_is_better(metric: str) -> bool:
     """Whether a metric, by its protocol name (is50k_euler249, precision50k, psnr), grows as images get better."""
-    word = re.match("[a-z]*", metric)
-    return word is not None and word[0] in _HIGHER
+    return metric.startswith(_HIGHER)
 
 
 @dataclass(frozen=True)
