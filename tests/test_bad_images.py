@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import image_files
 import numpy as np
@@ -17,19 +16,14 @@ import torch
 from image_files import EXACT, bad_files, bad_places, center_crop, jpeg, odd_files, psnr, write_folder
 from PIL import Image
 
-from vadit.config import ImageDataSpec
-from vadit.images.backends import open_images, open_loader
-from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request, load_in_order
+from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
-from vadit.images.prepare import prepare_images
 from vadit.images.sources.folders import FolderSource
-from vadit.images.transforms import to_rgb
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 32
 DECODERS = ("torch", "dali")
-LOADERS = (*DECODERS, "webdataset")
 DALI_PSNR = 35
 """What DALI's pixels are held to, in dB against Pillow's."""
 
@@ -49,23 +43,9 @@ def write(root: Path, files: dict[str, bytes], places: list[str] = ()) -> Path: 
     return root
 
 
-def pack(folder: Path, shard: Path) -> Path:
-    """A .tar of the folder's files, as `tar` makes it: without checksums."""
-    with tarfile.open(shard, "w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.add(path, path.name)
-    return shard
-
-
-def open_set(loader: str, folder: Path, **settings: object) -> ImageSet:
-    """The images of a flat folder as the loader gets them."""
-    source: ImageSource = FolderSource(folder)
-    if loader == "webdataset":
-        from vadit.images.sources.tar import TarSource
-
-        shard = folder.with_name(folder.name + ".tar")
-        source = TarSource(str(shard if shard.exists() else pack(folder, shard)))
-    return ImageSet(source, SIZE, **settings)  # type: ignore[arg-type]
+def image_set(folder: Path, **settings: Any) -> ImageSet:
+    """The images of a flat folder."""
+    return ImageSet(FolderSource(folder), SIZE, **settings)
 
 
 def decoder_of(loader: str, images: ImageSet) -> Decoder:
@@ -78,31 +58,29 @@ def decoder_of(loader: str, images: ImageSet) -> Decoder:
     return dali_decoder(images, 2, "cpu")
 
 
-def stem(images: ImageSet, index: int) -> str:
-    """File name without its ending, from wherever the image is."""
-    return Path(images.source.describe(index).rpartition(":")[2]).name.split(".")[0]
+def name_of(images: ImageSet, index: int) -> str:
+    return Path(images.source.describe(index)).name
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", DECODERS)
 def test_what_files_show_and_what_is_refused_with_its_name(tmp_path: Path, loader: str) -> None:
     """Odd, bad and good files in one batch."""
     files = GOOD | {odd.name: odd.data for odd in ODD.values()} | dict(BAD.values())
-    places = [] if loader == "webdataset" else list(PLACES)  # a .tar holds bytes, not places
-    images = open_set(loader, write(tmp_path / "images", files, places))
+    images = image_set(write(tmp_path / "images", files, list(PLACES)))
     with decoder_of(loader, images)() as decoder:
         decoded = decoder.submit([Request(index) for index in range(len(images))])()
     assert decoded.pixels.shape == (len(images), SIZE, SIZE, 3) and decoded.pixels.dtype == torch.uint8
-    place = {stem(images, index): index for index in range(len(images))}
-    bad = [name for name, *_ in [*BAD.values(), *(PLACES[kind] for kind in places)]]
-    assert decoded.failures.keys() == {place[name.split(".")[0]] for name in bad}
+    place = {name_of(images, index): index for index in range(len(images))}
+    bad = [name for name, *_ in [*BAD.values(), *PLACES.values()]]
+    assert decoded.failures.keys() == {place[name] for name in bad}
     for name in bad:
-        error = decoded.failures[place[name.split(".")[0]]]
+        error = decoded.failures[place[name]]
         assert isinstance(error, RunError) and name in str(error) and "skip" in str(error)
     shown = [(odd.name, odd.pixels, odd.min_psnr) for odd in ODD.values()]
     shown += [(name, image_files.decoded(data), EXACT) for name, data in GOOD.items()]
     for name, pixels, min_psnr in shown:
         expected = np.asarray(center_crop(Image.fromarray(pixels), SIZE))
-        near = psnr(decoded.pixels[place[name.split(".")[0]]].numpy(), expected)
+        near = psnr(decoded.pixels[place[name]].numpy(), expected)
         assert near >= (min(min_psnr, DALI_PSNR) if loader == "dali" else min_psnr), name
 
 
@@ -112,10 +90,10 @@ SOME_BAD = ("jpeg cut in the middle", "text", "huge jpeg", "png of damaged data"
 
 
 @pytest.mark.parametrize("kind", SOME_BAD)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", DECODERS)
 def test_raise_ends_with_the_name(tmp_path: Path, loader: str, kind: str) -> None:
     name, data = BAD[kind]
-    images = open_set(loader, write(tmp_path / "images", GOOD | {name: data}))
+    images = image_set(write(tmp_path / "images", GOOD | {name: data}))
     with pytest.raises(RunError, match=name):
         list(ImageLoader(images, 4, decoder=decoder_of(loader, images)))
     with decoder_of(loader, images)() as decoder, pytest.raises(RunError, match=name):
@@ -126,7 +104,7 @@ def expected_order(images: ImageSet, seed: int, epoch: int) -> list[int]:
     """The epoch's order; the place of a bad image goes to the next good one."""
     n = len(images)
     order = rng.permute(torch.arange(n), n, rng.fold(seed, "order", epoch)).tolist()
-    bad = {index for index in range(n) if not stem(images, index).startswith("good")}
+    bad = {index for index in range(n) if not name_of(images, index).startswith("good")}
     return [next(index for index in (order + order)[place:] if index not in bad) for place in range(n)]
 
 
@@ -134,16 +112,15 @@ def ids_of(batches: list[ImageBatch]) -> list[int]:
     return [index for batch in batches for index in batch.ids.tolist()]
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", DECODERS)
 def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog: pytest.LogCaptureFixture) -> None:
-    places = [] if loader == "webdataset" else list(PLACES)
-    root = write(tmp_path / "images", GOOD | dict(BAD.values()), places)
+    root = write(tmp_path / "images", GOOD | dict(BAD.values()), list(PLACES))
     settings: dict = {"on_error": "skip", "max_bad_share": 0.75}
-    images = open_set(loader, root, **settings)
-    plain = open_set("torch", root, **settings)
+    images = image_set(root, **settings)
+    plain = image_set(root, **settings)
     with pillow_decoder(plain, 1)() as decoder:
         reference = {
-            stem(plain, index): batch.images[place]
+            index: batch.images[place]
             for batch in load_in_order(plain, range(len(plain)), 4, decoder)
             for place, index in enumerate(batch.ids.tolist())
         }
@@ -155,27 +132,27 @@ def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog: p
     exact = EXACT if loader != "dali" else DALI_PSNR
     for batch in batches:
         for pixels, index in zip(batch.images, batch.ids.tolist(), strict=True):
-            assert psnr(pixels.cpu().numpy(), reference[stem(images, index)].numpy()) >= exact
+            assert psnr(pixels.cpu().numpy(), reference[index].numpy()) >= exact
         assert torch.equal(batch.labels, images.labels[batch.ids])
-    names = [name for name, *_ in [*BAD.values(), *(PLACES[kind] for kind in places)]]
+    names = [name for name, *_ in [*BAD.values(), *PLACES.values()]]
     assert len(images.bad) == len(names)
     message = next(text for text in caplog.messages if "do not decode" in text)
     assert f"{len(names)} images do not decode" in message
     assert sum(name in message for name in names) == 10
     # The replacement is a function of the position: not of ranks, and not of what is known to be bad by now.
-    fresh = open_set(loader, root, **settings)
+    fresh = image_set(root, **settings)
     for known in (fresh, images):
         ranks = [ids_of(list(ImageLoader(known, 2, 3, rank, 2, decoder=decoder_of(loader, known)))) for rank in (0, 1)]
         assert [ranks[place % 2][place // 2] for place in range(len(order))] == order
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", DECODERS)
 def test_skip_has_a_limit(tmp_path: Path, loader: str) -> None:
     files = GOOD | dict(BAD[kind] for kind in SOME_BAD)
     root = write(tmp_path / "images", files)
-    images = open_set(loader, root, on_error="skip", max_bad_share=4 / 12)
+    images = image_set(root, on_error="skip", max_bad_share=4 / 12)
     assert len(ids_of(list(ImageLoader(images, 4, decoder=decoder_of(loader, images))))) == 12
-    images = open_set(loader, root, on_error="skip", max_bad_share=3 / 12)
+    images = image_set(root, on_error="skip", max_bad_share=3 / 12)
     with pytest.raises(RunError, match=r"4 of 12 images .* more than data.max_bad_share .*cut-middle") as caught:
         list(ImageLoader(images, 4, decoder=decoder_of(loader, images)))
     assert all(BAD[kind][0] in str(caught.value) for kind in SOME_BAD)
@@ -184,7 +161,7 @@ def test_skip_has_a_limit(tmp_path: Path, loader: str) -> None:
 @pytest.mark.parametrize("loader", DECODERS)
 def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> None:
     root = write(tmp_path / "images", GOOD)
-    images = open_set(loader, root, on_error="skip", max_bad_share=0.5)
+    images = image_set(root, on_error="skip", max_bad_share=0.5)
     batches = iter(ImageLoader(images, 2, seed=1, decoder=decoder_of(loader, images)))
     seen = ids_of([next(batches)])
     last = expected_order(images, 1, 0)[-1]
@@ -192,30 +169,6 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
     seen += ids_of(list(batches))
     assert last not in seen and len(seen) == len(GOOD)
     assert list(images.bad) == [last]
-
-
-# ------------------------------------------------------------------------------------------------ prepared data
-
-
-def test_prepared_files_show_what_they_did(tmp_path: Path) -> None:
-    files = GOOD | {odd.name: odd.data for odd in ODD.values()} | dict(BAD.values())
-    spec = ImageDataSpec(path=str(write(tmp_path / "images", files, list(PLACES))), on_error="skip", max_bad_share=0.75)
-    summary = prepare_images(spec, tmp_path / "out.beton", size=SIZE, num_workers=1)
-    names = [name for name, *_ in [*BAD.values(), *PLACES.values()]]
-    assert sorted(Path(path).name for path in summary.bad) == sorted(names)
-    expected = []
-    for _, data in sorted((GOOD | {odd.name: odd.data for odd in ODD.values()}).items()):
-        with Image.open(io.BytesIO(data)) as image:
-            expected.append(np.asarray(center_crop(to_rgb(image), SIZE)))
-    for loader in ("torch", "ffcv"):
-        if loader == "ffcv":
-            pytest.importorskip("ffcv")
-        spec = ImageDataSpec(path=str(tmp_path / "out.beton"), loader=loader, num_workers=2)  # type: ignore[arg-type]
-        batches = list(open_loader(spec, open_images(spec, SIZE), 8, seed=5)[0])
-        assert sorted(ids_of(batches)) == list(range(len(GOOD) + len(ODD)))
-        for batch in batches:
-            for pixels, index in zip(batch.images.permute(0, 2, 3, 1), batch.ids.tolist(), strict=True):
-                assert np.array_equal(pixels.numpy(), expected[index])
 
 
 # ------------------------------------------------------------------------------------------------ odd folders

@@ -70,20 +70,6 @@ def test_classes_are_sorted_folder_names_and_pixels_follow_the_crop_rule(folder:
         assert np.array_equal(load(dataset, index, seed=0, epoch=0), expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_image_once_per_epoch(folder: Path, world_size: int) -> None:
-    dataset = image_set(folder)
-    loaders = [image_loader(dataset, 2, 5, rank, world_size) for rank in range(world_size)]
-    orders = []
-    for epoch in range(3):
-        assert all(loader.epoch == epoch for loader in loaders)
-        per_rank = [ids_of(loader) for loader in loaders]
-        assert sorted(index for ids in per_rank for index in ids) == list(range(13))
-        orders.append(per_rank)
-    assert orders[0] != orders[1]
-    assert {loader.state_dict()["images_seen"] for loader in loaders} == {39}
-
-
 def test_stream_gives_full_batches_across_epoch_ends(folder: Path) -> None:
     loader = image_loader(image_set(folder), 5, seed=1)
     batches = list(islice(loader.stream(), 8))
@@ -118,23 +104,6 @@ def test_resume_in_mid_epoch_continues_exactly_also_with_other_ranks(folder: Pat
         order = [position for rank in range(new_world_size) for position in range(rank, 6, new_world_size)]
         assert torch.equal(torch.cat([part.ids for part in parts]), batch.ids[order])
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images[order])
-
-
-def test_a_running_stream_follows_load_state_dict(folder: Path) -> None:
-    loader = image_loader(image_set(folder), 4)
-    stream = loader.stream()
-    first = next(stream)
-    state = loader.state_dict()
-    second = next(stream)
-    next(stream)
-    loader.load_state_dict(state)
-    assert torch.equal(next(stream).ids, second.ids) and not torch.equal(first.ids, second.ids)
-
-
-def test_a_position_of_another_data_set_is_refused(folder: Path) -> None:
-    loader = image_loader(image_set(folder), 4)
-    with pytest.raises(UsageError, match=r"14 samples .* 13; set data.path"):
-        loader.load_state_dict({**loader.state_dict(), "num_samples": 14})
 
 
 def test_augmentation_depends_on_seed_image_and_epoch_alone(folder: Path) -> None:

@@ -182,16 +182,6 @@ def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
         assert not again.failures and torch.equal(again.pixels, decoded.pixels[:2])
 
 
-def test_a_pipeline_outlives_its_errors() -> None:
-    good, pipeline = jpeg(0), dali._JpegPipeline(4, 1, torch.device("cpu"))
-    expected = pipeline.run([good])[0].clone()
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            pipeline.run([good, damaged(jpeg(1))])
-        for pixels in pipeline.run([good, good]):
-            assert torch.equal(pixels, expected)
-
-
 def test_pillow_takes_over_where_dali_fails_for_no_reason(
     photos: ImageSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -243,21 +243,3 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv", None)
     assert "pip install 'vadit[ffcv]'" in why_not(ImageSet(source, SIZE))
-
-
-@needs_ffcv
-def test_quasi_random_batches(beton: Path) -> None:
-    images = ImageSet(BetonSource(beton), SIZE, flip=True)
-    loader = ffcv_loader(images, 5, seed=2, order="quasi_random")
-    before = set(threading.enumerate())
-    batches = list(islice(loader.stream(), 12))
-    assert set(threading.enumerate()) == before
-    ids = ids_of(batches)
-    assert [sorted(ids[start : start + COUNT]) for start in (0, COUNT)] == [list(range(COUNT))] * 2
-    assert ids[:COUNT] != ids[COUNT : 2 * COUNT]
-    assert loader.ids_between({"images_seen": 5, "seed": 2}, loader.state_dict()) == ids[5:]
-    loader.load_state_dict({"seed": 2, "images_seen": 10})
-    assert ids_of(loader) == ids[10:COUNT]
-    with pillow_decoder(images, 1)() as decoder:
-        requests = images.requests(ids[:5], seed=2, epoch=0)
-        assert torch.equal(batches[0].images.permute(0, 2, 3, 1), decoder.submit(requests)().pixels)

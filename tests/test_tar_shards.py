@@ -105,21 +105,6 @@ def test_shards_without_any_label_are_one_class(tmp_path: Path) -> None:
     assert source.classes == ["all"] and source.labels.tolist() == [0, 0]
 
 
-def test_names_of_classes_lie_beside_the_shards(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", samples(0, 4))
-    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    assert TarSource(path).classes == ["ant", "bee", "cat"]
-    (tmp_path / "classes.json").write_text('["dog", "elk", "fox", "gnu"]')
-    assert TarSource(tmp_path).classes == ["dog", "elk", "fox", "gnu"]
-    (tmp_path / "classes.json").write_text('["dog"]')
-    with pytest.raises(UsageError, match=r"names 1 classes, but .* holds the label 2"):
-        TarSource(tmp_path)
-    for content in ('{"0": "dog"}', "[1, 2]", "[", "[]"):
-        (tmp_path / "classes.json").write_text(content)
-        with pytest.raises(UsageError, match=r"classes.json"):
-            TarSource(tmp_path)
-
-
 def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("a{1..2}b{0..1}") == ["a1b0", "a1b1", "a2b0", "a2b1"]

@@ -82,9 +82,9 @@ def open_loader(
 def open_decoder(
     name: str, images: ImageSet, num_workers: int, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, Choice]:
-    """A decoder for reading images in order: torch, dali, or auto."""
+    """A decoder for reading images in order, by the name of its loader."""
     spec = ImageDataSpec(loader=name, num_workers=num_workers)  # type: ignore[arg-type]
-    chosen, reason, refused = _pick(spec, images, torch.device(device), None, in_order=True)
+    chosen, reason, refused = _pick(spec, images, torch.device(device), None)
     return _decoder(chosen, images, num_workers, device), Choice(SETTING, chosen, reason, refused=refused)
 
 
@@ -100,9 +100,7 @@ def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device
     return pillow_decoder(images, num_workers, device)
 
 
-def _pick(
-    spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_with: str | None, *, in_order: bool = False
-) -> tuple[str, str, str]:
+def _pick(spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_with: str | None) -> tuple[str, str, str]:
     """Name of the loader, why it is this one, and what was wished instead and why it cannot be had."""
     wished: str = spec.loader
     reason = "as the setting says"
@@ -111,9 +109,9 @@ def _pick(
     elif wished == "auto" and isinstance(images.source, DebugSource):
         return "torch", "debug images need no decoder", ""
     elif wished == "auto":
-        wished = "ffcv" if images.source.name.endswith(".beton") and not in_order else "dali"
+        wished = "ffcv" if images.source.name.endswith(".beton") else "dali"
         reason = f"installed, and it reads {images.source.name}"
-    problem = _problem(wished, images, device, in_order=in_order)
+    problem = _problem(wished, images, device)
     if not problem:
         return wished, reason, ""
     if spec.loader != "auto":
@@ -126,7 +124,7 @@ def _pick(
     return "torch", f"not {wished}: {problem}", ""
 
 
-def _problem(name: str, images: ImageSet, device: torch.device, *, in_order: bool) -> str:
+def _problem(name: str, images: ImageSet, device: torch.device) -> str:
     """Why a loader cannot be had here; empty where it can."""
     if name == "torch":
         return ""
@@ -134,8 +132,6 @@ def _problem(name: str, images: ImageSet, device: torch.device, *, in_order: boo
         return f"{PACKAGES[name]} is not installed (pip install 'vadit[{name}]')"
     if name == "dali":
         return _trial(images, device)
-    if in_order:
-        return "FFCV loads training batches only"
     from vadit.images.ffcv import why_not
 
     return why_not(images)

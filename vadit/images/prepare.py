@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -114,6 +114,7 @@ def prepare_images(
         if writer is not None:
             parts = _cut(range(writer.done, len(source)), PART_IMAGES)
             results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers)
+            stack.callback(results.close)  # its processes hold the writer's lock
             num_new = _append(writer, source, results, raises=spec.on_error == "raise", report=report)
         seconds = time.monotonic() - started
         left_out = {source.describe(int(index)): why for index, why in bad.items()}
@@ -283,7 +284,7 @@ class _Mapped(Dataset[Out], Generic[In, Out]):
         return self.function(item)
 
 
-def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
+def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Generator[Out, None, None]:
     """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead."""
     if num_workers == 1:
         yield from map(function, items)

@@ -134,8 +134,7 @@ class BetonFile:
 
     def will_read(self, ptr: int, size: int) -> None:
         """Have the system bring a part of the file into memory; it need not."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, ptr, size, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._descriptor, ptr, size, os.POSIX_FADV_WILLNEED)
 
     def fail(self, problem: str) -> RunError:
         """The error of a damaged file."""

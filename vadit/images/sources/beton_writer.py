@@ -44,8 +44,6 @@ _JOURNAL_FORMAT = "vadit-beton-journal"
 
 def encode_image(image: Image.Image, mode: Literal["jpg", "raw"], quality: int = 95) -> EncodedImage:
     """Pillow's RGB image for the file; `quality` is that of a JPEG (4:4:4, colour is not thinned out)."""
-    if image.mode != "RGB":
-        raise ValueError(f"the image is {image.mode}; convert it to RGB first")
     if max(image.size) > MAX_SIDE:
         raise ValueError(f"{image.width} x {image.height} pixels is longer than {MAX_SIDE}, the most a beton holds")
     if mode == "raw":

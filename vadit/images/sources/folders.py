@@ -32,7 +32,10 @@ class FolderSource:
         self.name = str(path)
         if not self.name:
             raise UsageError(f"data.path is empty; {SET_FOLDER} to a folder of images")
-        root = _folder(Path(path))
+        root = Path(path)
+        if not root.is_dir():
+            problem = "is a file" if root.exists() else "does not exist"
+            raise UsageError(f"data.path {root} {problem}; {SET_FOLDER} to a folder of images")
         if labels_file is None:
             self.classes, self.paths, labels = _scan(root)
         else:
@@ -97,13 +100,6 @@ def ppm(width: int, height: int, pixels: bytes) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + pixels
 
 
-def _folder(root: Path) -> Path:
-    if not root.is_dir():
-        problem = "is a file" if root.exists() else "does not exist"
-        raise UsageError(f"data.path {root} {problem}; {SET_FOLDER} to a folder of images")
-    return root
-
-
 def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, image paths and their labels."""
     try:
@@ -158,13 +154,13 @@ def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int
     if not words:
         raise refusal(" names no images")
     classes = sorted(set(words.values()))
+    rank = {name: label for label, name in enumerate(classes)}
     if all(word.isdecimal() for word in classes):
-        largest = max(map(int, classes))
+        rank = {word: int(word) for word in classes}
+        largest = max(rank.values())
         if largest >= MAX_CLASSES:
             raise refusal(f" holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes from 0")
         classes = [str(label) for label in range(largest + 1)]
-        return classes, [str(root / name) for name in words], [int(word) for word in words.values()]
-    rank = {name: label for label, name in enumerate(classes)}
     return classes, [str(root / name) for name in words], [rank[word] for word in words.values()]
 
 

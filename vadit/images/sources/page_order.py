@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ WINDOWS_KNOWN = 4
 """Windows that are remembered as asked for: those of two batches at an epoch's end."""
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """The pages of an epoch in their order."""
 
     pages: np.ndarray

@@ -6,11 +6,10 @@ Shards of samples KEY.jpg + KEY.cls (or KEY.json with "label" or "cls"), which n
 from __future__ import annotations
 
 import functools
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -38,12 +37,11 @@ REMEDY = "replace the shard, or leave out what is bad with --data.on-error skip 
 class TarSource:
     """The images of WebDataset shards as an ImageSource, in the order of the shards' names and of their members.
 
-    `path` is a folder of *.tar, one .tar, or a pattern like images-{000000..000099}.tar. Classes are named by
-    classes.json (a list) or classes.txt (a line each) beside the shards, else by their numbers; shards without any
-    label are of one class, "all". What is wrong with a shard (cut short, a damaged header, a sample without label,
-    with two images or with members of the same name, a link in an image's place) is an error at once
-    (on_error="raise"), or left out and noted in `bad_files` (on_error="skip"); of a shard that is cut or damaged the
-    samples before that place are used then, and what lies behind it is one entry of `bad_files`.
+    `path` is a folder of *.tar, one .tar, or a pattern like images-{000000..000099}.tar. Classes are named by their
+    numbers; shards without any label are of one class, "all". What is wrong with a shard (cut short, a damaged header,
+    a sample without label, with two images or with members of the same name, a link in an image's place) is an error
+    at once (on_error="raise"), or left out and noted in `bad_files` (on_error="skip"); of a shard that is cut or
+    damaged the samples before that place are used then, and what lies behind it is one entry of `bad_files`.
     """
 
     def __init__(self, path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> None:
@@ -56,9 +54,9 @@ class TarSource:
         self._records = np.concatenate([index.records for index in indices])
         counts = [len(index.records) for index in indices]
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        shards = list(zip(self._shards, (index.stamp for index in indices), strict=True))
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(lambda number: _OpenShard(*shards[number]))
-        """The shard of a number; those that were read from last stay open."""
+        self._stamps = [index.stamp for index in indices]
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+        """Those that were read from last stay open. One that no thread holds any more closes itself."""
         if len(self._records) == 0:
             raise UsageError(
                 f"{self.name} holds no images ({len(self._shards)} shards; images end in "
@@ -76,7 +74,7 @@ class TarSource:
         size = int(record["size"])
         try:
             shard = self._open(int(self._shard_of[index]))  # held, or it might be closed, and its number be another's
-            data = read_all(shard.file.fileno(), int(record["start"]), size)
+            data = read_all(shard.fileno(), int(record["start"]), size)
         except OSError as error:
             raise RunError(f"{self.describe(index)} cannot be read ({error.strerror}); {REMEDY}") from None
         if len(data) != size:
@@ -92,6 +90,12 @@ class TarSource:
         except (OSError, Damaged, StopIteration):
             return f"{self._shards[number]}:byte {position}"
         return f"{self._shards[number]}:{text(member.name)}"
+
+    def _open_shard(self, number: int) -> BinaryIO:
+        shard = open(self._shards[number], "rb")  # noqa: SIM115 (see _open)
+        if stamp_of(shard) != self._stamps[number]:
+            raise RunError(f"{self._shards[number]} was changed while it was in use; start again")
+        return shard
 
     def _read_indices(self) -> list[ShardIndex]:
         """The index of every shard; raised or noted what is wrong with it."""
@@ -117,16 +121,7 @@ class TarSource:
         for index in np.flatnonzero(unlabelled):
             self._note(self.describe(int(index)), 'there is no label, neither .cls nor .json with "label" or "cls"')
         self._records, self._shard_of = self._records[~unlabelled], self._shard_of[~unlabelled]
-        highest = int(self._records["label"].max())
-        names = _class_names(self._shards[0].parent)
-        if names is None:
-            return [str(label) for label in range(highest + 1)]
-        if highest >= len(names):
-            raise UsageError(
-                f"{self._shards[0].parent} names {len(names)} classes, but {self.name} holds the label {highest}; "
-                "add the names that are missing to classes.json or classes.txt, or remove that file"
-            )
-        return names
+        return [str(label) for label in range(int(self._records["label"].max()) + 1)]
 
 
 def find_shards(name: str) -> list[Path]:
@@ -162,35 +157,3 @@ def expand(pattern: str) -> list[str]:
     if len(numbers) * len(ends) > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} shards; set a smaller range")
     return [f"{pattern[: found.start()]}{number:0{len(first)}d}{end}" for number in numbers for end in ends]
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    """The names in classes.json or classes.txt of the folder, where there is one."""
-    for path in (folder / "classes.json", folder / "classes.txt"):
-        try:
-            content = path.read_text(encoding="utf-8")
-            names = json.loads(content) if path.suffix == ".json" else content.splitlines()
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} cannot be read ({error}); remove or replace it") from None
-        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-            raise UsageError(f"{path} must hold a list of names, the class of label 0 first; remove or replace it")
-        return names
-    return None
-
-
-class _OpenShard:
-    """An open shard, closed when nobody uses it any more: not while a thread reads from it.
-
-    RunError where it is not the one that was indexed, OSError where it cannot be opened.
-    """
-
-    def __init__(self, path: Path, stamp: list[int]) -> None:
-        self.file = open(path, "rb")  # noqa: SIM115 (closed by __del__)
-        if stamp_of(self.file) != stamp:
-            raise RunError(f"{path} was changed while it was in use; start again")
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
