@@ -164,9 +164,10 @@ def flip(path: Path) -> None:
 
 
 def log(folder: Path) -> list[dict[str, float]]:
-    """The log points of a run, without the clock's part."""
+    """The log points of a run, without what the clock gave, or evaluations that failed."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    dropped = {*MEASURED, "evaluations_failed"}
+    return [{name: value for name, value in line.items() if name not in dropped} for line in lines]
 
 
 def names(folder: Path) -> list[str]:
@@ -174,20 +175,28 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def run_folders(out: Path) -> list[Path]:
+    """The folders that have checkpoints: of the run, or of its stages."""
+    return sorted(path.parent for path in out.rglob("checkpoints"))
+
+
 def assert_same_end(found: Path, expected: Path) -> None:
-    """Two runs logged the same losses and have the same state at their ends: bit by bit.
+    """Two runs logged the same losses and have the same state at the end of every stage: bit by bit.
 
     Weights, averages, moments, buffers and random states of every process.
     """
-    assert log(found) == log(expected)
-    ends = [publish.newest(folder / "checkpoints") for folder in (found, expected)]
-    assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
-    names = sorted(path.name for path in ends[1].glob("*.safetensors"))
-    assert names and names == sorted(path.name for path in ends[0].glob("*.safetensors"))
-    for name in names:
-        one, other = load_file(ends[0] / name), load_file(ends[1] / name)
-        assert one.keys() == other.keys()
-        assert [key for key in one if not torch.equal(one[key], other[key])] == [], name
+    ours, theirs = run_folders(found), run_folders(expected)
+    assert ours and [path.relative_to(found) for path in ours] == [path.relative_to(expected) for path in theirs]
+    for pair in zip(ours, theirs, strict=True):
+        assert log(pair[0]) == log(pair[1])
+        ends = [publish.newest(folder / "checkpoints") for folder in pair]
+        assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
+        names = sorted(path.name for path in ends[1].glob("*.safetensors"))
+        assert names and names == sorted(path.name for path in ends[0].glob("*.safetensors"))
+        for name in names:
+            one, other = load_file(ends[0] / name), load_file(ends[1] / name)
+            assert one.keys() == other.keys()
+            assert [key for key in one if not torch.equal(one[key], other[key])] == [], name
 
 
 def write(out: str, stage: int, **settings: Any) -> None:

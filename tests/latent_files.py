@@ -76,15 +76,8 @@ def reference_folder(folder: Path, *, dtype: torch.dtype = torch.float32, stats:
 
 
 def settings(**changes: object) -> LatentSettings:
-    values: dict = {
-        "tokenizer": "abc",
-        "config": {},
-        "source": "images",
-        "num_images": 6,
-        "num_classes": CLASSES,
-        "size": 8,
-    }
-    values |= {"store": "moments", "dtype": "fp32", "flip": True, "seed": 0, "shard_size": 4}
+    values: dict = {"tokenizer": "abc", "config": {}, "source": "images", "num_images": 6, "num_classes": CLASSES}
+    values |= {"size": 8, "store": "moments", "dtype": "fp32", "flip": True, "seed": 0, "shard_size": 4}
     return LatentSettings(**(values | changes))
 
 

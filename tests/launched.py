@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vadit.train import runs
 from vadit.train.tracker import MEASURED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -22,20 +21,9 @@ WORKER = Path(__file__).parent / "launch_worker.py"
 LIMIT_S = 900
 """For what should take half a minute, on a machine that does much else."""
 
-GENERATOR = [
-    "lightningdit-b-debug",
-    "--flow.no-direction-loss",
-    "--optimizer.lr",
-    "3e-3",
-    "--optimizer.weight-decay",
-    "0.1",
-    "--engine.max-grad-norm",
-    "0.5",
-    "--engine.ema-decays",
-    "0.9",
-]
+GENERATOR = ["lightningdit-b-debug", "--flow.no-direction-loss", "--optimizer.lr", "3e-3"]
+GENERATOR += ["--optimizer.weight-decay", "0.1", "--engine.max-grad-norm", "0.5", "--engine.ema-decays", "0.9"]
 """The generator of `training_plain.tiny_dit`, which sees four images a step."""
-EMA_DECAYS = (0.9,)
 STEPS = 40
 LONG_GENERATOR = [*GENERATOR, "--run.total-images", str(4 * STEPS), "--run.save-every-images", "40"]
 TOKENIZER = ["vavae-f16d32-dinov2-debug", "--run.save-every-images", "4", "--engine.ema-decays", "0.9"]
@@ -57,19 +45,34 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+def run_ranks(command: list[str], count: int = 2) -> tuple[list[int], list[str]]:
+    """Exit codes and output of `command` as so many processes of one group, without a launcher."""
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(count))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        started = []
+        for rank, file in enumerate(files):
+            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=own, stdout=file, stderr=file))
+            stack.callback(started[-1].kill)
+        codes = [process.wait(timeout=LIMIT_S) for process in started]
+        for file in files:
+            file.seek(0)
+        return codes, [file.read() for file in files]
+
+
+def launch_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script as two processes under DeepSpeed's launcher."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
+    command = [*launcher, "--master_port", free_port(), str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=LIMIT_S)
+
+
 def train_by_two(wanted: dict[Path, list[str]]) -> None:
     """`vadit train ARGUMENTS` with --run.out OUT for each, by two processes of this machine without a launcher."""
     commands = [["train", *arguments, "--run.out", str(out)] for out, arguments in wanted.items()]
-    command = [sys.executable, str(WORKER), json.dumps(commands)]
-    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
-    started = [
-        subprocess.Popen(command, env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
-    ]
-    try:
-        assert [process.wait(timeout=LIMIT_S) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
+    codes, said = run_ranks([sys.executable, str(WORKER), json.dumps(commands)])
+    assert codes == [0, 0], said
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
@@ -79,28 +82,6 @@ def logged(out: Path) -> list[dict[str, Any]]:
         text = path.read_text()
         lines += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Weights and averages of all networks in the newest checkpoint of every stage, put together from their shares."""
-    found = {}
-    for folder in sorted(path.parent for path in out.rglob("checkpoints")):
-        for network in ("model", "discriminator"):
-            if not any(folder.glob(f"checkpoints/*/{network}-*")):
-                continue
-            decays: list[float | None] = [None, *(EMA_DECAYS if network == "model" else ())]
-            for decay in decays:
-                state, _ = runs.read_weights(folder, ema=decay, network=network)
-                found |= {f"{folder.relative_to(out)} {network} {decay} {name}": value for name, value in state.items()}
-    return found
-
-
-def same(out: Path, reference: Path) -> bool:
-    """Whether two runs have told and left the same, bit for bit."""
-    assert logged(out) == logged(reference)
-    ours, theirs = weights(out), weights(reference)
-    assert ours and ours.keys() == theirs.keys()
-    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def wait_until(condition: Callable[[], bool], started: list[subprocess.Popen[Any]], what: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +22,6 @@ from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.checkpoints import Checkpoints
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
-
-WORKER = Path(__file__).parent / "training_worker.py"
 
 
 def stop_in_step(module: ModuleType, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,19 +75,6 @@ def test_a_run_goes_on_after_a_stop(
     before = log(straight)
     module.train(config)  # a run at its end has nothing to do
     assert log(tmp_path / "stopped") == before
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    # In processes of their own: after a run at ZeRO 3, DeepSpeed's F.linear stays in a process, and rounds otherwise.
-    alone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in alone}
-    for task, code in (("crash", -signal.SIGKILL), ("resume", 0)):
-        command = [sys.executable, str(WORKER), task, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        assert done.returncode == code, done.stderr
-        if task == "crash":
-            assert len(log(tmp_path / "killed")) == 3 and names(tmp_path / "killed") == ["step-00000002"]
-    assert_same_end(tmp_path / "killed", tmp_path / "straight")
 
 
 # ------------------------------------------------------------------------------------------------ damage

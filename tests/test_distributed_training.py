@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_worker import assert_same_end
-from launched import free_port
+from launched import launch_two, run_ranks
 from PIL import Image
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 from training_worker import LOOK
@@ -28,23 +26,12 @@ WORKER = Path(__file__).parent / "training_worker.py"
 STAGES = (1, 2, 3)
 
 
-def launch(task: str, out: Path) -> None:
-    """Let two processes do a task of the worker."""
-    port = free_port()
-    alone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in alone}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
-    command = [*launcher, "--master_port", port, str(WORKER), task, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders dit-K and tokenizer-K of two processes at ZeRO K, and two resumed ones, from one launch."""
     out = tmp_path_factory.mktemp("ranks")
-    launch("ranks", out)
+    done = launch_two(WORKER, "ranks", str(out))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
 
 
@@ -87,18 +74,8 @@ def test_two_processes_go_on_to_the_bit(network: str, runs: Path) -> None:
 
 
 def test_a_process_that_dies_between_two_stages_is_named(tmp_path: Path) -> None:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), "dies_between_stages", str(tmp_path)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert processes[0].returncode in (1, HANG_CODE) and processes[1].returncode == -9, said[0]
+    codes, said = run_ranks([sys.executable, str(WORKER), "dies_between_stages", str(tmp_path)])
+    assert codes[0] in (1, HANG_CODE) and codes[1] == -9, said[0]
     assert "rank 1 is gone" in said[0]
 
 

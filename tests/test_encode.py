@@ -98,7 +98,7 @@ def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageSet, 
     run(autoencoder, images, tmp_path / "fp32", store="sample")
     run(autoencoder, images, tmp_path / "bf16", store="sample", dtype="bf16", flip=False)
     shards = open_folder(tmp_path / "bf16")
-    assert all(shard.dtype == torch.bfloat16 and not shard.has_flipped for shard in shards)
+    assert all(shard.tensors[shard.key].dtype == torch.bfloat16 and not shard.has_flipped for shard in shards)
     rounded = contents(tmp_path / "fp32")["plain"].bfloat16().float()
     torch.testing.assert_close(contents(tmp_path / "bf16")["plain"], rounded, rtol=2**-7, atol=1e-5)
 

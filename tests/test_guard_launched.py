@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from guard_help import events, newest
-from launched import free_port
+from launched import environment, launch_two
 from training_plain import BATCH, logged
 
 from vadit.train import runs
@@ -24,18 +23,7 @@ WORKER = Path(__file__).parent / "guard_worker.py"
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The run folders of two processes, one of which meets faults, from one launch; the last run of it fails."""
     out = tmp_path_factory.mktemp("ranks")
-    port = free_port()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
-    command = [*launcher, "--master_port", port, str(WORKER), str(out)]
-    return out, subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=900)
-
-
-def _environment() -> dict[str, str]:
-    alone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in alone} | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    return out, launch_two(WORKER, str(out))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -92,7 +80,7 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vadit", "train", "lightningdit-b-debug", "--run.out", str(run)]
     command += ["--run.total-images", "4000000", "--run.save-every-images", "100000000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment()) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         deadline = time.monotonic() + 600
         while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
             assert process.poll() is None and time.monotonic() < deadline

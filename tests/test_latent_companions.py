@@ -8,16 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_files import (
-    CHANNELS,
-    CLASSES,
-    IMAGE_SIDE,
-    NUM_IMAGES,
-    TOKENIZER,
-    settings,
-    signed_pixels,
-    write_images,
-)
+from latent_files import CHANNELS, CLASSES, IMAGE_SIDE, NUM_IMAGES, TOKENIZER, settings, signed_pixels, write_images
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +21,7 @@ from vadit.latents.companions import DEBUG_WIDTH
 from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
 from vadit.latents.encode import encode
 from vadit.latents.loader import LatentLoader
-from vadit.latents.shards import LatentShardWriter, open_folder, open_shard, save_index
+from vadit.latents.shards import LatentShardWriter, open_folder, save_index
 from vadit.latents.statistics import compute_statistics
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
@@ -90,17 +81,6 @@ def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -
     plain = open_latents(spec_of(tmp_path / "l"), MODEL)
     for with_features, without in zip(LatentLoader(dataset, 4, seed=3), LatentLoader(plain, 4, seed=3), strict=True):
         assert len(without) == 2 and torch.equal(with_features[0], without[0])
-
-
-def test_damaged_features_are_named(tmp_path: Path) -> None:
-    write_folder(tmp_path / "l")
-    path = tmp_path / "l" / "shard-00001.safetensors"
-    entry, data = open_shard(path).tensors["features"], bytearray(path.read_bytes())
-    data[entry.offset + entry.row_bytes + 2 : entry.offset + entry.row_bytes + 4] = b"\xff\xff"
-    path.write_bytes(data)
-    loader = LatentLoader(open_latents(spec_of(tmp_path / "l", flip=False), MODEL, CACHED), 4)
-    with pytest.raises(RunError, match=r"shard-00001.safetensors: row 1 of features \(latent 8\) holds values .*wrong"):
-        list(loader)
 
 
 def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -230,25 +210,13 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
     for changed in (None, FoundationModel(VIT, 2)):  # the latter with other weights
         with pytest.raises(UsageError, match=r"holds latents made with features"):
             encode(autoencoder, images, tmp_path / "with", features=changed, **options)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    with pytest.raises(RunError, match=r"the features of images 0 to 2 are not finite"):
-        encode(autoencoder, images, tmp_path / "bad", features=model, **options)
 
 
 def test_encode_command_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Autoencoder(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
-    arguments = [
-        "encode",
-        "--tokenizer",
-        str(tmp_path / "tokenizer"),
-        "--images",
-        "debug:3",
-        "--device",
-        "cpu",
-        "--no-flip",
-    ]
-    arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random", "--image-size", "32"]
+    arguments = ["encode", "--tokenizer", str(tmp_path / "tokenizer"), "--images", "debug:3", "--no-flip"]
+    arguments += ["--device", "cpu", "--image-size", "32"]
+    arguments += ["--features", "vit_tiny_patch16_224", "--features-weights", "random"]
     assert cli.main([*arguments, "--out", str(tmp_path / "l")]) == 0
     (shard,) = open_folder(tmp_path / "l")
     assert shard.tensors["features"].shape == (3, 192, 2, 2) and "features_flip" not in shard.tensors

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder, settings
-from safetensors import safe_open
+from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder
 
 from vadit import cli
 from vadit.config import DiTSpec, LatentDataSpec
 from vadit.latents.dataset import LatentDataset, open_latents
 from vadit.latents.loader import LatentLoader
 from vadit.latents.noise import posterior_noise
-from vadit.latents.shards import open_shard
 from vadit.latents.statistics import compute_statistics, load_statistics
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
@@ -104,17 +102,6 @@ def test_posterior_noise_is_a_function_of_seed_id_and_place() -> None:
     # Golden values: other noise would go on with other samples where a run was interrupted.
     golden = torch.tensor([[-0.5187, -0.0854, -0.4347, 1.8460, -1.7927], [1.2355, -0.2345, 0.3959, -1.2695, -0.0141]])
     torch.testing.assert_close(posterior_noise(5, torch.tensor([0, 7]), 5), golden, rtol=0, atol=5e-5)
-
-
-def test_our_shards_are_plain_safetensors_with_metadata(tmp_path: Path) -> None:
-    plain, flipped = moments_folder(tmp_path / "m")
-    with safe_open(tmp_path / "m" / "shard-00001.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor("moments"), plain[4:])
-        assert torch.equal(file.get_tensor("moments_flip"), flipped[4:])
-        assert file.get_tensor("labels").tolist() == [1, 2] and file.get_tensor("ids").tolist() == [4, 5]
-    shard = open_shard(tmp_path / "m" / "shard-00001.safetensors")
-    assert shard.settings == settings() and shard.is_intact()
-    assert not list((tmp_path / "m").glob("*.partial"))
 
 
 def test_statistics_are_those_of_all_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

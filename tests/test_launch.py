@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import LAUNCH, LIMIT_S, LONG_GENERATOR, environment, free_port, logged, same, train_by_two, wait_until
+from checkpoint_worker import assert_same_end
+from launched import LAUNCH, LIMIT_S, LONG_GENERATOR, environment, free_port, logged, train_by_two, wait_until
 
 from vadit import cli
 
@@ -265,7 +266,7 @@ def test_a_killed_process_costs_a_restart(undisturbed: Path, tmp_path: Path) -> 
     text = said.read_text()
     assert "launch: ended with code " in text and "restart 1 of 1" in text
     assert "Traceback" not in text
-    assert same(out, undisturbed)
+    assert_same_end(out, undisturbed)
 
 
 @pytest.mark.faults
@@ -277,7 +278,7 @@ def test_a_stopped_process_is_named_and_replaced(undisturbed: Path, tmp_path: Pa
     os.kill(ranks_under(process.pid)[1], signal.SIGSTOP)
     assert process.wait(timeout=LIMIT_S) == 0, said.read_text()
     assert "[rank 0] error: rank 1 has not been heard of for" in said.read_text()
-    assert same(out, undisturbed)
+    assert_same_end(out, undisturbed)
 
 
 @pytest.mark.faults
@@ -307,4 +308,4 @@ def test_slurm_for_real(undisturbed: Path, fakes: dict[str, str], tmp_path: Path
     assert len(logged(out)) < len(logged(undisturbed))
     process, _ = start(["bash", str(LAUNCH / "slurm.sbatch")], out, **own)
     assert process.wait(timeout=LIMIT_S) == 0, said.read_text()
-    assert same(out, undisturbed)
+    assert_same_end(out, undisturbed)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from typing import Any
 import checkpoint_worker as worker
 import pytest
 import torch
-from launched import free_port
+from launched import run_ranks
 from safetensors.torch import load_file
 
 from vadit.runtime import rng
 from vadit.train.checkpoint import publish
-from vadit.train.checkpoint.shares import WEIGHTS, Quantity, Shares, average, state
+from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, state
 from vadit.train.layout import gaps
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
@@ -47,27 +45,6 @@ SHORT: list[tuple[Layout, Layout]] = [
 LAYOUTS = list(itertools.product((1, 2), (0, 1, 2, 3)))
 ALL = [pair for pair in itertools.product(LAYOUTS, LAYOUTS) if pair not in SHORT]
 OFFLOADED = {2: {"offload_optimizer": True}, 3: {"offload_optimizer": True, "offload_weights": True}}
-
-
-def launch(folder: Path, script: list[list[Any]]) -> None:
-    """Let two processes do what `checkpoint_worker.main` is told."""
-    port = free_port()
-    path = folder / "script.json"
-    path.write_text(json.dumps(script))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        environment = os.environ | shared | {"DS_ACCELERATOR": "cpu", "RANK": rank, "LOCAL_RANK": rank}
-        told = (folder / f"told-{rank}").open("w")
-        started.append(
-            subprocess.Popen([sys.executable, str(WORKER), str(path)], env=environment, stdout=told, stderr=told)
-        )
-    try:
-        codes = [process.wait(timeout=1200) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0, 0], [(folder / f"told-{rank}").read_text()[-3000:] for rank in (0, 1)]
 
 
 def folder_of(out: Path, source: Layout, target: Layout | None = None) -> str:
@@ -97,7 +74,10 @@ def play(out: Path, pairs: list[tuple[Layout, Layout]], settings: dict[int, dict
     worker.main([step for step, source in zip(writes, sources, strict=True) if source[0] == 1])
     two = [step for step, source in zip(writes, sources, strict=True) if source[0] == 2]
     two += [step for step, (_, target) in zip(reads, pairs, strict=True) if target[0] == 2]
-    launch(out, [*two, ["one_fails", {"out": str(out / "one-fails")}]])
+    script = out / "script.json"
+    script.write_text(json.dumps([*two, ["one_fails", {"out": str(out / "one-fails")}]]))
+    codes, said = run_ranks([sys.executable, str(WORKER), str(script)])
+    assert codes == [0, 0], [text[-3000:] for text in said]
     worker.main([step for step, (_, target) in zip(reads, pairs, strict=True) if target[0] == 1])
     return out
 
@@ -156,7 +136,7 @@ def check(out: Path, source: Layout, target: Layout, *, precision: str = "fp32")
         assert seen["losses"] == pytest.approx(losses[worker.STEPS :], rel=rel)
     shares = Shares(end / f"step-{2 * worker.STEPS:08d}", "model")
     for kind, weights in ends.items():
-        found = shares.whole(Quantity(kind))
+        found = shares.whole(f"{kind}.{{}}")
         for name, value in weights.items():
             assert (found[name] - value).abs().max() <= size, (kind, name)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launched import free_port
+from launched import run_ranks
 from PIL import Image
 from torch import Tensor
 
@@ -170,14 +168,8 @@ torch.distributed.destroy_process_group()
 
 
 def test_rows_of_two_processes_come_together() -> None:
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, error = worker.communicate(timeout=240)
-        assert worker.returncode == 0, error.decode()[-2000:]
+    codes, said = run_ranks([sys.executable, "-c", WORKER])
+    assert codes == [0, 0], said
 
 
 class UnevenCodec(PixelCodec):

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_worker import assert_same_end
 from PIL import Image
 from training_plain import tiny_dit, tiny_tokenizer
 
 from vadit.config import DiTConfig, EvaluationSpec, SampleSpec
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.run_log import RunLog
-from vadit.train import dit, evaluation, runs, tokenizer
+from vadit.train import dit, evaluation, tokenizer
 from vadit.train.tracker import Stopwatch, Tracker
 
 CPU = torch.device("cpu")
@@ -238,14 +239,6 @@ def lines(folder: Path, name: str = "evaluations.jsonl") -> list[dict[str, Any]]
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def same_training(found: Path, expected: Path) -> None:
-    for name in ("loss", "grad_norm"):
-        curves = [[line[name] for line in lines(folder, "log.jsonl")] for folder in (found, expected)]
-        assert curves[0] == curves[1]
-    weights, others = runs.read_weights(found)[0], runs.read_weights(expected)[0]
-    assert all(torch.equal(weights[name], others[name]) for name in others)
-
-
 class Colours:
     """A scorer whose features are mean colours."""
 
@@ -267,7 +260,7 @@ def test_looks_change_no_bit_of_a_generators_training(
     monkeypatch.setattr(evaluation, "SampleScorer", Colours)
     scored = {"num_samples": 70, "reference": "reference.npz", "inception_weights": "weights.pth"}
     dit.train(looked_at(straight, tmp_path, **scored))
-    same_training(tmp_path, straight / "dit")
+    assert_same_end(tmp_path, straight / "dit")
     found = lines(tmp_path)
     assert [(line["images"], line["step"]) for line in found] == [(8, 2), (16, 4)]
     assert all(line["seconds"] > 0 and 0 < line["fid70_euler2_random"] < 255 for line in found)
@@ -282,7 +275,7 @@ def test_looks_change_no_bit_of_a_generators_training(
 def test_looks_change_no_bit_of_a_tokenizers_training(straight: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_tokenizer(tmp_path), evaluation=EvaluationSpec(every_images=4, grid_images=5))
     tokenizer.train(config)
-    same_training(tmp_path, straight / "tokenizer")
+    assert_same_end(tmp_path, straight / "tokenizer")
     found = lines(tmp_path)
     assert [line["images"] for line in found] == [4, 8, 12]
     from vadit.eval.tokenizer import psnr, reconstruct
@@ -314,7 +307,7 @@ def test_a_look_that_fails_does_not_end_the_run(
     else:
         monkeypatch.setattr(evaluation._Samples, where, fail)
     dit.train(looked_at(straight, tmp_path, every_images=4))
-    same_training(tmp_path, straight / "dit")
+    assert_same_end(tmp_path, straight / "dit")
     found = lines(tmp_path)
     reason = "cannot be written" if where == "disk" else "OutOfMemoryError: out of memory"
     assert len(found) == 4 and all(reason in line["failed"] and "grid" not in line for line in found)

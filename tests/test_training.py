@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from guard_help import same
+from launched import environment
 from torch import Tensor
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
@@ -174,33 +175,28 @@ def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch: pytest
         loss, model, discriminator = starts[index]
         assert (loss.vf_weight, loss.cos_margin) == (config.stages[index].vf_weight, config.stages[index].cos_margin)
         before = newest(tmp_path / f"stage-{index}")
-        assert _equal(model, Shares(before, "model").whole(WEIGHTS))
-        assert _equal(discriminator, Shares(before, "discriminator").whole(WEIGHTS))
-        assert not _equal(model, starts[index - 1][1])
+        assert same(model, Shares(before, "model").whole(WEIGHTS))
+        assert same(discriminator, Shares(before, "discriminator").whole(WEIGHTS))
+        assert not same(model, starts[index - 1][1])
 
     final, _ = runs.read_weights(tmp_path)
     final.pop("linear_proj.weight")
-    assert _equal(export.load_autoencoder(tmp_path).state_dict(), final)
+    assert same(export.load_autoencoder(tmp_path).state_dict(), final)
     export.export_run(tmp_path, tmp_path / "exported")
-    assert _equal(Autoencoder.from_pretrained(tmp_path / "exported").state_dict(), final)
+    assert same(Autoencoder.from_pretrained(tmp_path / "exported").state_dict(), final)
 
 
 def _state(engine: Engine) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
 
 
-def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 # ------------------------------------------------------------------------------------------------ quiet
 
 
 def test_a_start_is_quiet(tmp_path: Path) -> None:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     arguments = ["train", "lightningdit-b-debug", "--run.out", str(tmp_path / "run"), "--engine.zero-stage", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "vadit", *arguments], capture_output=True, text=True, env=inherited, timeout=240
+        [sys.executable, "-m", "vadit", *arguments], capture_output=True, text=True, env=environment(), timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoint_worker import assert_same_end
 from launched import (
     GENERATOR,
     LAUNCH,
@@ -24,7 +25,6 @@ from launched import (
     TOKENIZER,
     environment,
     logged,
-    same,
     train_by_two,
     wait_until,
 )
@@ -171,7 +171,7 @@ def test_a_cable_pulled_for_a_while_changes_nothing(
     assert len(logged(out)) - before <= 1  # the run stood still
     nodes.cable("up")
     assert finish(started, out) == [0, 0], told(out, 0).read_text()
-    assert same(out, one_machine / f"{model}-{stage}")
+    assert_same_end(out, one_machine / f"{model}-{stage}")
 
 
 @pytest.mark.faults
@@ -193,4 +193,4 @@ def test_a_cable_pulled_for_long_ends_both_and_the_same_command_goes_on(
     assert len(logged(out)) < STEPS
     nodes.cable("up")
     assert finish(nodes.start(out, arguments), out) == [0, 0], told(out, 0).read_text()
-    assert same(out, one_machine / "generator-3")
+    assert_same_end(out, one_machine / "generator-3")

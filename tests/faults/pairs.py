@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from checkpoint_worker import assert_same_end as assert_same_stage
+from checkpoint_worker import run_folders
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit import cli
@@ -100,11 +100,6 @@ class Variant:
         return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, total_images=length) for s in stages))
 
 
-def run_folders(out: Path) -> list[Path]:
-    """The folders that have checkpoints: of the run, or of its stages."""
-    return sorted(path.parent for path in out.rglob("checkpoints"))
-
-
 def saved_steps(out: Path) -> int:
     """Steps that the newest checkpoints hold, over all stages."""
     found = [publish.newest(folder / "checkpoints", hashes=False) for folder in run_folders(out)]
@@ -118,14 +113,6 @@ def disk_state(out: Path) -> str | None:
             whole = path.name.endswith((".old.partial", ".replaced.partial")) or (path / publish.MANIFEST).exists()
             return "publishing" if whole else "writing"
     return None
-
-
-def assert_same_end(found: Path, expected: Path) -> None:
-    """Two runs logged the same and have the same state at the end of every stage, bit for bit."""
-    ours, theirs = run_folders(found), run_folders(expected)
-    assert ours and [path.relative_to(found) for path in ours] == [path.relative_to(expected) for path in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert_same_stage(one, other)
 
 
 # ---------------------------------------------------------------------------------------------- inside a process

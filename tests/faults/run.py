@@ -39,7 +39,8 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ["COLUMNS"] = "1000"  # of the messages that are searched
 sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((0, ""), (1, ""), (2, "benchmarks")))
 import harness
-from pairs import EVERY, FLUSH_S, STEPS, Pair, Variant, assert_same_end, disk_state, import_all, in_forks, saved_steps
+from checkpoint_worker import assert_same_end
+from pairs import EVERY, FLUSH_S, STEPS, Pair, Variant, disk_state, import_all, in_forks, saved_steps
 from single import FAULTS, GENERATOR, Row
 
 VARIANTS = [

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_worker import flip, log
-from pairs import BATCH, EVERY, STEPS, Config, Pair, Variant, assert_same_end, saved_steps
+from checkpoint_worker import assert_same_end, flip, log
+from guard_help import counted
+from pairs import BATCH, EVERY, STEPS, Config, Pair, Variant, saved_steps
 from safetensors.torch import save_file
 
 from vadit.config import GuardSpec
@@ -76,19 +77,15 @@ def finish(config: Config, reference: Path, *, before: int | None = None) -> Pai
 
 def _break_loss(kind: str, rank: int) -> None:
     """Let the loss of step AT, of process 1, be one that must not be trained on."""
-    original, calls = dit.flow.loss, 0
 
-    def broken(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        loss = original(*args)
+    def spoil(call: int, loss: Any) -> Any:
         total = loss.total
-        if calls == AT and rank == 1:
+        if call == AT and rank == 1:
             bad = {"nan-loss": total.detach() * math.nan, "nan-gradient": (total - total).sqrt()}
             total = total * 1e6 if kind == "spike" else total + bad[kind]
         return dataclasses.replace(loss, total=total)
 
-    dit.flow.loss = broken
+    dit.flow.loss = counted(dit.flow.loss, after=spoil)
 
 
 def _leave_out(rank: int) -> None:

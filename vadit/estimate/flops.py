@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vadit.config import Config, DiTConfig, DiTSpec, MaskSpec
+from vadit.config import Config, DiTConfig, DiTSpec, MaskSpec, vary
 from vadit.estimate.networks import networks
 
 
+@functools.cache
 def dit_flops(spec: DiTSpec, mask: MaskSpec | None = None, *, masked: bool = False) -> int:
     """FLOPs of one image's forward pass; `masked`: of a pass of the mask's network that sees a part of the tokens."""
     from vadit.models.masked import build_generator
@@ -30,7 +30,7 @@ def training_flops(config: Config) -> float:
     are counted: attention would be a few percent more.
     """
     if isinstance(config, DiTConfig) and config.mask.unmasked_after_images:
-        config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, unmasked_after_images=None))
+        config = vary(config, mask={"unmasked_after_images": None})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         total = 0.0
         for network in networks(config):

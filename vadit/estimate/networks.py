@@ -16,9 +16,6 @@ from vadit.config import Config, DiTConfig, FoundationSpec, TokenizerConfig
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
 
-VGG16_LAYERS = 30
-"""Layers of torchvision's vgg16().features up to relu5_3, the last that LPIPS reads."""
-
 
 @dataclass(frozen=True)
 class Network:
@@ -85,10 +82,9 @@ def _generator(config: DiTConfig) -> list[Network]:
 
 
 def _tokenizer(config: TokenizerConfig) -> list[Network]:
-    from torchvision.models import vgg16
-
     from vadit.models.aligned import AlignedAutoencoder
     from vadit.models.discriminator import PatchDiscriminator
+    from vadit.models.lpips import vgg_features
 
     spec, loss = config.autoencoder, config.loss
     foundation = _foundation(config.foundation, spec.latent_size) if loss.vf_weight > 0 else None
@@ -116,7 +112,7 @@ def _tokenizer(config: TokenizerConfig) -> list[Network]:
         judge = lambda images: critic(pixels(images).to(next(critic.parameters())).requires_grad_()).sum()  # noqa: E731
         found.append(Network("discriminator", critic, judge, step_flops=8))
     if loss.perceptual_weight > 0:
-        vgg = vgg16().features[:VGG16_LAYERS].requires_grad_(False)
+        vgg = vgg_features().requires_grad_(False)
         # It sees images and reconstructions at once; the way back is that of the latter alone.
         compare = lambda images: vgg(pixels(2 * images).requires_grad_()).sum()  # noqa: E731
         found.append(Network("VGG16 of LPIPS", vgg, compare, step_flops=1.5))

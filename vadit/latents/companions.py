@@ -36,10 +36,11 @@ class Companion(Protocol):
         """Those of the latents `ids`, (B, *shape); RunError names one that cannot be used. From any thread."""
 
     def session(self, device: str | torch.device) -> AbstractContextManager[None]:
-        """While it lives, batches are made with threads."""
+        """While it lives, batches are made with threads: those of the loader, unless it has its own."""
+        return contextlib.nullcontext()
 
 
-class CachedFeatures:
+class CachedFeatures(Companion):
     """Features that `vadit encode --features` wrote beside the latents, bfloat16."""
 
     has_features = True
@@ -53,26 +54,18 @@ class CachedFeatures:
         pin = torch.device(device).type == "cuda"
         return self._rows.read(ids, flips, pin=pin).to(device, non_blocking=pin)
 
-    def session(self, device: str | torch.device) -> AbstractContextManager[None]:
-        """See Companion; the loader's own threads do."""
-        return contextlib.nullcontext()
 
-
-class DebugFeatures:
+class DebugFeatures(Companion):
     """Made-up features of debug latents, a function of their index."""
 
     has_features = True
 
     def __init__(self, grid: int) -> None:
-        self.shape: tuple[int, ...] = (DEBUG_WIDTH, grid, grid)
+        self.shape = (DEBUG_WIDTH, grid, grid)
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """See Companion."""
         return rng.normal(rng.fold(0, "debug features"), ids, self.shape).bfloat16().to(device)
-
-    def session(self, device: str | torch.device) -> AbstractContextManager[None]:
-        """See Companion."""
-        return contextlib.nullcontext()
 
 
 def open_features(spec: LatentDataSpec, repa: RepaSpec, shards: Sequence[LatentShard], grid: int) -> CachedFeatures:

@@ -113,11 +113,6 @@ class LatentShard:
         return len(self.labels)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
-        return self.tensors[self.key].dtype
-
-    @property
     def has_moments(self) -> bool:
         """Rows hold mean and deviation, and not one draw."""
         return self.key == "moments"

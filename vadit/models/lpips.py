@@ -35,7 +35,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg_weights: str | None) -> None:
         super().__init__()
-        self.features = _vgg_features()
+        self.features = vgg_features()
         self.heads = nn.ParameterList(nn.Parameter(torch.empty(1, width, 1, 1)) for width, _ in VGG_WIDTHS)
         self.register_buffer("image_shift", torch.tensor(IMAGE_SHIFT).view(1, 3, 1, 1))
         self.register_buffer("image_scale", torch.tensor(IMAGE_SCALE).view(1, 3, 1, 1))
@@ -90,7 +90,7 @@ class LPIPS(nn.Module):
             head.data.copy_(state[f"lin{stage}.model.1.weight"])
 
 
-def _vgg_features() -> nn.Sequential:
+def vgg_features() -> nn.Sequential:
     """torchvision's vgg16().features up to relu5_3, with its numbering."""
     modules: list[nn.Module] = []
     width_before = 3

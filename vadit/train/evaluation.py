@@ -16,12 +16,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
 from vadit.eval.metrics import count_name
@@ -29,6 +29,7 @@ from vadit.eval.samples import SampleScorer
 from vadit.eval.tokenizer import psnr, reconstruct
 from vadit.images.loader import ImageSet
 from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
+from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.runtime import distributed
@@ -43,6 +44,7 @@ from vadit.train.checkpoint.export import load_autoencoder
 from vadit.train.ema import ShardedEMA
 
 Beat = Callable[[], None]
+Latents = LatentDataset | DebugLatents
 
 
 class Made(NamedTuple):
@@ -148,37 +150,14 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ the generator
 
 
-class _Latents(Protocol):
-    def denormalize(self, latents: Tensor) -> Tensor: ...
-
-
-def generator_evaluation(config: DiTConfig, dataset: _Latents, ema: ShardedEMA, folder: Path) -> Evaluation | None:
-    """What a generator's run asks for, or None; what it needs is loaded here, so that a wrong path is found at once.
+def generator_evaluation(config: DiTConfig, dataset: Latents, ema: ShardedEMA, folder: Path) -> Evaluation | None:
+    """What a generator's run asks for, or None.
 
     Raises:
         UsageError: the tokenizer does not fit the generator, a path is wrong.
         RunError: a file is damaged.
     """
-    spec = config.evaluation
-    if not spec.every_images:
-        return None
-    device = ema.engine.device
-    with _undisturbed(device):
-        assert spec.tokenizer is not None, "the config was checked"
-        autoencoder = load_autoencoder(spec.tokenizer).to(device).eval().requires_grad_(False)
-        if autoencoder.spec.latent_channels != config.model.in_channels:
-            raise UsageError(
-                f"evaluation.tokenizer {spec.tokenizer} decodes {autoencoder.spec.latent_channels} channels, the "
-                f"generator makes {config.model.in_channels}; name the tokenizer that encoded its training data"
-            )
-        scorer = None
-        if (reference := spec.reference) is not None:
-            weights, cache = spec.inception_weights, folder / "evaluations"
-            # The first process reads the reference; the others find its features in the run folder.
-            scorer = distributed.main_first(
-                lambda: SampleScorer(reference, inception_weights=weights, device=device, cache=cache)
-            )
-    return _Samples(config, dataset, autoencoder, scorer, ema, folder)
+    return _Samples(config, dataset, ema, folder) if config.evaluation.every_images else None
 
 
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
@@ -189,20 +168,28 @@ def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
 
 
 class _Samples(Evaluation):
-    """Samples, decoded; FID and KID where there is a reference."""
+    """Samples, decoded; FID and KID where there is a reference. All is loaded at once, to find a wrong path early."""
 
-    def __init__(
-        self,
-        config: DiTConfig,
-        dataset: _Latents,
-        autoencoder: Autoencoder,
-        scorer: SampleScorer | None,
-        ema: ShardedEMA,
-        folder: Path,
-    ) -> None:
-        super().__init__(config.evaluation, ema, folder)
-        self._config, self._dataset, self._autoencoder, self._scorer = config, dataset, autoencoder, scorer
-        self._sampler = quick_sampler(config.sample, config.evaluation)
+    def __init__(self, config: DiTConfig, dataset: Latents, ema: ShardedEMA, folder: Path) -> None:
+        spec = config.evaluation
+        super().__init__(spec, ema, folder)
+        self._config, self._dataset = config, dataset
+        self._sampler = quick_sampler(config.sample, spec)
+        self._scorer: SampleScorer | None = None
+        with _undisturbed(self._device):
+            assert spec.tokenizer is not None, "the config was checked"
+            self._autoencoder = load_autoencoder(spec.tokenizer).to(self._device).eval().requires_grad_(False)
+            if (channels := self._autoencoder.spec.latent_channels) != config.model.in_channels:
+                raise UsageError(
+                    f"evaluation.tokenizer {spec.tokenizer} decodes {channels} channels, the generator makes "
+                    f"{config.model.in_channels}; name the tokenizer that encoded its training data"
+                )
+            if (reference := spec.reference) is not None:
+                weights, cache = spec.inception_weights, folder / "evaluations"
+                # The first process reads the reference; the others find its features in the run folder.
+                self._scorer = distributed.main_first(
+                    lambda: SampleScorer(reference, inception_weights=weights, device=self._device, cache=cache)
+                )
 
     def network(self) -> nn.Module:
         return build_generator(self._config.model, self._config.mask)

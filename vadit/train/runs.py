@@ -11,7 +11,6 @@ RUN/stage-K/          a tokenizer with several stages: each a run folder of its 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vadit.config import DiTConfig, RunSpec, TokenizerConfig
+from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
 from vadit.config.files import load_run_config, save_config, to_dict
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
@@ -217,7 +216,5 @@ def stage_config(config: TokenizerConfig, index: int) -> TokenizerConfig:
     changed = {name: value for name in names if (value := getattr(stage, name)) is not None}
     out = Path(config.run.out)
     start = config.run.init_from if index == 0 else str(out / f"stage-{index}")
-    run = dataclasses.replace(
-        config.run, out=str(out / f"stage-{index + 1}"), total_images=stage.total_images, init_from=start
-    )
-    return dataclasses.replace(config, run=run, loss=dataclasses.replace(config.loss, **changed), stages=())
+    run = {"out": str(out / f"stage-{index + 1}"), "total_images": stage.total_images, "init_from": start}
+    return vary(config, run=run, loss=changed, stages=())

@@ -2,7 +2,7 @@
 
     images_per_s            images of all processes over the time of their steps; saves and evaluations are not in it
     images_per_s_per_gpu    that over the number of processes
-    mfu                     FLOPs that the formula of `vadit.estimate.flops` asks for, over the GPU's peak (bf16, dense)
+    mfu                     FLOPs that `vadit.estimate.flops` counts, over what the GPU does at most (bf16, dense)
     data_wait_share         share of the steps' time in which the device had nothing to do but wait for a batch
     comm_share              share that DeepSpeed's collectives took of the device, waiting for slower processes included
     memory_gib              most that torch held on any GPU since the last point; on a CPU, the process's most ever

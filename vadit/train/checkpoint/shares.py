@@ -29,29 +29,18 @@ CHUNK = 1 << 24
 REMEDY = "delete this checkpoint's folder, and the same command goes on from the one before it"
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """One number per trained weight: the fp32 weights, an average of them, or a moment of the optimizer."""
-
-    name: str
-    moment: str = ""
-
-    def key(self, index: int) -> str:
-        """Name of the flat tensor `index` in a file."""
-        return f"{self.name}.{index}{self.moment}"
+# A quantity is one number per trained weight; it is called by the name of its flat tensors, their index left open.
+WEIGHTS = "master.{}"
 
 
-WEIGHTS = Quantity("master")
-
-
-def average(decay: float) -> Quantity:
+def average(decay: float) -> str:
     """The average of the weights with a decay."""
-    return Quantity(f"ema-{decay!r}")
+    return f"ema-{decay!r}.{{}}"
 
 
-def state(name: str) -> Quantity:
+def state(name: str) -> str:
     """What the optimizer keeps under this name."""
-    return Quantity("state", f".{name}")
+    return f"state.{{}}.{name}"
 
 
 STEP = "step"
@@ -106,13 +95,13 @@ def collect(engine: Engine, averages: dict[float, list[torch.Tensor]]) -> tuple[
     if distributed.is_main() or engine.spec.zero_stage > 0:
         header.groups = engine.layout()
         for index, (master, states) in enumerate(zip(engine.masters(), engine.optimizer_states(), strict=True)):
-            tensors[WEIGHTS.key(index)] = master.reshape(-1)
+            tensors[WEIGHTS.format(index)] = master.reshape(-1)
             header.states.append(list(states))
             for name, value in states.items():
                 assert name == STEP or value.shape == master.shape, f"{name} of an optimizer is cut by no rule"
-                tensors[state(name).key(index)] = value if name == STEP else value.reshape(-1)
+                tensors[state(name).format(index)] = value if name == STEP else value.reshape(-1)
         for decay, shards in averages.items():
-            tensors |= {average(decay).key(index): shard.reshape(-1) for index, shard in enumerate(shards)}
+            tensors |= {average(decay).format(index): shard.reshape(-1) for index, shard in enumerate(shards)}
     for piece, value in engine.frozen():
         if piece.length and (distributed.is_main() or piece.length < math.prod(header.shapes[piece.name])):
             header.frozen[piece.name] = piece
@@ -178,21 +167,21 @@ class Shares:
                 for piece in group:
                     self._places.setdefault(piece.name, []).append(_Place(file, index, piece))
 
-    def fill(self, quantity: Quantity, name: str, start: int, target: torch.Tensor) -> bool:
+    def fill(self, quantity: str, name: str, start: int, target: torch.Tensor) -> bool:
         """Fill the flat `target` with a weight's elements from `start` on; whether all of them were there.
 
         Some states are not: those before the optimizer's first step.
         """
         filled = 0
         for place in self._places.get(name, ()):
-            part, key = place.overlap(start, start + target.numel()), quantity.key(place.index)
+            part, key = place.overlap(start, start + target.numel()), quantity.format(place.index)
             if part and key in place.file.names:
                 offset = place.piece.offset + part.start - place.piece.start
                 place.file.copy(key, offset, target[part.start - start : part.stop - start])
                 filled += len(part)
         return filled == target.numel()
 
-    def whole(self, quantity: Quantity) -> dict[str, torch.Tensor]:
+    def whole(self, quantity: str) -> dict[str, torch.Tensor]:
         """All weights or their average, frozen ones and buffers, on the host, whole and fp32."""
         found = {}
         for name, shape in self.shapes.items():
@@ -239,7 +228,7 @@ class Shares:
         for name, buffer in engine.buffers().items():
             buffer.copy_(own.tensor(f"buffer.{name}"))
 
-    def _set(self, quantity: Quantity, target: torch.Tensor, pieces: list[Piece]) -> None:
+    def _set(self, quantity: str, target: torch.Tensor, pieces: list[Piece]) -> None:
         """Fill one flat tensor; its padding stays as it is."""
         row = target.view(-1) if target.is_contiguous() else target.reshape(-1)
         for piece in pieces:
@@ -257,7 +246,7 @@ class Shares:
         states: dict[str, Any] = {}
         for name, place in sources.items():
             if name == STEP:
-                states[name] = place.file.tensor(state(name).key(place.index)).clone()
+                states[name] = place.file.tensor(state(name).format(place.index)).clone()
                 continue
             states[name] = torch.zeros_like(master)  # as is what was never stepped, and padding
             self._set(state(name), states[name], pieces)
