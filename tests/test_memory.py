@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig
+from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig, vary
 from vadit.estimate import memory
 from vadit.estimate.networks import Network
 from vadit.recipes import get_recipe
@@ -48,17 +48,11 @@ class Case:
     def config(self, folder: Path) -> Config:
         """The recipe's, small; files that it needs are made in `folder`."""
         config = get_recipe(self.recipe)
-        engine = replace(
-            config.engine,
-            zero_stage=self.zero_stage,
-            precision=self.precision,
-            gradient_checkpointing=self.gradient_checkpointing,
-            gradient_accumulation=self.gradient_accumulation,
-        )
+        names = ("zero_stage", "precision", "gradient_checkpointing", "gradient_accumulation")
+        engine = {name: getattr(self, name) for name in names}
         images = self.batch * self.processes * self.gradient_accumulation
-        run = replace(config.run, device="cpu", batch_size=images, out=str(folder / "run"), total_images=2 * images)
-        data = replace(config.data, path=f"debug:{images}")
-        config = replace(config, engine=engine, run=run, data=data)
+        run = {"device": "cpu", "batch_size": images, "out": str(folder / "run"), "total_images": 2 * images}
+        config = vary(config, engine=engine, run=run, data={"path": f"debug:{images}"})
         small = _small_tokenizer if isinstance(config, TokenizerConfig) else _small_generator
         return small(self, config, folder)  # type: ignore[arg-type]
 
@@ -66,8 +60,7 @@ class Case:
 def _small_generator(case: Case, config: DiTConfig, folder: Path) -> DiTConfig:
     spec = DiTSpec(input_size=16, in_channels=32, patch_size=1, hidden_size=384, depth=3, num_heads=6)
     repa = RepaSpec(weight=0.5, block=2, features="online", foundation=TINY_VIT) if case.aligned else config.repa
-    data = replace(config.data, images=config.data.path) if case.aligned else config.data
-    return replace(config, model=spec, repa=repa, data=data)
+    return vary(config, model=spec, repa=repa, data={"images": config.data.path if case.aligned else ""})
 
 
 def _small_tokenizer(case: Case, config: TokenizerConfig, folder: Path) -> TokenizerConfig:
@@ -76,14 +69,10 @@ def _small_tokenizer(case: Case, config: TokenizerConfig, folder: Path) -> Token
         from vadit.models.lpips import vgg_features
 
         torch.save({f"features.{name}": value for name, value in vgg_features().state_dict().items()}, vgg)
-    loss = replace(
-        config.loss,
-        disc_start_step=1,
-        perceptual_weight=config.loss.perceptual_weight if case.perceptual else 0.0,
-        vgg_weights=str(vgg) if case.perceptual else None,
-    )
-    autoencoder = replace(config.autoencoder, image_size=64, base_channels=64, attention_resolutions=(4,))
-    return replace(config, autoencoder=autoencoder, loss=loss, foundation=TINY_VIT, stages=())
+    loss = {"vgg_weights": str(vgg)} if case.perceptual else {"perceptual_weight": 0.0}
+    autoencoder = {"image_size": 64, "base_channels": 64, "attention_resolutions": (4,)}
+    loss = {"disc_start_step": 1, **loss}
+    return vary(config, autoencoder=autoencoder, loss=loss, foundation=TINY_VIT, stages=())
 
 
 TINY_VIT = FoundationSpec(name="vit_tiny_patch16_224", weights="random", input_range="minus_one_one")
@@ -150,7 +139,7 @@ def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch
 )
 def test_shares_of_the_stages(engine: Any, gpus: int, expected: list[Any]) -> None:
     config = get_recipe("lightningdit-b")
-    config = replace(config, engine=replace(config.engine, **{"ema_decays": (0.9,), "precision": "fp32", **engine}))
+    config = vary(config, engine={"ema_decays": (0.9,), "precision": "fp32", **engine})
     network = Network("one", torch.nn.Linear(10, 10, bias=False, device="meta"), averaged=True)
     rows = memory.stages(config, [network], memory.Activations(0, 0), gpus)
     assert [row.stage for row in rows] == [0, 1, 2, 3]
@@ -168,15 +157,15 @@ def test_activations_come_and_go_beside_gradients() -> None:
     held = memory.Activations(1e6, 1e6 + 300)
 
     def rows(accumulation: int) -> list[tuple[float, ...]]:
-        engine = replace(config.engine, precision="fp32", gradient_accumulation=accumulation)
-        found = memory.stages(replace(config, engine=engine), [network, frozen], held, 2)
+        plain = vary(config, engine={"precision": "fp32", "gradient_accumulation": accumulation})
+        found = memory.stages(plain, [network, frozen], held, 2)
         assert {row.moment for row in found} == {"backward"} and {row.activations for row in found} == {1e6}
         return [(row.weights, row.gradients, row.buffers) for row in found]
 
     # Weights of which 50 are frozen; buckets of 400 bytes, and what ZeRO 3 gathers twice.
     assert rows(1) == [(600, 300, 0), (600, 300, 400), (600, 0, 400), (400, 200, 1200)]
     assert rows(2) == [(600, 400, 0), (600, 400, 400), (600, 200, 400), (400, 200, 1200)]
-    config = replace(config, evaluation=replace(config.evaluation, every_images=8, tokenizer="vae"))
+    config = vary(config, evaluation={"every_images": 8, "tokenizer": "vae"})
     large = Network("large", torch.nn.Linear(1 << 16, 1 << 16, bias=False, device="meta"), averaged=True)
     row = memory.stages(config, [large], memory.Activations(0, 0), 64)[2]  # buckets are cut at 500 million weights
     assert (row.moment, row.gradients, row.buffers) == ("evaluation", 0, 4 << 32)

@@ -55,30 +55,23 @@ def folder_of(out: Path, source: Layout, target: Layout | None = None) -> str:
 def play(out: Path, pairs: list[tuple[Layout, Layout]], settings: dict[int, dict[str, Any]]) -> Path:
     """Write what the pairs start from, and go on from it: one launch for all that takes two processes."""
     sources = sorted({source for source, _ in pairs})
-    writes = [
-        ["write", {"out": folder_of(out, source), "stage": source[1], **settings.get(source[1], {})}]
-        for source in sources
-    ]
+
+    def step(name: str, layout: Layout, **arguments: str) -> tuple[int, list[Any]]:
+        processes, stage = layout
+        return processes, [name, {**arguments, "stage": stage, **settings.get(stage, {})}]
+
+    writes = [step("write", source, out=folder_of(out, source)) for source in sources]
     reads = [
-        [
-            "go_on",
-            {
-                "source": folder_of(out, source),
-                "out": folder_of(out, source, target),
-                "stage": target[1],
-                **settings.get(target[1], {}),
-            },
-        ]
+        step("go_on", target, source=folder_of(out, source), out=folder_of(out, source, target))
         for source, target in pairs
     ]
-    worker.main([step for step, source in zip(writes, sources, strict=True) if source[0] == 1])
-    two = [step for step, source in zip(writes, sources, strict=True) if source[0] == 2]
-    two += [step for step, (_, target) in zip(reads, pairs, strict=True) if target[0] == 2]
+    worker.main([done for processes, done in writes if processes == 1])
+    two = [done for processes, done in (*writes, *reads) if processes == 2]
     script = out / "script.json"
     script.write_text(json.dumps([*two, ["one_fails", {"out": str(out / "one-fails")}]]))
     codes, said = run_ranks([sys.executable, str(WORKER), str(script)])
     assert codes == [0, 0], [text[-3000:] for text in said]
-    worker.main([step for step, (_, target) in zip(reads, pairs, strict=True) if target[0] == 1])
+    worker.main([done for processes, done in reads if processes == 1])
     return out
 
 

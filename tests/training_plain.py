@@ -6,7 +6,6 @@ gradients averaged: what DeepSpeed must give, at any ZeRO stage, up to rounding.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config import DiTConfig, TokenizerConfig, vary
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
 from vadit.latents.dataset import open_latents
@@ -37,12 +36,12 @@ def tiny_dit(out: Path, *, steps: int = 4, run: dict[str, Any] | None = None, **
     """The debug twin, clipped and decayed; without the direction loss, whose gradient at a zero output is 1e8."""
     config = get_recipe("lightningdit-b-debug")
     assert isinstance(config, DiTConfig)
-    return dataclasses.replace(
+    return vary(
         config,
-        flow=dataclasses.replace(config.flow, direction_loss=False),
-        optimizer=dataclasses.replace(config.optimizer, lr=3e-3, weight_decay=0.1),
-        engine=dataclasses.replace(config.engine, **{"max_grad_norm": 0.5, "ema_decays": (0.9,), **engine}),
-        run=dataclasses.replace(config.run, **{"out": str(out), "total_images": steps * BATCH, **(run or {})}),
+        flow={"direction_loss": False},
+        optimizer={"lr": 3e-3, "weight_decay": 0.1},
+        engine={"max_grad_norm": 0.5, "ema_decays": (0.9,), **engine},
+        run={"out": str(out), "total_images": steps * BATCH, **(run or {})},
     )
 
 
@@ -52,11 +51,11 @@ def tiny_tokenizer(
     """The debug twin in one stage, its discriminator from the second step on."""
     config = get_recipe("vavae-f16d32-dinov2-debug")
     assert isinstance(config, TokenizerConfig)
-    return dataclasses.replace(
+    return vary(
         config,
-        loss=dataclasses.replace(config.loss, **{"disc_start_step": 2, **(loss or {})}),
-        engine=dataclasses.replace(config.engine, **{"max_grad_norm": 0.0, **engine}),
-        run=dataclasses.replace(config.run, **{"out": str(out), "total_images": steps * BATCH, **(run or {})}),
+        loss={"disc_start_step": 2, **(loss or {})},
+        engine={"max_grad_norm": 0.0, **engine},
+        run={"out": str(out), "total_images": steps * BATCH, **(run or {})},
         stages=(),
     )
 

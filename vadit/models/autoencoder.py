@@ -187,10 +187,10 @@ def _run(module: nn.Module, x: Tensor, recompute: bool) -> Tensor:
 class Encoder(nn.Module):
     """Image to the features of the moments (B, 2d, h, w)."""
 
-    def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool) -> None:
+    def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         widths = _level_widths(spec)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = False
         self.conv_in = nn.Conv2d(spec.in_channels, spec.base_channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, (before, width) in enumerate(pairwise([spec.base_channels, *widths])):
@@ -213,10 +213,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent to image; the levels are numbered from the image's resolution down, as the encoder's are."""
 
-    def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool) -> None:
+    def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         widths = _level_widths(spec)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = False
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(spec, widths[-1])
         self.up = nn.ModuleList()
@@ -242,7 +242,6 @@ class Autoencoder(Pretrained):
     """Images (B, C, H, W) in [-1, 1] to a posterior over latents (B, d, H/f, W/f), and back.
 
     Any H and W that the downsample ratio f divides will do; the levels that attend stay those of `spec.image_size`.
-    `gradient_checkpointing` recomputes each level in the backward pass.
     """
 
     Spec = AutoencoderSpec
@@ -250,10 +249,21 @@ class Autoencoder(Pretrained):
     def __init__(self, spec: AutoencoderSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.spec = spec
-        self.encoder = Encoder(spec, gradient_checkpointing)
-        self.decoder = Decoder(spec, gradient_checkpointing)
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
         self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each level is recomputed in the backward pass."""
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.encoder.gradient_checkpointing = value
+        self.decoder.gradient_checkpointing = value
 
     @property
     def dtype(self) -> torch.dtype:
