@@ -66,7 +66,7 @@ class Training:
     def __call__(self) -> None:
         self.engine.begin_step(1e-5)
         drawn = flow.draw(FlowSpec(), self.latents, images_seen=0)
-        loss = flow.loss(FlowSpec(), drawn, self.engine(drawn.x_t, drawn.t, self.labels).float()).total
+        loss = flow.loss(FlowSpec(), drawn, self.engine(drawn.x_t, drawn.t, self.labels).float())["loss"]
         if self.guarded:
             self.engine.backward(loss)
             applied = self.guard.step({"model": self.engine})

@@ -50,7 +50,7 @@ def generator_losses(qk_norm: bool) -> list[float]:
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step % 5)
-        loss = flow.training_loss(config.flow, model, latents, labels, images_seen=0).total
+        loss = flow.training_loss(config.flow, model, latents, labels, images_seen=0)["loss"]
         loss.backward()
         adam.step()
         adam.zero_grad()

@@ -285,11 +285,11 @@ def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
         mse.append(torch.stack(sums[False]).mean())
         direction.append(torch.stack(cosines).mean())
     expected = [torch.stack(values).mean().item() for values in (mse, direction, rebuilt)]
-    assert loss.mse.item() == pytest.approx(expected[0], rel=1e-6)
-    assert loss.direction.item() == pytest.approx(expected[1] if direction_loss else 0.0, rel=1e-6)
-    assert loss.reconstruction.item() == pytest.approx(expected[2], rel=1e-6)
-    total = loss.mse + loss.direction + 0.1 * loss.reconstruction
-    assert loss.total.item() == pytest.approx(total.item(), rel=1e-12)
+    assert loss["mse"].item() == pytest.approx(expected[0], rel=1e-6)
+    assert loss["direction"].item() == pytest.approx(expected[1] if direction_loss else 0.0, rel=1e-6)
+    assert loss["reconstruction"].item() == pytest.approx(expected[2], rel=1e-6)
+    total = loss["mse"] + loss["direction"] + 0.1 * loss["reconstruction"]
+    assert loss["loss"].item() == pytest.approx(total.item(), rel=1e-12)
 
 
 def test_passes_of_a_step_are_masked_or_whole() -> None:
@@ -344,20 +344,20 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
             assert output.mask_BN is not None
             weight = config.mask.reconstruction_weight
             found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
-            loss = found.mse + found.direction + weight * found.reconstruction
+            loss = found["mse"] + found["direction"] + weight * found["reconstruction"]
         elif config.mask.kind == "maskdit":
-            loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen).total
+            loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen)["loss"]
         else:
             loss = torch.zeros(())
             for masks in (False, True):
                 if config.flow.objective == "ddpm":
                     noised = ddpm.draw(latents)
                     output = model.forward_features(noised.x_t, noised.t, labels, with_variance=True, masked=masks)
-                    loss = loss + ddpm.loss(noised, output.prediction).total
+                    loss = loss + ddpm.loss(noised, output.prediction)["loss"]
                 else:
                     drawn = flow.draw(config.flow, latents, seen)
                     output = model.forward_features(drawn.x_t, drawn.t, labels, masked=masks)
-                    loss = loss + flow.loss(config.flow, drawn, output.prediction).total
+                    loss = loss + flow.loss(config.flow, drawn, output.prediction)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.engine.max_grad_norm)
         adam.step()

@@ -105,7 +105,7 @@ def plain_dit(config: DiTConfig, *, world_size: int = 1) -> tuple[list[float], d
         for rank in ranks.turns():
             for _ in range(config.engine.gradient_accumulation):
                 latents, labels = next(streams[rank])
-                loss = flow.training_loss(config.flow, model, latents, labels, images_seen=images_seen).total
+                loss = flow.training_loss(config.flow, model, latents, labels, images_seen=images_seen)["loss"]
                 (loss / parts).backward()
                 mean += loss.item() / parts
         if config.engine.max_grad_norm:

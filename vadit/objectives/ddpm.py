@@ -55,18 +55,6 @@ class Drawn:
     eps: Tensor
 
 
-@dataclass(frozen=True)
-class DDPMLoss:
-    """What the trainer minimises and logs: scalars, means over the batch."""
-
-    total: Tensor
-    """mse + variational."""
-    mse: Tensor
-    """Squared error of the noise prediction."""
-    variational: Tensor
-    """Variational bound's term at t in bits per dimension; trains the variance alone."""
-
-
 def spaced_timesteps(num_steps: int) -> list[int]:
     """num_steps of 0..999, evenly spread, both ends included (Nichol & Dhariwal 2021, section 4)."""
     if not 2 <= num_steps <= NUM_STEPS:
@@ -109,11 +97,12 @@ def draw(x1: Tensor, generator: torch.Generator | None = None) -> Drawn:
     return Drawn(x_t=x_t, t=step.float(), x1=x1, eps=eps)
 
 
-def loss(drawn: Drawn, output: Tensor) -> DDPMLoss:
-    """The hybrid loss of a network's output (B, 2C, h, w) at a draw (LightningDiT: with_variance).
+def loss(drawn: Drawn, output: Tensor) -> dict[str, Tensor]:
+    """The hybrid loss of a network's output (B, 2C, h, w) at a draw (LightningDiT: with_variance), by its terms.
 
     L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16); L_vlb is 1000 times the term at a random step, so that
-    the term's weight is 1.
+    the term's weight is 1. loss: mse + variational, scalars, means over the batch; mse is the noise prediction's,
+    variational in bits per dimension, and trains the variance alone.
     """
     channels = drawn.x1.shape[1]
     output = output.to(torch.promote_types(drawn.x1.dtype, torch.float32))
@@ -124,7 +113,7 @@ def loss(drawn: Drawn, output: Tensor) -> DDPMLoss:
     frozen = torch.cat([prediction.detach(), variance_share], dim=1)
     schedule = _training_schedule(drawn.x1.device)
     variational = variational_term(schedule, frozen, drawn.x1, drawn.x_t, drawn.t.long()).mean()
-    return DDPMLoss(total=mse + variational, mse=mse, variational=variational)
+    return {"loss": mse + variational, "mse": mse, "variational": variational}
 
 
 def posterior(schedule: Schedule, x1: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,20 +57,6 @@ class Drawn:
     velocity: Tensor
 
 
-@dataclass(frozen=True)
-class FlowLoss:
-    """What the trainer minimises and logs: scalars, means over the batch."""
-
-    total: Tensor
-    """mse + direction - contrastive_weight x contrastive."""
-    mse: Tensor
-    """Squared error of the prediction (weighted, where loss_weighting says so)."""
-    direction: Tensor
-    """Velocity direction loss; zero where it is off."""
-    contrastive: Tensor | None = None
-    """Squared error against another sample's velocity; None where it is off."""
-
-
 def path_point(path: Path, t: Tensor, like: Tensor | None = None) -> PathPoint:
     """alpha, sigma, their derivatives and the SDE's coefficients at t (any shape); SiT (Ma et al. 2024), section 2.
 
@@ -182,25 +168,24 @@ def draw(spec: FlowSpec, x1: Tensor, images_seen: int, generator: torch.Generato
     return Drawn(x_t=x_t, t=t, x0=x0, velocity=velocity)
 
 
-def loss(spec: FlowSpec, drawn: Drawn, output: Tensor) -> FlowLoss:
-    """The loss of a network's output (B, C, h, w) at a draw.
+def loss(spec: FlowSpec, drawn: Drawn, output: Tensor) -> dict[str, Tensor]:
+    """The loss of a network's output (B, C, h, w) at a draw, by its terms: scalars, means over the batch.
 
-    The direction loss belongs to velocity prediction and is zero without it.
+    loss: mse + direction - contrastive_weight x contrastive. mse: squared error of the prediction (weighted, where
+    loss_weighting says so). direction: of velocity prediction, zero where it is off. contrastive: where it is on.
     """
-    contrastive: Tensor | None = None
     if spec.prediction == "velocity":
         squared, turned = velocity_loss(output, drawn.velocity)
         mse = squared.mean()
         direction = turned.mean() if spec.direction_loss else torch.zeros_like(mse)
-        if spec.contrastive_weight > 0:
-            contrastive = contrastive_error(output, drawn.velocity)
     else:
         mse = denoising_loss(spec, output, drawn.x0, drawn.t).mean()
         direction = torch.zeros_like(mse)
-    total = mse + direction
-    if contrastive is not None:
-        total = total - spec.contrastive_weight * contrastive
-    return FlowLoss(total=total, mse=mse, direction=direction, contrastive=contrastive)
+    terms = {"loss": mse + direction, "mse": mse, "direction": direction}
+    if spec.contrastive_weight > 0:
+        terms["contrastive"] = contrastive_error(output, drawn.velocity)
+        terms["loss"] = terms["loss"] - spec.contrastive_weight * terms["contrastive"]
+    return terms
 
 
 def training_loss(
@@ -210,7 +195,7 @@ def training_loss(
     labels: Tensor,
     images_seen: int,
     generator: torch.Generator | None = None,
-) -> FlowLoss:
+) -> dict[str, Tensor]:
     """One draw for data x1 (B, C, h, w) with labels (B,), and the loss of `model(x_t, t, labels)` there."""
     drawn = draw(spec, x1, images_seen, generator)
     return loss(spec, drawn, model(drawn.x_t, drawn.t, labels))

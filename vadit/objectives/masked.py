@@ -6,8 +6,6 @@ Shapes: B batch, C channels, h w latent rows and columns, p patch side, N tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,20 +14,6 @@ from vadit.config import FlowSpec, MaskSpec
 from vadit.objectives import flow
 
 VARIANCE_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class MaskedLoss:
-    """What the trainer minimises and logs: scalars, means over the batch."""
-
-    total: Tensor
-    """mse + direction + reconstruction_weight * reconstruction."""
-    mse: Tensor
-    """Squared error of the prediction at the visible positions."""
-    direction: Tensor
-    """Velocity direction loss at the visible positions; zero where it is off."""
-    reconstruction: Tensor
-    """Squared error of the data's estimate against the noisy patches, normalised, at the masked positions."""
 
 
 def passes(mask: MaskSpec, images_seen: int) -> tuple[bool, ...]:
@@ -46,11 +30,12 @@ def passes(mask: MaskSpec, images_seen: int) -> tuple[bool, ...]:
 
 def loss(
     spec: FlowSpec, drawn: flow.Drawn, output: Tensor, mask_BN: Tensor, reconstruction_weight: float
-) -> MaskedLoss:
-    """MaskDiT's loss of a velocity (B, C, h, w) on the linear path.
+) -> dict[str, Tensor]:
+    """MaskDiT's loss of a velocity (B, C, h, w) on the linear path, by its terms: scalars, means over the batch.
 
     mask_BN: bool, True where a token was not seen. The data's estimate x_t + (1 - t) v stands where the paper has EDM's
-    denoiser.
+    denoiser. loss: mse + direction (at the visible positions) + reconstruction_weight x reconstruction (at the masked
+    ones).
     """
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     visible_Bhw = ~spread(mask_BN, output.shape[-2:])
@@ -61,7 +46,7 @@ def loss(
     data = drawn.x_t + (1 - drawn.t).reshape(-1, 1, 1, 1) * output
     rebuilt = reconstruction(data, drawn.x_t, mask_BN).mean()
     total = mse + direction + reconstruction_weight * rebuilt
-    return MaskedLoss(total=total, mse=mse, direction=direction, reconstruction=rebuilt)
+    return {"loss": total, "mse": mse, "direction": direction, "reconstruction": rebuilt}
 
 
 def reconstruction(data: Tensor, noisy: Tensor, mask_BN: Tensor) -> Tensor:

@@ -155,17 +155,11 @@ def loss_terms(config: DiTConfig, drawn: flow.Drawn | ddpm.Drawn, output: DiTOut
     """The loss of one pass by its terms, in fp32 whatever is inside the network; `loss` is what is trained on."""
     prediction = output.prediction.float()
     if isinstance(drawn, flow.Drawn) and config.mask.kind == "maskdit" and output.mask_BN is not None:
-        seen = masked.loss(config.flow, drawn, prediction, output.mask_BN, config.mask.reconstruction_weight)
-        parts = {"mse": seen.mse, "direction": seen.direction, "reconstruction": seen.reconstruction}
-        return {"loss": seen.total, **parts}
-    terms: dict[str, Tensor]
+        return masked.loss(config.flow, drawn, prediction, output.mask_BN, config.mask.reconstruction_weight)
     if isinstance(drawn, ddpm.Drawn):
-        hybrid = ddpm.loss(drawn, prediction)
-        terms = {"loss": hybrid.total, "mse": hybrid.mse, "variational": hybrid.variational}
+        terms = ddpm.loss(drawn, prediction)
     else:
-        loss = flow.loss(config.flow, drawn, prediction)
-        terms = {"loss": loss.total, "mse": loss.mse, "direction": loss.direction}
-        terms |= {} if loss.contrastive is None else {"contrastive": loss.contrastive}
+        terms = flow.loss(config.flow, drawn, prediction)
     if output.mask_BN is None:
         return terms
     return {name if name == "loss" else f"masked_{name}": value for name, value in terms.items()}
