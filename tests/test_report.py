@@ -54,7 +54,7 @@ def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path
         Section("s", quantity_charts(read_runs([tmp_path])), [("noise & more", tmp_path / "noise.png")]),
         Section("t", table=[("FID", "34.4 dB")], header=("", "with"), settings=[("All", tmp_path / "config.json")]),
     ]
-    out = write_report(tmp_path / "sub" / "report.html", "Run <1>", "First.\n\nSecond & last.", sections)
+    out = write_report(tmp_path / "sub" / "report.html", "Run <1>", "First & last.", sections)
     assert list(out.parent.iterdir()) == [out] and out.stat().st_size < 3_500_000
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", out.read_text())
     assert set(re.findall(r' src="([^"]*)"', text)) == {"data:image/jpeg;"}
@@ -64,7 +64,7 @@ def test_a_report_of_a_long_run_is_one_small_file_without_outside_links(tmp_path
     # the page's colours, in light and dark; and everything that is referred to is there
     assert "prefers-color-scheme: dark" in text and not re.search(r"(fill|stroke): #(ffffff|000000)", text)
     assert {*re.findall(r'(?:url\(|href=")#(\w+)', text)} <= {*re.findall(r' id="(\w+)"', text)}
-    for expected in ("Run &lt;1&gt;", '<p class="lead">Second &amp; last.</p>', "34.4 dB", "<th>with</th>", "a &lt; b"):
+    for expected in ("Run &lt;1&gt;", '<p class="lead">First &amp; last.</p>', "34.4 dB", "<th>with</th>", "a &lt; b"):
         assert expected in text
     assert text.count("1 not finite") == 1
 

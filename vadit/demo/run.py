@@ -118,7 +118,7 @@ def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int) 
 def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool) -> None:
     """Everything that `vadit demo` does, in the folder `out`."""
     start = time.perf_counter()
-    torch.set_num_threads(fastest_threads())
+    torch.set_num_threads(min(torch.get_num_threads(), 2))  # small tensors leave little to share out
     console.print(f"[bold]vadit demo[/bold]: {kind}, into {out}")
     _claim(out, {"data": kind, "quick": quick})
     sizes = QUICK if quick else FULL
@@ -209,24 +209,6 @@ def _assess_samples(judge: networks.Judge, npz: Path, data: DemoData) -> dict[st
         "precision": precision,
         "recall": recall,
     }
-
-
-def fastest_threads() -> int:
-    """1 or all cores, whichever is faster right now on a step of the demo's size.
-
-    Small tensors leave little to share out, and on a machine that does other work threads wait for each other.
-    """
-    before = torch.get_num_threads()
-    network, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.randn(16, 16, SIZE, SIZE)
-    seconds: dict[int, list[float]] = {1: [], before: []}
-    for _ in range(15):
-        for threads, found in seconds.items():
-            torch.set_num_threads(threads)
-            began = time.perf_counter()
-            network(network(x)).sum().backward()
-            found.append(time.perf_counter() - began)
-    torch.set_num_threads(before)
-    return min(seconds, key=lambda threads: float(np.median(seconds[threads])))
 
 
 def _print_results(out: Path, metrics: dict[str, Any]) -> None:

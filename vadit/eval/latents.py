@@ -110,14 +110,8 @@ def draw_picture(points: np.ndarray, path: Path) -> None:
     order = np.argsort(densities)  # the densest on top
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(
-        points[order, 0],
-        points[order, 1],
-        c=densities[order],
-        s=max(1.0, 4000 / len(points)),
-        cmap="viridis",
-        linewidths=0,
-    )
+    size = max(1.0, 4000 / len(points))
+    axes.scatter(*points[order].T, c=densities[order], s=size, cmap="viridis", linewidths=0)
     axes.set(xticks=[], yticks=[], aspect="equal")
     with saved_file(path, "set --picture to a place with room") as partial:
         figure.savefig(partial, format="png", dpi=150)

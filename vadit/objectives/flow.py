@@ -266,11 +266,7 @@ def sde_diffusion(path: Path, form: DiffusionForm, t: Tensor) -> Tensor:
         return 1 - t
     if form == "decreasing":
         return 0.25 * (torch.cos(math.pi * t) + 1) ** 2
-    if form == "increasing_decreasing":
-        return torch.sin(math.pi * t) ** 2
-    raise UsageError(
-        f"diffusion_form {form!r} is unknown; choose constant, sbdm, sigma, linear, decreasing or increasing_decreasing"
-    )
+    return torch.sin(math.pi * t) ** 2  # increasing_decreasing
 
 
 def _per_sample(values: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Section:
     header: tuple[str, ...] = ()
     """Names of the table's columns, where it has more than name and value."""
     text: str = ""
-    """A paragraph above all else; a blank line starts another."""
+    """A paragraph above all else."""
     notes: Sequence[str] = ()
     """Sentences in small type at the end."""
     settings: Sequence[tuple[str, Path]] = ()
@@ -54,7 +54,7 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{style}</style></head><body><main>"
-        f"<header><h1>{_text(title)}</h1>{_paragraphs(lead, 'lead')}<nav>{contents}</nav></header>{body}"
+        f'<header><h1>{_text(title)}</h1><p class="lead">{_text(lead)}</p><nav>{contents}</nav></header>{body}'
         f"<footer>Written by vadit on {datetime.now():%Y-%m-%d %H:%M}.</footer></main></body></html>\n"
     )
     with whole_file(out) as partial:
@@ -66,7 +66,9 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
 
 
 def _section(section: Section, anchor: str, budget: int) -> str:
-    parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>', _paragraphs(section.text, "")]
+    parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>']
+    if section.text:
+        parts.append(f"<p>{_text(section.text)}</p>")
     if section.table:
         parts.append(_table(section.table, section.header))
     parts.append(_charts(section.charts))
@@ -149,10 +151,6 @@ def _picture(path: Path, budget: int) -> tuple[str, int]:
         data, kind = buffer.getvalue(), "jpeg"
         image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", max(width, 240)
-
-
-def _paragraphs(text: str, kind: str) -> str:
-    return "".join(f'<p class="{kind}">{_text(part.strip())}</p>' for part in text.split("\n\n") if part.strip())
 
 
 _text = html.escape  # quotes, too
