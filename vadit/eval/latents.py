@@ -111,7 +111,8 @@ def draw_picture(points: np.ndarray, path: Path) -> None:
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     size = max(1.0, 4000 / len(points))
-    axes.scatter(*points[order].T, c=densities[order], s=size, cmap="viridis", linewidths=0)
+    x, y = points[order].T
+    axes.scatter(x, y, c=densities[order], s=size, cmap="viridis", linewidths=0)
     axes.set(xticks=[], yticks=[], aspect="equal")
     with saved_file(path, "set --picture to a place with room") as partial:
         figure.savefig(partial, format="png", dpi=150)
