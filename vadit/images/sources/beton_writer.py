@@ -39,7 +39,6 @@ ALIGNMENT = 64
 """Payloads begin at multiples of it."""
 GOES_ON = "make room or give permission, then start again: it goes on where it was"
 _ROW = row_type(OUR_FIELDS)
-_JOURNAL_FORMAT = "vadit-beton-journal"
 
 
 def encode_image(image: Image.Image, mode: Literal["jpg", "raw"], quality: int = 95) -> EncodedImage:
@@ -93,15 +92,11 @@ class BetonWriter:
         self._rows, self._allocations = bytearray(), bytearray()  # as in the file: tuples would take a kilobyte each
         self._page = bytearray()
         self._page_start = _round_up(front, page_size)
-        self._lines: list[str] = []
+        self._news: dict[str, Any] = {"rows": [], "skipped": {}}
+        """What the journal does not record yet: (row, bytes) of each sample, and what was skipped."""
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._journal_path = self.path.with_name(self.path.name + ".partial.journal")
-        self._head = {
-            "format": _JOURNAL_FORMAT,
-            "settings": dict(settings or {}),
-            "max_samples": max_samples,
-            "page_size": page_size,
-        }
+        head = {"settings": dict(settings or {}), "max_samples": max_samples, "page_size": page_size}
         with self._disk():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._journal: BinaryIO = open(self._journal_path, "a+b")  # noqa: SIM115 (closed by close)
@@ -112,7 +107,11 @@ class BetonWriter:
                 raise UsageError(f"another process writes {self.path}; wait for it, or name another file") from None
             # made if it is missing, never cut: the journal says how much of it counts
             self._data: BinaryIO = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
-            self._resume()
+            try:
+                self._resume(head)
+            except UsageError:
+                self.close()
+                raise
 
     @property
     def num_samples(self) -> int:
@@ -140,12 +139,11 @@ class BetonWriter:
         mode = JPG if image.mode == "jpg" else RAW
         row = [[mode, image.width, image.height, ptr], label, row_crc32(image, label)]
         self._record(row, num_bytes)
-        self._lines.append(json.dumps({"row": row, "size": num_bytes}))
+        self._news["rows"].append((row, num_bytes))
 
     def skip(self, name: str, reason: str) -> None:
         """Note that an item is not in the file, and why; it counts as done."""
-        self.skipped[name] = reason
-        self._lines.append(json.dumps({"skip": name, "why": reason}))
+        self.skipped[name] = self._news["skipped"][name] = reason
 
     def finish(self, notes: Mapping[str, Any] | None = None) -> None:
         """Write the tables and give the file its name. `notes` (JSON values) come back from the reader.
@@ -163,20 +161,16 @@ class BetonWriter:
         header[0] = (VERSION, len(OUR_FIELDS), self._page_size, self.num_samples, table)
         front = header.tobytes() + fields.tobytes() + self._rows
         footer[0] = (MAGIC, len(text), zlib.crc32(text), zlib.crc32(self._allocations, zlib.crc32(front)), 0)
-        try:
-            with self._disk():
-                self._data.seek(self._page_start)
-                self._data.write(text + footer.tobytes() + self._allocations)
-                self._data.seek(0)
-                self._data.write(front)
-                self._data.flush()
-                os.fsync(self._data.fileno())
-                os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies it reads the disk
-                self._data.close()
-                os.replace(self._partial, self.path)
-                self._journal_path.unlink()
-        finally:
-            self.close()
+        with self._disk():
+            self._data.seek(self._page_start)
+            self._data.write(text + footer.tobytes() + self._allocations)
+            self._data.seek(0)
+            self._data.write(front)
+            self._data.flush()
+            os.fsync(self._data.fileno())
+            os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # who verifies it reads the disk
+            os.replace(self._partial, self.path)
+            self._journal_path.unlink()
 
     def close(self) -> None:
         """Leave the parts as they are, for another writer to go on from."""
@@ -189,44 +183,32 @@ class BetonWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _resume(self) -> None:
+    def _resume(self, head: dict[str, Any]) -> None:
         """Take over what the journal records, up to the first line that is not whole or whose payload is missing."""
         available = os.fstat(self._data.fileno()).st_size
         self._journal.seek(0)
         end = 0
-        for number, line in enumerate(self._journal):
+        for line in self._journal:
             try:
-                entry: Any = json.loads(line) if line.endswith(b"\n") else None
+                entry: Any = json.loads(line[:-1])  # a line without its end is no JSON then
             except ValueError:
-                entry = None
-            if not isinstance(entry, dict if number == 0 else list):
                 break
-            if number == 0:
-                try:
-                    remedy = f"set it as it was, remove it and {self._journal_path.name}, or choose another name"
-                    refuse_other_settings(self._partial, "images", entry, self._head, remedy)
-                except UsageError:
-                    self.close()
-                    raise
-            elif max((item["row"][0][-1] + item["size"] for item in entry if "row" in item), default=0) > available:
+            if end == 0:
+                remedy = f"set it as it was, remove it and {self._journal_path.name}, or choose another name"
+                refuse_other_settings(self._partial, "images", entry, head, remedy)
+            elif any(row[0][-1] + size > available for row, size in entry["rows"]):
                 break
             else:
-                self._take(entry)
+                self.skipped |= entry["skipped"]
+                for row, size in entry["rows"]:
+                    self._record(row, size)
+                self._page_start += self._page_size if entry["rows"] else 0
             end += len(line)
         self._journal.truncate(end)
         self._data.truncate(self._page_start)
         if end == 0:
-            self._journal.write(json.dumps(self._head).encode() + b"\n")
+            self._journal.write(json.dumps(head).encode() + b"\n")
             self._journal.flush()
-
-    def _take(self, page: Any) -> None:
-        """The rows of a page, and what was skipped between them."""
-        for item in page:
-            if "skip" in item:
-                self.skipped[item["skip"]] = item["why"]
-            else:
-                self._record(item["row"], item["size"])
-                self._page_start = _round_up(item["row"][0][-1] + item["size"], self._page_size)
 
     def _record(self, row: Sequence[Any], num_bytes: int) -> None:
         entry = np.zeros(1, _ROW)  # zeros: the bytes between the columns count in the tables' checksum
@@ -245,10 +227,10 @@ class BetonWriter:
                 os.fsync(self._data.fileno())
                 self._page_start += self._page_size
                 self._page = bytearray()
-            if self._lines:
-                self._journal.write(f"[{','.join(self._lines)}]\n".encode())
-            self._journal.flush()
-            self._lines = []
+            if any(self._news.values()):
+                self._journal.write(json.dumps(self._news).encode() + b"\n")
+                self._journal.flush()
+            self._news = {"rows": [], "skipped": {}}
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
