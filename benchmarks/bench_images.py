@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import os
 import random
 import statistics
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader
 
 from vadit.config import ImageDataSpec
 from vadit.demo.data import PHOTOS, photograph
-from vadit.images.backends import PACKAGES, installed, open_images, open_loader
+from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
 from vadit.images.prepare import prepare_images
 from vadit.images.sources.beton import BetonSource
@@ -164,8 +165,8 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[Key, tuple[Str
         for loader, path in (("torch", files), ("dali", files if files.is_dir() else None), ("ffcv", beton)):
             if path is not None:
                 found[name, loader, options.workers] = (our_stream(path, options, loader, options.workers), path)
-    for loader, package in PACKAGES.items():
-        if not installed(package):
+    for loader, package in (("dali", "nvidia"), ("ffcv", "ffcv")):
+        if importlib.util.find_spec(package) is None:
             print(f"without {loader}: {package} is not installed (pip install 'vadit[{loader}]')")
             found = {key: value for key, value in found.items() if key[1] != loader}
     return found

@@ -133,7 +133,7 @@ def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog: p
     for batch in batches:
         for pixels, index in zip(batch.images, batch.ids.tolist(), strict=True):
             assert psnr(pixels.cpu().numpy(), reference[index].numpy()) >= exact
-        assert torch.equal(batch.labels, images.labels[batch.ids])
+        assert torch.equal(batch.labels, images.source.labels[batch.ids])
     names = [name for name, *_ in [*BAD.values(), *PLACES.values()]]
     assert len(images.bad) == len(names)
     message = next(text for text in caplog.messages if "do not decode" in text)

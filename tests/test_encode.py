@@ -60,7 +60,7 @@ def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: Imag
     autoencoder.eval()
     pixels = signed_pixels(images)
     found = contents(tmp_path / "out")
-    assert torch.equal(found["labels"], images.labels)
+    assert torch.equal(found["labels"], images.source.labels)
     for key, inputs in (("plain", pixels), ("flipped", pixels.flip(-1))):
         with torch.no_grad():
             posterior = autoencoder.encode(inputs)
@@ -214,7 +214,7 @@ def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: Imag
     skipping = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE, on_error="skip", max_bad_share=0.2)
     run(autoencoder, skipping, tmp_path / "out")
     good = [index for index in range(NUM_IMAGES) if index != 5]
-    assert torch.equal(contents(tmp_path / "out")["labels"], images.labels[good])
+    assert torch.equal(contents(tmp_path / "out")["labels"], images.source.labels[good])
     assert len(LatentDataset(tmp_path / "out")) == NUM_IMAGES - 1
 
 

@@ -153,7 +153,7 @@ def test_online_images_are_those_that_were_encoded(tmp_path: Path) -> None:
             ((index, mirror),) = found
             expected = decode(images, Request(index, mirror=mirror))
             assert np.array_equal(picture.permute(1, 2, 0).numpy(), expected)
-            assert int(images.labels[index]) == int(label)
+            assert int(images.source.labels[index]) == int(label)
             mirrored.append(mirror)
     assert set(mirrored) == {True, False}
 

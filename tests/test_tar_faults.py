@@ -73,7 +73,7 @@ def test_a_shard_cut_at_any_byte(tmp_path: Path) -> None:
     for size in sorted({0, 1, 100, 511, 512, last - 1, last, last + 511, *starts, *range(0, last, 700)}):
         path = tmp_path / f"{size}.tar"
         path.write_bytes(whole[:size])
-        with pytest.raises(RunError, match=rf"{size}.tar:from byte \d+ on: .*(cut short|is empty)"):
+        with pytest.raises(RunError, match=rf"{size}.tar:from byte \d+ on: .*cut short"):
             TarSource(path)
         held = [number for number in range(3) if size >= starts[2 * number + 1]]
         if not held:
@@ -117,7 +117,7 @@ def test_other_files_by_the_name_of_a_shard(tmp_path: Path) -> None:
     for content, why in (
         (b"\x1f\x8b" + bytes(600), "gunzip"),
         (blob(0, 5000), "there is no .tar header at byte 0"),
-        (b"", "the file is empty"),
+        (b"", "the file ends at byte 0"),
     ):
         path.write_bytes(content)
         with pytest.raises(RunError, match=why):

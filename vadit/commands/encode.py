@@ -101,7 +101,7 @@ def run(options: EncodeOptions) -> None:
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.report(chosen)
-        print_once(f"{len(images):,} images by {chosen.name}; {describe_classes(images.classes)}")
+        print_once(f"{len(images):,} images by {chosen.name}; {describe_classes(images.source.classes)}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(
                 autoencoder,

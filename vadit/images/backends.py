@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from vadit.runtime.stream import PositionedLoader, debug_count
 logger = logging.getLogger(__name__)
 
 SETTING = "data.loader"
-PACKAGES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 TRIAL_IMAGES = 4
 TRIAL_ERROR = 4.0
 """Largest root mean square difference, in levels of 255, between a decoder's pixels and Pillow's (36 dB)."""
@@ -110,7 +108,7 @@ def _pick(spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_wit
         return "torch", "debug images need no decoder", ""
     elif wished == "auto":
         wished = "ffcv" if images.source.name.endswith(".beton") else "dali"
-        reason = f"installed, and it reads {images.source.name}"
+        reason = f"it is here, and it reads {images.source.name}"
     problem = _problem(wished, images, device)
     if not problem:
         return wished, reason, ""
@@ -128,21 +126,11 @@ def _problem(name: str, images: ImageSet, device: torch.device) -> str:
     """Why a loader cannot be had here; empty where it can."""
     if name == "torch":
         return ""
-    if not installed(PACKAGES[name]):
-        return f"{PACKAGES[name]} is not installed (pip install 'vadit[{name}]')"
     if name == "dali":
         return _trial(images, device)
     from vadit.images.ffcv import why_not
 
     return why_not(images)
-
-
-def installed(package: str) -> bool:
-    """Whether a package is there, as far as can be seen without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
 
 
 def _trial(images: ImageSet, device: torch.device) -> str:

@@ -94,8 +94,10 @@ class DaliDecoder(ThreadedDecoder):
                         pixels[place] = self._finish(_by_pillow(contents[place]) if image is None else image, request)
                     except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
                         failures[place] = undecodable(self._images, request.index, error)
-                if refusal and failures.keys().isdisjoint(places):
-                    self._warn([requests[place] for place in places], refusal)
+                if refusal and not self._warned and failures.keys().isdisjoint(places):
+                    self._warned = True  # nothing is lost but time
+                    names = ", ".join(self._images.source.describe(requests[place].index) for place in places)
+                    logger.warning("DALI refuses one of these images, so Pillow decoded them: %s\n%s", names, refusal)
                 if self._stream is not None:
                     self._stream.synchronize()  # before DALI's memory is let go
         return failures
@@ -116,13 +118,6 @@ class DaliDecoder(ThreadedDecoder):
             return [], f"{type(error).__name__}: {error}"  # as text: the error itself would keep the pipeline alive
         finally:
             self._pipelines.put(pipeline)
-
-    def _warn(self, requests: Sequence[Request], refusal: str) -> None:
-        """Say once that DALI fails where Pillow does not: nothing is lost but time."""
-        if not self._warned:
-            self._warned = True
-            names = ", ".join(self._images.source.describe(request.index) for request in requests)
-            logger.warning("DALI refuses one of these images, so Pillow decoded them: %s\n%s", names, refusal)
 
 
 def dali_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
@@ -158,10 +153,7 @@ class _JpegPipeline:
             from nvidia.dali import fn, pipeline_def
             from nvidia.dali.types import DALIDataType
         except ImportError as error:
-            raise UsageError(
-                f"the loader is set to dali, but NVIDIA DALI cannot be imported ({error}); pip install 'vadit[dali]', "
-                "or set --loader torch (vadit train: --data.loader torch)"
-            ) from error
+            raise UsageError(f"NVIDIA DALI cannot be imported ({error}); pip install 'vadit[dali]'") from error
 
         @pipeline_def(**self._settings)
         def decode() -> Any:

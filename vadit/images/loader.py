@@ -105,16 +105,6 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.source)
 
-    @property
-    def classes(self) -> list[str]:
-        """Names of the labels."""
-        return self.source.classes
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 (n,)."""
-        return self.source.labels
-
     def requests(self, ids: Sequence[int] | Tensor, *, seed: int, epoch: int) -> list[Request]:
         """Images as training samples: crop and mirroring are functions of (seed, id, epoch)."""
         indices = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -267,4 +257,4 @@ def load_in_order(images: ImageSet, ids: Sequence[int], batch_size: int, decoder
 def assemble(images: ImageSet, pixels: Tensor, ids: Sequence[int]) -> ImageBatch:
     """A batch of pixels uint8 (B, H, W, 3), without a copy."""
     indices = torch.tensor(ids, dtype=torch.int64)
-    return ImageBatch(images=pixels.permute(0, 3, 1, 2), labels=images.labels[indices], ids=indices)
+    return ImageBatch(images=pixels.permute(0, 3, 1, 2), labels=images.source.labels[indices], ids=indices)

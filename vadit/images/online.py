@@ -89,12 +89,12 @@ def open_online_images(spec: LatentDataSpec, latents: Latents, grid: int) -> Onl
             f"data.images {spec.images} holds {len(images)} images but the latents of {spec.path} are of {expected}; "
             f"{remedy}"
         )
-    other = (images.labels[ids] != latents.labels).nonzero().flatten()
-    if len(images.classes) > 1 and len(other):  # a flat folder has no classes to compare
+    other = (images.source.labels[ids] != latents.labels).nonzero().flatten()
+    if len(images.source.classes) > 1 and len(other):  # a flat folder has no classes to compare
         index = int(other[0])
         image = int(ids[index])
         raise UsageError(
-            f"{images.source.describe(image)} is of class {int(images.labels[image])} but its latent {index} in "
+            f"{images.source.describe(image)} is of class {int(images.source.labels[image])} but its latent {index} in "
             f"{spec.path} is of class {int(latents.labels[index])}; {remedy}"
         )
     return OnlineImages(images, ids)

@@ -151,7 +151,7 @@ def _settings(
         tokenizer=weights_hash(autoencoder),
         source=images.source.name,
         num_images=len(images),
-        num_classes=len(images.classes),
+        num_classes=len(images.source.classes),
         size=images.size,
         features=None if features is None else describe_features(features),
         **choices,
@@ -273,4 +273,4 @@ def _complete(
         if (out / STATISTICS_FILE).exists():
             return
     compute_statistics(out, samples=stats_samples, seed=seed)
-    save_index(out, settings, images.classes)
+    save_index(out, settings, images.source.classes)

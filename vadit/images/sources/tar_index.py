@@ -269,8 +269,6 @@ def _check_end(file: BinaryIO, position: int) -> None:
     num_bytes = stamp_of(file)[0]
     file.seek(position)
     block = file.read(BLOCK)
-    if num_bytes == 0:
-        raise Damaged(0, "the file is empty")
     if position == 0 and block.startswith(b"\x1f\x8b"):
         raise Damaged(0, "it is compressed, so that no sample can be read alone; unpack it with gunzip")
     if len(block) < BLOCK:
