@@ -17,7 +17,6 @@ from typing import Any
 from vadit.train.tracker import MEASURED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-WORKER = Path(__file__).parent / "launch_worker.py"
 LIMIT_S = 900
 """For what should take half a minute, on a machine that does much else."""
 
@@ -70,9 +69,9 @@ def launch_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def train_by_two(wanted: dict[Path, list[str]]) -> None:
     """`vadit train ARGUMENTS` with --run.out OUT for each, by two processes of this machine without a launcher."""
-    commands = [["train", *arguments, "--run.out", str(out)] for out, arguments in wanted.items()]
-    codes, said = run_ranks([sys.executable, str(WORKER), json.dumps(commands)])
-    assert codes == [0, 0], said
+    for out, arguments in wanted.items():
+        codes, said = run_ranks([sys.executable, "-m", "vadit", "train", *arguments, "--run.out", str(out)])
+        assert codes == [0, 0], said
 
 
 def logged(out: Path) -> list[dict[str, Any]]:

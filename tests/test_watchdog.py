@@ -81,13 +81,29 @@ def sentence(*standings: Standing) -> str | None:
     return judge(list(standings), timeout_s=60.0, grace_s=10.0, quiet_s=4.0) or None
 
 
-def test_nobody_is_judged_while_somebody_gets_on() -> None:
-    idle = Standing(0, step=5, idle_s=100.0)
-    assert sentence(idle, Standing(1, step=5, idle_s=1.0)) is None
-    assert sentence(Standing(0, step=5, idle_s=59.0), Standing(1, step=5, idle_s=100.0, silent_s=100.0)) is None
-    assert sentence(Standing(0, idle_s=9.0), Standing(1, gone_s=50.0)) is None
-    assert sentence(Standing(0, idle_s=50.0), Standing(1, gone_s=9.0)) is None
-    assert sentence(Standing(0, idle_s=50.0), Standing(1, done=True, silent_s=500.0)) is None
+@pytest.mark.parametrize(
+    ("standings", "named"),
+    [
+        # nobody is judged while somebody gets on, and until times have run out
+        ([Standing(0, step=5, idle_s=100.0), Standing(1, step=5, idle_s=1.0)], None),
+        ([Standing(0, step=5, idle_s=59.0), Standing(1, step=5, idle_s=100.0, silent_s=100.0)], None),
+        ([Standing(0, idle_s=9.0), Standing(1, gone_s=50.0)], None),
+        ([Standing(0, idle_s=50.0), Standing(1, gone_s=9.0)], None),
+        ([Standing(0, idle_s=50.0), Standing(1, done=True, silent_s=500.0)], None),
+        # a collective that has failed shortens the wait for the dead, and makes silence tell
+        ([Standing(0), Standing(1, step=3, gone_s=1.5)], None),
+        ([Standing(0, accuses=True), Standing(1, step=3, gone_s=1.5)], "rank 1 is gone"),
+        ([Standing(0, accuses=True), Standing(1, step=3, silent_s=4.5)], "rank 1 has not been heard of for 4 s"),
+        ([Standing(0, accuses=True), Standing(1, silent_s=3.5)], None),
+        ([Standing(0), Standing(1, silent_s=4.5)], None),
+        # who knows of a few says only who is lost
+        ([Standing(1, step=5, idle_s=99.0), Standing(0, step=5, idle_s=99.0)], None),
+        ([Standing(1, idle_s=99.0), Standing(0, silent_s=31.0)], "rank 0 has not been heard of for 31 s"),
+    ],
+)
+def test_who_is_judged(standings: list[Standing], named: str | None) -> None:
+    text = sentence(*standings)
+    assert text is None if named is None else text is not None and text.startswith(named)
 
 
 def test_the_one_that_lags_is_named() -> None:
@@ -155,26 +171,6 @@ def test_a_watchdog_that_fails_ends_the_run(case: str, pairs: tuple[dict[str, in
     assert "[rank 1] error: the watchdog itself has failed (TypeError: " in (out / f"{case}-1.txt").read_text()
     text = (out / f"{case}-0.txt").read_text()
     assert "the watchdog itself has failed" in text or "rank 1 is gone" in text
-
-
-def test_a_failed_collective_shortens_the_wait_for_the_dead() -> None:
-    dead = Standing(1, step=3, gone_s=1.5)
-    assert sentence(Standing(0), dead) is None
-    text = sentence(Standing(0, accuses=True), dead)
-    assert text is not None and text.startswith("rank 1 is gone")
-
-
-def test_a_failed_collective_makes_silence_tell() -> None:
-    text = sentence(Standing(0, accuses=True), Standing(1, step=3, silent_s=4.5))
-    assert text is not None and text.startswith("rank 1 has not been heard of for 4 s")
-    assert sentence(Standing(0, accuses=True), Standing(1, silent_s=3.5)) is None
-    assert sentence(Standing(0), Standing(1, silent_s=4.5)) is None
-
-
-def test_who_knows_of_a_few_says_only_who_is_lost() -> None:
-    assert sentence(Standing(1, step=5, idle_s=99.0), Standing(0, step=5, idle_s=99.0)) is None
-    text = sentence(Standing(1, idle_s=99.0), Standing(0, silent_s=31.0))
-    assert text is not None and text.startswith("rank 0 has not been heard of for 31 s")
 
 
 def test_the_setting_is_checked_and_0_guards_nothing() -> None:

@@ -12,7 +12,7 @@ The process that is left has to end by itself and to name the one that is gone; 
 watches yet, it is killed after a second, as launchers do.
 The other kinds are single faults, injected into one process or on the disk (single.py).
 
-The table goes to the screen and, unless --no-save, to benchmarks/results/reliability.csv.
+The table goes to the screen and to --csv, by default benchmarks/results/reliability.csv.
 """
 
 from __future__ import annotations
@@ -216,7 +216,6 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
     parser.add_argument("--csv", type=Path, default=harness.RESULTS / "reliability.csv")
     parser.add_argument("--folder", type=Path, help="where runs that failed stay; a temporary one if left out")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
@@ -257,8 +256,7 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
     table = (kill_rows(killed) if variants else []) + [row for number in sorted(single) for row in single[number]]
     show(table)
     print(f"\nwhere kills fell: {dict(Counter(phase for result in killed for phase in result.phases))}")
-    if not options.no_save:
-        save(table, options.csv, options.seed, time.monotonic() - start)
+    save(table, options.csv, options.seed, time.monotonic() - start)
     return int(any(row.survived < row.tries for row in table))
 
 

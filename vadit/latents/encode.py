@@ -76,8 +76,6 @@ def encode(
     decoder: Decoder | None = None,
     stats_samples: int = 0,
     progress: Callable[[int], object] | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
 ) -> EncodeSummary:
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
 
@@ -86,9 +84,9 @@ def encode(
     `features`: a foundation model whose features of the images are stored beside the latents, for REPA.
     `decoder` says who decodes the images (default: Pillow, in num_workers threads, whose pixels are exact).
     `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics).
-    `progress` is called with the images done so far over all processes (an estimate from this one's share). rank and
-    world_size default to those of the launcher. Up to rounding the result does not depend on batch_size or
-    world_size. UsageError where `out` holds latents made with other settings; RunError where the disk is full.
+    `progress` is called with the images done so far over all processes (an estimate from this one's share). Up to
+    rounding the result does not depend on batch_size or the number of processes. UsageError where `out` holds latents
+    made with other settings; RunError where the disk is full.
     """
     out = Path(out)
     if shard_size is None:
@@ -96,9 +94,7 @@ def encode(
     for flag, value in (("--batch-size", batch_size), ("--shard-size", shard_size)):
         if value < 1:
             raise UsageError(f"{flag} is {value}; it must be at least 1")
-    joined = rank is None and _join()
-    rank = distributed.rank() if rank is None else rank
-    world_size = distributed.world_size() if world_size is None else world_size
+    joined = _join()
     kept_seed = seed if store == "sample" else 0
     kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}
     settings = _settings(autoencoder, images, features, **kept)
@@ -106,7 +102,7 @@ def encode(
     num_shards = -(-len(images) // shard_size)
     finished = _finished_shards(out, settings, num_shards)
     distributed.barrier()  # every process has seen the folder before one of them changes it
-    mine = range(rank, num_shards, world_size)
+    mine = range(distributed.rank(), num_shards, distributed.world_size())
     share = sum(len(_shard_ids(number, settings)) for number in mine)
     num_done = num_encoded = num_written = 0
 
@@ -134,7 +130,7 @@ def encode(
         images.warn_of_bad_files()
     encoding_s = time.monotonic() - started
     distributed.barrier()
-    if rank == 0:
+    if distributed.is_main():
         _complete(out, settings, images, num_shards, stats_samples, seed)
     distributed.barrier()
     if joined:
