@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_plain import BATCH, PlainTokenizer, tiny_tokenizer
+from training_plain import BATCH, PlainTokenizer, flow_terms, tiny_tokenizer
 
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
 from vadit.kernels import dispatch
 from vadit.models.dit import LightningDiT
-from vadit.objectives import flow
 from vadit.recipes import get_recipe
 
 STEPS = 50
@@ -50,7 +49,7 @@ def generator_losses(qk_norm: bool) -> list[float]:
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step % 5)
-        loss = flow.training_loss(config.flow, model, latents, labels, images_seen=0)["loss"]
+        loss = flow_terms(config.flow, model, latents, labels)["loss"]
         loss.backward()
         adam.step()
         adam.zero_grad()

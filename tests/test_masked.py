@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from model_help import assert_recomputing_changes_nothing, randomised
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from training_plain import BATCH, logged, tiny_dit
+from training_plain import BATCH, flow_terms, logged, tiny_dit
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
 from vadit.latents.dataset import open_latents
@@ -346,7 +346,7 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
             found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
             loss = found["mse"] + found["direction"] + weight * found["reconstruction"]
         elif config.mask.kind == "maskdit":
-            loss = flow.training_loss(config.flow, model, latents, labels, images_seen=seen)["loss"]
+            loss = flow_terms(config.flow, model, latents, labels, seen)["loss"]
         else:
             loss = torch.zeros(())
             for masks in (False, True):

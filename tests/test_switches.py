@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from model_help import randomised
 from torch import Tensor
+from training_plain import flow_terms
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
 from vadit.models.dit import DiTOutput, LightningDiT
@@ -54,8 +55,8 @@ def test_contrastive_loss_by_hand() -> None:
         return x_t * 0.5
 
     spec = FlowSpec(contrastive_weight=0.05)
-    loss = flow.training_loss(spec, model, x, labels, 0, torch.Generator().manual_seed(7))
-    plain = flow.training_loss(FlowSpec(), model, x, labels, 0, torch.Generator().manual_seed(7))
+    loss = flow_terms(spec, model, x, labels, 0, torch.Generator().manual_seed(7))
+    plain = flow_terms(FlowSpec(), model, x, labels, 0, torch.Generator().manual_seed(7))
     assert "contrastive" not in plain
     t = seen["t"].reshape(-1, 1, 1, 1)
     velocity = (x - seen["x_t"]) / (1 - t)  # x1 - x0, from x_t = t x1 + (1 - t) x0
@@ -64,7 +65,7 @@ def test_contrastive_loss_by_hand() -> None:
     assert loss["contrastive"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert loss["loss"].item() == pytest.approx(plain["loss"].item() - 0.05 * expected.item(), rel=1e-5)
     with pytest.raises(UsageError, match="micro-batch, which holds 1"):
-        flow.training_loss(spec, model, x[:1], labels[:1], 0)
+        flow_terms(spec, model, x[:1], labels[:1], 0)
 
 
 # ------------------------------------------------------------------------------------------ inside the network

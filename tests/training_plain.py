@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vadit.config import DiTConfig, TokenizerConfig, vary
+from vadit.config import DiTConfig, FlowSpec, TokenizerConfig, vary
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
 from vadit.latents.dataset import open_latents
@@ -30,6 +30,12 @@ from vadit.runtime import rng
 from vadit.train import runs
 
 BATCH = 4
+
+
+def flow_terms(spec: FlowSpec, model: Any, x1: Tensor, labels: Tensor, seen: int = 0, generator: Any = None) -> Any:
+    """One draw for data x1, and the terms of the loss of model(x_t, t, labels) there."""
+    drawn = flow.draw(spec, x1, seen, generator)
+    return flow.loss(spec, drawn, model(drawn.x_t, drawn.t, labels))
 
 
 def tiny_dit(out: Path, *, steps: int = 4, run: dict[str, Any] | None = None, **engine: Any) -> DiTConfig:
@@ -105,7 +111,7 @@ def plain_dit(config: DiTConfig, *, world_size: int = 1) -> tuple[list[float], d
         for rank in ranks.turns():
             for _ in range(config.engine.gradient_accumulation):
                 latents, labels = next(streams[rank])
-                loss = flow.training_loss(config.flow, model, latents, labels, images_seen=images_seen)["loss"]
+                loss = flow_terms(config.flow, model, latents, labels, images_seen)["loss"]
                 (loss / parts).backward()
                 mean += loss.item() / parts
         if config.engine.max_grad_norm:

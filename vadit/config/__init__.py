@@ -106,7 +106,13 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_optimizer(self.optimizer, self.engine)
-        _check_float8(self.engine)
+        if self.engine.float8 is not None and self.engine.precision == "fp32":
+            raise UsageError("engine.float8 takes the place of bf16 products; set --engine.precision autocast or bf16")
+        if self.engine.float8 is not None and self.engine.zero_stage == 3:
+            raise UsageError(
+                "engine.float8 keeps every gathered weight until the backward pass, which engine.zero_stage 3 is to "
+                "avoid; set --engine.zero-stage 2"
+            )
         if self.evaluation.every_images and self.evaluation.tokenizer is None:
             raise UsageError(
                 f"evaluation.every_images is {self.evaluation.every_images}, but nothing decodes the samples; set "
@@ -143,16 +149,4 @@ def _check_optimizer(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
         raise UsageError(
             f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "
             "set --engine.zero-stage 0"
-        )
-
-
-def _check_float8(engine: EngineSpec) -> None:
-    if engine.float8 is None:
-        return
-    if engine.precision == "fp32":
-        raise UsageError("engine.float8 takes the place of bf16 products; set --engine.precision autocast or bf16")
-    if engine.zero_stage == 3:
-        raise UsageError(
-            "engine.float8 keeps every gathered weight until the backward pass, which engine.zero_stage 3 is to avoid; "
-            "set --engine.zero-stage 2"
         )

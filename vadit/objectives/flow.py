@@ -8,7 +8,6 @@ Names of tensors: x0 noise, x1 data, x_t between them, all (B, C, h, w); t is (B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,6 @@ from vadit.runtime.errors import UsageError
 Path = Literal["linear", "gvp", "vp"]
 Prediction = Literal["velocity", "noise", "score"]
 DiffusionForm = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # beta of the VP path at the data's and at the noise's end (Song et al. 2021, eq. 32-33: beta_min, beta_max)
 VP_BETA_DATA, VP_BETA_NOISE = 0.1, 20.0
@@ -186,19 +184,6 @@ def loss(spec: FlowSpec, drawn: Drawn, output: Tensor) -> dict[str, Tensor]:
         terms["contrastive"] = contrastive_error(output, drawn.velocity)
         terms["loss"] = terms["loss"] - spec.contrastive_weight * terms["contrastive"]
     return terms
-
-
-def training_loss(
-    spec: FlowSpec,
-    model: Velocity,
-    x1: Tensor,
-    labels: Tensor,
-    images_seen: int,
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """One draw for data x1 (B, C, h, w) with labels (B,), and the loss of `model(x_t, t, labels)` there."""
-    drawn = draw(spec, x1, images_seen, generator)
-    return loss(spec, drawn, model(drawn.x_t, drawn.t, labels))
 
 
 def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:
