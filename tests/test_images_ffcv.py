@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -126,21 +125,6 @@ def test_a_batch_keeps_its_pixels(loader: ImageLoader) -> None:
         next(batches)
     assert torch.equal(first.images, pixels)  # FFCV's own buffers are written again
     batches.close()
-
-
-@needs_ffcv
-def test_leaving_early_ends_the_threads(loader: ImageLoader) -> None:
-    before = set(threading.enumerate())
-    num_threads = torch.get_num_threads()
-    for _ in range(3):
-        for _ in loader:
-            break
-    assert set(threading.enumerate()) == before and torch.get_num_threads() == num_threads
-    batches = loader.stream()
-    next(batches)
-    assert set(threading.enumerate()) != before
-    batches.close()
-    assert set(threading.enumerate()) == before
 
 
 @needs_ffcv

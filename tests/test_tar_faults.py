@@ -26,7 +26,7 @@ FAULTS: dict[str, tuple[Members | tarfile.TarInfo, str, str]] = {
     "label is text": ([("9.jpg", b"9"), ("9.cls", b"cat")], "a.tar:9", "the label is 'cat'"),
     "label is empty": ([("9.jpg", b"9"), ("9.cls", b"")], "a.tar:9", "the label is ''"),
     "label is negative": ([("9.jpg", b"9"), ("9.cls", b"-1")], "a.tar:9", "the label is '-1'"),
-    "label is huge": ([("9.jpg", b"9"), ("9.cls", b"123456789012")], "a.tar:9", "highest possible is 999999"),
+    "label is huge": ([("9.jpg", b"9"), ("9.cls", b"123456789012")], "a.tar:9", "from 0 to 999999"),
     "label of json is text": ([("9.jpg", b"9"), ("9.json", b'{"label": "cat"}')], "a.tar:9", "the label is 'cat'"),
     "label of json is true": ([("9.jpg", b"9"), ("9.json", b'{"label": true}')], "a.tar:9", "the label is 'True'"),
     "json is damaged": ([("9.jpg", b"9"), ("9.json", b'{"label": 1')], "a.tar:9", "9.json is no JSON"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 from image_files import center_crop
@@ -71,19 +69,3 @@ def test_random_crop_is_a_square_of_the_short_side() -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     source = picture(20, 20, "L").convert(mode) if mode in ("LA", "F", "I") else picture(20, 20, mode)
     assert transforms.to_rgb(source).mode == "RGB"
-
-
-def test_16_bit_grey_keeps_its_high_byte() -> None:
-    values = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
-    file = io.BytesIO()
-    Image.fromarray(values).save(file, "PNG")
-    with Image.open(io.BytesIO(file.getvalue())) as image:
-        pixels = np.asarray(transforms.to_rgb(image))
-    assert np.array_equal(pixels[:, :, 1], (values >> 8).astype(np.uint8))
-
-
-def test_palette_with_transparency_keeps_its_colours() -> None:
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.info["transparency"] = 0
-    assert transforms.to_rgb(image).getpixel((0, 0)) == (10, 200, 30)

@@ -64,7 +64,7 @@ def open_loader(
     `begun_with` is the loader of the run that is continued: `auto` stays with it, since any two loaders give pixels
     that are alike but not equal. UsageError where the settings ask for what cannot be had here.
     """
-    name, reason, refused = _pick(spec, images, torch.device(device), begun_with)
+    choice = _pick(spec.loader, images, torch.device(device), begun_with)
     order = None
     if spec.order == "quasi_random":
         if not isinstance(images.source, BetonSource):
@@ -72,18 +72,16 @@ def open_loader(
                 f"data.order quasi_random is for a .beton, and {images.source.name} is none; set --data.order random"
             )
         order = PageOrder(images.source)
-    decoder = _decoder(name, images, spec.num_workers, device)
-    loader = ImageLoader(images, batch_size, seed, rank, world_size, decoder=decoder, order=order)
-    return loader, Choice(SETTING, name, reason, refused=refused)
+    decoder = _decoder(choice.name, images, spec.num_workers, device)
+    return ImageLoader(images, batch_size, seed, rank, world_size, decoder=decoder, order=order), choice
 
 
 def open_decoder(
     name: str, images: ImageSet, num_workers: int, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, Choice]:
     """A decoder for reading images in order, by the name of its loader."""
-    spec = ImageDataSpec(loader=name, num_workers=num_workers)  # type: ignore[arg-type]
-    chosen, reason, refused = _pick(spec, images, torch.device(device), None)
-    return _decoder(chosen, images, num_workers, device), Choice(SETTING, chosen, reason, refused=refused)
+    choice = _pick(name, images, torch.device(device))
+    return _decoder(choice.name, images, num_workers, device), choice
 
 
 def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device | str) -> Decoder:
@@ -98,28 +96,27 @@ def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device
     return pillow_decoder(images, num_workers, device)
 
 
-def _pick(spec: ImageDataSpec, images: ImageSet, device: torch.device, begun_with: str | None) -> tuple[str, str, str]:
-    """Name of the loader, why it is this one, and what was wished instead and why it cannot be had."""
-    wished: str = spec.loader
-    reason = "as the setting says"
-    if wished == "auto" and begun_with is not None:
-        wished, reason = begun_with, "the run began with it"
-    elif wished == "auto" and isinstance(images.source, DebugSource):
-        return "torch", "debug images need no decoder", ""
-    elif wished == "auto":
-        wished = "ffcv" if images.source.name.endswith(".beton") else "dali"
+def _pick(wanted: str, images: ImageSet, device: torch.device, begun_with: str | None = None) -> Choice:
+    """The loader, why it is this one, and what was wished instead and why it cannot be had."""
+    if wanted != "auto":
+        name, reason = wanted, "as the setting says"
+    elif begun_with is not None:
+        name, reason = begun_with, "the run began with it"
+    elif isinstance(images.source, DebugSource):
+        name, reason = "torch", "debug images need no decoder"
+    else:
+        name = "ffcv" if images.source.name.endswith(".beton") else "dali"
         reason = f"it is here, and it reads {images.source.name}"
-    problem = _problem(wished, images, device)
+    problem = _problem(name, images, device)
     if not problem:
-        return wished, reason, ""
-    if spec.loader != "auto":
+        return Choice(SETTING, name, reason)
+    if wanted != "auto":
         raise UsageError(
-            f"the loader is set to {spec.loader}, but {problem}; set --loader torch or auto (vadit train: "
-            "--data.loader)"
+            f"the loader is set to {wanted}, but {problem}; set --loader torch or auto (vadit train: --data.loader)"
         )
     if begun_with is not None:
-        return "torch", "always there", f"the run began with {begun_with}, but {problem}"
-    return "torch", f"not {wished}: {problem}", ""
+        return Choice(SETTING, "torch", "always there", refused=f"the run began with {begun_with}, but {problem}")
+    return Choice(SETTING, "torch", f"not {name}: {problem}")
 
 
 def _problem(name: str, images: ImageSet, device: torch.device) -> str:

@@ -278,11 +278,9 @@ class BetonSource:
         if mode == "jpg":
             found = jpeg_size(data)
             if found != (image.width, image.height):
-                what = "it is no JPEG" if found is None else f"its JPEG has {found[0]} x {found[1]} pixels"
-                raise RunError(
-                    f"{self.describe(index)}: the table says {image.width} x {image.height} pixels, but {what}; "
-                    "make the file anew"
-                )
+                what = "it is no JPEG" if found is None else f"its JPEG has {found[0]} x {found[1]}"
+                sides = f"{image.width} x {image.height}"
+                raise RunError(f"{self.describe(index)}: the table says {sides} pixels, but {what}; make the file anew")
         return image
 
     def describe(self, index: int) -> str:

@@ -19,7 +19,6 @@ from vadit.images.sources.tar_index import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
     Damaged,
-    ShardIndex,
     members,
     read_all,
     shard_index,
@@ -30,7 +29,6 @@ from vadit.runtime.errors import RunError, UsageError
 
 INDEX_THREADS = 8
 MAX_OPEN_SHARDS = 128
-MAX_SHARDS = 1_000_000
 REMEDY = "replace the shard, or leave out what is bad with --data.on-error skip (vadit prepare: --on-error skip)"
 
 
@@ -50,7 +48,11 @@ class TarSource:
         """SHARD:MEMBER -> why it is left out."""
         self._on_error = on_error
         self._shards = find_shards(self.name)
-        indices = self._read_indices()
+        with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="vadit-index") as pool:
+            indices = list(pool.map(shard_index, self._shards))
+        for shard, index in zip(self._shards, indices, strict=True):
+            for member, why in index.bad.items():
+                self._note(f"{shard}:{member}", why)
         self._records = np.concatenate([index.records for index in indices])
         counts = [len(index.records) for index in indices]
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -97,15 +99,6 @@ class TarSource:
             raise RunError(f"{self._shards[number]} was changed while it was in use; start again")
         return shard
 
-    def _read_indices(self) -> list[ShardIndex]:
-        """The index of every shard; raised or noted what is wrong with it."""
-        with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="vadit-index") as pool:
-            indices = list(pool.map(shard_index, self._shards))
-        for path, index in zip(self._shards, indices, strict=True):
-            for member, why in index.bad.items():
-                self._note(f"{path}:{member}", why)
-        return indices
-
     def _note(self, place: str, why: str) -> None:
         if self._on_error == "raise":
             raise RunError(f"{place}: {why}; {REMEDY}")
@@ -135,10 +128,7 @@ def find_shards(name: str) -> list[Path]:
             return found
     except OSError as error:
         raise UsageError(f"{name} cannot be read ({error.strerror}); give read permission or set another") from None
-    if path.exists() or "{" not in name:
-        shards = [path]
-    else:
-        shards = [Path(each) for each in expand(name)]
+    shards = [path] if path.exists() else [Path(each) for each in expand(name)]
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         some = f" ({len(missing)} of the {len(shards)} shards that {name} names are missing)" if len(shards) > 1 else ""
@@ -154,6 +144,4 @@ def expand(pattern: str) -> list[str]:
     first, last = found.groups()
     ends = expand(pattern[found.end() :])
     numbers = range(int(first), int(last) + 1)
-    if len(numbers) * len(ends) > MAX_SHARDS:
-        raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} shards; set a smaller range")
     return [f"{pattern[: found.start()]}{number:0{len(first)}d}{end}" for number in numbers for end in ends]

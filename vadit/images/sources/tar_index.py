@@ -186,10 +186,8 @@ def text(name: str) -> str:
 
 def _label(content: bytes) -> int:
     digits, shown = content.strip(), content.decode(errors="backslashreplace")[:40]
-    if not digits.isdigit():
-        raise ValueError(f"the label is {shown!r}; it must be a whole number, at least 0")
-    if len(digits) > 9 or int(digits) >= MAX_CLASSES:
-        raise ValueError(f"the label is {shown}; the highest possible is {MAX_CLASSES - 1}")
+    if not digits.isdigit() or len(digits) > 9 or int(digits) >= MAX_CLASSES:
+        raise ValueError(f"the label is {shown!r}; it must be a whole number from 0 to {MAX_CLASSES - 1}")
     return int(digits)
 
 
