@@ -8,7 +8,6 @@ arithmetic in fp32. The network is the protocol: features of torchvision's Incep
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.models.pretrained import read_weights
+from vadit.runtime.errors import UsageError, first_line
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -89,13 +89,7 @@ def _check_weights(weights: str | Path | None) -> Path:
             "and name it with --inception-weights"
         )
     path = Path(weights)
-    try:
-        # torch-fidelity unpickles the file freely; this makes sure that it holds nothing but tensors.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise RunError(
-            f"{path} cannot be read as weights ({first_line(error)}); download {WEIGHTS_FILE} again"
-        ) from None
+    state = read_weights(path)  # torch-fidelity unpickles the file freely; this holds nothing but tensors
     if not isinstance(state, dict) or "Mixed_6d.branch1x1.conv.weight" not in state:
         raise UsageError(f"{path} is not torch-fidelity's Inception; name {WEIGHTS_FILE} with --inception-weights")
     return path

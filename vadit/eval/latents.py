@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from scipy.stats import gaussian_kde
 from torch import Tensor
 
 from vadit.latents.dataset import LatentDataset
+from vadit.models.pretrained import read_weights
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 
@@ -162,20 +164,17 @@ def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: 
 
 def read_vectors(path: Path) -> Tensor:
     """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
-    try:
-        if path.suffix in (".npy", ".npz"):
+    value: Any
+    if path.suffix in (".npy", ".npz"):
+        try:
             loaded = np.load(path, allow_pickle=False)
             found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            value = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = value if isinstance(value, dict) else {path.stem: value}
-    except Exception as error:  # each of the formats fails in its own ways on damaged bytes
-        raise RunError(f"{path} cannot be read as a tensor ({first_line(error)}); write it again") from None
+        except Exception as error:  # both formats fail in their own ways on damaged bytes
+            raise RunError(f"{path} cannot be read as a tensor ({first_line(error)}); write it again") from None
+        value = {name: torch.from_numpy(array) for name, array in found.items()}
+    else:
+        value = read_weights(path)
+    tensors = value if isinstance(value, dict) else {path.stem: value}
     two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
     if len(two) != 1:
         shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
