@@ -17,19 +17,6 @@ from vadit import cli
 from vadit.runtime.errors import RunError, UsageError
 from vadit.train.loop import Stopped
 
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "vadit", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        timeout=120,
-        check=False,
-    )
-
-
 # ------------------------------------------------------------------------------------------------ help
 
 
@@ -113,7 +100,10 @@ def test_missing_input_is_named_and_nothing_is_written(
 
 
 def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() -> None:
-    plain, debug = run("train", "lightningdit-c"), run("train", "--debug", "lightningdit-c")
+    plain, debug = (
+        subprocess.run([sys.executable, "-m", "vadit", *words, "lightningdit-c"], capture_output=True, text=True)
+        for words in (["train"], ["train", "--debug"])
+    )
     assert (plain.returncode, debug.returncode, plain.stdout) == (2, 2, "")
     assert plain.stderr.startswith("error: unknown recipe 'lightningdit-c'") and plain.stderr.count("\n") == 1
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
@@ -205,7 +195,6 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict, 
 def test_dry_run_counts_parameters(recipe: str, millions: int, capsys: pytest.CaptureFixture[str]) -> None:
     _, text = dry_run(capsys, recipe)
     match = re.search(r"([\d,]+) trained parameters", text)
-    assert match is not None
     assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(millions, abs=1)
 
 

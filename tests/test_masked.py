@@ -341,7 +341,6 @@ def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
         if config.mask.kind == "maskdit" and (late is None or seen < late):
             drawn = flow.draw(config.flow, latents, seen)
             output = model.forward_features(drawn.x_t, drawn.t, labels, masked=True)
-            assert output.mask_BN is not None
             weight = config.mask.reconstruction_weight
             found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
             loss = found["mse"] + found["direction"] + weight * found["reconstruction"]

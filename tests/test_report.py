@@ -152,7 +152,6 @@ def test_long_curves_have_a_band_from_their_lowest_to_their_highest() -> None:
     y[1500] = 9.0  # its stretch alone goes up: rare spikes leave the axis
     drawing = line_chart(np.arange(3000), y)
     band = re.search(rf'<path d="([^"]*)"[^>]*style="fill: {PALETTE[0]}; fill-opacity', drawing)
-    assert band is not None
     heights = np.array(re.findall(r"[ML] [-\d.]+ ([-\d.]+)", band[1]), float)
     left = ticks(drawing)[1]
     shift = left["2"] - np.median(line(drawing)[:, 1])
@@ -180,7 +179,6 @@ def test_labels_of_marks_cover_no_other_and_no_mark() -> None:
     curve = Curve(np.array([0.28, 0.281, np.nan, 0.279, 0.5]), np.array([8.22, 8.25, 1, 8.2, 20.0]))
     marks = Series("s", curve, 1, "rings", ("one", "two", "lost", "three", "four"))
     figure = draw(Chart("t", (own, marks), x_from_zero=False), 760, 330)
-    assert figure is not None
     (plot,) = figure.axes
     assert [text.get_text() for text in plot.texts] == ["one", "two", "three", "four"]
     boxes = [text.get_window_extent() for text in plot.texts]

@@ -73,7 +73,6 @@ def test_the_projection_of_a_run_is_arithmetic(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", headline())
     (run,) = read_runs([folder])
     now = progress(run)
-    assert now is not None
     assert (now.images, now.devices, now.images_per_s) == (400 * BATCH, 4, 1000.0)
     assert now.target == pytest.approx(64_000_000)  # 64 epochs of the million images that the log's epochs mean
     assert now.epochs == pytest.approx(0.4096)
@@ -166,7 +165,6 @@ def test_the_speed_up_at_an_equal_value() -> None:
     fast = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, 30.0, 20.0]))
     slow = Curve(np.array([1e6, 2e6, 3e6, 6e6]), np.array([90.0, 70.0, 60.0, 40.0]))
     found = speedup("fid1k", [fast, slow])
-    assert found is not None
     assert found.value == 40
     assert found.images == (1.5e6, 6e6)  # half way from 50 to 30, and the last point
     assert found.at_most == (False, False)

@@ -155,9 +155,7 @@ ALIGNED = RepaSpec(weight=0.5, block=1, projector_width=16, foundation=Foundatio
 
 
 def config(folder: Path, **groups: Any) -> DiTConfig:
-    start = get_recipe("lightningdit-b-debug")
-    assert isinstance(start, DiTConfig)
-    return vary(start, run=RUN | {"out": str(folder)}, **groups)
+    return vary(get_recipe("lightningdit-b-debug"), run=RUN | {"out": str(folder)}, **groups)
 
 
 @pytest.mark.parametrize(("aligned", "dispersed"), [(1, 2), (2, 1), (2, 2)])

@@ -40,10 +40,8 @@ def flow_terms(spec: FlowSpec, model: Any, x1: Tensor, labels: Tensor, seen: int
 
 def tiny_dit(out: Path, *, steps: int = 4, run: dict[str, Any] | None = None, **engine: Any) -> DiTConfig:
     """The debug twin, clipped and decayed; without the direction loss, whose gradient at a zero output is 1e8."""
-    config = get_recipe("lightningdit-b-debug")
-    assert isinstance(config, DiTConfig)
     return vary(
-        config,
+        get_recipe("lightningdit-b-debug"),
         flow={"direction_loss": False},
         optimizer={"lr": 3e-3, "weight_decay": 0.1},
         engine={"max_grad_norm": 0.5, "ema_decays": (0.9,), **engine},
@@ -55,10 +53,8 @@ def tiny_tokenizer(
     out: Path, *, steps: int = 3, loss: dict[str, Any] | None = None, run: dict[str, Any] | None = None, **engine: Any
 ) -> TokenizerConfig:
     """The debug twin in one stage, its discriminator from the second step on."""
-    config = get_recipe("vavae-f16d32-dinov2-debug")
-    assert isinstance(config, TokenizerConfig)
     return vary(
-        config,
+        get_recipe("vavae-f16d32-dinov2-debug"),
         loss={"disc_start_step": 2, **(loss or {})},
         engine={"max_grad_norm": 0.0, **engine},
         run={"out": str(out), "total_images": steps * BATCH, **(run or {})},
