@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vadit.config import DiTSpec
 from vadit.models.dit import LightningDiT
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import UsageError
 
 BASE = DiTSpec(
     input_size=6, patch_size=1, in_channels=3, hidden_size=48, depth=2, num_heads=4, num_classes=5, class_dropout=0.1
@@ -243,10 +243,6 @@ def test_load_errors(tmp_path) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))
     with pytest.raises(UsageError, match=r"model.safetensors: tensor blocks\.2\.\S+ of shape .* is missing"):
-        LightningDiT.from_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(RunError, match=r"model.safetensors cannot be read"):
         LightningDiT.from_pretrained(tmp_path)
 
 

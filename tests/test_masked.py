@@ -24,7 +24,7 @@ from vadit.latents.dataset import open_latents
 from vadit.latents.loader import LatentLoader
 from vadit.models.dit import LightningDiT
 from vadit.models.interop import save_reference
-from vadit.models.masked import MDT, MaskDiT, MaskedDiT, PlacedAttention, build_generator, relative_entries
+from vadit.models.masked import MDT, MaskDiT, MaskedDiT, build_generator
 from vadit.objectives import ddpm, flow, masked
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
@@ -225,16 +225,6 @@ def test_masked_tokens_cost_the_encoder_nothing() -> None:
 
     narrow = 2 * 2 * 8 * 48 * 32  # the linear layer to the decoder's width, for 8 of 16 tokens of two images
     assert products() - products(masked=True) == flops(tokens=16) - flops(tokens=8) + narrow
-
-
-def test_relative_entries_are_offsets() -> None:
-    entries = relative_entries(3)
-    assert entries.shape == (9, 9)
-    assert entries.unique().numel() == 25
-    assert (entries.diagonal() == entries[0, 0]).all()
-    assert entries[0, 1] == entries[4, 5] == entries[7, 8] != entries[2, 3]
-    attention = PlacedAttention(PLAIN, relative_grid=4)
-    assert attention.relative_bias is not None and attention.relative_bias.shape == (49, 4)
 
 
 def test_start_is_the_papers() -> None:

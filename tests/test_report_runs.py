@@ -322,12 +322,3 @@ def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture
     written = write_runs_report([full, empty, tmp_path / "bare"], tmp_path / "r.html", pngs=False)
     assert [note.split(":")[0] for note in written.notes] == ["empty", "bare"]
     assert "its log.jsonl holds no points yet" in written.page.read_text()
-
-
-def test_one_point_and_points_that_are_no_numbers(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", headline(), steps=(1,), fids=(5.0,), grad_norm=float("nan"))
-    assert write_runs_report([folder], tmp_path / "r.html").pngs
-    lines = [f'{{"images": {n}, "loss": NaN, "images_per_s": {rate}}}' for n, rate in ((1024, "Infinity"), (2048, "0"))]
-    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
-    text = write_runs_report([folder], tmp_path / "r.html").page.read_text()
-    assert "not finite" in text and "Infinity" not in text
