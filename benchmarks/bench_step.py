@@ -134,10 +134,10 @@ def override(config: Config, setting: str) -> Config:
 
 def _random_vgg(folder: Path) -> Path:
     """A file of VGG16's layers with random weights: LPIPS takes as long with these."""
-    from vadit.models.lpips import _vgg_features
+    from vadit.models.lpips import vgg_features
 
     path = folder / "vgg16-random.pth"
-    torch.save({f"features.{name}": value for name, value in _vgg_features().state_dict().items()}, path)
+    torch.save({f"features.{name}": value for name, value in vgg_features().state_dict().items()}, path)
     return path
 
 

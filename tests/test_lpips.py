@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vadit.models.lpips import LPIPS, _vgg_features
+from vadit.models.lpips import LPIPS, vgg_features
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -16,7 +16,7 @@ from vadit.runtime.errors import RunError, UsageError
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file in the layout of torchvision's, classifier included, with weights that keep the signal's size."""
     torch.manual_seed(0)
-    features = _vgg_features()
+    features = vgg_features()
     for module in features.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -54,7 +54,7 @@ def test_numbering_is_torchvisions() -> None:
 
     with torch.device("meta"):
         theirs = {name: tensor.shape for name, tensor in vgg16().features.state_dict().items()}
-        ours = {name: tensor.shape for name, tensor in _vgg_features().state_dict().items()}
+        ours = {name: tensor.shape for name, tensor in vgg_features().state_dict().items()}
     assert ours == theirs
 
 
