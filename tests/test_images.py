@@ -153,12 +153,9 @@ def test_in_order_loading_takes_each_image_once_unmirrored(folder: Path) -> None
 
 
 def test_unusable_folders_are_named(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"data.path is empty"):
-        FolderSource("")
-    with pytest.raises(UsageError, match=r"data.path .*nowhere does not exist"):
-        FolderSource(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"notes.txt is a file"):
-        FolderSource(folder / "a" / "notes.txt")
+    for path in ("", tmp_path / "nowhere", folder / "a" / "notes.txt"):
+        with pytest.raises(UsageError, match=rf"data.path '{path}' is no folder; set --data.path"):
+            FolderSource(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty holds no images"):
         FolderSource(tmp_path / "empty")

@@ -58,11 +58,8 @@ class BetonWriter:
     """Writes a .beton image by image; a killed run goes on where it was.
 
         with BetonWriter(path, max_samples=len(items), settings={"source": ..., "size": 256}) as writer:
-            for item in items[writer.done:]:              # `done` items are in the file or noted as skipped
-                try:
-                    writer.append(encode_image(...), label)   # in worker processes: encode_image; here: append
-                except OSError as error:
-                    writer.skip(name, str(error))
+            for item in items[writer.done:]:  # `done` items are in the file or noted as skipped
+                writer.append(encode_image(...), label)  # or skip(name, why)
             writer.finish({"classes": [...]})
 
     A page goes to `path.partial`, and once it is on the disk its rows go to `path.partial.journal`, as a line of JSON

@@ -30,12 +30,9 @@ class FolderSource:
 
     def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
         self.name = str(path)
-        if not self.name:
-            raise UsageError(f"data.path is empty; {SET_FOLDER} to a folder of images")
         root = Path(path)
-        if not root.is_dir():
-            problem = "is a file" if root.exists() else "does not exist"
-            raise UsageError(f"data.path {root} {problem}; {SET_FOLDER} to a folder of images")
+        if not self.name or not root.is_dir():
+            raise UsageError(f"data.path {self.name!r} is no folder; {SET_FOLDER} to a folder of images")
         if labels_file is None:
             self.classes, self.paths, labels = _scan(root)
         else:
@@ -47,7 +44,14 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         """The file's bytes."""
-        return read_file(self.paths[index])
+        try:
+            with open(self.paths[index], "rb", opener=_without_waiting) as file:
+                return file.read()
+        except OSError as error:
+            raise RunError(
+                f"image {self.paths[index]} cannot be read ({error.strerror}); replace or remove it, "
+                "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
+            ) from None
 
     def describe(self, index: int) -> str:
         """The file's path."""
@@ -76,18 +80,6 @@ class DebugSource:
     def describe(self, index: int) -> str:
         """Its name."""
         return f"{self.name}:{index}"
-
-
-def read_file(path: str) -> bytes:
-    """An image file's bytes; RunError names one that cannot be read."""
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            return file.read()
-    except OSError as error:
-        raise RunError(
-            f"image {path} cannot be read ({error.strerror}); replace or remove it, "
-            "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
-        ) from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
