@@ -10,13 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vadit.config import Config, DiTConfig, DiTSpec, MaskSpec, vary
 from vadit.estimate.networks import networks
+from vadit.models.masked import build_generator
 
 
 @functools.cache
 def dit_flops(spec: DiTSpec, mask: MaskSpec | None = None, *, masked: bool = False) -> int:
     """FLOPs of one image's forward pass; `masked`: of a pass of the mask's network that sees a part of the tokens."""
-    from vadit.models.masked import build_generator
-
     with torch.device("meta"):
         model = build_generator(spec, mask or MaskSpec()).to("meta")
         x_1Chw, zero_1 = torch.zeros(1, spec.in_channels, spec.input_size, spec.input_size), torch.zeros(1)

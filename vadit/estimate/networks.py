@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vadit.config import Config, DiTConfig, FoundationSpec, TokenizerConfig
-
-if TYPE_CHECKING:
-    from vadit.models.foundation import FoundationModel
+from vadit.models.aligned import AlignedAutoencoder
+from vadit.models.discriminator import PatchDiscriminator
+from vadit.models.dit import LightningDiT
+from vadit.models.foundation import FoundationModel
+from vadit.models.lpips import vgg_features
+from vadit.models.masked import build_generator
+from vadit.models.repa import AlignedDiT
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,6 @@ def networks(config: Config) -> list[Network]:
 
 
 def _generator(config: DiTConfig) -> list[Network]:
-    from vadit.models.dit import LightningDiT
-    from vadit.models.masked import build_generator
-    from vadit.models.repa import AlignedDiT
-
     spec, mask, recomputes = config.model, config.mask, config.engine.gradient_checkpointing
     others = []
     if config.repa.weight > 0:
@@ -82,10 +81,6 @@ def _generator(config: DiTConfig) -> list[Network]:
 
 
 def _tokenizer(config: TokenizerConfig) -> list[Network]:
-    from vadit.models.aligned import AlignedAutoencoder
-    from vadit.models.discriminator import PatchDiscriminator
-    from vadit.models.lpips import vgg_features
-
     spec, loss = config.autoencoder, config.loss
     foundation = _foundation(config.foundation, spec.latent_size) if loss.vf_weight > 0 else None
     autoencoder = AlignedAutoencoder(
@@ -121,7 +116,5 @@ def _tokenizer(config: TokenizerConfig) -> list[Network]:
 
 def _foundation(spec: FoundationSpec, grid: int) -> FoundationModel:
     """On the meta device: timm reads values while it builds, which fake tensors have not."""
-    from vadit.models.foundation import FoundationModel
-
     with unset_fake_temporarily(), torch.device("meta"):  # random weights: nothing is downloaded
         return FoundationModel(dataclasses.replace(spec, weights="random"), grid)

@@ -134,8 +134,6 @@ class DebugLatents:
         self.channels = model.in_channels
         self.size = model.input_size
         self.num_classes = model.num_classes
-        self.mean = torch.zeros(1, self.channels, 1, 1)
-        self.std = torch.ones(1, self.channels, 1, 1)
         self.image_size: int | None = None
         self.companion: Companion | None = None
         self.labels = rng.integers(rng.fold(0, "debug labels"), torch.arange(num_images), model.num_classes)

@@ -96,16 +96,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
     UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
     """
     state = {str(name): value for name, value in read_mapping(path).items() if isinstance(value, Tensor)}
-    config = _read_config(path.parent / CONFIG_NAME)
-    settings = DiffusersSettings() if config is None else _settings(config, path.parent / CONFIG_NAME)
-    return to_ldm_names(state, str(path)), settings
+    return to_ldm_names(state, str(path)), _settings(path.parent / CONFIG_NAME)
 
 
 def published_scale(path: str | Path) -> str:
     """`DiffusersSettings.advice` of the AutoencoderKL at `path`; empty where it is none, or has no config.json."""
     file = find(path) or Path(path)
-    config = _read_config(file.parent / CONFIG_NAME) if file.is_file() else None
-    return "" if config is None else _settings(config, file.parent / CONFIG_NAME).advice()
+    return _settings(file.parent / CONFIG_NAME).advice() if file.is_file() else ""
 
 
 def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
@@ -170,8 +167,9 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _settings(config: dict[str, Any], path: Path) -> DiffusersSettings:
-    """The settings that matter, checked; a config.json that is not diffusers' says nothing."""
+def _settings(path: Path) -> DiffusersSettings:
+    """The settings that matter, checked; a config.json that is missing, or not diffusers', says nothing."""
+    config = _read_config(path) or {}
     if "_class_name" not in config and "block_out_channels" not in config:
         return DiffusersSettings()
     for name, needed in (("act_fn", "silu"), ("mid_block_add_attention", True)):

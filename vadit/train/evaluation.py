@@ -27,7 +27,8 @@ from vadit.config import DiTConfig, EvaluationSpec, SampleSpec, TokenizerConfig
 from vadit.eval.metrics import count_name
 from vadit.eval.samples import SampleScorer
 from vadit.eval.tokenizer import psnr, reconstruct
-from vadit.images.loader import ImageSet
+from vadit.images.backends import open_decoder
+from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
 from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.models.autoencoder import Autoencoder
@@ -239,8 +240,6 @@ class _Reconstructions(Evaluation):
     """Images and what becomes of them, and their PSNR; the posterior's mean is decoded."""
 
     def __init__(self, config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> None:
-        from vadit.images.backends import open_decoder
-
         super().__init__(config.evaluation, ema, folder)
         self._config, self._images = config, images
         self._count = min(config.evaluation.grid_images, len(images))
@@ -250,8 +249,6 @@ class _Reconstructions(Evaluation):
         return Autoencoder(self._config.autoencoder)
 
     def make(self, network: nn.Module, beat: Beat) -> Made:
-        from vadit.images.loader import load_in_order
-
         assert isinstance(network, Autoencoder), "made by network()"
         places = spread(len(self._images), self._count).tolist()
         own = {places[index]: index for index in range(distributed.rank(), self._count, distributed.world_size())}

@@ -150,10 +150,6 @@ class Guard:
                 f"{self.spec.max_rollbacks}), on with the data that comes next[/yellow]"
             )
 
-    def saved(self) -> None:
-        """The run got to its next checkpoint: what it went back for is behind it."""
-        self.rollbacks = 0
-
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; waits for the device."""
         return {

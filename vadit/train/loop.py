@@ -214,7 +214,7 @@ class _Run:
         with self.tracker.pause():
             self.checkpoints.save(self.position, task.loader.state_dict(), task.guard.state_dict(), wait=wait)
         if not self.checkpoints.failures:  # a background save that failed is known at the next one
-            task.guard.saved()
+            task.guard.rollbacks = 0  # what the run went back for is behind it
         self.watchdog.beat(self.position.step)
 
     def evaluate(self, evaluation: Evaluation) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
 from vadit.config.files import load_run_config, save_config, to_dict
+from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import console
@@ -175,8 +176,6 @@ def read_weights(
 
 def initialise(module: nn.Module, source: str) -> None:
     """Start `module` from the weights of a run, of an exported folder or of a .safetensors file."""
-    from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
-
     path = Path(source)
     if path.is_file() and path.suffix != ".safetensors":
         kind = f"of {path.suffix}" if path.suffix else "without a suffix"
@@ -201,8 +200,6 @@ def initialise(module: nn.Module, source: str) -> None:
 
 def initialise_discriminator(module: nn.Module, source: str) -> None:
     """Go on with the discriminator of a run, where `source` is one that has it; exported folders do not."""
-    from vadit.models.pretrained import load_state
-
     path = publish.newest(final_folder(source) / "checkpoints", hashes=False)
     if path is not None and has_network(path, "discriminator"):
         state, path = read_weights(source, network="discriminator")
