@@ -164,15 +164,13 @@ def test_the_stages_of_a_tokenizer_are_one_run(tmp_path: Path) -> None:
 def test_the_speed_up_at_an_equal_value() -> None:
     fast = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, 30.0, 20.0]))
     slow = Curve(np.array([1e6, 2e6, 3e6, 6e6]), np.array([90.0, 70.0, 60.0, 40.0]))
-    found = speedup("fid1k", [fast, slow])
-    assert found.value == 40
-    assert found.images == (1.5e6, 6e6)  # half way from 50 to 30, and the last point
-    assert found.at_most == (False, False)
-    assert speedup("psnr", [Curve(fast.x, -fast.y), Curve(slow.x, -slow.y)]).images == (1.5e6, 6e6)  # type: ignore[union-attr]
-    ahead = speedup("fid1k", [Curve(np.array([1e6]), np.array([30.0])), slow])
-    assert ahead is not None and ahead.images == (1e6, 6e6) and ahead.at_most == (True, False)
+    needs = [(1.5e6, False), (6e6, False)]  # half way from 50 to 30, and the last point
+    assert speedup("fid1k", [fast, slow]) == (40, needs)
+    assert speedup("psnr", [Curve(fast.x, -fast.y), Curve(slow.x, -slow.y)]) == (-40, needs)
+    ahead = Curve(np.array([1e6]), np.array([30.0]))
+    assert speedup("fid1k", [ahead, slow]) == (40, [(1e6, True), (6e6, False)])
     gaps = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, np.nan, 20.0]))
-    assert speedup("fid1k", [gaps, slow]).images[0] == pytest.approx(1e6 + 2e6 / 3)  # type: ignore[union-attr]
+    assert speedup("fid1k", [gaps, slow]) == (40, [(pytest.approx(1e6 + 2e6 / 3), False), (6e6, False)])
     assert speedup("fid1k", [fast]) is None
     assert speedup("fid1k", [fast, Curve(np.array([1.0]), np.array([np.nan]))]) is None
 

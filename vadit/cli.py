@@ -136,12 +136,10 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     # A wish that the kernels cannot meet is the user's mistake, too; they are below the package and its UsageError.
-    if isinstance(error, UsageError) or (isinstance(error, ValueError) and str(error).startswith("VADIT_KERNELS is ")):
+    is_usage = isinstance(error, UsageError) or str(error).startswith("VADIT_KERNELS is ")
+    if is_usage or isinstance(error, RunError):
         _print(f"error: {error}")
-        return USAGE_CODE
-    if isinstance(error, RunError):
-        _print(f"error: {error}")
-        return RUN_CODE
+        return USAGE_CODE if is_usage else RUN_CODE
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

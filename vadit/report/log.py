@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from vadit.report.charts import Curve
-from vadit.runtime.errors import UsageError
 
 
 @dataclass
@@ -32,14 +31,11 @@ class Log:
         return max((float(curve.x[-1]) for curve in self.curves.values()), default=0.0)
 
 
-def read_log(path: str | Path, before: float = 0.0) -> Log:
+def read_log(path: Path, before: float = 0.0) -> Log:
     """Read a log.jsonl or an evaluations.jsonl; where a resumed run was there before, the later lines count.
 
     before: images that were trained on before it, in the earlier stages of the run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name the log.jsonl of a run")
     log = Log()
     lines: list[dict[str, Any]] = []
     # read line by line: a log of 80,000 points has 40 MB

@@ -78,11 +78,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    depths = range(1, max(len(path.parts) for path in paths) + 1)
+    candidates = (["/".join(path.parts[-depth:]) for path in paths] for depth in depths)
+    return next(names for names in candidates if len(set(names)) == len(names))
 
 
 def _read_run(folder: Path, name: str, color: int) -> Run:
@@ -223,27 +221,18 @@ def higher_is_better(metric: str) -> bool:
     return metric.startswith(_HIGHER)
 
 
-@dataclass(frozen=True)
-class Speedup:
-    """How many images runs need to one and the same value of a metric (the paper's Figure 4)."""
+def speedup(metric: str, curves: Sequence[Curve]) -> tuple[float, list[tuple[float, bool]]] | None:
+    """The best value that two or more runs all reach, and the images that each needs to it (the paper's Figure 4).
 
-    value: float
-    """The best value that all of them reach."""
-    images: tuple[float, ...]
-    """Images of each run, interpolated between evaluations; the first evaluation's, where that is better already."""
-    at_most: tuple[bool, ...]
-    """Whether a run was better at its first evaluation, so that it needs no more than that."""
-
-
-def speedup(metric: str, curves: Sequence[Curve]) -> Speedup | None:
-    """Images that each of two or more runs needs to the value that all reach; None where one has no finite value."""
+    Images are interpolated between evaluations; True: the first evaluation was better already, it needs no more than
+    that. None where there are not two runs, or one has no finite value.
+    """
     sign = -1.0 if higher_is_better(metric) else 1.0
     found = [(curve.x[curve.finite], sign * curve.y[curve.finite]) for curve in curves]
     if len(found) < 2 or any(len(x) == 0 for x, _ in found):
         return None
     value = max(float(y.min()) for _, y in found)
-    images, at_most = zip(*(_first_at(x, y, value) for x, y in found), strict=True)
-    return Speedup(sign * value, images, at_most)
+    return sign * value, [_first_at(x, y, value) for x, y in found]
 
 
 def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:

@@ -240,16 +240,16 @@ def _evaluation_section(runs: Sequence[Run]) -> Section | None:
         have = [run for run in runs if name in run.evaluations.curves]
         series = tuple(Series(run.name, run.evaluations.curves[name], run.color) for run in have)
         found = speedup(name, [each.curve for each in series])
-        note = f"{'Higher' if higher_is_better(name) else 'Lower'} is better"
+        note, level = f"{'Higher' if higher_is_better(name) else 'Lower'} is better", None
         if found is not None:
-            note += f"; dotted: {short_number(found.value)}, the best value that all runs reach"
-            slowest = max(found.images)
-            for run, images, at_most in zip(have, found.images, found.at_most, strict=True):
+            level, needs = found
+            note += f"; dotted: {short_number(level)}, the best value that all runs reach"
+            slowest = max(images for images, _ in needs)
+            for run, (images, at_most) in zip(have, needs, strict=True):
                 ratio = slowest / images if images > 0 else float("inf")
                 times = "-" if images == slowest else f"{'over ' if at_most else ''}{ratio:.2f}x sooner"
                 needed = f"{'at most ' if at_most else ''}{short_number(images)}"
-                rows.append((name, short_number(found.value), run.name, needed, times))
-        level = None if found is None else found.value
+                rows.append((name, short_number(level), run.name, needed, times))
         charts.append(Chart(name, series, wide=True, level=level, note=f"{note}.", file=name))
     header = ("metric", "value", "run", "images needed", "against the slowest") if rows else ()
     return Section("Metrics during training", charts=charts, table=rows, header=header) if charts else None

@@ -129,12 +129,11 @@ def _torch() -> Iterator[Finding]:
     else:
         why = f"driver {driver} is loaded, but torch sees no GPU: too old for CUDA {torch.version.cuda}, or hidden"
         yield Finding("CUDA", why, remedy="check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    triton = distribution("triton")
-    if triton is None:
-        yield Finding("Triton", "fused GPU kernels", remedy="pip install triton")
-    else:
+    if triton := distribution("triton"):
         used = "fused GPU kernels" if torch.cuda.is_available() else "installed; its kernels need a GPU"
         yield Finding("Triton", used, triton[1])
+    else:
+        yield Finding("Triton", "fused GPU kernels", remedy="pip install triton")
 
 
 def _driver() -> str | None:
