@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from image_files import center_crop, encode, jpeg, photo, psnr
-from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases, in_time
+from mutations import BLOCK, NUM_NATIVE_CASES, SECONDS_PER_BLOCK, Case, blocks, cases
 from PIL import Image
 
 from vadit.images.loader import ImageSet, Request
@@ -52,19 +52,15 @@ def test_pngs_show_what_they_did(tmp_path: Path, start: int) -> None:
     for name, case in found.items():
         (tmp_path / name).write_bytes(case.data)
     images = ImageSet(FolderSource(tmp_path), SIZE)
-
-    def work() -> None:
-        with pillow_decoder(images, 2)() as decoder:
-            decoded = decoder.submit([Request(index) for index in range(len(images))])()
-        assert decoded.failures
-        for place in range(len(images)):
-            name = Path(images.source.describe(place)).name
-            if place in decoded.failures:
-                assert name in str(decoded.failures[place])
-            else:
-                assert np.array_equal(decoded.pixels[place], shown(data)), f"{name} ({found[name].change})"
-
-    in_time(work)
+    with pillow_decoder(images, 2)() as decoder:
+        decoded = decoder.submit([Request(index) for index in range(len(images))])()
+    assert decoded.failures
+    for place in range(len(images)):
+        name = Path(images.source.describe(place)).name
+        if place in decoded.failures:
+            assert name in str(decoded.failures[place])
+        else:
+            assert np.array_equal(decoded.pixels[place], shown(data)), f"{name} ({found[name].change})"
 
 
 # ------------------------------------------------------------------------------------------------ DALI and FFCV
@@ -120,19 +116,14 @@ def native_pixels(mode: str, path: Path, found: list[Case]) -> tuple[list[Any], 
     environment = os.environ | {"PYTHONSAFEPATH": ""}  # the script imports what lies beside it
     log = path.parent / f"{mode}.log"
     with log.open("w") as output:
-        try:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.PIPE, timeout=SECONDS_PER_BLOCK, env=environment
-            )
-            ending = f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-1000:]}"
-            whole = done.returncode == 0
-        except subprocess.TimeoutExpired:
-            ending, whole = f"hangs ({SECONDS_PER_BLOCK} s)", False
+        # one that hangs is ended by a signal
+        limited = ["timeout", str(SECONDS_PER_BLOCK), *command]
+        done = subprocess.run(limited, stdout=output, stderr=subprocess.PIPE, env=environment)
     lines = log.read_text().splitlines()
-    if not whole:
+    if done.returncode:
         begun = [int(line.split()[1]) for line in lines if line.startswith("begin")]
         place = f"case {found[begun[-1]].name} ({found[begun[-1]].change})" if begun else "its start"
-        pytest.fail(f"{mode} {ending} at {place}")
+        pytest.fail(f"{mode} ended with {done.returncode} at {place}: {done.stderr.decode(errors='replace')[-1000:]}")
     alone, together = (json.loads(line) for line in lines[-2:])
     return alone, together
 

@@ -91,7 +91,9 @@ class DaliDecoder(ThreadedDecoder):
                 for place, image in itertools.zip_longest(places, by_dali):
                     request = requests[place]
                     try:
-                        pixels[place] = self._finish(_by_pillow(contents[place]) if image is None else image, request)
+                        if image is None:
+                            image = torch.from_numpy(np.array(to_rgb(open_image(contents[place]))))
+                        pixels[place] = self._finish(image, request)
                     except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
                         failures[place] = undecodable(self._images, request.index, error)
                 if refusal and not self._warned and failures.keys().isdisjoint(places):
@@ -190,11 +192,6 @@ def _groups(areas: dict[int, int]) -> Iterator[tuple[list[int], bool]]:
         yield group, True
     if others := [place for place, area in areas.items() if area == 0]:
         yield others, False
-
-
-def _by_pillow(data: bytes) -> Tensor:
-    """Any image file as uint8 (H, W, 3); raises whatever Pillow does where it is damaged."""
-    return torch.from_numpy(np.array(to_rgb(open_image(data))))
 
 
 def resample(image: Tensor, crop: Crop, *, as_float: bool = False) -> Tensor:

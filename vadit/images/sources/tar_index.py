@@ -123,9 +123,11 @@ def walk(file: BinaryIO) -> ShardIndex:
     bad: dict[str, str] = {}
     try:
         for member in members(file):
-            key, extension = split_name(member.name)
-            if key and (extension in LABEL_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
-                samples.setdefault(key, []).append((extension, member))
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            extension = extension.lower()
+            if stem and (extension in LABEL_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
+                samples.setdefault(folder + slash + stem, []).append((extension, member))
     except Damaged as error:
         bad[f"from byte {error.position} on"] = str(error)
     rows: list[tuple[int, int, int, int]] = []
@@ -170,13 +172,6 @@ def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int,
         given = [values[name] for name in ("label", "cls") if name in values]
         number = _label(str(given[0]).encode()) if given else NO_LABEL
     return [(images[0].header, images[0].start, images[0].size, number)]
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member: its path cut at the first dot of the file's name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (folder + slash + stem if stem else ""), extension.lower()
 
 
 def text(name: str) -> str:
