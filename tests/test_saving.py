@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
 from vadit.runtime.errors import RunError
-from vadit.runtime.run_log import RunLog
 from vadit.train import dit
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
@@ -342,32 +339,3 @@ def test_a_run_outlives_its_folder(folder: Path) -> None:
     run.train(4)
     run.save(wait=True)
     assert publish.newest(folder) == folder / "step-00000004"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small disk needs rights that this process lacks")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
-def test_the_log_outlives_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_log = RunLog(small_disk / "run")
-    run_log.write(images=1, step=1, values={"loss": 1.0})
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
-    for step in range(2, 60):  # beyond the block that the file has already
-        run_log.write(images=step, step=step, values={"loss": 1 / step, "a longer name to fill blocks of a disk": 1.0})
-    assert "therun'slogcouldnotbewritten(Nospaceleftondevice)" in printed(capsys)
-    filler.unlink()
-    run_log.write(images=60, step=60, values={"loss": 0.0})
-    run_log.close()
-    lines = (small_disk / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
-    assert "couldnotbewritten" not in printed(capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -171,13 +172,16 @@ def test_a_term_that_begins_late_is_a_mean_of_its_own_steps() -> None:
 # ------------------------------------------------------------------------------------------------ events
 
 
-class Full:
+class Full(io.RawIOBase):
     """A file whose disk takes `room` bytes more."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         if self.room == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         taken: int = self.file.write(bytes(data[: self.room]))
@@ -186,21 +190,24 @@ class Full:
 
     def close(self) -> None:
         self.file.close()
+        super().close()
 
 
-def test_events_outlive_a_full_disk_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_outlives_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog(tmp_path)
     full = Full(log._events._file, room=200)
-    log._events._file = full
+    lines = Full((tmp_path / "log.jsonl").open("ab", buffering=0), room=200)
+    log._events._file, log._log = full, io.TextIOWrapper(io.BufferedWriter(lines))
     for number in range(1, 20):
         log.write(images=number, step=number, values={"loss": 1 / number})
     assert "No space left" in capsys.readouterr().err
-    full.room = 1 << 30
+    full.room = lines.room = 1 << 30
     picture = np.zeros((4, 6, 3), np.uint8)
     log.write_evaluation({"images": 20, "step": 20, "psnr5": 12.5, "grid": "evaluations/x.png"}, picture)
     log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [*range(1, 20)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     told = EventAccumulator(str(tmp_path / "tensorboard"))
     told.Reload()
