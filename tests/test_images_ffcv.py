@@ -117,17 +117,6 @@ def test_batches_are_pillows(loader: ImageLoader, beton: Path, crop: Any) -> Non
 
 
 @needs_ffcv
-def test_a_batch_keeps_its_pixels(loader: ImageLoader) -> None:
-    batches = loader.stream()
-    first = next(batches)
-    pixels = first.images.clone()
-    for _ in range(8):
-        next(batches)
-    assert torch.equal(first.images, pixels)  # FFCV's own buffers are written again
-    batches.close()
-
-
-@needs_ffcv
 def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
     path = write(tmp_path / "raw.beton", (encode_image(picture(number), "raw") for number in range(8)))
     code = (
