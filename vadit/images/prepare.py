@@ -113,8 +113,8 @@ def prepare_images(
             raise _refusal(source, *next(iter(bad.items())))
         if writer is not None:
             parts = _cut(range(writer.done, len(source)), PART_IMAGES)
-            results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers)
-            stack.callback(results.close)  # its processes hold the writer's lock
+            results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers, writer.disown)
+            stack.callback(results.close)
             num_new = _append(writer, source, results, raises=spec.on_error == "raise", report=report)
         seconds = time.monotonic() - started
         left_out = {source.describe(int(index)): why for index, why in bad.items()}
@@ -284,8 +284,13 @@ class _Mapped(Dataset[Out], Generic[In, Out]):
         return self.function(item)
 
 
-def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Generator[Out, None, None]:
-    """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead."""
+def _in_order(
+    function: Callable[[In], Out], items: Iterable[In], num_workers: int, begin: Callable[[], object] = lambda: None
+) -> Generator[Out, None, None]:
+    """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead.
+
+    Each of the processes calls `begin` first.
+    """
     if num_workers == 1:
         yield from map(function, items)
         return
@@ -297,7 +302,7 @@ def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: i
         prefetch_factor=PARTS_AHEAD,
         collate_fn=lambda result: result,  # the default one looks for numbers to convert
         multiprocessing_context="fork",  # they share the source, whose paths may be millions
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=lambda _: (begin(), _end_with_parent()),
     )
     try:
         yield from loader
@@ -308,7 +313,7 @@ def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: i
         ) from error
 
 
-def _end_with_parent(_: int) -> None:
+def _end_with_parent() -> None:
     """Of each worker: torch's own end hangs where the parent was killed and its pipe is full."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"

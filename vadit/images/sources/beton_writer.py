@@ -174,6 +174,10 @@ class BetonWriter:
         self._data.close()
         self._journal.close()
 
+    def disown(self) -> None:
+        """In a forked process: let go of the lock, which would outlive the writer until the last of them has ended."""
+        os.close(self._journal.fileno())
+
     def __enter__(self) -> Self:
         return self
 
