@@ -1,4 +1,4 @@
-"""The autoencoder against a naive second form, its posterior against torch.distributions."""
+"""The autoencoder against a naive second form, its posterior against torch.distributions, and PatchGAN's layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_help import assert_recomputing_changes_nothing
-from torch import Tensor
+from torch import Tensor, nn
 
 from vadit.config import AutoencoderSpec
 from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
+from vadit.models.discriminator import PatchDiscriminator
 from vadit.runtime.errors import UsageError
 
 BASE = AutoencoderSpec(
@@ -166,3 +167,45 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
         return (images - x).square().mean() + 0.1 * posterior.kl().mean()
 
     assert_recomputing_changes_nothing(model, loss)
+
+
+def test_discriminator_has_pix2pix_layers_and_names() -> None:
+    torch.manual_seed(0)
+    model = PatchDiscriminator()
+    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    found = {name: (c.in_channels, c.out_channels, c.stride[0], c.bias is not None) for name, c in convolutions.items()}
+    assert found == {
+        "main.0": (3, 64, 2, True),
+        "main.2": (64, 128, 2, False),
+        "main.5": (128, 256, 2, False),
+        "main.8": (256, 512, 1, False),
+        "main.11": (512, 1, 1, True),
+    }
+    assert all(c.kernel_size == (4, 4) and c.padding == (1, 1) for c in convolutions.values())
+    assert all(abs(c.weight.std() - 0.02) < 0.002 for c in convolutions.values())
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    weights = torch.cat([norm.weight for norm in norms])
+    assert len(norms) == 3
+    assert abs(weights.mean() - 1.0) < 0.005
+    assert abs(weights.std() - 0.02) < 0.005
+    assert all((norm.bias == 0).all() for norm in norms)
+    assert {layer.negative_slope for layer in model.modules() if isinstance(layer, nn.LeakyReLU)} == {0.2}
+    # pix2pix prints 2.769 M for a pair of images at its input, which takes 3,072 weights more
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_765_633
+
+
+def test_each_logit_sees_70_pixels() -> None:
+    model = PatchDiscriminator(channels=4).eval()
+    image = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    logits = model(image)
+    assert logits.shape == (1, 1, 30, 30)
+    logits[0, 0, 15, 15].backward()
+    assert image.grad is not None
+    seen = image.grad[0].abs().sum(0).nonzero()
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
+
+
+def test_width_is_capped_at_eight_times_the_first() -> None:
+    model = PatchDiscriminator(in_channels=1, channels=2, layers=5)
+    widths = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert widths == [2, 4, 8, 16, 16, 16, 1]

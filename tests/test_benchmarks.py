@@ -329,17 +329,3 @@ def test_a_step_is_arithmetic_optimizer_and_what_nothing_hides(load: Any) -> Non
     low = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))
     assert scaling.messages_s(low, 1, 8, cluster) / scaling.messages_s(config, 1, 8, cluster) == pytest.approx(6 / 8)
     assert scaling.step(config, cluster, 1, 8, 1)["arithmetic_ms"] == cluster.launch_ms
-
-
-def test_what_was_modelled_says_so(load: Any) -> None:
-    scaling = load("scaling")
-    config = get_recipe("lightningdit-b-debug")
-    rows = scaling.model("lightningdit-b-debug", config, scaling.Cluster(), global_batch=512, per_gpu=4)
-    assert {row["origin"] for row in rows} == {"modelled"}
-    counts = {("strong", gpus, 512 // gpus) for gpus in scaling.GPUS[:-1]} | {
-        ("weak", gpus, 4) for gpus in scaling.GPUS
-    }
-    assert {(row["scaling"], row["gpus"], row["images_per_gpu"]) for row in rows} == counts
-    assert len(rows) == 3 * len(counts)
-    first, last = (next(r for r in rows if r["scaling"] == "strong" and r["gpus"] == gpus) for gpus in (8, 512))
-    assert last["efficiency"] < first["efficiency"] == 1
