@@ -10,6 +10,7 @@ few parts are under way at a time, so memory does not grow with the data set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -302,7 +303,7 @@ def _in_order(
         prefetch_factor=PARTS_AHEAD,
         collate_fn=lambda result: result,  # the default one looks for numbers to convert
         multiprocessing_context="fork",  # they share the source, whose paths may be millions
-        worker_init_fn=lambda _: (begin(), _end_with_parent()),
+        worker_init_fn=functools.partial(_start_worker, begin),
     )
     try:
         yield from loader
@@ -313,8 +314,9 @@ def _in_order(
         ) from error
 
 
-def _end_with_parent() -> None:
-    """Of each worker: torch's own end hangs where the parent was killed and its pipe is full."""
+def _start_worker(begin: Callable[[], object], _: int) -> None:
+    """Each ends with its parent: torch's own end hangs where the parent was killed and its pipe is full."""
+    begin()
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 
