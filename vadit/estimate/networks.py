@@ -13,11 +13,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from vadit.config import Config, DiTConfig, FoundationSpec, TokenizerConfig
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
-from vadit.models.dit import LightningDiT
 from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import vgg_features
-from vadit.models.masked import build_generator
-from vadit.models.repa import AlignedDiT
+from vadit.models.repa import training_network
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,13 @@ def networks(config: Config) -> list[Network]:
 
 
 def _generator(config: DiTConfig) -> list[Network]:
-    spec, mask, recomputes = config.model, config.mask, config.engine.gradient_checkpointing
-    others = []
+    spec, mask = config.model, config.mask
+    foundation = None
     if config.repa.weight > 0:
         foundation = _foundation(config.repa.foundation, spec.input_size // spec.patch_size)
-        model: LightningDiT = AlignedDiT(spec, config.repa, foundation.feature_dim, recomputes)
-        if config.repa.features == "online":
-            others.append(Network("foundation model", foundation))
-    else:
-        model = build_generator(spec, mask, recomputes)
+    model = training_network(config, None if foundation is None else foundation.feature_dim)
+    online = config.repa.features == "online"
+    others = [] if foundation is None or not online else [Network("foundation model", foundation)]
     passes = {"none": (False,), "maskdit": (mask.unmasked_after_images is None,), "mdt": (False, True)}[mask.kind]
     taps = (config.repa.block,) if config.repa.weight > 0 else ()
 

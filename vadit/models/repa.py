@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from vadit.config import DiTSpec, RepaSpec
+from vadit.config import DiTConfig, DiTSpec, RepaSpec
 from vadit.models.dit import DiTOutput, LightningDiT
+from vadit.models.masked import build_generator
 
 PREFIX = "projector."
 """Of the projector's names in a checkpoint."""
@@ -41,3 +42,10 @@ class AlignedDiT(LightningDiT):
         if self.aligned_block not in features.hidden:
             return features
         return features._replace(projected=self.projector(features.hidden[self.aligned_block]))
+
+
+def training_network(config: DiTConfig, feature_dim: int | None = None) -> LightningDiT:
+    """The generator as it trains: with REPA's projector to features of `feature_dim` channels, where there are any."""
+    if feature_dim is not None:
+        return AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
+    return build_generator(config.model, config.mask, config.engine.gradient_checkpointing)

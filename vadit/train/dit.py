@@ -19,8 +19,7 @@ from vadit.latents.loader import LatentLoader
 from vadit.models import attention
 from vadit.models.dit import Attention, DiTOutput, LightningDiT
 from vadit.models.foundation import FoundationModel
-from vadit.models.masked import build_generator
-from vadit.models.repa import AlignedDiT
+from vadit.models.repa import training_network
 from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
@@ -190,13 +189,6 @@ def open_features(config: DiTConfig, companion: Companion | None, device: torch.
     grid = config.model.input_size // config.model.patch_size
     model = FoundationModel(config.repa.foundation, grid).to(device)
     return Features(model.feature_dim, model)
-
-
-def training_network(config: DiTConfig, feature_dim: int | None = None) -> LightningDiT:
-    """The generator as it trains: with REPA's projector to features of `feature_dim` channels, where there are any."""
-    if feature_dim is not None:
-        return AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
-    return build_generator(config.model, config.mask, config.engine.gradient_checkpointing)
 
 
 def dispersed_block(config: DiTConfig) -> int:
