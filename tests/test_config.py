@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vadit.config import DiTConfig, MaskSpec, TokenizerConfig, vary
-from vadit.config.files import load_run_config, save_config
-from vadit.runtime.errors import UsageError
+from vadit.config import DiTConfig, DiTSpec, MaskSpec, TokenizerConfig, vary
+from vadit.config.files import load_config, load_run_config, save_config
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.json_files import MAX_BYTES, Count, parse_json, read_json
 
 BASES = {
     "dit": DiTConfig(),
@@ -186,3 +189,49 @@ def test_a_config_on_disk_is_checked_and_named(old: str, new: str, words: str, t
     with pytest.raises(UsageError) as caught:
         load_run_config(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "Expecting value"),
+        (b"\x80\x02}q\x00.", "can't decode byte 0x80"),
+        ('{"run": {}}'.encode("utf-16"), "can't decode byte"),
+        (b'{"run": {}', "Expecting"),
+        (b"[" * 100_000, "nested deeper than 64"),
+        (b'{"run":' * 65 + b"1" + b"}" * 65, "nested deeper than 64"),
+        (b'{"run": ' + b"9" * 5000 + b"}", "an integer of 5000 digits"),
+        (b'{"run": 1e999}', "the number 1e999 is too large"),
+        (b'{"run": NaN}', "a number is NaN"),
+        (b'{"run": {}, "run": {}}', "the key 'run' is there twice"),
+        (b"[" + b" " * MAX_BYTES + b"]", "more than 32 MiB"),
+        (b"[]", "Input should be a valid dictionary (found [])"),
+        (None, "Is a directory"),
+        (0, ""),
+    ],
+)
+def test_json_that_is_none_is_one_sentence(content: bytes | int | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.mkdir()
+    else:
+        os.mkfifo(path)  # nobody writes to it
+    for error, remedy in ((RunError, "; make it anew"), (UsageError, "")):
+        with pytest.raises(error) as caught:
+            read_json(path, dict[str, Any], error=error, remedy=remedy.removeprefix("; "))
+        assert str(caught.value).startswith(str(path)) and words in str(caught.value)
+        assert str(caught.value).endswith(remedy) and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load_run_config(tmp_path)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load_config(DiTSpec, path)
+
+
+def test_json_with_a_mark_at_its_start_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"run": [1, NaN]}')
+    assert read_json(path, dict[str, list[float]], allow_nan=True)["run"] == pytest.approx([1, math.nan], nan_ok=True)
+    with pytest.raises(RunError, match=r"run: Input should be greater than or equal to 0 \(found -5\)"):
+        parse_json('{"run": -5}', dict[str, Count], "a text")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import saved_file
+from vadit.runtime.json_files import checked, read_json
 
 T = TypeVar("T")
 
@@ -29,29 +30,16 @@ def save_config(config: Any, path: str | Path) -> None:
 
 def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
     """A config of type `kind` from plain values; unknown keys and wrong types are named, together with `origin`."""
-    from pydantic import TypeAdapter, ValidationError
-
     _refuse_unknown(kind, values, origin, prefix="")
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if refused := first.get("ctx", {}).get("error"):  # by the Spec itself, which names the setting
-            raise UsageError(f"{origin}: {refused}") from None
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{origin}: {where}: {first['msg']} (found {first['input']!r})") from None
+    return checked(kind, values, origin, error=UsageError)
 
 
 def load_config(kind: type[T], path: str | Path) -> T:
     """Read what `save_config` wrote."""
     path = Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; name a folder that holds {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-    return from_dict(kind, values, origin=str(path))
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; name a folder that holds {path.name}")
+    return from_dict(kind, read_json(path, dict[str, Any], error=UsageError), origin=str(path))
 
 
 def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
@@ -59,10 +47,15 @@ def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UsageError(f"{run} is no run folder: {path} does not exist")
-    kind = json.loads(path.read_text()).get("kind")
-    if kind not in ("tokenizer", "dit"):
+    values = read_json(path, dict[str, Any], error=UsageError)
+    if (kind := values.get("kind")) not in ("tokenizer", "dit"):
         raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")
-    return load_config(TokenizerConfig, path) if kind == "tokenizer" else load_config(DiTConfig, path)
+    origin = str(path)
+    return (
+        from_dict(TokenizerConfig, values, origin=origin)
+        if kind == "tokenizer"
+        else from_dict(DiTConfig, values, origin=origin)
+    )
 
 
 def _refuse_unknown(kind: Any, values: Any, origin: str, prefix: str) -> None:
