@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import pkgutil
 import re
 import shlex
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from rich.table import Table
 
 import vadit
 from vadit import cli
@@ -21,6 +25,7 @@ from vadit.commands.arguments import flags_of, parse
 from vadit.config import DiTConfig, StageSpec, vary
 from vadit.config.files import save_config
 from vadit.recipes import get_recipe
+from vadit.runtime import console
 from vadit.runtime.errors import UsageError
 from vadit.train import runs
 
@@ -198,3 +203,51 @@ def test_a_file_of_the_authors_is_no_damaged_one(tmp_path: Path) -> None:
     torch.save({"ema": {}}, tmp_path / "theirs.pt")
     with pytest.raises(UsageError, match=r"is a file of \.pt; needed: a run, .* `vadit import .*theirs\.pt --out"):
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))
+
+
+# ------------------------------------------------------------------------------------------------ strangers' words
+
+
+HOSTILE = "r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\udce9 é"
+SHOWN = r"r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\xe9 é"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_strangers_words_are_shown_and_never_obeyed(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As results, notes, cells, titles and tracebacks; above a bar, in it and without one."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    error = ValueError(HOSTILE)
+
+    def all_ways() -> None:
+        console.say(HOSTILE, HOSTILE)
+        console.note(HOSTILE)
+        print(HOSTILE, file=sys.stderr)
+        traceback.print_exception(error)
+
+    with console.guarded_streams():
+        all_ways()
+        table = Table(title=HOSTILE)
+        table.add_column(HOSTILE)
+        table.add_row(HOSTILE)
+        console.show(table)
+        with console.ProgressBar(HOSTILE, 2) as bar:
+            bar.update(1, note=HOSTILE)
+            all_ways()
+    out = "".join(capsys.readouterr())
+    assert out.count(SHOWN) >= 2 * 5 + 3 + 2
+    own = {"\n", " ", *(set("\x1b\r") if terminal else "")}
+    assert {each for each in out if not each.isprintable()} <= own
+    assert not re.search("\x1b(?!\\[[\\d;?]*[a-zA-Z])|\x1b\\[45m|\r(?!\x1b\\[2K)", out)
+
+
+def test_a_stranger_s_name_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert cli.main(["evaluate", "latents", "--latents", f"{HOSTILE}\nerror: more"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and SHOWN in told
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == told.strip()

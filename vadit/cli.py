@@ -20,7 +20,8 @@ import traceback
 import typing
 from typing import NoReturn
 
-from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
+from vadit.runtime.console import guarded_streams, say
+from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 
 COMMANDS = {
     "demo": ("demo:run", "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes"),
@@ -62,13 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in given
     # --local_rank=N is what the deepspeed launcher puts anywhere; LOCAL_RANK says the same.
     arguments = [each for each in given if each != "--debug" and not re.fullmatch(r"--local[_-]rank=\d+", each)]
-    try:
-        _dispatch(arguments)
-        return 0
-    except BaseException as error:  # every way out of a command becomes an exit code here
-        if debug and not isinstance(error, SystemExit):
-            traceback.print_exc()
-        return _report(error, debug, next(iter(arguments), ""))
+    with guarded_streams():
+        try:
+            _dispatch(arguments)
+            return 0
+        except BaseException as error:  # every way out of a command becomes an exit code here
+            if debug and not isinstance(error, SystemExit):
+                traceback.print_exc()
+            return _report(error, debug, next(iter(arguments), ""))
 
 
 def entry() -> NoReturn:
@@ -96,11 +98,11 @@ def _dispatch(arguments: list[str]) -> None:
         return
     several = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
     if first in ("-h", "--help", "help") or (several and arguments[1:] in (["-h"], ["--help"])):
-        print(_help(first if several else ""))
+        say(*_help(first if several else ""))
     elif first == "--version":
         from vadit import __version__
 
-        print(f"vadit {__version__}")
+        say(f"vadit {__version__}")
     elif several:
         found = next(iter(arguments[1:]), "nothing")
         raise UsageError(f"vadit {first} needs {', '.join(several)} first, found {found}")
@@ -164,27 +166,25 @@ def _print(text: str) -> None:
 
     Mistakes in settings are the same on all processes; `vadit.commands.arguments.reported_once` leaves them to rank 0.
     """
-    text = " ".join(text.split())
+    text = one_line(re.sub(r"\s*\n\s*", " ", text))  # of libraries, whose messages have several
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)
     if text.startswith("error:"):
         leave_for_torchrun(text)
 
 
-def _help(group: str) -> str:
+def _help(group: str) -> list[str]:
     """The commands, or those of a group such as evaluate, with their summaries."""
     chosen = {name: summary for name, (_, summary) in COMMANDS.items() if name.startswith(group)}
     width = max(map(len, chosen))
     lines = [f"  {name:<{width}}  {summary}" for name, summary in chosen.items()]
-    return "\n".join(
-        [
-            "vadit: VA-VAE tokenizers and LightningDiT generators, from images to samples.",
-            "",
-            f"usage: vadit {f'{group} KIND' if group else 'COMMAND'} [--setting value ...] [--debug]",
-            "",
-            *lines,
-            "",
-            "`vadit COMMAND --help` explains every setting with its unit and default.",
-            "--debug, with any command, shows the traceback of an error.",
-        ]
-    )
+    return [
+        "vadit: VA-VAE tokenizers and LightningDiT generators, from images to samples.",
+        "",
+        f"usage: vadit {f'{group} KIND' if group else 'COMMAND'} [--setting value ...] [--debug]",
+        "",
+        *lines,
+        "",
+        "`vadit COMMAND --help` explains every setting with its unit and default.",
+        "--debug, with any command, shows the traceback of an error.",
+    ]

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from vadit.commands.common import print_table
 from vadit.recipes import PAPER_RECIPES, SHORT_NAMES
 from vadit.recipes.sizes import model_name
+from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
 
 METRIC_WIDTH = 36
@@ -34,7 +34,7 @@ def doctor(options: DoctorOptions) -> None:
     """Print what the doctor finds."""
     from vadit.runtime.doctor import examine, report
 
-    print_table(report(examine()))
+    show(report(examine()))
 
 
 def recipes(options: RecipesOptions) -> None:
@@ -42,11 +42,11 @@ def recipes(options: RecipesOptions) -> None:
     table = recipe_table(options.words)
     if not table.row_count:
         raise UsageError(f"no recipe is about {' '.join(options.words)!r}; `vadit recipes` lists all")
-    print_table(table)
+    show(table)
     shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
-    print(
-        "Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.\n"
-        f"Short names: {shorts}."
+    say(
+        "Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.",
+        f"Short names: {shorts}.",
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,19 +57,9 @@ def processes(choice: str) -> Iterator[Any]:
         engine.finish()
 
 
-def print_table(renderable: Any) -> None:
-    """Print with rich, at full width into a file or pipe."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # a file or a pipe has no width: do not fold what a line could hold
-    console.print(renderable)
-
-
 def print_once(text: str) -> None:
     """Print from the first process alone."""
     from vadit.runtime import distributed
 
     if distributed.is_main():
-        print(text)
+        say(text)

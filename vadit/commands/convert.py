@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from vadit.config import DiTConfig
 from vadit.config.files import load_run_config
+from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 
 
@@ -50,9 +51,9 @@ def import_command(options: ImportOptions) -> None:
     kind = import_checkpoint(
         options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
     )
-    print(f"{options.out}: {'a generator' if kind == 'dit' else 'a tokenizer'}")
+    say(f"{options.out}: {'a generator' if kind == 'dit' else 'a tokenizer'}")
     if kind == "autoencoder" and (advice := published_scale(options.source)):
-        print(advice)
+        say(advice)
 
 
 def export_command(options: ExportOptions) -> None:
@@ -72,4 +73,4 @@ def export_command(options: ExportOptions) -> None:
         save_reference(load_generator(options.run, options.ema), options.out)
     else:
         save_reference(load_autoencoder(options.run, options.ema or None), options.out)
-    print(options.out)
+    say(options.out)

@@ -75,9 +75,10 @@ def run(options: EncodeOptions) -> None:
     if options.stats_only is not None:
         from vadit.latents.shards import STATISTICS_FILE
         from vadit.latents.statistics import compute_statistics
+        from vadit.runtime.console import say
 
         statistics = compute_statistics(options.stats_only, samples=options.stats_samples, seed=options.seed)
-        print(f"{Path(options.stats_only) / STATISTICS_FILE}: {statistics.mean.numel()} channels")
+        say(f"{Path(options.stats_only) / STATISTICS_FILE}: {statistics.mean.numel()} channels")
         return
     for name in ("tokenizer", "images", "out"):
         if not getattr(options, name):

@@ -201,6 +201,7 @@ def make_reference(options: MakeReferenceOptions) -> None:
     from vadit.eval.samples import write_reference
     from vadit.images.backends import open_images
     from vadit.runtime import distributed
+    from vadit.runtime.console import say
 
     images = open_images(ImageDataSpec(path=options.images), options.image_size)
     write_reference(
@@ -212,4 +213,4 @@ def make_reference(options: MakeReferenceOptions) -> None:
         num_workers=options.num_workers,
         keep=options.keep,
     )
-    print(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
+    say(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")

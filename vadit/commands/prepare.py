@@ -45,7 +45,7 @@ def run(options: PrepareOptions) -> None:
 
     from vadit.images.loader import describe_classes
     from vadit.images.prepare import prepare_images
-    from vadit.runtime.console import ProgressBar
+    from vadit.runtime.console import ProgressBar, say
 
     spec = ImageDataSpec(
         path=options.images,
@@ -73,11 +73,11 @@ def run(options: PrepareOptions) -> None:
             progress=progress,
         )
     for place, why in list(summary.bad.items())[:NAMED_BAD]:
-        print(f"left out: {place}: {why}")
+        say(f"left out: {place}: {why}")
     if summary.bad:
-        print(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
-    print(describe_classes(summary.classes))
-    print(
+        say(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
+    say(describe_classes(summary.classes))
+    say(
         f"{options.out}: {summary.num_images:,} images, {decimal(summary.num_bytes)} "
         f"({decimal(summary.num_bytes // max(summary.num_images, 1))} each); {summary.num_new:,} made now, "
         f"{summary.images_per_s:,.1f} images/s; {'all decoded again' if options.verify else 'not verified'}"

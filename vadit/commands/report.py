@@ -27,10 +27,11 @@ class ReportOptions:
 def run(options: ReportOptions) -> None:
     """Read, draw and write."""
     from vadit.report.sections import write_runs_report
+    from vadit.runtime.console import say
 
     out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
     written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
     for note in written.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     pictures = f"; {len(written.pngs)} charts in {written.pngs[0].parent}" if written.pngs else ""
-    print(f"{written.page}: {written.page.stat().st_size / 1e6:.1f} MB{pictures}")
+    say(f"{written.page}: {written.page.stat().st_size / 1e6:.1f} MB{pictures}")

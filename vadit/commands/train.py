@@ -10,10 +10,10 @@ from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
-from vadit.commands.common import print_table
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import to_dict
 from vadit.recipes import RECIPES, get_recipe
+from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
 
 
@@ -46,9 +46,9 @@ def run(arguments: list[str]) -> None:
     with reported_once():
         name, rest = _recipe_name(arguments)
         if name is None:
-            print("usage: vadit train RECIPE [--setting value ...] [--dry-run]\n")
-            print_table(recipe_table())
-            print("\n`vadit train RECIPE --help` explains every setting.")
+            say("usage: vadit train RECIPE [--setting value ...] [--dry-run]", "")
+            show(recipe_table())
+            say("", "`vadit train RECIPE --help` explains every setting.")
             return
         recipe = get_recipe(name)
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
@@ -102,11 +102,10 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
         needed = estimate(options.config, world_size)
     if not distributed.is_main():
         return
-    print(json.dumps(to_dict(options.config), indent=2))
-    print()
+    say(*json.dumps(to_dict(options.config), indent=2).splitlines(), "")
     for network in needed.networks:
         frozen = f", {network.num_frozen:,} frozen" if network.num_frozen else ""
-        print(f"{network.name}: {network.num_trained:,} trained parameters{frozen}")
+        say(f"{network.name}: {network.num_trained:,} trained parameters{frozen}")
     from rich.table import Table
 
     gib = 2**30
@@ -123,8 +122,8 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
         chosen = row.stage == options.config.engine.zero_stage
         values = [f"{getattr(row, column) / gib:,.2f}" for column in columns]
         table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, row.moment, style="bold" if chosen else None)
-    print_table(table)
-    print(
+    show(table)
+    say(
         f"* engine.zero_stage. Activations: {needed.activations.alone / needed.micro_batch / gib:.3f} GiB per image. "
         "Estimated, at the fullest moment of a step; CUDA's context, workspace and fragmentation come on top."
     )

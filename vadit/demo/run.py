@@ -42,7 +42,7 @@ from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
-from vadit.runtime.console import ProgressBar, console
+from vadit.runtime.console import ProgressBar, note, say, show
 from vadit.runtime.files import refuse_other_settings
 from vadit.sampling.draw import sampler_name
 from vadit.sampling.write import write_samples
@@ -119,7 +119,7 @@ def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool) -> No
     """Everything that `vadit demo` does, in the folder `out`."""
     start = time.perf_counter()
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # small tensors leave little to share out
-    console.print(f"[bold]vadit demo[/bold]: {kind}, into {out}")
+    note(f"vadit demo: {kind}, into {out}", "bold")
     _claim(out, {"data": kind, "quick": quick})
     sizes = QUICK if quick else FULL
     data = prepare(out / "data", kind)
@@ -224,6 +224,5 @@ def _print_results(out: Path, metrics: dict[str, Any]) -> None:
             table.add_row(f"Frechet distance in the judge's features, {guidance}", f"{scores['frechet']:.2f}")
     table.add_row("the judge on held-out real images", f"{metrics['judge_accuracy_held_out']:.1%}")
     table.add_row("time of this start", f"{metrics['seconds_this_start']:.0f} s")
-    console.print(table)
-    for file in ("samples.png", "reconstructions.png", "metrics.json", "report.html"):
-        console.print(f"  {out / file}")
+    show(table)
+    say(*(f"  {out / file}" for file in ("samples.png", "reconstructions.png", "metrics.json", "report.html")))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vadit.runtime import distributed
+from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import saved_file
 
@@ -30,11 +31,11 @@ def report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out
     spread = {name: statistics.stdev(each[name] for each in found) for name in metrics} if len(found) > 1 else {}
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:<{width}}  {value:.6g}" + (f" +- {spread[name]:.2g}" if spread else ""))
+        say(f"{name:<{width}}  {value:.6g}" + (f" +- {spread[name]:.2g}" if spread else ""))
     if spread:
-        print(f"mean of {len(found)} +- standard deviation between them")
+        say(f"mean of {len(found)} +- standard deviation between them")
     if inputs.get("inception_published") is False:
-        print("the Inception weights are not the published ones: these numbers are comparable with each other alone")
+        say("the Inception weights are not the published ones: these numbers are comparable with each other alone")
     if out is not None:
         content = {"kind": kind, "metrics": metrics, **({"spread": spread} if spread else {}), "inputs": inputs}
         with saved_file(Path(out), "set --out to a place with room") as partial:

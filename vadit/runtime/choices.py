@@ -15,7 +15,7 @@ import torch
 from vadit.kernels import backends, reasons
 from vadit.kernels.self_check import self_check
 from vadit.runtime import distributed
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.files import whole_file
 
 FILE = "backends.json"
@@ -50,7 +50,7 @@ def report(choice: Choice) -> None:
     """One line on the main process where something else runs than was asked for, or not everywhere; else silence."""
     line = f"{choice.refused}; using {choice.name} instead" if choice.refused else choice.left_out
     if line and distributed.is_main():
-        console.print(f"{choice.setting}: {line}", style="yellow", markup=False, soft_wrap=True)
+        note(f"{choice.setting}: {line}")
 
 
 def recorded(folder: Path, setting: str) -> str | None:

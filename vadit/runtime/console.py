@@ -1,14 +1,113 @@
-"""The terminal: one console for all messages, and the progress bar."""
+"""The terminal, the one door to it: what is printed, on stdout and on stderr, and the progress bar.
+
+Paths, class names, members of archives and other programs' messages are strangers' words. None of them is markup, and
+none reaches the terminal but as characters that it shows: whatever a terminal would obey, or not show, is escaped as
+Python's `repr` does (`\\x1b`, `\\u202e`, a byte that is no UTF-8 as `\\xe9`). This module alone prints; what other
+libraries print passes `guarded_streams`.
+"""
 
 from __future__ import annotations
 
-from rich.console import Console
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
-from vadit.runtime import distributed
+from vadit.runtime.errors import escaped, one_line
 
-console = Console(stderr=True, highlight=False)
+
+class _Terminal(Console):
+    """A console that knows no markup and escapes all text, however it comes: as message, cell, title or note."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+        """What rich makes of a string before it measures it."""
+        return super().render_str(escaped(text), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The pieces that rich makes of anything that it prints; those for the cursor have no text of others."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(escaped(piece.text), piece.style)
+
+
+_console = _Terminal(stderr=True)
+_bars = 0
+"""Progress bars that are drawn just now."""
+
+
+def say(*lines: str) -> None:
+    """Results, on stdout."""
+    for line in lines:
+        print(one_line(line))
+
+
+def note(text: str, style: str = "yellow") -> None:
+    """What happens meanwhile, one line on stderr, above the progress bar; `style` is one of rich."""
+    _console.print(one_line(text), style=style, soft_wrap=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """A table or the like on stdout, at full width into a file or pipe."""
+    console = _Terminal()
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width: do not fold what a line could hold
+    console.print(renderable)
+
+
+class _Guarded(FileProxy):
+    """A stream in the place of stdout or stderr for whatever is printed past this module: escaped, above the bar.
+
+    What rich draws goes to the stream itself (`rich_proxied_file`, by which rich knows streams that it has wrapped).
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(_console, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # LANG=C, PYTHONIOENCODING=ascii
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream."""
+        return str(getattr(self.rich_proxied_file, "encoding", "utf-8"))
+
+    def isatty(self) -> bool:
+        """Never: who asks would send colours."""
+        return False
+
+    def write(self, text: str) -> int:
+        """Write with nothing in it that a terminal obeys."""
+        if _bars:
+            super().write(escaped(text))
+        else:
+            self.rich_proxied_file.write(escaped(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        super().flush()
+        self.rich_proxied_file.flush()
+
+    def close(self) -> None:
+        """Left to its owner."""
+
+
+@contextlib.contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Escape what anybody prints, be it a library's warning or a traceback, and let no character end the work."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and _Guarded(stream) for stream in before)  # None: closed by the caller
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class _Rate(ProgressColumn):
@@ -23,27 +122,33 @@ class ProgressBar:
     """A bar with images/s and time left; silent on all processes but the main one."""
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        from vadit.runtime import distributed  # torch, which `vadit --help` does without
+
         columns = (
-            TextColumn("{task.description:<26}"),
+            TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         silent = not distributed.is_main()
-        self._progress = Progress(*columns, console=console, disable=silent, speed_estimate_period=30)
-        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+        self._progress = Progress(*columns, console=_console, disable=silent, speed_estimate_period=30)
+        self._task = self._progress.add_task(one_line(title), total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
+        global _bars
         self._progress.start()
+        _bars += 1
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _bars
+        _bars -= 1
         self._progress.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
         """Set the number of images done, and a short note behind the bar."""
         self._progress.update(self._task, completed=done)
         if note is not None:
-            self._progress.update(self._task, note=note)
+            self._progress.update(self._task, note=one_line(note))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def report(findings: list[Finding]) -> Table:
     for finding in findings:
         colour = "green" if finding.state == "ok" else "yellow"
         detail = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        table.add_row(finding.name, f"[{colour}]{finding.state}[/]", finding.version, detail.replace("[", r"\["))
+        table.add_row(finding.name, Text(finding.state, colour), finding.version, detail)
     return table
 
 

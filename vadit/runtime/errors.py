@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user sees as one sentence, without a traceback."""
+"""The two kinds of failure that a user sees as one sentence, without a traceback, and the words to print them in."""
 
 import contextlib
 import json
@@ -13,6 +13,27 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
+
+
+def escaped(text: str, keep: str = "\n\t") -> str:
+    """`text` with every character that a terminal obeys or does not show as `repr` shows it, but those to `keep`.
+
+    Such are control characters, marks that change the direction of writing, and the lone surrogates by which Python
+    has bytes of a file's name that are no UTF-8: they are shown as bytes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in keep else _escape(each) for each in text)
+
+
+def _escape(character: str) -> str:
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def one_line(text: str) -> str:
+    """`escaped`, line breaks too: a name that has one shall not look like two messages."""
+    return escaped(text.rstrip(), keep="")
 
 
 def first_line(error: Exception) -> str:
@@ -34,4 +55,4 @@ def leave_for_torchrun(sentence: str) -> None:
     """Put why this process ends where torchrun looks for it: it ends its own long report with the first one's."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # it has been told on stderr
-            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
+            Path(path).write_text(json.dumps({"message": one_line(sentence), "timestamp": int(time.time())}))

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from vadit.runtime import distributed
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import write_fault
 from vadit.runtime.files import whole_file
 
@@ -151,4 +151,4 @@ def _cut(path: Path, images_seen: int) -> None:
 
 
 def _print_fault(error: OSError) -> None:
-    console.print(f"the run's log could not be written ({write_fault(error)})", style="bold red", markup=False)
+    note(f"the run's log could not be written ({write_fault(error)})", "bold red")

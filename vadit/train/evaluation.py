@@ -34,7 +34,7 @@ from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 from vadit.runtime import distributed
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.run_log import RunLog
@@ -100,7 +100,7 @@ class Evaluation:
             line["failed"] = str(failure)
             if distributed.is_main():
                 text = f"the evaluation after {position.images_seen:,} images failed: {failure}; training goes on"
-                console.print(text, style="bold red", markup=False)
+                note(text, "bold red")
         line["seconds"] = time.perf_counter() - begin
         log.write_evaluation(line, None if picture is None else np.asarray(picture))
         if self._device.type == "cuda":

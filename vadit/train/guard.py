@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vadit.config import GuardSpec
 from vadit.runtime import distributed
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
 from vadit.train.engine import Engine
 
@@ -96,7 +96,7 @@ class Guard:
         self._record("skipped", step=step, images=images, reason=reason, image_ids=image_ids)
         line = f"step {step} left out: {reason}; its image ids are in {self.folder / 'guard.jsonl'}"
         if distributed.is_main():
-            console.print(f"[yellow]{line}[/yellow]")
+            note(line)
         if not self.spec.skip_nonfinite and "not finite" in reason:
             raise RunError(f"{line}; the last checkpoint is sound. {self.remedies()}")
         if self.in_row < self.spec.max_skips_in_row:
@@ -145,9 +145,9 @@ class Guard:
         self.lr_factor *= self.spec.rollback_lr_factor
         self._record("rollback", step=step, images=images, reason=why, lr_factor=self.lr_factor)
         if distributed.is_main():
-            console.print(
-                f"[yellow]{why}: going back to the last checkpoint (rollback {self.rollbacks} of "
-                f"{self.spec.max_rollbacks}), on with the data that comes next[/yellow]"
+            note(
+                f"{why}: going back to the last checkpoint (rollback {self.rollbacks} of "
+                f"{self.spec.max_rollbacks}), on with the data that comes next"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Guard:
             with (self.folder / "guard.jsonl").open("a") as file:
                 file.write(json.dumps({"event": event, **values}) + "\n")
         except OSError as error:  # a full disk is no reason to end a run that gets over a bad step
-            console.print(f"[yellow]{self.folder / 'guard.jsonl'} could not be written: {write_fault(error)}[/yellow]")
+            note(f"{self.folder / 'guard.jsonl'} could not be written: {write_fault(error)}")
 
     def remedies(self) -> str:
         """What a user can try."""

@@ -12,7 +12,7 @@ import torch
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.runtime import distributed
-from vadit.runtime.console import ProgressBar, console
+from vadit.runtime.console import ProgressBar, note
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.stream import PositionedLoader
@@ -115,7 +115,7 @@ def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog |
                 this.roll_back(str(lost))
     this.writer.close()
     if distributed.is_main():
-        console.print(f"  [dim]run folder {this.folder}[/dim]")
+        note(f"  run folder {this.folder}", "dim")
 
 
 class _Run:

@@ -26,7 +26,7 @@ from vadit.config.files import load_run_config, save_config, to_dict
 from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import Difference, first_difference, refuse_other_settings
 from vadit.train.checkpoint import publish
@@ -133,11 +133,9 @@ def save_choices(folder: Path, chosen: list[Choice]) -> None:
         return own
 
     if own != (main := distributed.from_main(keep)):
-        console.print(
+        note(
             f"rank {distributed.rank()} on {socket.gethostname()} computes with other parts than rank 0: "
-            + ", ".join(f"{setting} {name}" for setting, name in own if (setting, name) not in main),
-            style="yellow",
-            markup=False,
+            + ", ".join(f"{setting} {name}" for setting, name in own if (setting, name) not in main)
         )
 
 

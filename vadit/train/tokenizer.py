@@ -27,7 +27,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
 from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.train import loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
@@ -89,7 +89,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
         begun_with=choices.recorded(folder, SETTING) if runs.has_checkpoint(folder) else None,
     )
     if distributed.is_main():
-        console.print(f"  [dim]images by {decoding.name} ({decoding.reason})[/dim]")
+        note(f"  images by {decoding.name} ({decoding.reason})", "dim")
     # The discriminator's optimizer is the same.
     runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)

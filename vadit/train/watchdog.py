@@ -33,7 +33,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from vadit.runtime import distributed
-from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun
+from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 
 HANG_CODE = 75
 """Exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)."""
@@ -218,7 +218,7 @@ class Watchdog:
 
     def _exit(self, verdict: str) -> None:
         who = f"[rank {self._own.rank}] " if self._messenger is not None else ""
-        stream = sys.__stderr__
+        stream, verdict = sys.__stderr__, one_line(verdict)  # no lock of a progress bar holds that stream up
         try:
             print(f"\n{who}error: {verdict}; the threads of this process stand here:", file=stream, flush=True)
             faulthandler.dump_traceback(file=STDERR, all_threads=True)

@@ -23,7 +23,7 @@ import torch
 
 import vadit
 from vadit.runtime import distributed, rng
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
@@ -134,9 +134,10 @@ class Checkpoints:
         if values["world_size"] != distributed.world_size():
             torch.manual_seed(rng.fold(self.seed, "resume", rank, values["step"]))
             if distributed.is_main():
-                console.print(
-                    f"  [dim]{path.name} is of {values['world_size']} processes, this run has "
-                    f"{distributed.world_size()}: random numbers are drawn anew from its step on[/dim]"
+                note(
+                    f"  {path.name} is of {values['world_size']} processes, this run has "
+                    f"{distributed.world_size()}: random numbers are drawn anew from its step on",
+                    "dim",
                 )
             return
         own = Shares(path, self._main).files[rank]
@@ -214,11 +215,10 @@ class Checkpoints:
     def _report(self, final: Path, error: Exception) -> None:
         """Be loud about a save that failed."""
         who = f"process {distributed.rank()}: " if distributed.world_size() > 1 else ""
-        console.print(
+        note(
             f"{who}the checkpoint {final} could not be written ({write_fault(error)}); training goes on, and earlier "
             f"checkpoints in {self.folder} are whole: {advice(error)} before the next save",
-            style="bold red",
-            markup=False,
+            "bold red",
         )
 
     def _files(self) -> list[TensorFile]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vadit.runtime import distributed
-from vadit.runtime.console import console
+from vadit.runtime.console import note
 from vadit.runtime.errors import write_fault
 from vadit.runtime.safetensors_file import save_tensors
 
@@ -94,7 +94,7 @@ def newest(folder: Path, *, hashes: bool = True) -> Path | None:
         if fault is None:
             return path
         if hashes and distributed.is_main():
-            console.print(f"[yellow]checkpoint {path} is damaged ({fault}); taking the one before it[/yellow]")
+            note(f"checkpoint {path} is damaged ({fault}); taking the one before it")
     return None
 
 
@@ -156,7 +156,7 @@ def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last
             os.replace(path, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            console.print(f"[yellow]the old checkpoint {path} could not be deleted ({write_fault(error)})[/yellow]")
+            note(f"the old checkpoint {path} could not be deleted ({write_fault(error)})")
 
 
 def _images_seen(path: Path) -> int | None:
