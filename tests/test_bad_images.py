@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from image_files import EXACT, bad_files, bad_places, center_crop, jpeg, odd_files, psnr, write_folder
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from vadit.images.formats import open_image
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
+from vadit.images.pixels import read_png
 from vadit.images.sources.folders import FolderSource
+from vadit.report.page import is_picture
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 
@@ -82,6 +85,49 @@ def test_what_files_show_and_what_is_refused_with_its_name(tmp_path: Path, loade
         expected = np.asarray(center_crop(Image.fromarray(pixels), SIZE))
         near = psnr(decoded.pixels[place[name]].numpy(), expected)
         assert near >= (min(min_psnr, DALI_PSNR) if loader == "dali" else min_psnr), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        ("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        ("EPS", b"\xc5\xd0\xd3\xc6" + bytes(60)),
+        *(
+            ("PDF", b"%PDF-1.7\n"),
+            ("HTML, SVG or XML", b"<html>"),
+            ("AVIF", b"\0\0\0\x18ftypavif"),
+            ("ICO", b"\0\0\1\0"),
+        ),
+        *(("a damaged PNG", b"\x89PNG\r\n\x1a\n"), ("empty", b""), ("no known picture", b"version https://git-lfs")),
+    ],
+)
+def test_what_is_no_picture_is_named_and_starts_no_program(
+    tmp_path: Path, kind: str, start: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, gs = tmp_path / "started", tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {started}\n")
+    gs.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(gs))
+    images = image_set(write(tmp_path / "images", GOOD | {"x.jpg": start}))
+    path = tmp_path / "images" / "x.jpg"
+    with pillow_decoder(images, 1)() as decoder:
+        failures = decoder.submit([Request(len(images) - 1)])().failures
+    assert f"x.jpg does not decode (it is {kind}; needed: JPEG, PNG" in str(failures[0])
+    with pytest.raises(RunError, match=rf"x.jpg does not decode \(it is {kind}"):
+        read_png(path)
+    assert not is_picture(path) and not started.exists()
+    if start.startswith(b"%!PS"):  # Pillow alone would
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            image.load()
+        assert started.exists()
+
+
+def test_the_size_of_a_picture_is_limited_before_it_is_decoded() -> None:
+    with pytest.raises(ValueError, match=r"120 x 90 pixels, more than the 10,799 allowed"):
+        open_image(jpeg(0), max_pixels=10_799)
+    assert open_image(jpeg(0), max_pixels=10_800).size == (120, 90)
+    with pytest.raises(ValueError, match=r"3600000000 pixels"):
+        open_image(BAD["huge png"][1])
 
 
 # ------------------------------------------------------------------------------------------------ raise and skip

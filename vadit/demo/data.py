@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vadit.images.formats import open_image
+from vadit.runtime.reading import read_file
+
 SIZE = 32
 """Side of the demo's images in pixels."""
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "ihc", "hubble", "retina", "china", "flower")
@@ -94,9 +97,8 @@ def photograph(name: str) -> np.ndarray:
 
         return load_sample_image(f"{name}.jpg")
     import skimage.data
-    from skimage.io import imread
 
     files = {"motorcycle": "motorcycle_left.png", "ihc": "ihc.png", "hubble": "hubble_deep_field.jpg",
              "retina": "retina.jpg", "chelsea": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg",
              "astronaut": "astronaut.png"}  # fmt: skip
-    return imread(Path(skimage.data.__file__).parent / files[name])[..., :3]
+    return np.asarray(open_image(read_file(Path(skimage.data.__file__).parent / files[name])))[..., :3]

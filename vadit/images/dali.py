@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vadit.images.formats import open_image
 from vadit.images.jpeg import MAX_AREA, jpeg_area
 from vadit.images.loader import Decoder, ImageSet, Request, undecodable
 from vadit.images.pillow import ThreadedDecoder
-from vadit.images.transforms import Crop, open_image, plan_crop, to_rgb
+from vadit.images.transforms import Crop, plan_crop, to_rgb
 from vadit.runtime.errors import RunError, UsageError
 
 CHUNK = 8

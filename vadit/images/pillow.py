@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vadit.images.formats import open_image
 from vadit.images.loader import Decoded, Decoder, ImageSet, Request, undecodable
-from vadit.images.transforms import apply_crop, open_image, plan_crop, to_rgb
+from vadit.images.transforms import apply_crop, plan_crop, to_rgb
 from vadit.runtime.errors import RunError
 
 

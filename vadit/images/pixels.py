@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vadit.images.formats import open_image, reason
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.reading import read_file
 
 _GAP = 2
 """Pixels between tiles."""
@@ -40,16 +42,16 @@ def channels_last(images: Tensor) -> Tensor:
 def read_png(path: Path) -> np.ndarray:
     """A PNG of an evaluation, which no loss may have changed, as uint8 (H, W, 3); grey is repeated."""
     try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                raise UsageError(f"{path} is a JPEG by its content, whose losses change every score; draw it as PNG")
-            if image.mode not in ("RGB", "L"):
-                raise UsageError(
-                    f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise RunError(f"{path} does not decode ({error}); delete it and draw this sample again") from None
+        image = open_image(read_file(path))
+    except RunError:
+        raise
+    except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
+        raise RunError(f"{path} does not decode ({reason(error)}); delete it and draw this sample again") from None
+    if image.format != "PNG":
+        raise UsageError(f"{path} is a {image.format} by its content; draw it as PNG: losses change every score")
+    if image.mode not in ("RGB", "L"):
+        raise UsageError(f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette")
+    return np.asarray(image.convert("RGB"))
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> Image.Image:

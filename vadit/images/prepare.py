@@ -15,7 +15,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import threading
 import time
 import warnings
@@ -28,10 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
+from vadit.images.formats import open_image, reason
 from vadit.images.loader import ImageSource
 from vadit.images.sources.beton import BetonFile, BetonSource, EncodedImage
 from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, encode_image
-from vadit.images.transforms import open_image, plan_crop, scale, to_rgb
+from vadit.images.transforms import plan_crop, scale, to_rgb
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
 
@@ -230,8 +230,7 @@ def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage 
         except RunError as error:
             results.append(str(error))
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            results.append(re.sub(r" at 0x[0-9a-f]+", "", words))  # the same for the same bytes
+            results.append(" ".join(reason(error).split()))
     return results
 
 
@@ -264,7 +263,7 @@ def verify_part(source: BetonSource, size: int, ids: range) -> str:
         except RunError as error:
             return str(error)
         except Exception as error:  # Pillow's decoders raise almost any type
-            return f"{source.describe(index)} was written but does not decode ({error}); remove it"
+            return f"{source.describe(index)} was written but does not decode ({reason(error)}); remove it"
         if size and min(sides) != size:
             return f"{source.describe(index)} has {sides[0]} x {sides[1]} pixels, not {size}; remove it"
     return ""

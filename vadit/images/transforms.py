@@ -6,7 +6,6 @@ statistics that FID is measured against were made that way.
 
 from __future__ import annotations
 
-import io
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -18,18 +17,6 @@ CropKind = Literal["center", "random"]
 
 MAX_ASPECT = 256
 """Longer images are refused: scaled to the crop's height they would take gigabytes."""
-
-
-def open_image(data: bytes) -> Image.Image:
-    """An image file's content as a decoded image, in whatever mode; damaged data makes Pillow raise almost any type.
-
-    A PNG's checksums are compared first: Pillow passes over those of the pixels, and shows some damaged files.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "PNG":
-            Image.open(io.BytesIO(data)).verify()
-        image.load()
-        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

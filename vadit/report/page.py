@@ -14,8 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from vadit.images.formats import open_image
 from vadit.report.charts import Chart, page_color, short_number, svg
 from vadit.runtime.files import whole_file
+from vadit.runtime.reading import read_file
 
 MAX_PICTURE_BYTES = 2_400_000
 """All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""
@@ -128,21 +130,19 @@ def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is there and is whole, as far as its format can tell without unpacking it."""
+    """Whether a file is there, whole, and a picture that can be shown."""
     try:
-        with Image.open(path) as opened:
-            opened.verify()
-    # missing, no picture, cut short, too large
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        open_image(read_file(path))
+    except Exception:  # missing, no picture, too large, or damaged in whatever way
         return False
     return True
 
 
 def _picture(path: Path, budget: int) -> tuple[str, int]:
     """A PNG as a data URI of at most about `budget` bytes before base64, and its width on the page in pixels."""
-    data, kind, quality = path.read_bytes(), "png", 90
-    with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB")
+    data, quality = read_file(path), 90
+    opened = open_image(data)
+    image, kind = opened.convert("RGB"), (opened.format or "").lower()
     width = image.width
     # Grids of photographs are large as PNG; in a report, unlike in an evaluation, a JPEG does no harm.
     while len(data) > budget and min(image.size) > 64:

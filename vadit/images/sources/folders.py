@@ -7,13 +7,10 @@ from pathlib import Path
 
 import torch
 
+from vadit.images.formats import EXTENSIONS
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
 DEBUG_CLASSES = 10
 MAX_CLASSES = 1_000_000
 """Largest label + 1 where classes have no names: a damaged label shall not make a list of billions."""

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vadit.images.sources.folders import EXTENSIONS, MAX_CLASSES
+from vadit.images.formats import EXTENSIONS
+from vadit.images.sources.folders import MAX_CLASSES
 from vadit.runtime.errors import RunError
 from vadit.runtime.files import whole_file
 

@@ -1,0 +1,63 @@
+"""The one door for pictures: which kinds of files are read, and what is said of all others.
+
+Pillow on its own opens forty formats, and starts another program (Ghostscript) for one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow is asked to read, by the content, whatever a file is called."""
+MAX_PIXELS = 2 * (1 << 30) // 12
+"""Of a picture, as Pillow's own limit: 0.5 GB of RGB."""
+_OTHERS = {b"": "empty", b"%PDF": "PDF", b"<": "HTML, SVG or XML", b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}
+
+
+class NoPicture(ValueError):
+    """What a file holds that is no picture that is read here, in words for people."""
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image file's content as a decoded image, in whatever mode, its `format` that of the content.
+
+    A PNG's checksums are compared first: Pillow passes over those of the pixels, and shows some damaged files.
+
+    Raises:
+        NoPicture: it is of another format, or has more than `max_pixels`.
+        Exception: almost any type, of Pillow's decoders on damaged data.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise NoPicture(f"it has {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed")
+            if image.format == "PNG":
+                Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+            image.load()
+            return image
+    except Image.DecompressionBombError as error:
+        raise NoPicture(str(error)) from None
+    except UnidentifiedImageError:
+        raise NoPicture(f"it is {_kind(data)}; needed: {', '.join(FORMATS)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be had, by the error of `open_image`."""
+    return str(error) if isinstance(error, NoPicture) else f"{type(error).__name__}: {error}"
+
+
+def _kind(data: bytes) -> str:
+    """What a file is by its first bytes; no decoder is started."""
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        with contextlib.suppress(Exception):  # some look further than a short file goes
+            if accepts is not None and accepts(data[:16]):
+                return f"a damaged {name}" if name in FORMATS else name
+    return next((name for start, name in _OTHERS.items() if data[: max(len(start), 1)] == start), "no known picture")

@@ -1,0 +1,148 @@
+"""Reading: what passes (a busy server, too many open files) is waited for, here alone, and never taken for bad data."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import resource
+import stat
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from vadit.runtime.errors import RunError
+
+PASSING = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.EDEADLK),
+    *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ETIME, errno.ECOMM, errno.EPROTO, errno.ENOLCK),
+    *(errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENOLINK),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE),
+}
+"""Faults of the machine, its disks and its network: they say nothing of what a file holds."""
+WAITS_S = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)
+"""Before each further try."""
+MAX_OPEN = 256
+"""Files that a reader keeps open, where the system lets a process have eight times as many."""
+
+T = TypeVar("T")
+
+
+class ReadFault(RunError):
+    """Something cannot be read for now, whatever it holds: it ends the run and is never noted as bad data."""
+
+
+def patiently(action: Callable[[], T], path: str | Path) -> T:
+    """What reading `path` gives; a fault that passes is waited for, and becomes a ReadFault in the end."""
+    for wait in (*WAITS_S, None):
+        try:
+            return action()
+        except Exception as error:
+            words = passing(error)
+            if not words:
+                raise
+            if wait is None:
+                raise ReadFault(
+                    f"{path} cannot be read ({words}, {1 + len(WAITS_S)} times in {sum(WAITS_S):g} s); this is no "
+                    "fault of the data but of the machine, its disk or its network: mend it, then run the same command"
+                ) from error
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def passing(error: BaseException | None) -> str:
+    """The system's words for a fault that passes, which libraries may have wrapped in errors of their own, or ""."""
+    while error is not None:
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if isinstance(error, FileNotFoundError) and number is None:
+            return "it is there but does not open"  # safetensors says so of every fault; see `load_tensors`
+        text = str(error)
+        for each in PASSING:
+            if number == each or (number is None and os.strerror(each) in text):
+                return os.strerror(each)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def read_file(path: str | Path) -> bytes:
+    """A file's content; OSError where it is none (a pipe, a device), cannot be read or is not there."""
+
+    def read() -> bytes:
+        # a pipe would wait for its other end for ever
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "no regular file", str(path))
+            return file.read()
+
+    return patiently(read, path)
+
+
+def read_all(descriptor: int, start: int, size: int) -> bytes:
+    """Up to `size` bytes from `start` on; fewer only where the file ends."""
+    data = bytearray(size)
+    return bytes(data[: _fill(descriptor, memoryview(data), start)])
+
+
+def _fill(descriptor: int, buffer: memoryview, start: int) -> int:
+    done = 0
+    while done < len(buffer):  # network file systems may hand out less at a time
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+class OpenFiles:
+    """Files by their numbers, of which those that were read from last stay open; from any thread.
+
+    They are read with pread and not mapped: where a file shrinks or a disk fails, that is an error and no signal that
+    ends the process. `check(number, status)` may refuse a file whenever it is opened.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], check: Callable[[int, os.stat_result], object] = lambda *_: None
+    ) -> None:
+        self._paths, self._check = paths, check
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        room = MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, max(1, allowed // 8))
+        self._open = functools.lru_cache(room)(self._opened)
+
+    def read(self, number: int, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start` on, fewer only at the file's end; OSError or ReadFault."""
+        data = bytearray(size)
+        return bytes(data[: self.read_into(number, start, memoryview(data))])
+
+    def read_into(self, number: int, start: int, buffer: memoryview) -> int:
+        """`read` into a buffer of bytes: how many there were."""
+        return self.use(number, lambda descriptor: _fill(descriptor, buffer, start))
+
+    def use(self, number: int, action: Callable[[int], T]) -> T:
+        """What an action makes of a file's descriptor."""
+
+        def attempt() -> T:
+            try:
+                file = self._open(number)  # held, or it might be closed, and its number be another's
+                return action(file.descriptor)
+            except OSError:
+                self._open.cache_clear()  # a stale one is opened anew, and others have room
+                raise
+
+        return patiently(attempt, self._paths[number])
+
+    def _opened(self, number: int) -> _OpenFile:
+        file = _OpenFile(self._paths[number])
+        self._check(number, os.fstat(file.descriptor))
+        return file
+
+
+class _OpenFile:
+    """A file that closes when nobody uses it any more."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
