@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -80,12 +81,25 @@ def test_a_run_goes_on_after_a_stop(
 # ------------------------------------------------------------------------------------------------ damage
 
 
+def rewrite_state(path: Path, **changes: Any) -> None:
+    """Change what a state.json says, and the manifest with it."""
+    state = json.loads((path / "state.json").read_text()) | changes
+    entry = publish.write_text(path / "state.json", json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"state.json": entry}))
+
+
 DAMAGE: list[tuple[Any, str]] = [
     (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     (lambda path: (path / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
     (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest.json"),
     (lambda path: (path / "manifest.json").unlink(), "no readable manifest.json"),
     (lambda path: (path / "manifest.json").write_text('{"state.json": {"bites": 3}}'), "no readable manifest.json"),
+    (lambda path: (path / "manifest.json").write_bytes(b"[" * 100_000), "no readable manifest.json"),
+    (lambda path: (path / "manifest.json").write_text("{}"), "state.json is missing"),
+    (lambda path: rewrite_state(path, images_seen=-5), "greater than or equal to 0 (found -5)"),
+    (lambda path: rewrite_state(path, world_size="many"), "world_size: Input should be a valid integer"),
+    (lambda path: rewrite_state(path, step=None), "step: Input should be a valid integer"),
     (lambda path: os.truncate(path / SHARE, 1000), f"{SHARE} has 1000 bytes instead of"),
     (lambda path: (path / SHARE).unlink(), f"{SHARE} is missing"),
     (lambda path: flip(path / SHARE), f"{SHARE} has changed"),

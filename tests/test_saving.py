@@ -24,6 +24,13 @@ from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
 from vadit.train.checkpoint.save import Saving
 
+
+def state_json(images_seen: int) -> str:
+    """A state.json of whatever run."""
+    state = {"step": 1, "images_seen": images_seen, "world_size": 1, "optimizer": "adam", "loader": {}, "guard": {}}
+    return json.dumps(state)
+
+
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
 
 
@@ -47,7 +54,7 @@ def test_the_newest_and_every_so_many_images_stay(
     for step in (9, *range(1, 8)):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
-        (path / "state.json").write_text(json.dumps({"images_seen": 8 * step}))
+        (path / "state.json").write_text(state_json(8 * step))
         publish.prune(tmp_path, keep, every, last=path.name)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
@@ -248,7 +255,7 @@ def _save_and_die(folder: Path, point: int) -> None:
     for name in ("open", "mkdir", "unlink"):
         setattr(Path, name, counted(getattr(Path, name)))
     files = [TensorFile(SHARE, {"x": torch.arange(50.0)}, {})]
-    state = {"state.json": json.dumps({"images_seen": 1})}
+    state = {"state.json": state_json(1)}
     made = Saving(
         folder / "step-00000004",
         files,

@@ -8,15 +8,16 @@ from typing import NamedTuple
 import torch
 
 from vadit.runtime import distributed
+from vadit.runtime.json_files import Count
 
 
 class Piece(NamedTuple):
     """Elements [start, start + length) of a weight, laid flat, at `offset` of a flat tensor."""
 
     name: str
-    start: int
-    offset: int
-    length: int
+    start: Count
+    offset: Count
+    length: Count
 
 
 def cut_each(group: list[torch.nn.Parameter], names: dict[torch.Tensor, str]) -> list[Piece]:

@@ -92,22 +92,22 @@ class Checkpoints:
         self._token, name = distributed.from_main(self._choose)
         if name is None:
             return None
-        path, values = self.folder / name, {}
+        path, state = self.folder / name, None
         error: Exception | None = None
         try:
-            values = json.loads((path / "state.json").read_text())
-            self._check_optimizer(path, values["optimizer"])
+            state = publish.read_state(path)
+            self._check_optimizer(path, state.optimizer)
             with torch.no_grad():
                 for network, engine in self.engines.items():
                     Shares(path, network).load(engine, self._averages(engine))
         except Exception as found:  # whatever it is: the others wait to hear of it
             error = found
-        if distributed.any_rank(error is not None, self._device):
+        if distributed.any_rank(error is not None, self._device) or state is None:
             raise error or RunError(f"another process could not restore {path}; its own message says why")
         for engine in self.engines.values():
             engine.refresh()
-        self._restore_random(path, values)
-        return Position(values["step"], values["images_seen"]), values["loader"], values["guard"]
+        self._restore_random(path, state)
+        return Position(state.step, state.images_seen), state.loader, state.guard
 
     def _choose(self) -> tuple[str, str | None]:
         """On the main process: a token for saves, and the checkpoint to take."""
@@ -129,13 +129,13 @@ class Checkpoints:
                 f"make {kind} available, or start anew with --run.init-from and another --run.out"
             )
 
-    def _restore_random(self, path: Path, values: dict[str, Any]) -> None:
+    def _restore_random(self, path: Path, saved: publish.State) -> None:
         rank = distributed.rank()
-        if values["world_size"] != distributed.world_size():
-            torch.manual_seed(rng.fold(self.seed, "resume", rank, values["step"]))
+        if saved.world_size != distributed.world_size():
+            torch.manual_seed(rng.fold(self.seed, "resume", rank, saved.step))
             if distributed.is_main():
                 note(
-                    f"  {path.name} is of {values['world_size']} processes, this run has "
+                    f"  {path.name} is of {saved.world_size} processes, this run has "
                     f"{distributed.world_size()}: random numbers are drawn anew from its step on",
                     "dim",
                 )
@@ -254,7 +254,7 @@ class Checkpoints:
             "versions": {"vadit": vadit.__version__, "torch": torch.__version__}
             | {name: importlib.metadata.version(name) for name in ("deepspeed", "safetensors")},
         }
-        texts = {"state.json": json.dumps(values, indent=2)}
+        texts = {publish.STATE: json.dumps(values, indent=2)}
         config = self.folder.parent / "config.json"
         return texts | ({"config.json": config.read_text()} if config.is_file() else {})
 

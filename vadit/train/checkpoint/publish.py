@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,16 +11,46 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from vadit.runtime import distributed
 from vadit.runtime.console import note
-from vadit.runtime.errors import write_fault
+from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.json_files import Count, read_json
 from vadit.runtime.safetensors_file import save_tensors
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a start needs of state.json."""
+
+    step: Count
+    images_seen: Count
+    world_size: Annotated[int, Field(ge=1)]
+    optimizer: str
+    loader: dict[str, Any]
+    guard: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file in the manifest."""
+
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files that one process has written, in which save."""
+
+    token: str
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -57,9 +88,9 @@ def publish(partial: Path, final: Path, marks: list[Path]) -> None:
     """Turn the marks of all parts into one manifest, flush, and rename: only now does the checkpoint exist."""
     manifest: dict[str, Any] = {}
     for mark in marks:
-        manifest |= json.loads(mark.read_text())["files"]
+        manifest |= read_json(mark, Part).files
         mark.unlink()
-    write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    write_text(partial / MANIFEST, json.dumps(manifest, default=vars, indent=1, sort_keys=True))
     _flush_folder(partial)
     if final.exists():  # saved once more, after a rollback: never neither of the two
         replaced = final.with_name(final.name + ".replaced.partial")
@@ -101,25 +132,32 @@ def newest(folder: Path, *, hashes: bool = True) -> Path | None:
 def _fault(path: Path, *, hashes: bool) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        entries = json.loads((path / MANIFEST).read_text())
-        manifest = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damage can leave JSON of another shape
+        manifest = read_json(path / MANIFEST, dict[str, FileEntry])
+    except RunError:
         return f"no readable {MANIFEST}"
     try:
-        for name, (size, _) in manifest.items():
-            if not (path / name).is_file():
+        for name in (STATE, *manifest):
+            if name not in manifest or not (path / name).is_file():
                 return f"{name} is missing"
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found} bytes instead of {size}"
+            if (found := (path / name).stat().st_size) != manifest[name].bytes:
+                return f"{name} has {found} bytes instead of {manifest[name].bytes}"
         if hashes:
             with ThreadPoolExecutor(8) as pool:  # hashing leaves Python to the others
                 digests = pool.map(lambda name: _digest(path / name), manifest)
-                for (name, (_, expected)), digest in zip(manifest.items(), digests, strict=True):
-                    if digest != expected:
+                for (name, entry), digest in zip(manifest.items(), digests, strict=True):
+                    if digest != entry.sha256:
                         return f"{name} has changed"
+        read_state(path)
     except OSError as error:
         return f"{error.filename or path} cannot be read: {error.strerror or error}"
+    except RunError as error:
+        return str(error)
     return None
+
+
+def read_state(path: Path) -> State:
+    """The state.json of a checkpoint; RunError where it makes no sense."""
+    return read_json(path / STATE, State, allow_nan=True)
 
 
 def _digest(path: Path) -> str:
@@ -145,8 +183,8 @@ def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last
     if keep_every_images:
         first: dict[int, Path] = {}
         for path in paths:  # newest first, so that the oldest remains; the first of each stretch is never deleted
-            if (images := _images_seen(path)) is not None:
-                first[images // keep_every_images] = path
+            with contextlib.suppress(RunError):
+                first[read_state(path).images_seen // keep_every_images] = path
         kept |= {path for stretch, path in first.items() if stretch > 0}
     for path in paths:
         if path in kept:
@@ -157,13 +195,6 @@ def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last
             shutil.rmtree(doomed)
         except OSError as error:
             note(f"the old checkpoint {path} could not be deleted ({write_fault(error)})")
-
-
-def _images_seen(path: Path) -> int | None:
-    try:
-        return int(json.loads((path / "state.json").read_text())["images_seen"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def clear_up(folder: Path) -> None:

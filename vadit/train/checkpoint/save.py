@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from vadit.runtime import distributed
+from vadit.runtime.json_files import read_json
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
 
@@ -117,7 +118,7 @@ class Saving(threading.Thread):
         marks = [self.partial / f"part-{rank:05d}.json" for rank in range(distributed.world_size())]
         end = time.monotonic() + self._timeout_s
         for mark in marks:
-            while not (mark.exists() and json.loads(mark.read_text())["token"] == self._token):
+            while not (mark.exists() and read_json(mark, publish.Part).token == self._token):
                 if self.cancelled.wait(POLL_S):
                     raise RuntimeError("another process could not write its part")
                 if time.monotonic() > end:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.json_files import Count, parse_json
 from vadit.train.engine import Engine
 from vadit.train.layout import Piece
 
@@ -51,7 +53,7 @@ STEP = "step"
 class Header:
     """What a file says of itself."""
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[Count, ...]]
     """Of all parameters, whole."""
     groups: list[list[Piece]]
     """The pieces in every `master.I`, and so in its averages and moments."""
@@ -67,15 +69,6 @@ class Header:
     def to_json(self) -> str:
         """The header as the file keeps it."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Header:
-        """Undo `to_json`."""
-        values = json.loads(text)
-        values["shapes"] = {name: tuple(shape) for name, shape in values["shapes"].items()}
-        values["groups"] = [[Piece(*piece) for piece in group] for group in values["groups"]]
-        values["frozen"] = {name: Piece(*piece) for name, piece in values["frozen"].items()}
-        return cls(**values)
 
 
 def file_name(network: str, rank: int, count: int) -> str:
@@ -117,18 +110,35 @@ class _File:
         self.path = path
         try:
             self._handle = safe_open(path, "pt")
-            self.header = Header.from_json(self._handle.metadata()["vadit"])
+            self.header = parse_json(self._handle.metadata()["vadit"], Header, str(path), remedy=REMEDY)
             self.names = set(self._handle.keys())
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            shapes = {name: self._handle.get_slice(name).get_shape() for name in self.names}
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, RunError):
+                raise
             raise RunError(f"{path} cannot be read as a part of a checkpoint ({error}); {REMEDY}") from error
+        header = self.header
+        held = [(WEIGHTS.format(index), piece) for index, group in enumerate(header.groups) for piece in group]
+        held += [(f"frozen.{name}", piece._replace(offset=0)) for name, piece in header.frozen.items()]
+        # what the header claims decides how much memory is taken
+        for name, piece in held:
+            if piece.offset + piece.length > math.prod(shapes.get(name, (0,))):
+                raise RunError(f"{path} holds less of {piece.name} than it says; {REMEDY}")
+        if len(header.states) != len(header.groups):
+            raise RunError(f"{path} has {len(header.groups)} groups and the states of {len(header.states)}; {REMEDY}")
 
-    def tensor(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = self._handle.get_tensor(name)
+    def tensor(self, name: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """A tensor, which has to have this shape; without one, its own."""
+        value: torch.Tensor | None = self._handle.get_tensor(name) if name in self.names else None
+        if value is None or (shape is not None and value.shape != tuple(shape)):
+            raise RunError(f"{self.path} has no tensor {name} of shape {shape}; {REMEDY}")
         return value
 
     def copy(self, name: str, start: int, target: torch.Tensor) -> None:
         """Fill the flat `target` from element `start` of a tensor on, a chunk at a time."""
         source = self._handle.get_slice(name)
+        if len(shape := source.get_shape()) != 1 or start + target.numel() > shape[0]:
+            raise RunError(f"{self.path} has too few elements of {name}; {REMEDY}")
         for at in range(0, target.numel(), CHUNK):
             part = target[at : at + CHUNK]
             part.copy_(source[start + at : start + at + part.numel()])
@@ -185,21 +195,29 @@ class Shares:
         """All weights or their average, frozen ones and buffers, on the host, whole and fp32."""
         found = {}
         for name, shape in self.shapes.items():
+            pieces = [place.piece for place in self._places.get(name, ())]
+            pieces = pieces or [file.header.frozen[name] for file in self.files if name in file.header.frozen]
+            if sum(piece.length for piece in pieces) != math.prod(shape):
+                raise self._lacks(name)
             row = torch.empty(math.prod(shape))
             if not (self.fill(quantity, name, 0, row) if name in self._places else self._fill_frozen(name, row)):
-                raise RunError(f"{self.folder} lacks a part of {name}; {REMEDY}")
+                raise self._lacks(name)
             found[name] = row.view(shape)
         for key in sorted(self.files[0].names):
             if key.startswith("buffer."):
                 found[key.removeprefix("buffer.")] = self.files[0].tensor(key).clone()
         return found
 
+    def _lacks(self, name: str) -> RunError:
+        return RunError(f"{self.folder} lacks a part of {name}; {REMEDY}")
+
     def _fill_frozen(self, name: str, row: torch.Tensor) -> bool:
         filled = 0
         for file in self.files:
             if (piece := file.header.frozen.get(name)) is not None:
-                row[piece.start : piece.start + piece.length] = file.tensor(f"frozen.{name}").view(-1)
-                filled += piece.length
+                target = row[piece.start : piece.start + piece.length]
+                target.copy_(file.tensor(f"frozen.{name}").reshape(-1)[: len(target)])
+                filled += len(target)
         return filled == row.numel()
 
     def load(self, engine: Engine, averages: dict[float, list[torch.Tensor]]) -> None:
@@ -214,33 +232,36 @@ class Shares:
             raise UsageError(f"{self.folder} has no average with decay {min(missing)}; use another --run.out")
         states = []
         for index, (master, pieces) in enumerate(zip(engine.masters(), engine.layout(), strict=True)):
-            self._set(WEIGHTS, master, pieces)
-            for decay, shards in averages.items():
-                self._set(average(decay), shards[index], pieces)
+            for quantity, target in ((WEIGHTS, master), *((average(each), averages[each][index]) for each in averages)):
+                if (lacking := self._set(quantity, target, pieces)) is not None:
+                    raise self._lacks(lacking)
             states.append(self._states(master, pieces))
         engine.set_optimizer_states(states)
         engine.set_optimizer_steps(self.files[0].header.steps)
         for piece, value in engine.frozen():
             row = torch.empty(math.prod(self.shapes[piece.name]))
-            self._fill_frozen(piece.name, row)
+            if not self._fill_frozen(piece.name, row):
+                raise self._lacks(piece.name)
             value.copy_(row[piece.start : piece.start + piece.length].view(value.shape))
         own = self.files[distributed.rank() if len(self.files) == distributed.world_size() else 0]
         for name, buffer in engine.buffers().items():
-            buffer.copy_(own.tensor(f"buffer.{name}"))
+            buffer.copy_(own.tensor(f"buffer.{name}", buffer.shape))
 
-    def _set(self, quantity: str, target: torch.Tensor, pieces: list[Piece]) -> None:
-        """Fill one flat tensor; its padding stays as it is."""
-        row = target.view(-1) if target.is_contiguous() else target.reshape(-1)
+    def _set(self, quantity: str, target: torch.Tensor, pieces: list[Piece]) -> str | None:
+        """Fill one flat tensor, but for its padding; the name of the last weight of which not all was there."""
+        row, lacking = target.view(-1) if target.is_contiguous() else target.reshape(-1), None
         for piece in pieces:
-            self.fill(quantity, piece.name, piece.start, row[piece.offset : piece.offset + piece.length])
+            if not self.fill(quantity, piece.name, piece.start, row[piece.offset : piece.offset + piece.length]):
+                lacking = piece.name
         if not target.is_contiguous():
             target.copy_(row.view(target.shape))
+        return lacking
 
     def _states(self, master: torch.Tensor, pieces: list[Piece]) -> dict[str, Any]:
         """The optimizer's states of one flat tensor, out of those that hold its pieces."""
         sources: dict[str, _Place] = {}
         for piece in pieces:
-            for place in self._places[piece.name]:
+            for place in self._places.get(piece.name, ()):
                 if place.overlap(piece.start, piece.start + piece.length):
                     sources |= dict.fromkeys(place.file.header.states[place.index], place)
         states: dict[str, Any] = {}
