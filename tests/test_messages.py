@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
+import pickle
 import pkgutil
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from rich.table import Table
@@ -22,11 +26,16 @@ import vadit
 from vadit import cli
 from vadit.commands import arguments, convert, demo, encode, evaluate, prepare, report, sample, train
 from vadit.commands.arguments import flags_of, parse
-from vadit.config import DiTConfig, StageSpec, vary
+from vadit.config import DiTConfig, FoundationSpec, StageSpec, vary
 from vadit.config.files import save_config
+from vadit.eval.latents import read_vectors
+from vadit.latents.statistics import load_statistics
+from vadit.models import interop
+from vadit.models.foundation import FoundationModel
+from vadit.models.lpips import LPIPS
 from vadit.recipes import get_recipe
 from vadit.runtime import console
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import RunError, UsageError
 from vadit.train import runs
 
 PACKAGE = Path(vadit.__file__).parent
@@ -251,3 +260,48 @@ def test_a_stranger_s_name_in_an_error(
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and SHOWN in told
     assert json.loads((tmp_path / "error.json").read_text())["message"] == told.strip()
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 1",)
+
+
+def as_scripted(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)  # type: ignore[no-untyped-call]
+
+
+PROGRAMS: dict[str, Callable[[Path], object]] = {
+    "a system call": lambda path: torch.save({"mean": Code()}, path),
+    "in the old format": lambda path: torch.save(Code(), path, _use_new_zipfile_serialization=False),
+    "a bare pickle": lambda path: path.write_bytes(pickle.dumps(Code())),
+    "of protocol 0": lambda path: path.write_bytes(pickle.dumps(Code(), protocol=0)),
+    "a whole network": lambda path: torch.save(torch.nn.Linear(1, 1), path),
+    "TorchScript": as_scripted,
+}
+READERS: dict[str, Callable[[Path], object]] = {
+    "weights": lambda path: interop.import_checkpoint(path, path.parent / "out"),
+    "LPIPS": LPIPS,
+    "foundation": lambda path: FoundationModel(FoundationSpec(name="vit_tiny_patch16_224", weights=str(path)), 2),
+    "statistics": lambda path: load_statistics(path.parent, 4),
+    "vectors": read_vectors,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_wants_to_run_code_is_refused_for_that(reader: str, tmp_path: Path) -> None:
+    for program, write in PROGRAMS.items():
+        write(path := tmp_path / "latents_stats.pt")
+        with pytest.raises(UsageError, match=r"latents_stats\.pt was refused: it wants to run code") as caught:
+            READERS[reader](path)
+        assert "weights_only" not in str(caught.value), program
+        assert not (tmp_path / "out").exists()
+
+
+def test_libraries_words_on_how_to_run_it_are_not_passed_on(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([Code()], dtype=object), allow_pickle=True)
+    with pytest.raises(RunError, match=r"x\.npy .*\(refused: it wants to run code") as caught:
+        read_vectors(tmp_path / "x.npy")
+    assert "allow_pickle" not in str(caught.value)

@@ -13,6 +13,7 @@ from vadit.latents.shards import STATISTICS_FILE, LatentShard, open_folder
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
+from vadit.runtime.torch_file import load_torch
 
 READ_AT_ONCE = 512
 """Latents read at a time: 8 MiB of bfloat16 32 x 16 x 16."""
@@ -38,10 +39,10 @@ def load_statistics(folder: str | Path, channels: int) -> ChannelStatistics:
             "(vadit train: --data.no-normalize)"
         )
     remedy = f"remove it and run `vadit encode --stats-only {folder}`"
+    values = load_torch(path, remedy)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (values[key].float().reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    except Exception as error:  # a damaged pickle raises almost any type
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of other content
         raise RunError(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}") from None
     if mean.shape[1] != channels or std.shape[1] != channels:
         raise RunError(f"{path} has {mean.shape[1]} channels but the latents have {channels}; {remedy}")

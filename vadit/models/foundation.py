@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from vadit.config import FoundationSpec
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.torch_file import load_torch
 
 TIMM_NAMES = {
     "dinov2": "vit_large_patch14_dinov2.lvd142m",
@@ -185,6 +186,11 @@ def _create_from_file(spec: FoundationSpec, name: str) -> Any:
         raise UsageError(
             f"foundation.weights {spec.weights} is no file; name a .safetensors, .pth or .bin file of {name}, or hub"
         )
+    if not spec.weights.endswith(".safetensors"):
+        try:
+            load_torch(Path(spec.weights))  # timm's own words for what this refuses are torch's: how to run it
+        except (UsageError, RunError) as error:
+            raise type(error)(f"foundation.weights {error}") from None
     # custom_load would read .npz; the class count, where changed, would make timm load loosely
     overlay: dict[str, Any] = {"file": spec.weights, "source": "timm", "custom_load": False}
     if "num_classes" in spec.model_args:

@@ -6,8 +6,6 @@ Foreign files are read here, too (`read_weights`), and never with code that the 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,6 +19,7 @@ from vadit.config.files import load_config, save_config
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.safetensors_file import save_tensors
+from vadit.runtime.torch_file import load_torch
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -88,18 +87,7 @@ def read_weights(path: str | Path) -> Any:
         raise UsageError(f"{path} does not exist or is no file; name a file of weights")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        # mapped: of a checkpoint with optimizer states only the weights asked for are ever read
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the unpickler runs on the damaged bytes themselves and so fails in many ways
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            raise UsageError(
-                f"{path} holds Python objects besides tensors, which could run code; "
-                "save its state dict alone with torch.save and use that file"
-            ) from None
-        raise RunError(
-            f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: fetch or export it anew"
-        ) from None
+    return load_torch(path)
 
 
 def read_mapping(path: str | Path) -> Mapping[str, Any]:

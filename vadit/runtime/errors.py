@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
+
+
+WANTS_CODE = "refused: it wants to run code when it is loaded"
+"""Of a pickle that needs more than tensors and plain values."""
 
 
 def escaped(text: str, keep: str = "\n\t") -> str:
@@ -39,6 +44,8 @@ def one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What went wrong by another's words, on one line of at most 200 characters; the kind where it has none."""
     text = str(error).strip()
+    if re.search("weights_only|allow_pickle", text):  # torch and numpy go on with how to run it all the same
+        return WANTS_CODE
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 

@@ -1,0 +1,52 @@
+"""Reading files of torch.save: the only place that does, and never with code that a file brings along."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vadit.runtime.errors import WANTS_CODE, RunError, UsageError
+
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
+"""What a pickle names functions with."""
+
+
+def load_torch(path: Path, remedy: str = "") -> Any:
+    """Tensors and plain values of a file, on the CPU; mapped, so that of large ones only what is used is ever read.
+
+    UsageError where it would need code of its own, RunError where it is damaged; `remedy` in place of the usual one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # the unpickler runs on the damaged bytes themselves and so fails in many ways
+        if (wish := _wish(path, error)) is not None:
+            usual = "save its state dict alone with torch.save and use that file"
+            raise UsageError(f"{path} was {WANTS_CODE}{wish}; {remedy or usual}") from None
+        raise RunError(
+            f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: "
+            f"{remedy or 'fetch or export it anew'}"
+        ) from None
+
+
+def _wish(path: Path, error: Exception) -> str | None:
+    """What a file wants to run, in brackets or "" where that has no name; None for one that is damaged."""
+    text = str(error)
+    if "TorchScript" in text:
+        return " (TorchScript)"
+    if isinstance(error, pickle.UnpicklingError) and (name := re.search(r"GLOBAL (\S+)", text)):
+        return f" ({name[1]})"
+    if isinstance(error, pickle.UnpicklingError) and re.search(r"Can only (create|build)|reduce", text):
+        return ""
+    with contextlib.suppress(Exception), path.open("rb") as file:  # a bare pickle, whose operations torch has not
+        return "" if any(operation.name in _CALLS for operation, *_ in pickletools.genops(file)) else None
+    return None
