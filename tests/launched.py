@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -37,11 +38,19 @@ def environment(**own: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path} | own
 
 
+_CALLS = itertools.count()
+
+
 def free_port() -> str:
-    """A port that nobody listens on; tests run side by side."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    """A port that nobody listens on, below those that the system gives out by itself, so that nobody is faster.
+
+    Each call of a process, and of the forks that it makes, has another one.
+    """
+    while True:
+        port = 20_000 + (101 * os.getpid() + next(_CALLS)) % 10_000
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def run_ranks(command: list[str], count: int = 2) -> tuple[list[int], list[str]]:
@@ -86,7 +95,10 @@ def logged(out: Path) -> list[dict[str, Any]]:
 def wait_until(condition: Callable[[], bool], started: list[subprocess.Popen[Any]], what: str) -> None:
     """Wait for a state of what `started` does; fails where it ends before."""
     end = time.monotonic() + LIMIT_S
-    while not condition():
+    while True:
+        ended = any(process.poll() is not None for process in started)  # asked first: it may be so by the end
+        if condition():
+            return
+        assert not ended, f"ended before {what}"
         assert time.monotonic() < end, f"no {what}"
-        assert all(process.poll() is None for process in started), f"ended before {what}"
         time.sleep(0.02)

@@ -28,7 +28,7 @@ NUM_CASES = {
 NUM_NATIVE_CASES = {"dali": 100, "ffcv": 100}
 """Of JPEGs for the decoders that may be missing."""
 BLOCK = 20
-SECONDS_PER_BLOCK = 300
+SECONDS_PER_BLOCK = 900
 """Far more than a block takes; what is slower hangs."""
 
 Region = tuple[str, int, int]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from launched import LIMIT_S
 
 
 def outcomes(
@@ -25,6 +26,6 @@ def outcomes(
         if not path.is_file():
             command = [sys.executable, script, str(path), *arguments]
             environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
             assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())

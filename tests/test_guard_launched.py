@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from guard_help import events, newest
-from launched import environment, launch_two
-from training_plain import BATCH, logged
+from launched import LIMIT_S, environment, launch_two, logged, wait_until
+from training_plain import BATCH
+from training_plain import logged as values
 
 from vadit.train import runs
 
@@ -37,15 +37,15 @@ def test_all_processes_skip_what_one_cannot_take(zero_stage: int, launched: tupl
         "the gradient norm",
     ]
     assert [len(event["image_ids"]) for event in told] == [BATCH] * 3
-    assert logged(folder, "skipped") == [0] * 11 + [3] * 2
-    assert logged(folder) == pytest.approx(logged(launched[0] / "dit-1"), rel=1e-5)  # what ZeRO 1 does, all do
+    assert values(folder, "skipped") == [0] * 11 + [3] * 2
+    assert values(folder) == pytest.approx(values(launched[0] / "dit-1"), rel=1e-5)  # what ZeRO 1 does, all do
     assert all(value.isfinite().all() for value in newest(folder).values())
 
 
 def test_all_processes_go_back(launched: tuple[Path, Done]) -> None:
     folder = launched[0] / "rollback"
     assert [event["event"] for event in events(folder)] == ["skipped", "skipped", "rollback"]
-    assert logged(folder, "step") == [1, 2, 3, 4]
+    assert values(folder, "step") == [1, 2, 3, 4]
 
 
 def test_a_stop_of_one_process_is_one_of_all(launched: tuple[Path, Done]) -> None:
@@ -81,14 +81,11 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     command = [sys.executable, "-m", "vadit", "train", "lightningdit-b-debug", "--run.out", str(run)]
     command += ["--run.total-images", "4000000", "--run.save-every-images", "100000000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        deadline = time.monotonic() + 600
-        while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: bool(logged(run)), [process], "step")
         process.send_signal(number)
         if number == signal.SIGTERM:  # a scheduler that asks twice
             process.send_signal(number)
-        _, told = process.communicate(timeout=600)
+        _, told = process.communicate(timeout=LIMIT_S)
     assert process.returncode == code, told
     assert "resume with the same command" in told
     assert runs.has_checkpoint(run)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import encode, jpeg, photo, psnr, write_folder
+from launched import LIMIT_S
 from PIL import Image
 
 from vadit.images.loader import Decoded, ImageBatch, ImageSet, Request
@@ -236,5 +237,5 @@ decoder = DaliDecoder(images, 2)
 waits = [decoder.submit([Request(0)] * 16) for _ in range(8)]
 print("end")
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S)
     assert ended.returncode == 0 and ended.stdout == "end\n" and not ended.stderr, ended.stderr

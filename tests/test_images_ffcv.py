@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launched import LIMIT_S
 from PIL import Image
 
 from vadit.images.ffcv import ffcv_decoder, why_not
@@ -132,7 +133,7 @@ def test_the_interpreter_ends_while_an_iterator_is_open(tmp_path: Path) -> None:
     # Interpreted, not compiled: that takes most of the time, and the threads are the same.
     environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=LIMIT_S, env=environment
     )
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["5", "2"], "")
 

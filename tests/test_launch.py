@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,12 @@ FAKE_SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys
 assert sys.argv[1] == "--kill-on-bad-exit=1"
 per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
-tasks = [
-    subprocess.Popen(sys.argv[2:], env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)})
-    for rank in range(int(os.environ["SLURM_NTASKS"]))
-]
+tasks = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, _: [task.send_signal(number) for task in tasks])
+for rank in range(int(os.environ["SLURM_NTASKS"])):
+    own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)}
+    tasks.append(subprocess.Popen(sys.argv[2:], env=os.environ | own))
 sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
 """
 
@@ -79,7 +78,7 @@ def fakes(tmp_path: Path) -> dict[str, str]:
 def launch(script: str, variables: dict[str, str], *arguments: str) -> tuple[int, list[str], str]:
     """(exit code, lines that the fakes wrote, stderr)."""
     done = subprocess.run(
-        [str(LAUNCH / script), *arguments], env=variables, capture_output=True, text=True, timeout=120
+        [str(LAUNCH / script), *arguments], env=variables, capture_output=True, text=True, timeout=LIMIT_S
     )
     return done.returncode, Path(variables["STARTS"]).read_text().splitlines(), done.stderr
 
@@ -167,17 +166,13 @@ def slurm(fakes: dict[str, str], **own: str) -> subprocess.Popen[str]:
 
 def lines_of(fakes: dict[str, str], at_least: int) -> list[str]:
     """What the fakes wrote, once it is so much."""
-    for _ in range(1200):
-        lines = Path(fakes["STARTS"]).read_text().splitlines()
-        if len(lines) >= at_least:
-            return sorted(lines)
-        time.sleep(0.05)
-    raise AssertionError(lines)
+    wait_until(lambda: len(Path(fakes["STARTS"]).read_text().splitlines()) >= at_least, [], f"{at_least} lines")
+    return sorted(Path(fakes["STARTS"]).read_text().splitlines())
 
 
 def test_slurm_starts_a_process_per_task(fakes: dict[str, str]) -> None:
     job = slurm(fakes)
-    assert job.wait(timeout=60) == 0
+    assert job.wait(timeout=LIMIT_S) == 0
     assert lines_of(fakes, 4) == [
         f"rank {rank} of 4, local {rank % 2}, node-7:22345: train x --a b c" for rank in range(4)
     ]
@@ -187,7 +182,7 @@ def test_slurm_queues_again_when_time_runs_out(fakes: dict[str, str]) -> None:
     job = slurm(fakes, CODES="wait")
     lines_of(fakes, 4)
     job.send_signal(signal.SIGUSR1)  # --signal=B: to this script alone
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0 and "goes back into the queue" in said
     lines = Path(fakes["STARTS"]).read_text().splitlines()
     assert sorted(lines[4:8]) == [f"rank {rank}: USR1" for rank in range(4)]
@@ -198,7 +193,7 @@ def test_slurm_ends_when_cancelled(fakes: dict[str, str]) -> None:
     job = slurm(fakes, CODES="wait")
     lines_of(fakes, 4)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 0
+    assert job.wait(timeout=LIMIT_S) == 0
     lines = Path(fakes["STARTS"]).read_text().splitlines()
     assert sorted(lines[4:]) == [f"rank {rank}: TERM" for rank in range(4)]
 
@@ -208,7 +203,7 @@ def test_slurm_ends_when_cancelled(fakes: dict[str, str]) -> None:
 )
 def test_slurm_starts_again_after_failures_only(codes: str, starts: int, code: int, fakes: dict[str, str]) -> None:
     job = slurm(fakes, CODES=codes)
-    assert (job.wait(timeout=60), len(lines_of(fakes, 0))) == (code, 4 * starts)
+    assert (job.wait(timeout=LIMIT_S), len(lines_of(fakes, 0))) == (code, 4 * starts)
 
 
 # ------------------------------------------------------------------------------------------------ for real

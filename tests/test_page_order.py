@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from launched import LIMIT_S
 
 from vadit.images.sources.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
 from vadit.images.sources.beton_writer import BetonWriter
@@ -84,7 +85,7 @@ def test_reading_ahead_asks_for_the_window_and_the_next_one(
     windows = [sorted(set((paged.ptrs[ids[places]] // MIN_PAGE_SIZE).tolist())) for places in stretches]
 
     def wait(count: int) -> list[list[int]]:
-        for _ in range(1000):  # what was not asked for yet when the block ends is given up
+        for _ in range(100 * LIMIT_S):  # what was not asked for yet when the block ends is given up
             if len(asked) >= count:
                 break
             threading.Event().wait(0.01)

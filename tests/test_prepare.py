@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from full_disk import room_for
 from image_files import bad_files, jpeg, odd_files, photo
+from launched import LIMIT_S
 from PIL import Image
 from tar_files import write_tar
 
@@ -173,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(num_workers: int, tmp_path: Path
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(out), str(num_workers)]
     # waits for the ends of all that hold its output: no process survives its parent
-    done = subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, timeout=LIMIT_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     settings: dict[str, Any] = {"size": 192, "max_bad_share": 0.1}

@@ -15,6 +15,7 @@ import checkpoint_worker as worker
 import pytest
 import torch
 from checkpoint_worker import SHARE, names, printed
+from launched import LIMIT_S
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
@@ -106,7 +107,7 @@ class Gate:
 
         def write(path: Path, file: TensorFile) -> Any:
             self.reached.set()
-            assert self.opened.wait(60)
+            assert self.opened.wait(LIMIT_S)
             return original(path, file)
 
         monkeypatch.setattr(publish, "write_tensors", write)
@@ -123,7 +124,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     run = worker.Run(tmp_path / "found", stage)
     run.train(2)
     run.save()
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(LIMIT_S)
     run.train(5)  # while the writer has written nothing
     torch.rand(3)
     assert not (tmp_path / "found" / "step-00000002").exists()
@@ -151,7 +152,7 @@ def test_a_next_save_waits_for_the_former(tmp_path: Path, monkeypatch: pytest.Mo
     run = worker.Run(tmp_path, 1)
     run.train(1)
     run.save()
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(LIMIT_S)
     threading.Timer(0.3, gate.opened.set).start()
     run.train(2)
     run.save()
@@ -203,7 +204,7 @@ def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pyt
 
     save("two", 0.2)
     assert "part-00001.json has not appeared" in str(faults.pop()) and not (tmp_path / "step-00000001").exists()
-    save("one", 60.0)
+    save("one", LIMIT_S)
     assert faults == [] and (tmp_path / "step-00000001" / SHARE).exists()
 
 

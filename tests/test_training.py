@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from guard_help import same
-from launched import environment
+from launched import LIMIT_S, environment
 from torch import Tensor
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
@@ -196,7 +196,7 @@ def _state(engine: Engine) -> dict[str, Tensor]:
 def test_a_start_is_quiet(tmp_path: Path) -> None:
     arguments = ["train", "lightningdit-b-debug", "--run.out", str(tmp_path / "run"), "--engine.zero-stage", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "vadit", *arguments], capture_output=True, text=True, env=environment(), timeout=240
+        [sys.executable, "-m", "vadit", *arguments], capture_output=True, text=True, env=environment(), timeout=LIMIT_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import LIMIT_S
 
 from vadit.runtime.errors import UsageError
 from vadit.train import watchdog
@@ -26,7 +27,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Pat
     """Exit code of every process by CASE-RANK, and the folder of what they said."""
     out = tmp_path_factory.mktemp("pairs")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, str(WORKER), str(out)], env=environment, timeout=280, capture_output=True)
+    command = [sys.executable, str(WORKER), str(out)]
+    done = subprocess.run(command, env=environment, timeout=LIMIT_S, capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "codes.json").read_text()), out
 

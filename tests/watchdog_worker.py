@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launched import free_port
 
 from vadit.runtime.errors import RunError
 from vadit.train import watchdog
@@ -114,10 +116,10 @@ def let_all_hear(dog: Watchdog, step: int) -> None:
         behind = bool(count)
 
 
-def work(case: str, rank: int, port: int) -> int:
+def work(case: str, rank: int, port: str) -> int:
     world_size, *acts = CASES[case]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.init_process_group("gloo")
     try:
         with Watchdog(TIMEOUT_S, grace_s=GRACE_S) as dog:
@@ -138,7 +140,7 @@ def work(case: str, rank: int, port: int) -> int:
     return 0
 
 
-def start(case: str, rank: int, port: int, out: Path) -> int:
+def start(case: str, rank: int, port: str, out: Path) -> int:
     """Fork a process; its id."""
     pid = os.fork()
     if pid:
@@ -158,9 +160,7 @@ def start(case: str, rank: int, port: int, out: Path) -> int:
 def main(out: Path) -> None:
     running: dict[int, str] = {}
     for case, (world_size, *_) in CASES.items():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         running |= {start(case, rank, port, out): f"{case}-{rank}" for rank in range(world_size)}
     paused = [pid for pid, name in running.items() if name.startswith("paused")]
     time.sleep(2)

@@ -7,16 +7,13 @@ computed nothing: it is then what a new process is after its imports. So runs ar
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
-import itertools
 import logging
 import os
 import pickle
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from checkpoint_worker import run_folders
+from launched import free_port
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
 from vadit import cli
@@ -177,11 +175,11 @@ class Pair:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
         self.codes: dict[int, int] = {}
-        port = _free_port()
+        port = free_port()
 
         def work(rank: int) -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             _hook_steps(self._file(rank, "steps"), rank, self.out, hook)
             if slow:
                 slow_disk()
@@ -268,16 +266,6 @@ class Pair:
         shutil.rmtree(self.out, ignore_errors=True)
         for path in self._beside.parent.glob(f"{self._beside.name}-[0-9]-[01].*"):
             path.unlink()
-
-
-def _free_port() -> int:
-    """Below the ports that the system gives out by itself, so that nobody is faster."""
-    for offset in itertools.count(os.getpid() * 7):
-        port = 20_000 + offset % 10_000
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError
 
 
 # ---------------------------------------------------------------------------------------------- many at a time
