@@ -187,6 +187,8 @@ class TestLarge:
 
 def check(op: Op, formula: Op, inputs: list[Tensor]) -> None:
     assert_as_exact_as_torch(op, formula, inputs)
+    if inputs[0].dtype == torch.bfloat16:
+        return  # its sums are those of float32
     once, again = results_and_gradients(op, inputs), results_and_gradients(op, inputs)
     assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
 

@@ -187,6 +187,8 @@ def test_a_kernel_that_breaks_the_device_ends_the_run_by_name(monkeypatch: pytes
 
 
 def test_self_check_passes(backend: str) -> None:
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("its sizes take long in the interpreter; tests/test_op_*.py have smaller ones")
     assert self_check(torch.device(device())) == {}
 
 
