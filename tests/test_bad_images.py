@@ -265,7 +265,7 @@ def test_a_pipe_does_not_hang_the_loader(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(600)
     with contextlib.suppress(OSError):  # lets a reader go that waits for a writer
         os.close(os.open(root / "pipe.jpg", os.O_WRONLY | os.O_NONBLOCK))
     assert "pipe.jpg" in str(failures[0])
