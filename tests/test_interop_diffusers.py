@@ -172,7 +172,7 @@ def test_the_authors_file_is_a_tokenizer_too(tmp_path: Path) -> None:
         ({"_class_name": "VQModel"}, "describes a VQModel of diffusers"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'; LDM's autoencoder has 'silu'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
-        ({"norm_num_groups": "4"}, "norm_num_groups is '4'; needed is a whole number"),
+        ({"norm_num_groups": "4"}, "norm_num_groups: Input should be a valid integer \\(found '4'\\)"),
         ({"sample_size": 30}, "image_size 30 is not divisible by the downsample ratio 4"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_bad_file_of_a_finished_folder_is_named(tmp_path: Path) -> None:
             LatentDataset(folder)
     for damaged in ("{", "[]", text.replace('"sha256"', '"sha"')):
         index.write_text(damaged)
-        with pytest.raises(RunError, match=r"index.json is damaged"):
+        with pytest.raises(RunError, match=r"index.json.*; run the `vadit encode` command again to rewrite it"):
             LatentDataset(folder)
     index.write_text(text)
     path.unlink()
@@ -107,7 +107,7 @@ def test_a_bad_file_of_a_finished_folder_is_named(tmp_path: Path) -> None:
         LatentDataset(folder)
     path.write_bytes(shard)
     rewrite_header(path, r"\"sha256\"", r"\"sha\"")
-    with pytest.raises(RunError, match=r"shard-00001.safetensors has damaged metadata"):
+    with pytest.raises(RunError, match=r"shard-00001.safetensors: its damaged metadata: sha256: Field required"):
         LatentDataset(folder)
     path.write_bytes(shard)
     index.unlink()

@@ -279,14 +279,13 @@ def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys: pytest.
     (folder / "metrics-2.json").write_text('{"kind": "samples", "metrics": {"fid1k": 3, "bad": NaN, "worse": "x"}}')
     assert main(["report", str(folder)]) == 0
     notes = capsys.readouterr().out
-    for expected in ("9 damaged lines of log.jsonl", "1 damaged lines of evaluations.jsonl", "metrics.json is not"):
+    for expected in ("10 damaged lines of log.jsonl", "1 damaged lines of evaluations.jsonl", "metrics.json is not"):
         assert expected in notes
     text = (folder / "report.html").read_text()
-    assert "9 damaged lines" in text and "2 pictures are gone or damaged" in text
+    assert "10 damaged lines" in text and "2 pictures are gone or damaged" in text
     assert [path.name for _, path in read_runs([folder])[0].grids] == ["0.png", "1.png", "2.png"]
     log = read_log(folder / "log.jsonl")
     assert log.curves["mse"].x.tolist() == [100 * BATCH, 200 * BATCH, 300 * BATCH, 400 * BATCH]
-    assert np.isinf(log.curves["loss"].y[-1])  # more than a float holds
     assert read_runs([folder])[0].scores[0].metrics == {"fid1k": 3.0}
 
 

@@ -44,6 +44,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
 from vadit.runtime.console import ProgressBar, note, say, show
 from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.json_files import read_json
 from vadit.sampling.draw import sampler_name
 from vadit.sampling.write import write_samples
 from vadit.train import dit, tokenizer
@@ -175,7 +176,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """A folder belongs to one kind of demo."""
     path = out / "demo.json"
     if path.is_file():
-        refuse_other_settings(out, "a demo", json.loads(path.read_text()), settings, "use another --out")
+        remedy = "use another --out"
+        refuse_other_settings(out, "a demo", read_json(path, dict[str, Any], remedy=remedy), settings, remedy)
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings))
 

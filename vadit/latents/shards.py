@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
+from vadit.runtime.json_files import Count, parse_json, read_json
 from vadit.runtime.safetensors_file import save_tensors
 
 INDEX_FILE = "index.json"
@@ -74,6 +75,31 @@ class LatentSettings:
     """Images per shard."""
     features: dict[str, Any] | None = None
     """What the foundation features are of (`vadit.latents.encode`); None where there are none."""
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a shard's header says besides its tensors."""
+
+    settings: LatentSettings
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _ShardEntry:
+    """A shard in the index."""
+
+    file: str
+    count: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of index.json."""
+
+    num_classes: Count
+    shards: list[_ShardEntry]
 
 
 @dataclass(frozen=True)
@@ -192,10 +218,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         with path.open("rb") as file, safe_open(path, framework="numpy"):
             start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
+            header = parse_json(file.read(start - 8), dict[str, dict[str, Any]], f"{path}: its header", remedy=REMEDY)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise RunError(f"{path} is cut short or damaged ({first_line(error)}); {REMEDY}") from None
     metadata = header.pop("__metadata__", {})
     for name, entry in header.items():
@@ -231,11 +257,9 @@ def open_shard(path: Path) -> LatentShard:
             raise RunError(f"{path}: {name} is {tensors[name]}; needed: {shape}, as {key} is {plain}; {REMEDY}")
     settings = sha256 = None
     if FORMAT in metadata:
-        try:
-            about = json.loads(metadata[FORMAT])
-            settings, sha256 = LatentSettings(**about["settings"]), about["sha256"]
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunError(f"{path} has damaged metadata ({error!r}); remove it and encode it anew") from None
+        remedy = "remove it and encode it anew"
+        about = parse_json(metadata[FORMAT], _About, f"{path}: its damaged metadata", remedy=remedy)
+        settings, sha256 = about.settings, about.sha256
     return LatentShard(
         path, tensors, key, read_rows(path, tensors["labels"], 0, plain.shape[0]).long(), settings, sha256
     )
@@ -275,14 +299,8 @@ def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
     shards = open_folder(folder)
     path = folder / INDEX_FILE
     if path.exists():
-        try:
-            index = json.loads(path.read_text())
-            num_classes = int(index["num_classes"])
-            expected = {shard["file"]: (shard["count"], shard["sha256"]) for shard in index["shards"]}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise RunError(
-                f"{path} is damaged ({error!r}); run the `vadit encode` command again to rewrite it"
-            ) from None
+        index = read_json(path, _Index, remedy="run the `vadit encode` command again to rewrite it")
+        num_classes, expected = index.num_classes, {each.file: (each.count, each.sha256) for each in index.shards}
         found = {shard.path.name: (shard.count, shard.sha256) for shard in shards}
         for name in sorted(found | expected):
             if found.get(name) != expected.get(name):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vadit.latents.shards import STATISTICS_FILE, LatentShard, open_folder
 from vadit.runtime import rng
-from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
-from vadit.runtime.torch_file import load_torch
+from vadit.runtime.torch_file import is_plain, load_torch
 
 READ_AT_ONCE = 512
 """Latents read at a time: 8 MiB of bfloat16 32 x 16 x 16."""
@@ -40,12 +40,13 @@ def load_statistics(folder: str | Path, channels: int) -> ChannelStatistics:
         )
     remedy = f"remove it and run `vadit encode --stats-only {folder}`"
     values = load_torch(path, remedy)
-    try:
-        mean, std = (values[key].float().reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of other content
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}") from None
-    if mean.shape[1] != channels or std.shape[1] != channels:
-        raise RunError(f"{path} has {mean.shape[1]} channels but the latents have {channels}; {remedy}")
+    held = values if isinstance(values, dict) else {}
+    kept = [value for key in ("mean", "std") if is_plain(value := held.get(key))]
+    if len(kept) < 2:
+        raise RunError(f"{path} does not hold the tensors mean and std; {remedy}")
+    if wrong := [each.numel() for each in kept if each.numel() != channels]:
+        raise RunError(f"{path} has {wrong[0]} channels but the latents have {channels}; {remedy}")
+    mean, std = (each.float().reshape(1, -1, 1, 1) for each in kept)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise RunError(f"{path} holds a standard deviation or mean that is not finite and positive; {remedy}")
     return ChannelStatistics(mean, std)

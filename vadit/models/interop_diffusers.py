@@ -7,18 +7,19 @@ released files. https://huggingface.co/docs/diffusers/api/models/autoencoderkl
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from vadit.models.pretrained import read_mapping
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import UsageError
+from vadit.runtime.json_files import checked, read_json
 
 CLASS_NAME = "AutoencoderKL"
 CONFIG_NAME = "config.json"
@@ -153,18 +154,22 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ config.json
 
+_Side = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of diffusers' config.json."""
+
+    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None
+    norm_num_groups: _Side = DiffusersSettings.norm_groups
+    scaling_factor: FiniteFloat | None = None
+    shift_factor: FiniteFloat | None = None
+
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     """The content of a config.json; None where there is none."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); give read permission") from None
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); fetch it anew") from None
-    return content if isinstance(content, dict) else None
+    return read_json(path, dict[str, Any], remedy="fetch it anew") if path.is_file() else None
 
 
 def _settings(path: Path) -> DiffusersSettings:
@@ -175,14 +180,6 @@ def _settings(path: Path) -> DiffusersSettings:
     for name, needed in (("act_fn", "silu"), ("mid_block_add_attention", True)):
         if config.get(name, needed) != needed:
             raise UsageError(f"{path}: {name} is {config[name]!r}; LDM's autoencoder has {needed!r} and no other")
-    size: Any = config.get("sample_size")
-    size = size[0] if isinstance(size, list) and size else size
-    groups = config.get("norm_num_groups", DiffusersSettings.norm_groups)
-    for name, value in (("sample_size", size), ("norm_num_groups", groups)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"{path}: {name} is {value!r}; needed is a whole number above 0")
-    factors = {name: config.get(name) for name in ("scaling_factor", "shift_factor")}
-    for name, factor in factors.items():
-        if factor is not None and not isinstance(factor, int | float):
-            raise UsageError(f"{path}: {name} is {factor!r}; needed is a number")
-    return DiffusersSettings(norm_groups=groups, image_size=size, **factors)
+    found = checked(_Config, config, str(path), error=UsageError)
+    size = found.sample_size[0] if isinstance(found.sample_size, list) else found.sample_size
+    return DiffusersSettings(found.norm_num_groups, size, found.scaling_factor, found.shift_factor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from vadit.report.charts import Curve
+from vadit.runtime.errors import RunError
+from vadit.runtime.json_files import parse_json, read_json
 
 
 @dataclass
@@ -76,8 +77,8 @@ class Scores:
 
     kind: str
     """samples, tokenizer or latents."""
-    metrics: dict[str, float]
-    spread: dict[str, float]
+    metrics: dict[str, Any]
+    spread: dict[str, Any] = field(default_factory=dict)
     """Standard deviation over seeds, where there were several."""
 
 
@@ -85,30 +86,28 @@ def read_scores(folder: Path) -> tuple[list[Scores], list[str]]:
     """The metrics*.json of a run folder, and a sentence for each that is none."""
     found, notes = [], []
     for path in sorted(folder.glob("metrics*.json")):
-        content = read_object(path.read_text("utf-8", "replace"), parse_int=float)
-        kind, metrics, spread = (content.get(name) for name in ("kind", "metrics", "spread"))
-        if isinstance(kind, str) and isinstance(metrics, dict) and isinstance(spread or {}, dict):
-            found.append(Scores(kind, _finite(metrics), _finite(spread or {})))
-        else:
+        try:
+            scores = read_json(path, Scores, allow_nan=True)
+        except RunError:
             notes.append(f"{path} is not what `vadit evaluate --out` writes, or is damaged; it was left out.")
+            continue
+        found.append(Scores(scores.kind, _finite(scores.metrics), _finite(scores.spread)))
     return found, notes
 
 
 def _finite(values: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if isinstance(value, float) and math.isfinite(value)}
+    return {name: value for name, value in _floats(values).items() if type(value) is float and math.isfinite(value)}
 
 
 def _line(text: str) -> dict[str, Any] | None:
     """A line of a log, all of its numbers floats, or None where it is damaged."""
-    line = read_object(text, parse_int=float)
+    try:
+        line = _floats(parse_json(text, dict[str, Any], "", allow_nan=True))
+    except RunError:
+        return None
     images = line.get("images")
     return line if isinstance(images, float) and 0 <= images < math.inf else None
 
 
-def read_object(text: str, parse_int: type[int] | type[float] = int) -> dict[str, Any]:
-    """A JSON object; empty where the text is none."""
-    try:
-        value = json.loads(text, parse_int=parse_int)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _floats(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if type(value) is int else value for name, value in values.items()}

@@ -82,7 +82,8 @@ def _section(section: Section, anchor: str, budget: int) -> str:
         )
     parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
     for name, path in section.settings:
-        parts.append(f"<details><summary>{_text(name)}</summary><pre>{_text(path.read_text('utf-8'))}</pre></details>")
+        text = _text(path.read_text("utf-8", "replace"))
+        parts.append(f"<details><summary>{_text(name)}</summary><pre>{text}</pre></details>")
     return "".join(parts) + "</section>"
 
 

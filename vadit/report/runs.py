@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from vadit.config.files import load_run_config
 from vadit.recipes import get_recipe
 from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
-from vadit.report.log import Log, Scores, join_logs, read_log, read_object, read_scores
-from vadit.runtime.errors import UsageError
+from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
+from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.json_files import read_json
 
 HEADLINE = "lightningdit-xl-64ep"
 EPOCHS = 64
@@ -248,8 +250,10 @@ def different_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows (setting, value in each run) of what differs between the configs of runs of one kind."""
     flat = []
     for run in runs:
-        path = run.folder / "config.json"
-        flat.append(_flat(read_object(path.read_text("utf-8", "replace"))) if path.is_file() else {})
+        try:
+            flat.append(_flat(read_json(run.folder / "config.json", dict[str, Any])))
+        except RunError:  # there is none, or it is damaged
+            flat.append({})
     rows = []
     for name in dict.fromkeys(name for values in flat for name in values):
         values = tuple(json.dumps(each[name]) if name in each else "-" for each in flat)

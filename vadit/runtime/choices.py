@@ -16,7 +16,9 @@ from vadit.kernels import backends, reasons
 from vadit.kernels.self_check import self_check
 from vadit.runtime import distributed
 from vadit.runtime.console import note
+from vadit.runtime.errors import RunError
 from vadit.runtime.files import whole_file
+from vadit.runtime.json_files import read_json
 
 FILE = "backends.json"
 
@@ -56,10 +58,9 @@ def report(choice: Choice) -> None:
 def recorded(folder: Path, setting: str) -> str | None:
     """What a run wrote down for a setting when it last started; None where it did not."""
     try:
-        name = json.loads((folder / FILE).read_text())[setting]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / FILE, dict[str, dict[str, str]])[setting]["name"]
+    except (RunError, KeyError):
         return None
-    return str(name)
 
 
 def save(folder: Path, choices: list[Choice]) -> None:

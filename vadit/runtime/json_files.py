@@ -22,7 +22,7 @@ MAX_DIGITS = 100
 """Of an integer."""
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 """A number of things, or a place among them."""
 
 
@@ -68,7 +68,7 @@ def parse_json(
         if level:
             raise RecursionError
     except RecursionError:
-        raise error(_sentence(f"{origin} is no JSON of ours: nested deeper than {MAX_DEPTH}", remedy)) from None
+        raise error(_sentence(f"{origin} is nested deeper than {MAX_DEPTH}", remedy)) from None
     except ValueError as found:
         raise error(_sentence(f"{origin} is not valid JSON ({first_line(found)})", remedy)) from None
     return checked(kind, values, origin, remedy=remedy, error=error)

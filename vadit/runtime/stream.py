@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
+from vadit.runtime.json_files import Count, checked
 
 Batch = TypeVar("Batch")
 
@@ -43,6 +45,15 @@ def debug_count(path: str) -> int:
     if not number.isdecimal() or int(number) < 1:
         raise UsageError(f"data.path is {path!r}; debug data needs a count of at least 1, as in debug:64")
     return int(number)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint keeps of a loader."""
+
+    seed: int
+    images_seen: Count
+    num_samples: Count | None = None
 
 
 class PositionedLoader(ABC, Generic[Batch]):
@@ -89,13 +100,13 @@ class PositionedLoader(ABC, Generic[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a saved position; iterators that are already running follow with their next batch."""
-        if state.get("num_samples", self.num_samples) != self.num_samples:
+        saved = checked(_Saved, state, "the loader's state in the checkpoint", remedy="take another checkpoint")
+        if saved.num_samples not in (None, self.num_samples):
             raise UsageError(
-                f"the saved position counts {state['num_samples']} samples but the data set has {self.num_samples}; "
+                f"the saved position counts {saved.num_samples} samples but the data set has {self.num_samples}; "
                 "set data.path to the data of the first part of the run, or start a new run folder"
             )
-        self.seed = state["seed"]
-        self.images_seen = state["images_seen"]
+        self.seed, self.images_seen = saved.seed, saved.images_seen
 
     def ids_between(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[int]:
         """The samples of all ranks that were handed out between two states of this loader, in the order of the data.

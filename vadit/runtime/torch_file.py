@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -36,6 +36,16 @@ def load_torch(path: Path, remedy: str = "") -> Any:
             f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: "
             f"{remedy or 'fetch or export it anew'}"
         ) from None
+
+
+def is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether this is a tensor whose numbers all lie in the file: not one that repeats a few, or has no memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not (value.is_quantized or value.is_complex())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _wish(path: Path, error: Exception) -> str | None:

@@ -12,23 +12,38 @@ import math
 import signal
 import statistics
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vadit.config import GuardSpec
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.json_files import Count, checked
 from vadit.train.engine import Engine
 
 QUANTILE = 0.9
 """Of the norms of the last good steps: what a spike is measured against. Healthy norms are heavy-tailed."""
 LOSS_WINDOW = 5
 """Log points whose median loss has to jump, so that one bad stretch of data is no jump."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint keeps of a guard."""
+
+    skipped: Count
+    in_row: Count
+    lr_factor: Annotated[float, Field(gt=0, le=1)]
+    losses: list[float]
+    lowest_loss: float | None
+    norms: dict[str, list[float]]
 
 
 class Guard:
@@ -163,14 +178,15 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any], *, rollback: bool = False) -> None:
         """Go on from a saved state; in a rollback what was counted since then stays counted."""
+        saved = checked(_Saved, state, "the guard's state in the checkpoint", remedy="take another checkpoint")
         if not rollback:
-            self.skipped, self.in_row, self.lr_factor = state["skipped"], state["in_row"], state["lr_factor"]
-        self._losses = list(state["losses"])
-        self._lowest = math.inf if state["lowest_loss"] is None else state["lowest_loss"]
+            self.skipped, self.in_row, self.lr_factor = saved.skipped, saved.in_row, saved.lr_factor
+        self._losses = saved.losses
+        self._lowest = math.inf if saved.lowest_loss is None else saved.lowest_loss
         size = self.spec.spike_window
         self._windows = {
             name: torch.tensor([math.inf] * max(size - len(norms), 0) + norms[-size:])
-            for name, norms in state["norms"].items()
+            for name, norms in saved.norms.items()
         }
 
     def _record(self, event: str, **values: Any) -> None:

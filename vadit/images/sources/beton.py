@@ -16,7 +16,6 @@ finds and reads wherever they point, so it is given only files that `BetonFile` 
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 from vadit.images.jpeg import jpeg_size
 from vadit.images.sources.folders import MAX_CLASSES, ppm
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.json_files import MAX_BYTES, checked, parse_json
 
 VERSION = 2
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
@@ -160,6 +160,8 @@ class BetonFile:
         if count < 1 or count * kind.itemsize > table - rows_start:
             raise self.fail(f"it claims {count} samples, and {table - rows_start} bytes hold their rows and content")
         rows_end = rows_start + count * kind.itemsize
+        self._refuse_holes(0, rows_end)
+        self._refuse_holes(table, self.size)
         self.rows = np.frombuffer(self.read(rows_start, count * kind.itemsize), kind)
         if (self.size - table) % ALLOCATION.itemsize:
             raise self.fail(f"its table of allocations ends in the middle of an entry (byte {self.size})")
@@ -169,6 +171,12 @@ class BetonFile:
         self.sizes: dict[str, np.ndarray] = {}
         """Bytes of each image field's payloads, uint64 (n,)."""
         self._place(allocations, rows_end, content_end)
+
+    def _refuse_holes(self, start: int, end: int) -> None:
+        """A table that was never written has no bytes on the disk, whatever its size: it is not worth its memory."""
+        hole = os.lseek(self._descriptor, start, os.SEEK_HOLE) if start < end else end
+        if hole < end:
+            raise self.fail(f"its tables have a hole at byte {hole}")
 
     def _parse_fields(self, entries: np.ndarray) -> tuple[Field, ...]:
         names = [bytes(entry["name"]).split(b"\0")[0] for entry in entries]
@@ -187,11 +195,11 @@ class BetonFile:
                 raise self.fail("the checksums of its tables are missing")
             return {}, table
         end = table - FOOTER.itemsize - int(footer["size"])
-        text = self.read(end, int(footer["size"])) if end >= start else b""
+        text = self.read(end, int(footer["size"])) if end >= start and footer["size"] <= MAX_BYTES else b""
         checksums = zlib.crc32(text), zlib.crc32(tables[1], zlib.crc32(tables[0]))
         if not text or checksums != (footer["notes_crc32"], footer["tables_crc32"]):
             raise self.fail("its notes or its tables fail their checksum")
-        notes: dict[str, Any] = json.loads(text)
+        notes = parse_json(text, dict[str, Any], f"{self.path}: its notes", remedy="copy or make the file anew")
         return notes, end
 
     def _place(self, allocations: np.ndarray, start: int, end: int) -> None:
@@ -299,7 +307,8 @@ class BetonSource:
         )
 
     def _class_names(self, lowest: int, highest: int) -> list[str]:
-        names: list[str] | None = self.file.notes.get("classes")
+        origin = f"{self.name}: the classes in its notes"
+        names = checked(list[str] | None, self.file.notes.get("classes"), origin)  # type: ignore[arg-type]
         bound = MAX_CLASSES if names is None else len(names)
         if lowest < 0 or highest >= bound:
             raise self.file.fail(f"its labels go from {lowest} to {highest}, not from 0 to {bound - 1}")

@@ -22,6 +22,7 @@ from vadit.images.formats import EXTENSIONS
 from vadit.images.sources.folders import MAX_CLASSES
 from vadit.runtime.errors import RunError
 from vadit.runtime.files import whole_file
+from vadit.runtime.json_files import MAX_BYTES, parse_json
 
 IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
 LABEL_EXTENSIONS = ("cls", "json")
@@ -188,13 +189,8 @@ def _label(content: bytes) -> int:
 
 
 def _json(descriptor: int, member: Member) -> dict[str, Any]:
-    try:
-        content = json.loads(read_all(descriptor, member.start, member.size))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{text(member.name)} is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{text(member.name)} is no JSON object")
-    return content
+    content = read_all(descriptor, member.start, min(member.size, MAX_BYTES + 1))
+    return parse_json(content, dict[str, Any], text(member.name), error=ValueError, allow_nan=True)
 
 
 def read_all(descriptor: int, start: int, size: int) -> bytes:
