@@ -75,7 +75,7 @@ class Training:
             self.engine._engine.step()
             applied = self.engine._engine.was_step_applied()
         if applied:
-            self.ema.update()
+            self.ema.update(0)
 
     def verdict(self) -> None:
         """The guard's part of a step alone."""
@@ -112,7 +112,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int 
 def rows(device: torch.device, name: str, zero_stage: int, rounds: int, folder: Path) -> Iterator[dict[str, object]]:
     """A row per way."""
     calls = {way: Training(device, name, zero_stage, folder, way) for way in WAYS}
-    parts = {"guard": calls["guard"].verdict, "ema": calls["ema"].ema.update}
+    parts = {"guard": calls["guard"].verdict, "ema": lambda: calls["ema"].ema.update(0)}
     alone = {way: statistics.median(milliseconds(part, device, 50) for _ in range(9)) for way, part in parts.items()}
     for call in calls.values():
         call()

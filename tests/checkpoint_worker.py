@@ -115,7 +115,7 @@ class Run:
                     network.backward(loss)
                     network.step()
                 if name == "model":
-                    self.ema.update()
+                    self.ema.update(self.step - 1)
                     losses.append(distributed.all_mean(loss.detach().clone()).item())
         return losses
 

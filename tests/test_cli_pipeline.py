@@ -104,6 +104,36 @@ def test_sample_has_the_runs_settings_and_those_that_are_typed(house: Path, tmp_
     assert found == json.loads(json.dumps(dataclasses.asdict(run))) and run.method == "dopri5"
 
 
+def test_what_a_run_did_not_train_is_said_and_not_sampled(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--run.out", str(tmp_path / "run"), "--data.path", str(house / "latents"), "--sample.cfg-scale", "2"]
+    averages = ["--engine.ema-decays", "0.9", "0.5", "0.001", "--engine.no-ema-warmup"]
+    assert cli.main([*DEBUG, *run, *averages, "--model.class-dropout", "0"]) == 0
+    said = capsys.readouterr().err
+    assert "holds samples of 2 of the 10 classes" in said and "model.class_dropout is 0" in said
+    common = ["sample", "--tokenizer", str(house / "tokenizer"), "--num-samples", "12", "--num-steps", "2"]
+    common += ["--method", "euler", "--latents", str(house / "latents"), "--generator"]
+    message = refusal(capsys, [*common, str(tmp_path / "run"), "--out", str(tmp_path / "none")], 2)
+    assert "--cfg-scale is 2" in message and "model.class_dropout 0" in message and not (tmp_path / "none").exists()
+    for ema, share in (("0.9", "81%"), ("0.5", "25%"), ("0.001", ""), ("0", "")):
+        assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / ema), "--ema", ema]) == 0
+        said = [capsys.readouterr().err]
+        for source in (["run", "--ema", ema], [ema]) if ema == "0.9" else ():
+            settings = [*common, str(tmp_path / source[0]), *source[1:], "--cfg-scale", "1"]
+            assert cli.main([*settings, "--out", str(tmp_path / f"of-{source[0]}")]) == 0
+            said.append(capsys.readouterr().err)
+            assert "among the 2 of 10" in said[-1]
+            with np.load(tmp_path / f"of-{source[0]}" / "samples.npz") as archive:
+                assert set(archive["labels"].tolist()) == {0, 1}
+        for text in said:
+            assert (f"{share} of the average with decay {ema} are still" in text) == bool(share)
+            assert ("--ema 0" in text) == bool(share)
+    assert cli.main([*common, str(house / "run"), "--out", str(tmp_path / "warm"), "--classes", "1", "7"]) == 0
+    said = capsys.readouterr().err
+    assert "5% of the average with decay 0.9999" in said and "class 7 of --classes was not trained" in said
+
+
 def test_a_guide_changes_the_samples_is_named_and_must_fit(
     house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ SIZES = {
     "optimizer": {"warmup_images"},
     "data": {"path", "num_workers"},
     "sample": {"num_steps"},
-    "engine": {"precision"},
+    "engine": {"precision", "ema_warmup"},
 }
 """What a debug twin may change, by group; run, paper and the stages' lengths are looked at apart."""
 
@@ -84,7 +84,7 @@ model shift_free=False value_residual=False
 flow objective='flow' path='linear' prediction='velocity' time_law='logit_normal' direction_loss=True time_shift=1.0
 flow uniform_after_images=None loss_weighting='none' contrastive_weight=0.0 dispersive_weight=0.0
 optimizer kind='adamw' lr=2e-4 betas=(0.9,0.95) eps=1e-8 weight_decay=0.0 schedule='constant' warmup_images=0
-engine precision='autocast' max_grad_norm=0.0 ema_decays=(0.9999,) gradient_accumulation=1
+engine precision='autocast' max_grad_norm=0.0 ema_decays=(0.9999,) ema_warmup=False gradient_accumulation=1
 run batch_size=1024 total_images=81920000 seed=0
 data normalize=True multiplier=1.0 flip=True
 sample method='euler' num_steps=250 timestep_shift=0.3 cfg_scale=10.0 cfg_interval=(0.11,1.0) cfg_channels=3
@@ -312,7 +312,7 @@ flow contrastive_weight=0.05 time_shift=1.4142135623730951
 repa weight=0.5
 repa.foundation name='vit_base_patch14_dinov2.lvd142m'
 optimizer schedule='linear' warmup_images=1024000
-engine max_grad_norm=1.0 ema_decays=(0.9999,0.9998,0.9995)
+engine max_grad_norm=1.0 ema_decays=(0.9999,0.9998,0.9995) ema_warmup=True
 """
 
 

@@ -91,14 +91,14 @@ def test_every_setting_reaches_its_sampler(method, changes):
 
 
 def test_labels_random_balanced_and_fixed():
-    ids = range(6000)
-    random = sample_labels(ids, 0, 10, "random")
+    ids, classes = range(6000), torch.arange(10)
+    random = sample_labels(ids, 0, classes, "random")
     counts = torch.bincount(random, minlength=10)
     assert len(counts) == 10 and (counts - 600).abs().max() < 5 * math.sqrt(600)
-    assert (random != sample_labels(ids, 1, 10, "random")).any()
-    assert torch.equal(random[100:], sample_labels(range(100, 6000), 0, 10, "random"))
-    assert (torch.bincount(sample_labels(ids, 0, 10, "balanced")) == 600).all()
-    assert sample_labels(range(1, 6), 0, 10, "random", [7, 3]).tolist() == [3, 7, 3, 7, 3]
+    assert (random != sample_labels(ids, 1, classes, "random")).any()
+    assert torch.equal(random[100:], sample_labels(range(100, 6000), 0, classes, "random"))
+    assert (torch.bincount(sample_labels(ids, 0, classes, "balanced")) == 600).all()
+    assert sample_labels(range(1, 6), 0, classes, "random", [7, 3]).tolist() == [3, 7, 3, 7, 3]
 
 
 def test_bad_requests_are_refused():

@@ -221,7 +221,7 @@ def test_online_features_are_the_foundation_models() -> None:
 
 
 def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> None:
-    trainer.train(config(tmp_path / "run", engine={"ema_decays": (0.5, 0.9)}))
+    trainer.train(config(tmp_path / "run", engine={"ema_decays": (0.5, 0.9), "ema_warmup": False}))
     plain, fast, slow = (export.load_generator(tmp_path / "run", ema).state_dict() for ema in (0.0, 0.5, 0.9))
     name = "final_layer.linear.bias"
     assert not torch.equal(plain[name], fast[name]) and not torch.equal(fast[name], slow[name])

@@ -22,7 +22,7 @@ from vadit.recipes import get_recipe
 from vadit.train import dit, loop, runs, tokenizer
 from vadit.train.checkpoint import export, publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares
-from vadit.train.ema import ShardedEMA
+from vadit.train.ema import ShardedEMA, start_share
 from vadit.train.engine import Engine, deepspeed_config
 
 CPU = torch.device("cpu")
@@ -125,32 +125,36 @@ def test_deepspeeds_config() -> None:
 
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32")])
 def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
+    warmup = zero_stage == 1
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.SiLU(), torch.nn.Linear(7, 3))
     engine = Engine(
         network,
         optimizer=OptimizerSpec(lr=0.1),
-        spec=EngineSpec(zero_stage=zero_stage, precision=precision),
+        spec=EngineSpec(zero_stage=zero_stage, precision=precision, ema_warmup=warmup),
         global_batch=4,
         device=CPU,
     )
-    ema = ShardedEMA(engine, (0.9, 0.5))
+    ema, shares = ShardedEMA(engine, (0.9, 0.5)), dict.fromkeys((0.9, 0.5), 1.0)
     plain = {decay: dict(engine.whole_weights(engine.masters())) for decay in (0.9, 0.5)}
     start = dict(engine.whole_weights(engine.masters()))
-    for _ in range(4):
+    for step in range(12):
         inputs = torch.randn(4, 5).to(engine.compute_dtype())
         engine.backward(engine(inputs).float().square().mean())
         assert engine.step()
-        ema.update()
+        ema.update(step)
         weights = dict(engine.whole_weights(engine.masters()))
         for decay, average in plain.items():
+            used = min(decay, (2 + step) / (11 + step)) if warmup else decay
+            shares[decay] *= used
             for name, value in average.items():
-                value.lerp_(weights[name], 1 - decay)
+                value.lerp_(weights[name], 1 - used)
     assert any((weights[name] - start[name]).abs().max() > 0.01 for name in weights)
     for decay, average in plain.items():
         found = dict(engine.whole_weights(ema.shards[decay]))
         assert found.keys() == average.keys()
         assert max((found[name] - value).abs().max().item() for name, value in average.items()) == 0
+        assert start_share(12, decay, warmup) == pytest.approx(shares[decay], rel=1e-6, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ stages

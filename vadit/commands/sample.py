@@ -56,7 +56,9 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from vadit.latents.statistics import load_statistics
-    from vadit.runtime.console import ProgressBar
+    from vadit.runtime import distributed
+    from vadit.runtime.console import ProgressBar, note_once
+    from vadit.sampling.draw import trained_classes
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
 
@@ -86,8 +88,11 @@ def run(arguments: list[str]) -> None:
                 raise UsageError("vadit sample needs --latents, a folder with latents_stats.pt, or --no-normalize")
             statistics = load_statistics(options.latents, channels)
             mean, std = statistics.mean, statistics.std
-        from vadit.runtime import distributed
-
+        known = trained_classes(generator).tolist()
+        if unknown := sorted(set(options.classes).difference(known)):
+            note_once(f"class {unknown[0]} of --classes was not trained: the generator's data had no sample of it")
+        elif len(known) < generator.num_classes and not options.classes:
+            note_once(f"labels are drawn among the {len(known):,} of {generator.num_classes:,} trained classes")
         with ProgressBar("sample", -(-options.num_samples // distributed.world_size())) as bar:
             files = write_samples(
                 options.out,
@@ -103,7 +108,8 @@ def run(arguments: list[str]) -> None:
                 labels=options.classes or None,
                 source={
                     name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
-                },
+                }
+                | {"start_share": generator.origin.start_share},
                 progress=bar.update,
             )
     print_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")

@@ -50,6 +50,8 @@ def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
     values = read_json(path, dict[str, Any], error=UsageError)
     if (kind := values.get("kind")) not in ("tokenizer", "dit"):
         raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")
+    if isinstance(engine := values.get("engine"), dict):
+        engine.setdefault("ema_warmup", False)  # of runs before there was this setting
     origin = str(path)
     return (
         from_dict(TokenizerConfig, values, origin=origin)

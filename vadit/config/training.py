@@ -61,6 +61,9 @@ class EngineSpec:
     """Scaling of float8 products in the generator's blocks (torchao; GPUs from sm_89; with --engine.compile)."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decay of each exponential moving average of the weights; empty for none."""
+    ema_warmup: bool = True
+    """Decays rise to theirs as (1 + n) / (10 + n) over the first n steps; off: constant from the start, as the authors'
+    are, whose averages are worth little before some 5 / (1 - decay) steps."""
 
     def __post_init__(self) -> None:
         at_least("engine", self, gradient_accumulation=1)

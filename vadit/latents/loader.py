@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ from vadit.runtime.stream import PositionedLoader, sample_ids
 
 LOADER_THREADS = 2
 """Batches made at the same time; the work is copies and arithmetic outside the interpreter's lock."""
+
+
+def label_ranges(labels: Tensor) -> list[tuple[int, int]]:
+    """The labels that occur, as few ranges (first, last) as cover them: [(0, 2)] for 0, 1 and 2."""
+    runs = itertools.groupby(enumerate(torch.unique(labels).tolist()), lambda pair: pair[1] - pair[0])
+    found = [[label for _, label in run] for _, run in runs]
+    return [(run[0], run[-1]) for run in found]
 
 
 class LatentLoader(PositionedLoader[tuple[Tensor, ...]]):
@@ -35,6 +44,11 @@ class LatentLoader(PositionedLoader[tuple[Tensor, ...]]):
         super().__init__(len(dataset), batch_size, seed, rank, world_size)
         self.dataset = dataset
         self.device = device
+        self.classes = label_ranges(dataset.labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and which classes there are samples of (ranges (first, last))."""
+        return super().state_dict() | {"classes": self.classes}
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, ...]]]]:

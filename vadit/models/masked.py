@@ -30,7 +30,7 @@ from vadit.models.dit import (
     RotaryTable,
     sincos_positions,
 )
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_safetensors, read_spec
+from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_origin, read_safetensors, read_spec
 
 MASK_NAME = "mask.json"
 """File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
@@ -59,7 +59,9 @@ def load_exported(folder: str | Path) -> LightningDiT:
         return LightningDiT.from_pretrained(folder)
     spec, mask = read_spec(DiTSpec, folder), load_config(MaskSpec, folder / MASK_NAME)
     path = folder / WEIGHTS_NAME
-    return build_model(lambda: build_generator(spec, mask), read_safetensors(path), origin=str(path))
+    model = build_model(lambda: build_generator(spec, mask), read_safetensors(path), origin=str(path))
+    model.origin = read_origin(path)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ parts

@@ -5,19 +5,23 @@ Foreign files are read here, too (`read_weights`), and never with code that the 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
+from vadit.runtime.json_files import parse_json
 from vadit.runtime.safetensors_file import save_tensors
 from vadit.runtime.torch_file import load_torch
 
@@ -28,15 +32,29 @@ S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What the training of weights leaves to know; kept in the metadata of an exported model.safetensors."""
+
+    ema: float = 0.0
+    """Decay of the average that they are; 0 for plain weights."""
+    start_share: float = 0.0
+    """Share that the weights of the start still have in that average."""
+    classes: tuple[tuple[int, int], ...] | None = None
+    """Classes that there were samples of, in ranges (first, last); None where nobody knows."""
+
+
 class Pretrained(nn.Module):
     """A network that is saved to a folder and read from it. A subclass names the class of its `spec`, `Spec`."""
 
     Spec: type[Any]
     spec: Any
+    origin = Origin()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, which is made where it does not exist."""
-        write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_NAME)
+        known = {} if self.origin == Origin() else {"vadit": json.dumps(dataclasses.asdict(self.origin))}
+        write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_NAME, known)
         save_config(self.spec, Path(folder) / CONFIG_NAME)
 
     @classmethod
@@ -44,13 +62,22 @@ class Pretrained(nn.Module):
         """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
         spec = read_spec(cls.Spec, folder)
         path = Path(folder) / WEIGHTS_NAME
-        return build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))
+        model = build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))
+        model.origin = read_origin(path)
+        return model
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one file; never half a file, also where it fails."""
     with saved_file(path) as partial:
-        save_tensors(partial, state)
+        save_tensors(partial, state, metadata)
+
+
+def read_origin(path: Path) -> Origin:
+    """What `save_pretrained` noted in a file that is whole; a file of others says nothing."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("vadit", "{}")
+    return parse_json(text, Origin, f"the metadata of {path}", remedy="export it anew")
 
 
 def read_spec(kind: type[S], folder: str | Path) -> S:

@@ -22,7 +22,8 @@ def lightningdit_xl_beyond() -> DiTConfig:
       larger).
     - QK-norm, and gradients clipped to 1: the authors' own cures of NaN; QK-norm slows convergence a little.
     - warm-up over 1,000 steps and linear decay to 0 (RAE warms up and decays, too, to a tenth).
-    - three EMA decays side by side, to choose from at the end (Karras et al. 2024, EDM2, on how much hangs on it).
+    - three EMA decays side by side, to choose from at the end (Karras et al. 2024, EDM2, on how much hangs on it);
+      they warm up.
 
     Left out: the dispersive loss (Wang & He 2025) is for runs without REPA; Muon has no published measurement on such
     models that we know of. Both are settings (flow.dispersive_weight, optimizer.kind). Autoguidance is sampling's:
@@ -36,7 +37,7 @@ def lightningdit_xl_beyond() -> DiTConfig:
         flow={"contrastive_weight": 0.05, "time_shift": (latent_numbers / 4096) ** 0.5},
         repa=RepaSpec(weight=0.5, block=8, foundation=FoundationSpec(name="vit_base_patch14_dinov2.lvd142m")),
         optimizer={"schedule": "linear", "warmup_images": 1_000 * BATCH_SIZE},
-        engine={"max_grad_norm": 1.0, "ema_decays": (0.9999, 0.9998, 0.9995)},
+        engine={"max_grad_norm": 1.0, "ema_decays": (0.9999, 0.9998, 0.9995), "ema_warmup": True},
         paper={
             "source": "no row: what others report to help",
             "metric": "none published; lightningdit-xl-64ep is what it is to beat",

@@ -11,12 +11,12 @@ BATCH_SIZE = 4
 
 
 def debug_twin(name: str, config: Config) -> Config:
-    """`config`, recipe `name`, made small; only sizes, lengths, data and precision change."""
+    """`config`, recipe `name`, made small; only sizes, lengths, data, precision and the averages' warm-up change."""
     small = _tokenizer(config) if isinstance(config, TokenizerConfig) else _generator(config)
     stages = len(small.stages) if isinstance(small, TokenizerConfig) else 0
     return vary(
         small,
-        engine={"precision": "fp32"},
+        engine={"precision": "fp32", "ema_warmup": True},
         paper={"source": f"debug twin of {name}", "metric": "none: two steps"},
         data={"path": f"debug:{2 * BATCH_SIZE}"},
         run=RunSpec(

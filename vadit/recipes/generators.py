@@ -22,7 +22,7 @@ def lightningdit_xl_64ep() -> DiTConfig:
     """
     return DiTConfig(
         model=DiTSpec(**DIT_SIZES["XL"], patch_size=1, in_channels=32, input_size=16),
-        engine=EngineSpec(precision="autocast", max_grad_norm=0.0),
+        engine=EngineSpec(precision="autocast", max_grad_norm=0.0, ema_warmup=False),
         run=RunSpec(batch_size=BATCH_SIZE, total_images=80_000 * BATCH_SIZE),
         sample=SampleSpec(
             method="euler", num_steps=250, timestep_shift=0.3, cfg_scale=10.0, cfg_interval=(0.11, 1.0), cfg_channels=3

@@ -36,7 +36,7 @@ def plain_dit() -> DiTConfig:
         ),
         flow=FlowSpec(objective="ddpm", time_law="uniform", direction_loss=False),
         optimizer=OptimizerSpec(lr=1e-4, betas=(0.9, 0.999)),
-        engine=EngineSpec(precision="autocast", max_grad_norm=0.0),
+        engine=EngineSpec(precision="autocast", max_grad_norm=0.0, ema_warmup=False),
         run=RunSpec(batch_size=256, total_images=400_000 * 256),
         data=LatentDataSpec(normalize=False, multiplier=0.18215),
         sample=Sample(method="ddpm", num_steps=250),

@@ -54,6 +54,14 @@ def note(text: str, style: str = "yellow") -> None:
     _console.print(one_line(text), style=style, soft_wrap=True)
 
 
+def note_once(text: str) -> None:
+    """`note` of the main process alone."""
+    from vadit.runtime import distributed  # torch, which `vadit --help` does without
+
+    if distributed.is_main():
+        note(text)
+
+
 def show(renderable: RenderableType) -> None:
     """A table or the like on stdout, at full width into a file or pipe."""
     console = _Terminal()

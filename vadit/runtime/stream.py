@@ -89,7 +89,7 @@ class PositionedLoader(ABC, Generic[Batch]):
         """Full batches for ever, from the current position on."""
         return self._batches(endless=True)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position: seed, images handed out over all ranks, their epoch, and the size of the data set."""
         return {
             "seed": self.seed,
@@ -98,7 +98,7 @@ class PositionedLoader(ABC, Generic[Batch]):
             "num_samples": self.num_samples,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; iterators that are already running follow with their next batch."""
         saved = checked(_Saved, state, "the loader's state in the checkpoint", remedy="take another checkpoint")
         if saved.num_samples not in (None, self.num_samples):

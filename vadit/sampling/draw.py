@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vadit.config import FlowSpec, SampleSpec
+from vadit.config import DiTSpec, FlowSpec, SampleSpec
 from vadit.images.pixels import to_uint8
 from vadit.models.autoencoder import Autoencoder
+from vadit.models.pretrained import Origin
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
@@ -65,18 +66,26 @@ def sampler_name(spec: SampleSpec, *, autoguidance: bool = False, listed: bool =
 
 
 def sample_labels(
-    indices: Sequence[int], seed: int, num_classes: int, law: str, fixed: Sequence[int] | None = None
+    indices: Sequence[int], seed: int, classes: Tensor, law: str, fixed: Sequence[int] | None = None
 ) -> Tensor:
-    """Labels (n,) int64 of samples `indices`: `fixed` over and over, or by `law` random or balanced.
+    """Labels (n,) int64 of samples `indices`: `fixed` over and over, or of `classes` by `law` random or balanced.
 
-    balanced is index % num_classes, so the classes are equally frequent where num_classes divides the count.
+    balanced takes them in turn, so they are equally frequent where their number divides the count.
     """
     ids = torch.tensor(list(indices), dtype=torch.int64)
     if fixed is not None:
         return torch.tensor(list(fixed))[ids % len(fixed)]
     if law == "balanced":
-        return ids % num_classes
-    return rng.integers(rng.fold(seed, "label"), ids, num_classes)
+        return classes[ids % len(classes)]
+    return classes[rng.integers(rng.fold(seed, "label"), ids, len(classes))]
+
+
+def trained_classes(model: Any) -> Tensor:
+    """Labels (n,) int64 that a generator can be asked for: all, or those that its training had samples of."""
+    ranges = getattr(model, "origin", Origin()).classes or ()
+    inside = [range(max(first, 0), min(last + 1, model.num_classes)) for first, last in ranges]
+    known = torch.tensor([label for each in inside for label in each], dtype=torch.int64)
+    return known if len(known) else torch.arange(model.num_classes)
 
 
 def draw(
@@ -93,7 +102,7 @@ def draw(
     model: a LightningDiT, or callable (x, t, labels) with its num_classes and the latent's shape in its spec.
     guide: a weaker generator for autoguidance, instead of the null label. labels: a list that is used over and over.
     """
-    check_request(model, spec, flow, num_samples, labels)
+    check_request(model, spec, flow, num_samples, labels, guide)
     for group in own_groups(num_samples):
         count = num_samples - group.start
         indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels)
@@ -117,7 +126,7 @@ def draw_group(
     """The samples `indices`, computed together."""
     device = device_of(model)
     shape = (model.spec.in_channels, model.spec.input_size, model.spec.input_size)
-    labels = sample_labels(indices, spec.seed, model.num_classes, spec.labels, fixed_labels).to(device)
+    labels = sample_labels(indices, spec.seed, trained_classes(model), spec.labels, fixed_labels).to(device)
     noise = rng.normal(rng.fold(spec.seed, "x0"), indices, shape).to(device)
     if spec.method == "ddpm":
         latents = sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
@@ -140,10 +149,20 @@ def device_of(model: Any) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def null_is_untrained(spec: DiTSpec, sample: SampleSpec) -> bool:
+    """Whether guidance would ask for a null label that no training sample had."""
+    return sample.cfg_scale != 1 and spec.class_dropout == 0
+
+
 def check_request(
-    model: Any, spec: SampleSpec, flow: FlowSpec | None, num_samples: int, labels: Sequence[int] | None
+    model: Any,
+    spec: SampleSpec,
+    flow: FlowSpec | None,
+    num_samples: int,
+    labels: Sequence[int] | None,
+    guide: nn.Module | None,
 ) -> None:
-    """UsageError for a count, method or labels that cannot be."""
+    """UsageError for a count, method, labels or guidance that cannot be."""
     if num_samples < 1:
         raise UsageError(f"--num-samples is {num_samples}; it must be at least 1")
     objective = (flow or FlowSpec()).objective
@@ -152,6 +171,11 @@ def check_request(
         raise UsageError(
             f"--method {spec.method} does not fit this generator (flow.objective {objective}); set --method {remedy} "
             "(vadit train: --sample.method)"
+        )
+    if guide is None and null_is_untrained(model.spec, spec):
+        raise UsageError(
+            f"--cfg-scale is {spec.cfg_scale:g}, but the generator was trained with model.class_dropout 0, so never "
+            "with the null label of guidance; set --cfg-scale 1 or --guide, or train with --model.class-dropout 0.1"
         )
     if labels is not None and not labels:
         raise UsageError("the list of labels is empty; name at least one class or leave it out")

@@ -30,6 +30,7 @@ from vadit.sampling.draw import (
     own_groups,
     sample_labels,
     sampler_name,
+    trained_classes,
 )
 
 GRID_IMAGES = 64
@@ -77,7 +78,8 @@ def write_samples(
         UsageError: the folder holds samples of other weights or settings.
         RunError: latents that are not finite, a damaged folder, a full disk.
     """
-    check_request(model, spec, flow, num_samples, labels)
+    check_request(model, spec, flow, num_samples, labels, guide)
+    classes = trained_classes(model)
     out = Path(out)
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
@@ -86,6 +88,7 @@ def write_samples(
         "flow": dataclasses.asdict(flow or FlowSpec()),
         "label_list": None if labels is None else list(labels),
         "num_classes": model.num_classes,
+        "classes": None if len(classes) == model.num_classes else classes.tolist(),
         "autoguidance": guide is not None,
         "multiplier": multiplier,
         "mean": mean.flatten().tolist(),
@@ -114,7 +117,7 @@ def write_samples(
     distributed.barrier()
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
     if distributed.is_main():
-        all_labels = sample_labels(range(num_samples), spec.seed, model.num_classes, spec.labels, labels)
+        all_labels = sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
         _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
         _write_png(files.grid, image_grid(shown, scale=1))

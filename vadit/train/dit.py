@@ -23,6 +23,8 @@ from vadit.models.repa import training_network
 from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
+from vadit.runtime.console import note_once
+from vadit.sampling.draw import null_is_untrained
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
@@ -46,6 +48,7 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         grid = config.model.input_size // config.model.patch_size
         dataset.companion = open_online_images(config.data, dataset, grid)
     folder = runs.open_folder(config)
+    _warn_of_labels(config, dataset.labels)
     runs.seed_everything(config.run)
 
     features = open_features(config, dataset.companion, device)
@@ -93,6 +96,22 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     return folder
 
 
+def _warn_of_labels(config: DiTConfig, labels: Tensor) -> None:
+    """A line each where sampling would ask for labels that this run does not train."""
+    count, spec = len(torch.unique(labels)), config.model
+    if count < spec.num_classes and not config.data.path.startswith("debug:"):
+        note_once(
+            f"data.path {config.data.path} holds samples of {count:,} of the {spec.num_classes:,} classes of "
+            "model.num_classes: the others stay untrained, and `vadit sample` draws none of them"
+        )
+    if null_is_untrained(spec, config.sample):
+        note_once(
+            "model.class_dropout is 0: the null label stays untrained, so that `vadit sample` refuses sample.cfg_scale "
+            f"{config.sample.cfg_scale:g} and evaluations on the way are drawn without guidance; set "
+            "--model.class-dropout 0.1 or --sample.cfg-scale 1"
+        )
+
+
 def _equip(model: LightningDiT, config: DiTConfig, batch_size: int, device: torch.device) -> list[Choice]:
     """Give the blocks the attention and the linear layers of the run's settings; what they are."""
     spec = config.model
@@ -137,7 +156,7 @@ def train_step(
         terms = _with_regularisers(config, terms, output, companions, features)
         engine.backward(terms["loss"])
         if guard.step({"model": engine}):
-            ema.update()
+            ema.update(position.step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
     return sums

@@ -1,15 +1,43 @@
 """Exponential moving average of the weights, sharded as the optimizer's fp32 weights are.
 
 ema <- decay * ema + (1 - decay) * weights, on this process's share only: no communication, 4 bytes per weight and
-decay over the number of processes. The network's bf16 copies are never the source: their rounding would swallow
-steps of 1e-4. Checkpoints keep each process's share as it is; `vadit.train.checkpoint.shares` puts them together.
+decay over the number of processes. With engine.ema_warmup the decay of update n is at most (1 + n) / (10 + n) (as in
+TensorFlow, LDM and diffusers), so that the weights of the start are soon forgotten. The network's bf16 copies are
+never the source: their rounding would swallow steps of 1e-4. Checkpoints keep each process's share as it is;
+`vadit.train.checkpoint.shares` puts them together.
 """
 
 from __future__ import annotations
 
 import torch
 
+from vadit.runtime.console import note_once
 from vadit.train.engine import Engine
+
+
+def decay_of(update: int, decay: float, warmup: bool) -> float:
+    """What update number `update`, counted from 1, multiplies an average with."""
+    return min(decay, (1 + update) / (10 + update)) if warmup else decay
+
+
+def start_share(updates: int, decay: float, warmup: bool) -> float:
+    """Share that the weights of the start still have in an average: the product of its decays so far."""
+    if not warmup:
+        return decay**updates
+    share, update = 1.0, 0
+    while update < updates and share > 1e-9:
+        update += 1
+        share *= decay_of(update, decay, warmup)
+    return share
+
+
+def warn_of_start(what: str, decay: float, share: float) -> None:
+    """A line where an average with this `start_share` is none of trained weights yet."""
+    if share > 0.01:
+        note_once(
+            f"{what}: {share:.0%} of the average with decay {decay:g} are still the weights that training began with; "
+            "train longer, or take the plain weights (--ema 0 of `vadit sample` and `vadit export`)"
+        )
 
 
 class ShardedEMA:
@@ -20,8 +48,8 @@ class ShardedEMA:
         self.shards = {decay: [master.clone() for master in engine.masters()] for decay in decays}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step of every average; call it after each optimizer step that changed weights."""
+    def update(self, step: int) -> None:
+        """One step of every average; call it after each optimizer step that changed weights, `step` before this one."""
         masters = self.engine.masters()
         for decay, shards in self.shards.items():
-            torch._foreach_lerp_(shards, masters, 1 - decay)
+            torch._foreach_lerp_(shards, masters, 1 - decay_of(step + 1, decay, self.engine.spec.ema_warmup))

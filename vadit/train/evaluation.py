@@ -31,18 +31,20 @@ from vadit.images.backends import open_decoder
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
 from vadit.latents.dataset import DebugLatents, LatentDataset
+from vadit.latents.loader import label_ranges
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
+from vadit.models.pretrained import Origin
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.spread import spread
-from vadit.sampling.draw import decode, draw, sampler_name, spare_points
+from vadit.sampling.draw import decode, draw, null_is_untrained, sampler_name, spare_points
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.checkpoint.export import load_autoencoder
-from vadit.train.ema import ShardedEMA
+from vadit.train.ema import ShardedEMA, start_share, warn_of_start
 
 Beat = Callable[[], None]
 Latents = LatentDataset | DebugLatents
@@ -87,6 +89,9 @@ class Evaluation:
         begin = time.perf_counter()
         line: dict[str, Any] = {"images": position.images_seen, "step": position.step}
         picture = None
+        for decay in [*self._ema.shards][:1]:
+            share = start_share(position.step, decay, self._ema.engine.spec.ema_warmup)
+            warn_of_start(f"evaluation after {position.images_seen:,} images", decay, share)
         try:
             with _undisturbed(self._device):
                 values, picture = self._evaluate(beat)
@@ -176,6 +181,8 @@ class _Samples(Evaluation):
         super().__init__(spec, ema, folder)
         self._config, self._dataset = config, dataset
         self._sampler = quick_sampler(config.sample, spec)
+        if null_is_untrained(config.model, self._sampler):  # the trainer has said so
+            self._sampler = dataclasses.replace(self._sampler, cfg_scale=1.0)
         self._scorer: SampleScorer | None = None
         with _undisturbed(self._device):
             assert spec.tokenizer is not None, "the config was checked"
@@ -193,7 +200,9 @@ class _Samples(Evaluation):
                 )
 
     def network(self) -> nn.Module:
-        return build_generator(self._config.model, self._config.mask)
+        model = build_generator(self._config.model, self._config.mask)
+        model.origin = Origin(classes=tuple(label_ranges(self._dataset.labels)))
+        return model
 
     def make(self, network: nn.Module, beat: Beat) -> Made:
         config, spec = self._config, self._config.evaluation

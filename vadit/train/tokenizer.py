@@ -180,7 +180,7 @@ def train_step(
             engines["discriminator"] = networks.discriminator
         # Both step after both backward passes (neither sees the other's new weights): they skip together or not at all.
         if guard.step(engines):
-            ema.update()
+            ema.update(position.step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.engine.gradient_accumulation
     return sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,10 +13,15 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.models.interop import load_foreign_autoencoder
 from vadit.models.masked import build_generator, load_exported
-from vadit.models.pretrained import WEIGHTS_NAME, load_state
+from vadit.models.pretrained import WEIGHTS_NAME, Origin, load_state
 from vadit.models.repa import PREFIX
 from vadit.runtime.errors import UsageError
+from vadit.runtime.json_files import checked
 from vadit.train import runs
+from vadit.train.checkpoint import publish
+from vadit.train.ema import start_share, warn_of_start
+
+M = TypeVar("M", Autoencoder, LightningDiT)
 
 
 def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
@@ -24,7 +30,7 @@ def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
     Others': a file of the authors, or an AutoencoderKL of diffusers.
     """
     if _is_exported(path):
-        return Autoencoder.from_pretrained(path)
+        return _looked_at(Autoencoder.from_pretrained(path), path)
     if (foreign := load_foreign_autoencoder(path)) is not None:
         return foreign
     config = load_run_config(path)
@@ -34,7 +40,8 @@ def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
     model = Autoencoder(config.autoencoder)
     # The projection of the VF loss serves training alone.
     load_state(model, {name: value for name, value in state.items() if not name.startswith("linear_proj.")}, str(file))
-    return model.eval()
+    model.origin = _origin(config, file, ema)
+    return _looked_at(model.eval(), path)
 
 
 def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
@@ -44,7 +51,7 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     averages nothing or `ema` is 0.
     """
     if _is_exported(path):
-        return load_exported(path)
+        return _looked_at(load_exported(path), path)
     config = load_run_config(path)
     if not isinstance(config, DiTConfig):
         raise UsageError(f"{path} is a tokenizer's run; a generator is needed here")
@@ -54,7 +61,8 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     model = build_generator(config.model, config.mask)
     # REPA's projector serves training alone.
     load_state(model, {name: value for name, value in state.items() if not name.startswith(PREFIX)}, str(file))
-    return model.eval()
+    model.origin = _origin(config, file, ema)
+    return _looked_at(model.eval(), path)
 
 
 def export_run(run: str | Path, out: str | Path, ema: float | None = None) -> None:
@@ -67,3 +75,16 @@ def export_run(run: str | Path, out: str | Path, ema: float | None = None) -> No
 
 def _is_exported(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS_NAME).is_file()
+
+
+def _origin(config: DiTConfig | TokenizerConfig, checkpoint: Path, ema: float | None) -> Origin:
+    """What a checkpoint of a run says of its weights."""
+    state = publish.read_state(checkpoint)
+    share = start_share(state.step, ema, config.engine.ema_warmup) if ema else 0.0
+    values = {"ema": ema or 0.0, "start_share": share, "classes": state.loader.get("classes")}
+    return checked(Origin, values, str(checkpoint))
+
+
+def _looked_at(model: M, path: str | Path) -> M:
+    warn_of_start(str(path), model.origin.ema, model.origin.start_share)
+    return model
