@@ -12,6 +12,7 @@ from vadit.images.pixels import image_grid, reconstruction_pairs
 from vadit.report.page import Section, write_report
 from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
+from vadit.runtime.npz_files import Npz
 
 COLUMNS = 10
 """One column per class: labels of balanced samples go round."""
@@ -72,6 +73,5 @@ def _logged(run: Path) -> dict[str, Any]:
 
 
 def _save_grid(path: Path, npz: Path) -> None:
-    with np.load(npz) as file:
-        images = file["arr_0"][: COLUMNS * ROWS]
+    images = Npz(npz).array("arr_0", (None, None, None, 3), "u")[: COLUMNS * ROWS]
     image_grid(images, columns=COLUMNS, scale=2).save(path)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -45,6 +44,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.runtime.console import ProgressBar, note, say, show
 from vadit.runtime.files import refuse_other_settings
 from vadit.runtime.json_files import read_json
+from vadit.runtime.npz_files import Npz
 from vadit.sampling.draw import sampler_name
 from vadit.sampling.write import write_samples
 from vadit.train import dit, tokenizer
@@ -200,8 +200,8 @@ def _assess_tokenizer(autoencoder: Autoencoder, data: DemoData, latents: Path) -
 
 def _assess_samples(judge: networks.Judge, npz: Path, data: DemoData) -> dict[str, float]:
     """Agreement of the judge with the labels, and distances of its features to those of the training images."""
-    with np.load(npz) as file:
-        images, labels = file["arr_0"], torch.from_numpy(file["labels"])
+    drawn = Npz(npz)
+    images, labels = drawn.array("arr_0", (None, None, None, 3), "u"), torch.from_numpy(drawn.array("labels", (None,)))
     fake, predicted = judge.assess(images)
     real, _ = judge.assess(data.train_images)
     precision, recall = precision_recall(real, fake)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from vadit.images.pixels import read_png
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.npz_files import Npz
 
 # Left out in silence, they would leave the scores of a part of a set.
 _OTHER_PICTURES = (".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+
+MAX_SIDE, MAX_IMAGES = 8192, 10_000_000
+MAX_BATCH_BYTES = 128 << 20
 
 
 class PngFolder:
@@ -46,8 +46,9 @@ class PngFolder:
     def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
         """Batches uint8 (B, H, W, 3) of `limit` images (default all) from place `first` on, in file order."""
         files = self.files[first:][:limit]
-        for start in range(0, len(files), batch_size):
-            images = [read_png(file) for file in files[start : start + batch_size]]
+        step = _at_once(batch_size, self.size)
+        for start in range(0, len(files), step):
+            images = [read_png(file) for file in files[start : start + step]]
             for file, image in zip(files[start:], images, strict=False):
                 if image.shape[:2] != self.size:
                     raise UsageError(
@@ -62,12 +63,20 @@ class NpzImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with _npy_stream(self.path) as (_, shape, dtype):
-            pass
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise UsageError(f"{self.path}: arr_0 is {dtype} {shape}; needed: uint8 (N, H, W, 3)")
-        self._count = shape[0]
-        self.size = (shape[1], shape[2])
+        self._npz = Npz(path)
+        entry = self._npz.entries.get("arr_0")
+        if entry is None:
+            raise UsageError(f"{path} holds no arr_0; name an .npz with images uint8 (N, H, W, 3)")
+        if entry.fortran:
+            raise UsageError(f"{path}: arr_0 is in Fortran order; store it in C order (np.ascontiguousarray)")
+        if entry.dtype != np.uint8 or len(entry.shape) != 4 or entry.shape[3] != 3:
+            raise UsageError(f"{self.path}: arr_0 is {entry}; needed: uint8 (N, H, W, 3)")
+        self._count, height, width, _ = entry.shape
+        self.size = (height, width)
+        if not (min(self.size) > 0 and max(self.size) <= MAX_SIDE and self._count <= MAX_IMAGES):
+            raise UsageError(
+                f"{self.path}: arr_0 is {entry}; it may hold {MAX_IMAGES:,} images of 1 to {MAX_SIDE} pixels a side"
+            )
 
     def __len__(self) -> int:
         return self._count
@@ -75,37 +84,20 @@ class NpzImages:
     def batches(self, batch_size: int, limit: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
         """As those of a folder."""
         remaining = max(min(self._count - first, self._count if limit is None else limit), 0)
-        with _npy_stream(self.path) as (stream, _, _):
+        with self._npz.stream("arr_0") as stream:
             stream.seek(first * math.prod(self.size) * 3, os.SEEK_CUR)  # a compressed member is read up to there
             while remaining:
-                shape = (min(batch_size, remaining), *self.size, 3)
-                try:
-                    data = stream.read(math.prod(shape))
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise RunError(f"{self.path} is damaged ({error}); write it again") from None
+                shape = (min(_at_once(batch_size, self.size), remaining), *self.size, 3)
+                data = stream.read(math.prod(shape))
                 if len(data) != math.prod(shape):
                     raise RunError(f"{self.path}: arr_0 ends early, the file is truncated; write it again")
                 yield np.frombuffer(data, np.uint8).reshape(shape).copy()
                 remaining -= shape[0]
 
 
-@contextmanager
-def _npy_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """The member arr_0.npy of an .npz, opened behind its header: (stream, shape, dtype)."""
-    with ExitStack() as opened:
-        try:
-            archive = opened.enter_context(zipfile.ZipFile(path))
-            stream = opened.enter_context(archive.open("arr_0.npy"))
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-        except KeyError:
-            raise UsageError(f"{path} holds no arr_0; name an .npz with images uint8 (N, H, W, 3)") from None
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise RunError(f"{path} cannot be read as .npz ({error}); write it again") from None
-        if fortran:
-            raise UsageError(f"{path}: arr_0 is in Fortran order; store it in C order (np.ascontiguousarray)")
-        yield stream, shape, dtype
+def _at_once(batch_size: int, size: tuple[int, int]) -> int:
+    """Images of a batch: fewer where they are so large that the batch would fill the memory."""
+    return max(1, min(batch_size, MAX_BATCH_BYTES // (3 * math.prod(size))))
 
 
 def open_images(path: str | Path) -> PngFolder | NpzImages:

@@ -21,10 +21,14 @@ from vadit.latents.dataset import LatentDataset
 from vadit.models.pretrained import read_weights
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
+from vadit.runtime.npz_files import Npz
+from vadit.runtime.torch_file import is_plain
 
 PERPLEXITY = 30.0
 ITERATIONS = 1000
 READ_AT_ONCE = 256
+MAX_NUMBERS = 1 << 27
+"""Of a file of latent vectors: 4 million of 32 channels."""
 """Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
 
 Draw = Callable[[int, int], np.ndarray]
@@ -165,18 +169,23 @@ def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: 
 def read_vectors(path: Path) -> Tensor:
     """A (N, C) tensor of latent vectors: .npy, .npz or .safetensors or .pt with one tensor in it."""
     value: Any
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix == ".npz":
+        npz = Npz(path)
+        names = [name for name, entry in npz.entries.items() if len(entry.shape) == 2] or [*npz.entries, path.stem]
+        value = {name: torch.from_numpy(npz.array(name, (None, None), max_bytes=8 * MAX_NUMBERS)) for name in names}
+    elif path.suffix == ".npy":
         try:
-            loaded = np.load(path, allow_pickle=False)
-            found = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        except Exception as error:  # both formats fail in their own ways on damaged bytes
+            value = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        except Exception as error:  # numpy evaluates the header, and fails in its own ways on damaged bytes
             raise RunError(f"{path} cannot be read as a tensor ({first_line(error)}); write it again") from None
-        value = {name: torch.from_numpy(array) for name, array in found.items()}
     else:
         value = read_weights(path)
     tensors = value if isinstance(value, dict) else {path.stem: value}
-    two = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
+    two = {name: tensor for name, tensor in tensors.items() if is_plain(tensor) and tensor.ndim == 2}
     if len(two) != 1:
-        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+        shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in list(tensors.items())[:8]}
         raise UsageError(f"{path} must hold one tensor of shape (N, C), found {shapes}")
-    return next(iter(two.values()))
+    (vectors,) = two.values()
+    if vectors.numel() > MAX_NUMBERS:
+        raise UsageError(f"{path} holds {vectors.numel():,} numbers; at most {MAX_NUMBERS:,} are read")
+    return vectors

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +37,8 @@ from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
+from vadit.runtime.npz_files import Npz
 from vadit.runtime.spread import spread
-
-_STORED = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
 REFERENCES_FOR_RECALL = 10_000
 """Reference images that precision and recall are taken against (ADM's files hold so many)."""
@@ -270,10 +267,13 @@ def _keep(reference: _Reference, file: Path) -> _Reference:
 def _read_kept(file: Path) -> _Reference | None:
     """What `_keep` wrote; None where there is nothing, or nothing whole."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            own = float(kept["own_kernel"]) if "own_kernel" in kept else None
-            return _Reference((kept["mu"], kept["sigma"]), None, kept.get("features"), own)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        kept = Npz(file)
+        mu = kept.array("mu", (None,))
+        moments = (mu, kept.array("sigma", (len(mu), len(mu))))
+        if "features" not in kept.entries:
+            return _Reference(moments, None, None)
+        return _Reference(moments, None, kept.array("features", (None, len(mu))), float(kept.array("own_kernel", ())))
+    except (UsageError, RunError):
         return None
 
 
@@ -329,13 +329,14 @@ def _load_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
     """mu, sigma, mu_s, sigma_s of an .npz (and the key arr_0, unread, where it has images); None without mu."""
     if path.suffix != ".npz" or not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "mu" not in archive:
-                return None
-            return {name: None if name == "arr_0" else archive[name] for name in archive.files if name in _STORED}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} cannot be read as .npz ({error}); download or write it again") from None
+    npz = Npz(path)
+    if "mu" not in npz.entries:
+        return None
+    found: dict[str, np.ndarray | None] = {}
+    for name, axes in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2)):
+        if name in npz.entries:
+            found[name] = npz.array(name, (None,) * axes)
+    return found | ({"arr_0": None} if "arr_0" in npz.entries else {})
 
 
 def _pair(stored: dict[str, np.ndarray | None], ending: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,9 +20,10 @@ import numpy as np
 
 from vadit.images.formats import EXTENSIONS
 from vadit.images.sources.folders import MAX_CLASSES
-from vadit.runtime.errors import RunError
+from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import whole_file
 from vadit.runtime.json_files import MAX_BYTES, parse_json
+from vadit.runtime.npz_files import Npz
 
 IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
 LABEL_EXTENSIONS = ("cls", "json")
@@ -104,12 +105,17 @@ def _save(path: Path, index: ShardIndex) -> None:
 def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
     """The index that was kept, where it is whole and of this very shard."""
     try:
-        with np.load(path) as kept:
-            if kept["stamp"].tolist() == stamp:
-                return ShardIndex(kept["records"].astype(RECORD, casting="no"), json.loads(str(kept["bad"])), stamp)
-    except Exception:  # there is none, or it is damaged in whatever way
-        pass
-    return None
+        kept = Npz(path)
+        if kept.array("stamp", (2,)).tolist() != stamp:
+            return None
+        records = kept.array("records", (None,), "V").astype(RECORD, casting="no")
+        bad = parse_json(str(kept.array("bad", (), "U")), dict[str, str], str(path))
+    except (RunError, UsageError, TypeError):  # there is none, or it is damaged
+        return None
+    header, start, size, label = (records[name] for name in ("header", "start", "size", "label"))
+    inside = (header >= 0) & (header < start) & (size >= 0) & (start <= stamp[0] - size)
+    labelled = (label >= NO_LABEL) & (label < MAX_CLASSES)
+    return ShardIndex(records, bad, stamp) if (inside & labelled).all() and (np.diff(header) > 0).all() else None
 
 
 # ------------------------------------------------------------------------------------------------ samples
