@@ -237,8 +237,8 @@ def bad_places(nowhere: Path) -> dict[str, tuple[str, Callable[[Path], None]]]:
         "broken link": ("broken-link.jpg", lambda path: path.symlink_to(nowhere / "gone.jpg")),
         "link to itself": ("loop.jpg", lambda path: path.symlink_to(path)),
     }
-    if Path("/proc/self/mem").exists():  # opens, and fails when it is read: a bad sector's stand-in, for root, too
-        places["read error"] = ("read-error.jpg", lambda path: path.symlink_to("/proc/self/mem"))
+    if Path("/dev/zero").exists():
+        places["device"] = ("device.jpg", lambda path: path.symlink_to("/dev/zero"))
     if os.geteuid() != 0:  # root may read everything
         places["no permission"] = ("forbidden.jpg", _forbid)
     return places

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import errno
+import functools
+import io
 import logging
 import os
+import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import beton_files
 import image_files
 import numpy as np
 import pytest
 import torch
 from image_files import EXACT, bad_files, bad_places, center_crop, jpeg, odd_files, psnr, write_folder
+from latent_files import moments_folder
 from PIL import EpsImagePlugin, Image
+from safetensors.torch import save_file
+from tar_files import write_tar
 
+from vadit.config import ImageDataSpec
 from vadit.images.formats import open_image
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import read_png
+from vadit.images.prepare import prepare_images
+from vadit.images.sources.beton import BetonSource
 from vadit.images.sources.folders import FolderSource
+from vadit.images.sources.tar import TarSource
+from vadit.latents.companions import CachedFeatures
+from vadit.latents.dataset import LatentDataset
+from vadit.latents.shards import open_finished_folder, open_shard
+from vadit.latents.statistics import load_statistics
 from vadit.report.page import is_picture
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.reading import ReadFault
 
 SIZE = 32
 DECODERS = ("torch", "dali")
@@ -278,3 +297,113 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"images cannot be read .*permission"):
         FolderSource(root)
     root.chmod(0o755)
+
+
+# ------------------------------------------------------------------------------------------------ passing faults
+
+
+def readers(root: Path) -> dict[str, Callable[[], object]]:
+    """What reads each kind of file that holds data, to be compared with itself."""
+    write(root / "images", {"x.jpg": jpeg(0), "y.png": image_files.encode(Image.new("RGB", (9, 9)), "PNG")})
+    write_tar(root / "tars" / "x.tar", [("1.jpg", jpeg(0))])
+    moments_folder(root / "latents")
+    folder, tars = FolderSource(root / "images"), TarSource(root / "tars")
+    beton = BetonSource(beton_files.write(root / "x.beton"))
+    latents = LatentDataset(root / "latents")
+    return {
+        "folder": lambda: folder.read(0),
+        "tar": lambda: tars.read(0),
+        "beton": lambda: beton.read(1),
+        "latents": lambda: latents.batch(torch.arange(6), 0, 0)[0].tolist(),
+        "latent header": lambda: str(open_shard(root / "latents" / "shard-00000.safetensors").tensors),
+        "statistics": lambda: load_statistics(root / "latents", 4).mean.tolist(),
+        "index": lambda: len(open_finished_folder(root / "latents")[0]),
+        "checksum": lambda: open_shard(root / "latents" / "shard-00000.safetensors").is_intact(),
+        "png": lambda: read_png(root / "images" / "y.png").tolist(),
+        "new tar": lambda: TarSource(root / "tars").labels.tolist(),
+    }
+
+
+class Faults:
+    """A system whose calls fail for a while, with one error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.left, self.number = 0, number
+        self._fail(monkeypatch, os, "open", "pread", "preadv")
+        for module in (builtins, io):
+            self._fail(monkeypatch, module, "open")
+        self._fail(monkeypatch, np, "fromfile")
+
+    def _fail(self, monkeypatch: pytest.MonkeyPatch, module: Any, *names: str) -> None:
+        for name in names:
+            monkeypatch.setattr(module, name, functools.partial(self._call, getattr(module, name)))
+
+    def _call(self, real: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number))
+        return real(*args, **options)
+
+
+KINDS = ("folder", "tar", "beton", "latents", "latent header", "statistics", "index", "checksum", "png", "new tar")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_that_passes_is_waited_for_and_no_bad_data(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = readers(tmp_path)[kind]
+    for number in (errno.ESTALE, errno.EMFILE):
+        with monkeypatch.context() as patched:
+            faults = Faults(patched, number)
+            expected = read()
+            faults.left = 2
+            assert read() == expected and faults.left == 0
+            faults.left = 10**6
+            with pytest.raises(
+                ReadFault, match=rf"{os.strerror(number)}, 3 times in 0 s\); this is no fault of the data"
+            ):
+                read()
+            faults.left = 0
+            assert read() == expected
+
+
+def test_a_fault_that_stays_ends_the_run_and_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = image_set(write(tmp_path / "images", GOOD), on_error="skip", max_bad_share=1.0)
+    name = images.source.describe(3)
+    real = os.open
+
+    def fail(path: Any, *args: Any, **options: Any) -> int:
+        if path == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(ReadFault, match=rf"{name} cannot be read \(Input/output error"):
+        list(ImageLoader(images, 4, decoder=pillow_decoder(images, 2)))
+    assert images.bad == {}
+    spec = ImageDataSpec(path=str(tmp_path / "images"), on_error="skip", max_bad_share=1.0)
+    for num_workers in (1, 2):
+        with pytest.raises(ReadFault, match=name):
+            prepare_images(spec, tmp_path / "x.beton", size=8, num_workers=num_workers)
+    monkeypatch.undo()
+    assert prepare_images(spec, tmp_path / "x.beton", size=8, num_workers=1).bad == {}
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
+    for number in range(300):
+        write_tar(tmp_path / "tars" / f"{number:03d}.tar", [("1.jpg", bytes([number % 256]))])
+        rows = {"latents": torch.full((1, 1, 2, 2), float(number)), "labels": torch.tensor([0])}
+        features = torch.full((1, 1, 2, 2), float(number), dtype=torch.bfloat16)
+        (tmp_path / "latents").mkdir(exist_ok=True)
+        save_file({**rows, "features": features}, tmp_path / "latents" / f"{number:03d}.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        tars, latents = TarSource(tmp_path / "tars"), LatentDataset(tmp_path / "latents", normalize=False, flip=False)
+        latents.companion = CachedFeatures(latents.shards)
+        assert [tars.read(index)[0] for index in range(300)] == [number % 256 for number in range(300)]
+        values, _, features = latents.batch(torch.arange(300), 0, 0)
+        assert values[:, 0, 0, 0].tolist() == list(range(300)) and features[257, 0, 0, 0] == 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

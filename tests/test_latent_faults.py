@@ -213,7 +213,7 @@ def test_a_shard_that_shrinks_or_goes_is_named(tmp_path: Path) -> None:
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = many_shards(tmp_path)
-    monkeypatch.setattr("vadit.latents.rows.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("vadit.runtime.reading.MAX_OPEN", 2)
     dataset = LatentDataset(tmp_path, normalize=False, flip=False)
     for seed in range(3):
         ids = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))

@@ -15,7 +15,7 @@ import pytest
 from full_disk import room_for
 from tar_files import blob, bytes_of, samples, with_checksum, write_tar
 
-from vadit.images.sources import tar, tar_index
+from vadit.images.sources import tar_index
 from vadit.images.sources.tar import TarSource, expand, find_shards
 from vadit.images.sources.tar_index import BLOCK
 from vadit.runtime.errors import UsageError
@@ -127,7 +127,7 @@ def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
 def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         write_tar(tmp_path / f"t-{number}.tar", samples(40 * number, 40))
-    monkeypatch.setattr(tar, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("vadit.runtime.reading.MAX_OPEN", 2)
     source = TarSource(tmp_path)
     order = list(range(240)) * 4
     random.Random(0).shuffle(order)

@@ -23,6 +23,7 @@ from vadit.images.sources.page_order import PageOrder
 from vadit.images.transforms import CropKind
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError
+from vadit.runtime.reading import ReadFault
 from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, split_epochs
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,11 @@ class ImageSet:
         ]
 
     def note_bad(self, index: int, error: RunError) -> None:
-        """Count an image that does not decode; raises where that is not wanted, or where it is one too many."""
-        if self.on_error == "raise":
+        """Count an image that does not decode; raises where that is not wanted, or where it is one too many.
+
+        So it does where the fault is not the image's.
+        """
+        if self.on_error == "raise" or isinstance(error, ReadFault):
             raise error
         self.bad.setdefault(index, error)
         if len(self.bad) > self.max_bad_share * len(self):
@@ -150,6 +154,10 @@ def undecodable(images: ImageSet, index: int, error: Exception) -> RunError:
     """The error that names an image which a decoder could not read."""
     if isinstance(error, RunError):
         return error
+    if isinstance(error, MemoryError):
+        return ReadFault(
+            f"there is no memory for image {images.source.describe(index)}; free some, or use fewer workers"
+        )
     return RunError(
         f"image {images.source.describe(index)} does not decode ({reason(error)}); "
         "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"

@@ -14,6 +14,7 @@ from vadit.images.backends import open_images
 from vadit.images.loader import ImageDecoder, ImageSet, Request
 from vadit.images.pillow import pillow_decoder
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.reading import ReadFault
 
 PIXELS_PER_TOKEN = 16
 """Side of an image over that of its grid of tokens, where no file has it: that of DiT/2 on f8, and of f16."""
@@ -50,6 +51,8 @@ class OnlineImages:
         requests = [Request(index, mirror=mirror) for index, mirror in zip(indices, flips.tolist(), strict=True)]
         decoded = self._decoder.submit(requests)()
         for place, error in decoded.failures.items():
+            if isinstance(error, ReadFault):
+                raise error
             name = self._images.source.describe(indices[place])
             raise RunError(
                 f"{name}, the image of latent {int(ids[place])}, does not decode any more; put it back"

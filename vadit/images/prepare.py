@@ -34,6 +34,7 @@ from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, e
 from vadit.images.transforms import plan_crop, scale, to_rgb
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
+from vadit.runtime.reading import ReadFault
 
 PART_IMAGES = 8
 """Images that a worker takes at a time; some MB of results."""
@@ -178,7 +179,7 @@ def _bad_of_finished(out: Path, settings: dict[str, Any]) -> dict[str, str]:
 def _append(
     writer: BetonWriter,
     source: ImageSource,
-    results: Iterator[list[EncodedImage | str]],
+    results: Iterator[list[EncodedImage | str | ReadFault]],
     *,
     raises: bool,
     report: Progress,
@@ -187,6 +188,8 @@ def _append(
     first, index = writer.num_samples, writer.done
     for part in results:
         for result in part:
+            if isinstance(result, ReadFault):
+                raise result
             if not isinstance(result, str):
                 writer.append(result, int(source.labels[index]))
             elif raises:
@@ -219,14 +222,16 @@ def _list_bad(out: Path, bad: dict[str, str]) -> Path | None:
 # ------------------------------------------------------------------------------------------------ in the workers
 
 
-def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage | str]:
-    """Some images, or why they cannot be had."""
-    results: list[EncodedImage | str] = []
+def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage | str | ReadFault]:
+    """Some images, or why they cannot be had; a fault that is not theirs comes last."""
+    results: list[EncodedImage | str | ReadFault] = []
     for index in ids:
         try:
             results.append(encode_file(source.read(index), job))
         except MemoryError:
             raise
+        except ReadFault as error:
+            return [*results, error]
         except RunError as error:
             results.append(str(error))
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type

@@ -37,6 +37,7 @@ from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.reading import ReadFault
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -234,7 +235,7 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
         try:
             found = open_shard(path).settings
         except RunError as error:
-            if path not in expected:
+            if path not in expected or isinstance(error, ReadFault):
                 raise
             logger.warning("%s: this command does", error)
             continue

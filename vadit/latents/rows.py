@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vadit.latents.shards import LatentShard, is_finite
-
-MAX_OPEN_FILES = 256
-"""Shards that a reader keeps open at a time, of the 1024 files that a process often may have."""
+from vadit.runtime.reading import OpenFiles, fill
 
 
 class RowReader:
-    """Rows of a tensor that lies in parts in the shards of a folder, plain or mirrored; from any thread.
-
-    They are read with pread and not mapped: where a file shrinks or a disk fails, that is an error which names the
-    shard and no signal that ends the process, and pages that were read count for nobody.
-    """
+    """Rows of a tensor that lies in parts in the shards of a folder, plain or mirrored; from any thread."""
 
     def __init__(self, shards: Sequence[LatentShard], key: str) -> None:
         entries = [(shard.tensors[key], shard.tensors.get(f"{key}_flip", shard.tensors[key])) for shard in shards]
@@ -33,7 +25,7 @@ class RowReader:
         self._offsets = np.array([[entry.offset for entry in pair] for pair in entries], np.int64)
         self._ends = np.cumsum([shard.count for shard in shards])
         self._starts = self._ends - [shard.count for shard in shards]
-        self._open = functools.lru_cache(MAX_OPEN_FILES)(lambda number: _OpenFile(shards[number].path))
+        self._files = OpenFiles([shard.path for shard in shards])
 
     def read(self, ids: Tensor, flips: Tensor, *, pin: bool = False) -> Tensor:
         """Stored rows (B, *shape) of the latents `ids`, mirrored where `flips`; RunError names one that is damaged."""
@@ -44,8 +36,7 @@ class RowReader:
         rows = stored.view(torch.uint8).numpy().reshape(len(ids), self._row_bytes)
         for row, number, offset in zip(rows, numbers.tolist(), offsets.tolist(), strict=True):
             try:
-                file = self._open(number)  # the name keeps it open
-                count = os.preadv(file.descriptor, [row.data], offset)
+                count = self._files.use(number, functools.partial(fill, start=offset, buffer=row.data))
             except OSError as error:
                 raise self._shards[number].damage(f"it cannot be read: {error.strerror or error}") from None
             if count != self._row_bytes:
@@ -57,14 +48,3 @@ class RowReader:
                 f"row {places[wrong]} of {name} (latent {ids[wrong]}) holds values that are not finite"
             )
         return stored
-
-
-class _OpenFile:
-    """A file that closes when nobody uses it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)

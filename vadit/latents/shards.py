@@ -24,13 +24,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
-from vadit.runtime.safetensors_file import save_tensors
+from vadit.runtime.reading import patiently
+from vadit.runtime.safetensors_file import load_tensors, save_tensors
 
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
@@ -166,7 +166,7 @@ class LatentShard:
     def is_intact(self) -> bool:
         """Whether the content has the checksum of the header; reads the whole file."""
         try:
-            return checksum(load_file(self.path)) == self.sha256
+            return checksum(load_tensors(self.path)) == self.sha256
         except (OSError, SafetensorError):
             return False
 
@@ -186,7 +186,8 @@ def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor in a file; RunError where they are not there by now."""
     num_bytes = (stop - start) * entry.row_bytes
     try:
-        data = np.fromfile(path, np.uint8, num_bytes, offset=entry.offset + start * entry.row_bytes)
+        offset = entry.offset + start * entry.row_bytes
+        data = patiently(lambda: np.fromfile(path, np.uint8, num_bytes, offset=offset), path)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
     if len(data) != num_bytes:
@@ -215,10 +216,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
     The library checks the header and the file's size, but does not say where the tensors lie.
     """
-    try:
+
+    def read() -> tuple[int, dict[str, dict[str, Any]]]:
         with path.open("rb") as file, safe_open(path, framework="numpy"):
             start = 8 + int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(start - 8), dict[str, dict[str, Any]], f"{path}: its header", remedy=REMEDY)
+            return start, parse_json(
+                file.read(start - 8), dict[str, dict[str, Any]], f"{path}: its header", remedy=REMEDY
+            )
+
+    try:
+        start, header = patiently(read, path)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
     except SafetensorError as error:

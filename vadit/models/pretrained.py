@@ -15,14 +15,13 @@ from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import parse_json
-from vadit.runtime.safetensors_file import save_tensors
+from vadit.runtime.safetensors_file import load_tensors, save_tensors
 from vadit.runtime.torch_file import load_torch
 
 CONFIG_NAME = "config.json"
@@ -91,9 +90,7 @@ def read_spec(kind: type[S], folder: str | Path) -> S:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one file, on the CPU; a damaged file raises RunError with its name."""
     try:
-        with open(path, "rb"):  # safetensors reports a file that may not be read as one that is not there
-            pass
-        return load_file(path)
+        return load_tensors(path)
     except OSError as error:
         raise RunError(
             f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from vadit.runtime.errors import RunError, first_line
+from vadit.runtime.reading import read_file
 
 MAX_BYTES = 32 << 20
 """Of one file: a hundred times the largest that we write."""
@@ -36,9 +36,7 @@ def read_json(
     one that is not finite, or is no `kind`.
     """
     try:
-        # a pipe under this name would hold up for ever who waits for its other end
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            text = file.read(MAX_BYTES + 1) or b""
+        text = read_file(path, MAX_BYTES + 1)
     except OSError as found:
         raise error(_sentence(f"{path} cannot be read ({found.strerror or found})", remedy)) from None
     return parse_json(text, kind, str(path), remedy=remedy, error=error, allow_nan=allow_nan)

@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.reading import patiently
 
 MAX_BYTES = 256 << 20
 """Of an array that is read whole, unless its reader says otherwise."""
@@ -79,7 +80,7 @@ class Npz:
     @contextmanager
     def _opened(self) -> Iterator[zipfile.ZipFile]:
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with patiently(lambda: zipfile.ZipFile(self.path), self.path) as archive:
                 yield archive
         except (UsageError, RunError):
             raise

@@ -65,31 +65,34 @@ def passing(error: BaseException | None) -> str:
     return ""
 
 
-def read_file(path: str | Path) -> bytes:
-    """A file's content; OSError where it is none (a pipe, a device), cannot be read or is not there."""
+def read_file(path: str | Path, limit: int = -1) -> bytes:
+    """A file's content, of at most `limit` bytes; OSError where it is none (a pipe, a device) or cannot be read."""
 
     def read() -> bytes:
         # a pipe would wait for its other end for ever
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "no regular file", str(path))
-            return file.read()
+            return file.read(limit)
 
     return patiently(read, path)
 
 
 def read_all(descriptor: int, start: int, size: int) -> bytes:
     """Up to `size` bytes from `start` on; fewer only where the file ends."""
-    data = bytearray(size)
-    return bytes(data[: _fill(descriptor, memoryview(data), start)])
-
-
-def _fill(descriptor: int, buffer: memoryview, start: int) -> int:
-    done = 0
-    while done < len(buffer):  # network file systems may hand out less at a time
-        count = os.preadv(descriptor, [buffer[done:]], start + done)
-        if not count:
+    data = os.pread(descriptor, size, start)
+    while len(data) < size:  # network file systems may hand out less at a time
+        more = os.pread(descriptor, size - len(data), start + len(data))
+        if not more:
             break
+        data += more
+    return data
+
+
+def fill(descriptor: int, start: int, buffer: memoryview) -> int:
+    """`read_all` into a buffer of bytes: how many there were."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
         done += count
     return done
 
@@ -111,12 +114,7 @@ class OpenFiles:
 
     def read(self, number: int, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start` on, fewer only at the file's end; OSError or ReadFault."""
-        data = bytearray(size)
-        return bytes(data[: self.read_into(number, start, memoryview(data))])
-
-    def read_into(self, number: int, start: int, buffer: memoryview) -> int:
-        """`read` into a buffer of bytes: how many there were."""
-        return self.use(number, lambda descriptor: _fill(descriptor, buffer, start))
+        return self.use(number, lambda descriptor: read_all(descriptor, start, size))
 
     def use(self, number: int, action: Callable[[int], T]) -> T:
         """What an action makes of a file's descriptor."""

@@ -1,4 +1,4 @@
-"""Writing tensors: the safetensors library's own writer, but for what it leaves out."""
+"""Tensors in files: the safetensors library's own reader and writer, but for what they leave out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vadit.runtime.reading import patiently
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU; OSError, SafetensorError where it is damaged, ReadFault."""
+
+    def load() -> dict[str, Tensor]:
+        with open(path, "rb"):  # the library says of any file that does not open that it is not there
+            return load_file(path)
+
+    return patiently(load, path)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 
 from vadit.runtime.errors import WANTS_CODE, RunError, UsageError
+from vadit.runtime.reading import ReadFault, patiently
 
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 """What a pickle names functions with."""
@@ -24,10 +25,16 @@ def load_torch(path: Path, remedy: str = "") -> Any:
 
     UsageError where it would need code of its own, RunError where it is damaged; `remedy` in place of the usual one.
     """
+
+    def load() -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return patiently(load, path)
+    except ReadFault:
+        raise
     except Exception as error:  # the unpickler runs on the damaged bytes themselves and so fails in many ways
         if (wish := _wish(path, error)) is not None:
             usual = "save its state dict alone with torch.save and use that file"

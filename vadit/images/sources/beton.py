@@ -30,6 +30,7 @@ from vadit.images.jpeg import jpeg_size
 from vadit.images.sources.folders import MAX_CLASSES, ppm
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import MAX_BYTES, checked, parse_json
+from vadit.runtime.reading import OpenFiles
 
 VERSION = 2
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
@@ -98,21 +99,14 @@ class BetonFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
+        self._file = OpenFiles([self.path])
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = self._size()
         except OSError as error:
             raise UsageError(
                 f"{self.path} cannot be opened ({error.strerror}); set data.path to a .beton file"
             ) from error
-        try:
-            self.size = os.fstat(self._descriptor).st_size
-            self._parse()
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be read ({error.strerror}); copy it anew") from error
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        self._parse()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +114,7 @@ class BetonFile:
     def read(self, ptr: int, size: int) -> bytes:
         """Bytes of the file, from any thread."""
         try:
-            data = os.pread(self._descriptor, size, ptr)
+            data = self._file.read(0, ptr, size)
         except OSError as error:
             raise RunError(f"{self.path} cannot be read at byte {ptr} ({error.strerror}); copy it anew") from error
         if len(data) != size:
@@ -129,12 +123,15 @@ class BetonFile:
 
     def check_size(self) -> None:
         """RunError if the file has been cut since it was opened: its memory map would end the process."""
-        if os.fstat(self._descriptor).st_size < self.size:
+        if self._size() < self.size:
             raise RunError(f"{self.path} was cut short while it was in use; copy it anew")
 
     def will_read(self, ptr: int, size: int) -> None:
         """Have the system bring a part of the file into memory; it need not."""
-        os.posix_fadvise(self._descriptor, ptr, size, os.POSIX_FADV_WILLNEED)
+        self._file.use(0, lambda descriptor: os.posix_fadvise(descriptor, ptr, size, os.POSIX_FADV_WILLNEED))
+
+    def _size(self) -> int:
+        return self._file.use(0, lambda descriptor: os.fstat(descriptor).st_size)
 
     def fail(self, problem: str) -> RunError:
         """The error of a damaged file."""
@@ -174,7 +171,7 @@ class BetonFile:
 
     def _refuse_holes(self, start: int, end: int) -> None:
         """A table that was never written has no bytes on the disk, whatever its size: it is not worth its memory."""
-        hole = os.lseek(self._descriptor, start, os.SEEK_HOLE) if start < end else end
+        hole = self._file.use(0, lambda descriptor: os.lseek(descriptor, start, os.SEEK_HOLE)) if start < end else end
         if hole < end:
             raise self.fail(f"its tables have a hole at byte {hole}")
 

@@ -10,6 +10,7 @@ import torch
 from vadit.images.formats import EXTENSIONS
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.reading import read_file
 
 DEBUG_CLASSES = 10
 MAX_CLASSES = 1_000_000
@@ -42,8 +43,7 @@ class FolderSource:
     def read(self, index: int) -> bytes:
         """The file's bytes."""
         try:
-            with open(self.paths[index], "rb", opener=_without_waiting) as file:
-                return file.read()
+            return read_file(self.paths[index])
         except OSError as error:
             raise RunError(
                 f"image {self.paths[index]} cannot be read ({error.strerror}); replace or remove it, "
@@ -77,11 +77,6 @@ class DebugSource:
     def describe(self, index: int) -> str:
         """Its name."""
         return f"{self.name}:{index}"
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a pipe with an image's name is empty then, where it would wait for a writer for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def ppm(width: int, height: int, pixels: bytes) -> bytes:

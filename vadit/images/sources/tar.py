@@ -5,11 +5,11 @@ Shards of samples KEY.jpg + KEY.cls (or KEY.json with "label" or "cls"), which n
 
 from __future__ import annotations
 
-import functools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from vadit.images.sources.tar_index import (
     NO_LABEL,
     Damaged,
     members,
-    read_all,
     shard_index,
     stamp_of,
     text,
 )
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.reading import OpenFiles
 
 INDEX_THREADS = 8
-MAX_OPEN_SHARDS = 128
 REMEDY = "replace the shard, or leave out what is bad with --data.on-error skip (vadit prepare: --on-error skip)"
 
 
@@ -57,8 +56,7 @@ class TarSource:
         counts = [len(index.records) for index in indices]
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._stamps = [index.stamp for index in indices]
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
-        """Those that were read from last stay open. One that no thread holds any more closes itself."""
+        self._files = OpenFiles(self._shards, self._check)
         if len(self._records) == 0:
             raise UsageError(
                 f"{self.name} holds no images ({len(self._shards)} shards; images end in "
@@ -75,8 +73,7 @@ class TarSource:
         record = self._records[index]
         size = int(record["size"])
         try:
-            shard = self._open(int(self._shard_of[index]))  # held, or it might be closed, and its number be another's
-            data = read_all(shard.fileno(), int(record["start"]), size)
+            data = self._files.read(int(self._shard_of[index]), int(record["start"]), size)
         except OSError as error:
             raise RunError(f"{self.describe(index)} cannot be read ({error.strerror}); {REMEDY}") from None
         if len(data) != size:
@@ -93,11 +90,9 @@ class TarSource:
             return f"{self._shards[number]}:byte {position}"
         return f"{self._shards[number]}:{text(member.name)}"
 
-    def _open_shard(self, number: int) -> BinaryIO:
-        shard = open(self._shards[number], "rb")  # noqa: SIM115 (see _open)
-        if stamp_of(shard) != self._stamps[number]:
+    def _check(self, number: int, status: os.stat_result) -> None:
+        if stamp_of(status) != self._stamps[number]:
             raise RunError(f"{self._shards[number]} was changed while it was in use; start again")
-        return shard
 
     def _note(self, place: str, why: str) -> None:
         if self._on_error == "raise":

@@ -24,6 +24,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import whole_file
 from vadit.runtime.json_files import MAX_BYTES, parse_json
 from vadit.runtime.npz_files import Npz
+from vadit.runtime.reading import patiently, read_all
 
 IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
 LABEL_EXTENSIONS = ("cls", "json")
@@ -69,22 +70,24 @@ class Damaged(Exception):
 def shard_index(path: Path) -> ShardIndex:
     """The index of a shard, from the file beside it where that is right; RunError where the shard cannot be read."""
     try:
-        with open(path, "rb") as file:
-            stamp = stamp_of(file)
-            cached = _load(index_path(path), stamp)
-            if cached is not None:
-                return cached
-            index = walk(file)
+        return patiently(lambda: _shard_index(path), path)
     except OSError as error:
         raise RunError(f"shard {path} cannot be read ({error.strerror}); give read permission or replace it") from None
-    index.stamp = stamp
-    _save(path, index)
+
+
+def _shard_index(path: Path) -> ShardIndex:
+    with open(path, "rb") as file:
+        stamp = stamp_of(os.fstat(file.fileno()))
+        index = _load(index_path(path), stamp)
+        if index is None:
+            index = walk(file)
+            index.stamp = stamp
+            _save(path, index)
     return index
 
 
-def stamp_of(file: BinaryIO) -> list[int]:
-    """By which an open file differs from one that was put in its place: its size in bytes and its time of change."""
-    status = os.fstat(file.fileno())
+def stamp_of(status: os.stat_result) -> list[int]:
+    """By which a file differs from one that was put in its place: its size in bytes and its time of change."""
     return [status.st_size, status.st_mtime_ns]
 
 
@@ -199,17 +202,6 @@ def _json(descriptor: int, member: Member) -> dict[str, Any]:
     return parse_json(content, dict[str, Any], text(member.name), error=ValueError, allow_nan=True)
 
 
-def read_all(descriptor: int, start: int, size: int) -> bytes:
-    """Up to `size` bytes from `start` on; fewer only where the file ends."""
-    data = os.pread(descriptor, size, start)
-    while len(data) < size:  # network file systems may hand out less at a time
-        more = os.pread(descriptor, size - len(data), start + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
 # ------------------------------------------------------------------------------------------------ headers
 
 
@@ -219,7 +211,7 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
     tarfile reads the headers, and stops in silence at one that it does not understand: what stands where it stopped is
     looked at.
     """
-    num_bytes = stamp_of(file)[0]
+    num_bytes = os.fstat(file.fileno()).st_size
     try:
         file.seek(position)
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
@@ -262,7 +254,7 @@ def _check_pax(descriptor: int, position: int, end: int) -> None:
 
 def _check_end(file: BinaryIO, position: int) -> None:
     """Damaged where `position` is not the end of a .tar: a block of zeros, and nothing but zeros behind it."""
-    num_bytes = stamp_of(file)[0]
+    num_bytes = os.fstat(file.fileno()).st_size
     file.seek(position)
     block = file.read(BLOCK)
     if position == 0 and block.startswith(b"\x1f\x8b"):

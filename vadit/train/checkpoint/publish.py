@@ -20,6 +20,7 @@ from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.json_files import Count, read_json
+from vadit.runtime.reading import ReadFault, patiently
 from vadit.runtime.safetensors_file import save_tensors
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -133,6 +134,8 @@ def _fault(path: Path, *, hashes: bool) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = read_json(path / MANIFEST, dict[str, FileEntry])
+    except ReadFault:
+        raise
     except RunError:
         return f"no readable {MANIFEST}"
     try:
@@ -150,6 +153,8 @@ def _fault(path: Path, *, hashes: bool) -> str | None:
         read_state(path)
     except OSError as error:
         return f"{error.filename or path} cannot be read: {error.strerror or error}"
+    except ReadFault:
+        raise
     except RunError as error:
         return str(error)
     return None
@@ -168,8 +173,12 @@ def _digest(path: Path) -> str:
 @functools.lru_cache(maxsize=4096)
 def _digest_of(path: Path, *_state: int) -> str:
     """Once per state of the file: a start asks for the newest whole checkpoint several times, of many gigabytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def digest() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return patiently(digest, path)
 
 
 def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last: str | None = None) -> None:

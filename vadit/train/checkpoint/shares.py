@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import Count, parse_json
+from vadit.runtime.reading import patiently
 from vadit.train.engine import Engine
 from vadit.train.layout import Piece
 
@@ -103,13 +104,18 @@ def collect(engine: Engine, averages: dict[float, list[torch.Tensor]]) -> tuple[
     return tensors, header
 
 
+def _open(path: Path) -> Any:
+    with path.open("rb"):  # the library says of any file that does not open that it is not there
+        return safe_open(path, "pt")
+
+
 class _File:
     """One process's share on disk; tensors are mapped, and only what is asked for is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = safe_open(path, "pt")
+            self._handle = patiently(lambda: _open(path), path)
             self.header = parse_json(self._handle.metadata()["vadit"], Header, str(path), remedy=REMEDY)
             self.names = set(self._handle.keys())
             shapes = {name: self._handle.get_slice(name).get_shape() for name in self.names}
