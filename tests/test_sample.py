@@ -182,6 +182,8 @@ def test_files_hold_the_decoded_samples(tmp_path):
 
 def test_files_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     _write(tmp_path / "one", num_samples=40)
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "settings.json").write_bytes((tmp_path / "one" / "settings.json").read_bytes())
     for rank in (2, 1, 0):
         _as_process(monkeypatch, rank, 3)
         _write(tmp_path / "three", num_samples=40)
@@ -207,6 +209,28 @@ def test_more_samples_continue_a_folder(tmp_path):
     _write(tmp_path / "grown", num_samples=40)
     _write(tmp_path / "fresh", num_samples=40)
     assert _bytes(tmp_path / "grown") == _bytes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("leftover", ["more", "000001.jpg", "old/000000.png", "settings"])
+def test_a_folder_holds_the_samples_of_its_archive_and_no_others(tmp_path, leftover):
+    _write(tmp_path, num_samples=4)
+    if leftover == "settings":
+        (tmp_path / "settings.json").unlink()
+    elif leftover != "more":
+        (tmp_path / "images" / leftover).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / leftover).write_bytes(b"")
+    before = _bytes(tmp_path)
+    found = {"more": "000002.png", "settings": "000000.png"}.get(leftover, leftover.split("/")[0])
+    with pytest.raises(UsageError, match=f"images holds {found}, which is none .*--num-samples"):
+        _write(tmp_path, num_samples=2 if leftover == "more" else 4)
+    assert _bytes(tmp_path) == before
+
+
+def test_an_archive_of_fewer_is_gone_while_more_are_drawn(tmp_path):
+    _write(tmp_path, num_samples=2)
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(tmp_path, num_samples=40, progress=lambda done: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert (tmp_path / "images" / "000015.png").exists() and not (tmp_path / "samples.npz").exists()
 
 
 def test_other_settings_are_refused(tmp_path):

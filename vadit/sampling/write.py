@@ -75,7 +75,7 @@ def write_samples(
     process's images are there.
 
     Raises:
-        UsageError: the folder holds samples of other weights or settings.
+        UsageError: the folder holds samples of other weights or settings, or more images.
         RunError: latents that are not finite, a damaged folder, a full disk.
     """
     check_request(model, spec, flow, num_samples, labels, guide)
@@ -94,7 +94,7 @@ def write_samples(
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
     }
-    distributed.from_main(lambda: _claim_folder(out, settings, source or {}))
+    distributed.from_main(lambda: _claim_folder(out, settings, source or {}, num_samples))
     device = device_of(model)
     mean, std = (values.reshape(1, -1, 1, 1).to(device) for values in (mean, std))
     done = 0
@@ -135,10 +135,11 @@ def noted_sampler(samples: str | Path) -> str | None:
     return None
 
 
-def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any]) -> None:
-    """Write settings.json, or check that what is there was drawn with the same settings."""
+def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int) -> None:
+    """Write settings.json, or check that what is there was drawn with the same settings and is asked for."""
     file = out / SETTINGS
     if not file.is_file():
+        _check_images(out, 0)
         with saved_file(file, _AGAIN) as partial:
             partial.write_text(json.dumps(settings | {"source": source}, indent=2))
         return
@@ -153,6 +154,21 @@ def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any]) -
             if old != (now := settings["weights"].get(network, old)):
                 raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
     refuse_other_settings(out, "samples", noted, settings, remedy)
+    _check_images(out, num_samples)
+
+
+def _check_images(out: Path, count: int) -> None:
+    """Refuse what evaluation of the folder would count and the .npz not hold; take away an .npz of fewer."""
+    images, expected = out / "images", {_png(out, index).name for index in range(count)}
+    there = {path.name for path in images.glob("[!.]*") if path.suffix != ".partial"}
+    if others := sorted(there - expected):
+        raise UsageError(
+            f"{images} holds {others[0]}, which is none of the {count:,} samples of these settings: the folder and "
+            "samples.npz would be different sets; ask for as many as there are (--num-samples), set --out to another "
+            "folder, or delete this one"
+        )
+    if len(there) < count:
+        (out / "samples.npz").unlink(missing_ok=True)
 
 
 def _png(out: Path, index: int) -> Path:
