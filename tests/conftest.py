@@ -44,12 +44,20 @@ def resolve(backend: str) -> str:
 
 
 @pytest.fixture(params=KERNEL_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend of the ops in turn."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend of the ops in turn; results start as NaN, and Triton's kernels have fences around their tensors."""
     from vadit.kernels import dispatch
 
     with dispatch.setting(resolve(request.param)):
+        if request.param == "triton":
+            from fences import fenced
+
+            from vadit.kernels.triton_kernels import common
+
+            monkeypatch.setattr(common, "launch", fenced(common.launch))
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is empty
         yield request.param
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,9 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, magnitude: float = 1.0
     return [normal(*shape) * magnitude, 1 + 0.3 * normal(width), 0.5 * normal(images, width), normal(images, width)]
 
 
-@pytest.mark.parametrize("shape", [(2, 21, 760), (3, 7, 1152), (2, 33, 9), (5, 64), (2, 3, 4, 24), (1, 1, 3)])
+@pytest.mark.parametrize(
+    "shape", [(2, 21, 760), (3, 7, 1152), (2, 33, 9), (5, 64), (2, 3, 4, 24), (1, 1, 3), (2, 3, 5000)]
+)
 @pytest.mark.parametrize("modulation", ["none", "scale", "shift", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_and_gradients(shape: tuple[int, ...], modulation: str, dtype: torch.dtype) -> None:

@@ -77,14 +77,15 @@ def split(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_strided_inputs_and_gradients(normed: bool) -> None:
+@pytest.mark.parametrize("axes", [(3, 0, 2, 1), (0, 2, 1, 3)])
+def test_strided_inputs_and_gradients(axes: tuple[int, ...], normed: bool) -> None:
+    """The width comes first in the gradients, and is not their innermost axis; then tokens come before heads."""
     op, formula = with_tables(*angles(16, 24))
     weights = [1 + 0.2 * normal(24, seed=s) for s in (3, 4)] if normed else [None, None]
 
     def through_views(function):
         def call(qkv: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
-            # the width comes first in the results, so that it is not the innermost axis of the gradients
-            return tuple(t.permute(3, 0, 2, 1) for t in function(*split(qkv)[:2], *weights))
+            return tuple(t.permute(axes) for t in function(*split(qkv)[:2], *weights))
 
         return call
 

@@ -63,6 +63,13 @@ def test_strided_input() -> None:
     assert_as_exact_as_torch(through_a_view(swiglu), through_a_view(formula), [normal(10, 3, 26)])
 
 
+def test_gradient_that_is_expanded() -> None:
+    x12 = normal(3, 80).requires_grad_()
+    (found,) = torch.autograd.grad(swiglu(x12).sum(), x12)  # the gradient of a sum has strides 0
+    exact = x12.detach().double().requires_grad_()
+    torch.testing.assert_close(found.double(), *torch.autograd.grad(formula(exact).sum(), exact), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 16, 24), (2, 3, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
     y, dx = results_and_gradients(swiglu, [normal(*shape)])

@@ -31,7 +31,6 @@ def runtime() -> str:
 
 def build(folder: Path) -> Path:
     """csrc/cpu with both sanitizers."""
-    folder.mkdir(exist_ok=True)
     compiler = folder / "g++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
