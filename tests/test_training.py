@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from guard_help import same
-from launched import LIMIT_S, environment
+from launched import GENERATOR, LIMIT_S, environment
 from torch import Tensor
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
 
+from vadit import cli
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec, TokenizerConfig
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
@@ -195,6 +196,16 @@ def _state(engine: Engine) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ quiet
+
+
+def test_a_loader_that_counts_otherwise_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = dit.LatentLoader
+    monkeypatch.setattr(dit, "LatentLoader", lambda dataset, size, **rest: loader(dataset, size // 2, **rest))
+    assert cli.main(["train", *GENERATOR, "--run.out", str(tmp_path)]) == 1
+    assert "from 0 to 4 images and the loader's own from 0 to 2" in capsys.readouterr().err
+    assert publish.newest(tmp_path / "checkpoints") is None
 
 
 def test_a_start_is_quiet(tmp_path: Path) -> None:

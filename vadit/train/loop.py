@@ -181,12 +181,21 @@ class _Run:
         if guard.applied:
             self.tracker.add(terms)
             self.position = Position(step=self.position.step + 1, images_seen=self.before + self.spec.batch_size)
+            self._compare(read["images_seen"], task.loader.state_dict()["images_seen"])
             self.bar.update(self.position.images_seen)
             self.watchdog.beat(self.position.step)
         else:
             self.watchdog.beat(self.position.step)
             ids = task.loader.ids_between(read, task.loader.state_dict())
             _keep(guard.report_skip(step=self.position.step + 1, images=self.before, image_ids=ids))
+
+    def _compare(self, before: int, now: int) -> None:
+        """Whether loader and position count the same in a step that counts, skipped steps being the loader's alone."""
+        if now - before != self.spec.batch_size or now < self.position.images_seen:
+            raise RunError(
+                f"the position went from {self.before:,} to {self.position.images_seen:,} images and the loader's own "
+                f"from {before:,} to {now:,}; they must agree, so one of them or the checkpoint is at fault"
+            )
 
     def log(self) -> None:
         """A line of the log, of steps that went well."""
