@@ -60,6 +60,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def environment_read_anew() -> Iterator[None]:
+    """A test that sets a launcher's environment sets it for itself."""
+    yield
+    from vadit.runtime import launcher
+
+    launcher._place = None
+
+
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 1, 2 and 3 of small networks; not to be changed."""

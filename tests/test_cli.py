@@ -109,14 +109,54 @@ def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() ->
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
 
 
-def test_only_rank_0_reports_a_mistake_in_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# ------------------------------------------------------------------------------------------ the launcher's environment
+
+RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"RANK": "1"}, "set WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, too"),
+        ({"WORLD_SIZE": "2"}, "set RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, too"),
+        ({"LOCAL_RANK": "0"}, "set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, too"),
+        *(
+            (RANK_1_OF_2 | {name: value}, f"the launcher's {name} is ")
+            for name, values in {
+                "RANK": ("", "2", "-1", "1.0", "one", "9" * 5000, "\u0661"),
+                "WORLD_SIZE": ("", "0", "-2", "nan"),
+                "LOCAL_RANK": ("2", "\x1b[31m"),
+                "LOCAL_WORLD_SIZE": ("0", "3"),
+                "MASTER_ADDR": ("", "a b"),
+                "MASTER_PORT": ("0", "65536", "0x50"),
+            }.items()
+            for value in values
+        ),
+    ],
+)
+def test_a_launchers_environment_is_whole_or_refused(
+    given: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, reported in (("0", "[rank 0] error: unknown recipe"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for arguments in (["train", "nonsense"], ["encode"], ["evaluate", "samples"], ["doctor"]):
+        assert cli.main(arguments) == 2
+        output, error = capfd.readouterr()
+        assert error.startswith("error: ") and named in error and error.count("\n") == 1 and output == ""
+        assert error[:-1].isprintable()
+
+
+def test_the_first_process_of_a_machine_reports_a_mistake_in_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in RANK_1_OF_2.items():
+        monkeypatch.setenv(name, value)
+    for local, reported in (("0", "[rank 1] error: unknown recipe"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / local))
         assert cli.main(["train", "lightningdit-c"]) == 2
         assert capsys.readouterr().err[: len(reported) or None] == reported
+        assert "unknown recipe" in (tmp_path / local).read_text()
 
 
 @pytest.mark.parametrize(("processes", "ends"), [("1", ["at exit", "interpreter's end"]), ("2", ["at exit"])])
@@ -134,7 +174,7 @@ atexit.register(print, "at exit")
 sys.argv = ["vadit", "--version"]
 cli.entry()
 """
-    environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
+    environment = os.environ | RANK_1_OF_2 | {"WORLD_SIZE": processes, "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1:] == ends and done.stderr == ""
 

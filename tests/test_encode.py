@@ -21,7 +21,7 @@ from vadit.latents.loader import LatentLoader
 from vadit.latents.shards import open_folder, open_shard
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
-from vadit.runtime import files
+from vadit.runtime import files, launcher
 from vadit.runtime.errors import RunError, UsageError
 
 
@@ -80,9 +80,8 @@ def test_result_depends_on_neither_batch_nor_world_size(
     num_images, out = 0, tmp_path / "three"
     with monkeypatch.context() as patch:
         patch.setattr("vadit.latents.encode._join", lambda: False)
-        patch.setenv("WORLD_SIZE", "3")
         for rank in (2, 1, 0):  # in one process: rank 0, which completes the folder, comes last
-            patch.setenv("RANK", str(rank))
+            patch.setattr(launcher, "_place", launcher.Place(rank, 3))
             num_images += run(autoencoder, images, out, store=store, seed=3, batch_size=2).num_images
             assert (out / "index.json").exists() == (rank == 0)
     assert num_images == NUM_IMAGES

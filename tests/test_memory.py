@@ -9,7 +9,6 @@ torch.cuda.max_memory_allocated tells on a GPU. (Resident memory rises alike, bu
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, T
 from vadit.estimate import memory
 from vadit.estimate.networks import Network
 from vadit.recipes import get_recipe
+from vadit.runtime import launcher
 
 TOLERANCE = 0.1
 TOKENIZER = "vavae-f16d32-dinov2"
@@ -110,7 +110,7 @@ LONG = [
     "case", [*SHORT, *(pytest.param(case, marks=pytest.mark.faults, id=str(case)) for case in LONG)], ids=str
 )
 def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(case.processes))
+    monkeypatch.setattr(launcher, "_place", launcher.Place(world_size=case.processes))
     stage = memory.estimate(case.config(tmp_path), case.processes).stages[case.zero_stage]
     # Gloo lets go of what it has sent when a thread of its own gets to run: on a busy machine that adds to the peak.
     held = [measured(case, tmp_path)]
@@ -241,4 +241,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     out = Path(sys.argv[2])
     peak = train(Case(**json.loads(sys.argv[1])).config(out))
-    (out / f"peak-{os.environ['RANK']}").write_text(str(peak))
+    (out / f"peak-{launcher.place().rank}").write_text(str(peak))

@@ -21,7 +21,7 @@ from vadit.eval import tokenizer as reconstruction
 from vadit.eval.metrics import frechet_distance, mean_and_covariance
 from vadit.images.pixels import to_signed, to_uint8
 from vadit.models.autoencoder import Autoencoder
-from vadit.runtime import distributed
+from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import UsageError
 
 
@@ -204,9 +204,8 @@ def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch:
         return [parts[len(gathered[distributed.rank()]) - 1] for parts in gathered.values()]
 
     monkeypatch.setattr(distributed, "all_gathered", record)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     found = None
     for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(launcher, "_place", launcher.Place(rank, 2))
         found = evaluate_all(10, reconstruction.share_of_images(75))
     assert found == whole

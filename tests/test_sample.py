@@ -17,6 +17,7 @@ from torch import nn
 
 from vadit.config import SampleSpec
 from vadit.images.pixels import channels_last, to_uint8
+from vadit.runtime import launcher
 from vadit.runtime.errors import RunError, UsageError
 from vadit.sampling import draw as drawing
 from vadit.sampling.draw import draw, sample_labels, sampler_name
@@ -53,8 +54,7 @@ def _draw(num_samples=37, **settings):
 
 
 def _as_process(monkeypatch, rank, world_size):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setattr(launcher, "_place", launcher.Place(rank, world_size))
 
 
 @pytest.mark.parametrize("method", ["euler", "dopri5", "euler_maruyama"])

@@ -19,6 +19,7 @@ from launched import LIMIT_S
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
+from vadit.runtime import launcher
 from vadit.runtime.errors import RunError
 from vadit.train import dit
 from vadit.train.checkpoint import publish
@@ -191,7 +192,7 @@ def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launcher, "_place", launcher.Place(world_size=2))
     partial = tmp_path / "step-00000001.partial"
     partial.mkdir()
     faults: list[Exception] = []

@@ -22,6 +22,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from launched import free_port
 
+from vadit.runtime import launcher
 from vadit.runtime.errors import RunError
 from vadit.train import watchdog
 from vadit.train.watchdog import Messenger, Watchdog
@@ -118,8 +119,9 @@ def let_all_hear(dog: Watchdog, step: int) -> None:
 
 def work(case: str, rank: int, port: str) -> int:
     world_size, *acts = CASES[case]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launcher.read()
     dist.init_process_group("gloo")
     try:
         with Watchdog(TIMEOUT_S, grace_s=GRACE_S) as dog:

@@ -20,6 +20,7 @@ import traceback
 import typing
 from typing import NoReturn
 
+from vadit.runtime import launcher
 from vadit.runtime.console import guarded_streams, say
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 
@@ -61,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     given = sys.argv[1:] if argv is None else argv
     debug = "--debug" in given
-    # --local_rank=N is what the deepspeed launcher puts anywhere; LOCAL_RANK says the same.
+    # --local_rank=N is what the deepspeed launcher puts anywhere; its LOCAL_RANK says the same.
     arguments = [each for each in given if each != "--debug" and not re.fullmatch(r"--local[_-]rank=\d+", each)]
     with guarded_streams():
         try:
+            launcher.read()
             _dispatch(arguments)
             return 0
         except BaseException as error:  # every way out of a command becomes an exit code here
@@ -81,7 +83,7 @@ def entry() -> NoReturn:
     called without an active exception"): a run that is done would look as if it had failed.
     """
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher.known().world_size > 1:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # its reader has left, or it is closed
@@ -164,11 +166,11 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
 def _print(text: str) -> None:
     """One line on stderr, from every process that has something to say, with its rank where there are several.
 
-    Mistakes in settings are the same on all processes; `vadit.commands.arguments.reported_once` leaves them to rank 0.
+    Mistakes in settings are the same on all processes: see `vadit.commands.arguments.reported_once`.
     """
     text = one_line(re.sub(r"\s*\n\s*", " ", text))  # of libraries, whose messages have several
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    print(f"[rank {os.environ.get('RANK', '0')}] {text}" if several else text, file=sys.stderr, flush=True)
+    here = launcher.known()
+    print(f"[rank {here.rank}] {text}" if here.world_size > 1 else text, file=sys.stderr, flush=True)
     if text.startswith("error:"):
         leave_for_torchrun(text)
 

@@ -30,6 +30,7 @@ from training_plain import BATCH, tiny_dit, tiny_tokenizer
 from vadit import cli
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.recipes import get_recipe
+from vadit.runtime import launcher
 from vadit.train import dit, engine, tokenizer
 from vadit.train.checkpoint import publish
 
@@ -180,6 +181,7 @@ class Pair:
         def work(rank: int) -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            launcher.read()
             _hook_steps(self._file(rank, "steps"), rank, self.out, hook)
             if slow:
                 slow_disk()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import os
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from vadit.runtime.errors import UsageError
+from vadit.runtime import launcher
+from vadit.runtime.errors import UsageError, leave_for_torchrun
 
 T = TypeVar("T")
 
@@ -32,11 +32,12 @@ def parse(
 
 @contextlib.contextmanager
 def reported_once() -> Iterator[None]:
-    """Let only the first process report a mistake that all of them see."""
+    """Let only the first process of each machine print a mistake that all of them see, started by one command."""
     try:
         yield
-    except UsageError:
-        if os.environ.get("RANK", "0") != "0":
+    except UsageError as error:
+        if launcher.place().local_rank:
+            leave_for_torchrun(f"error: {error}")
             raise SystemExit(2) from None
         raise
 

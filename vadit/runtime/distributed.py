@@ -1,7 +1,4 @@
-"""Where this process stands among the others, and the few collectives that the trainers need.
-
-One process needs no launcher; under `deepspeed` or `torchrun` the environment says the rest (RANK, WORLD_SIZE).
-"""
+"""Where this process stands among the others, and the few collectives that the trainers need."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from vadit.runtime import launcher
 from vadit.runtime.errors import RunError, UsageError
 
 T = TypeVar("T")
@@ -25,12 +23,12 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 def rank() -> int:
     """Index of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return launcher.place().rank
 
 
 def world_size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launcher.place().world_size
 
 
 def is_main() -> bool:
@@ -58,7 +56,8 @@ def device(choice: str = "auto") -> torch.device:
             "the device is set to cuda but torch sees no GPU; set --device cpu (vadit train: --run.device cpu), or see "
             "`vadit doctor`"
         )
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if (index := launcher.place().local_rank) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"LOCAL_RANK is {index} where torch sees {count} GPU(s); start a process per GPU")
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
     return torch.device("cuda", index)

@@ -32,7 +32,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from vadit.runtime import distributed
+from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 
 HANG_CODE = 75
@@ -371,7 +371,7 @@ class Messenger:
 
 def _connect() -> dist.Store:
     """A client of the process group's store, whose own one other threads wait with."""
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = launcher.place().address, launcher.place().port
     with socket.create_connection(address, STORE_S):  # the client itself does not say that nobody listens
         pass
     return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=STORE_S), wait_for_workers=False)
