@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -157,6 +158,18 @@ def test_the_first_process_of_a_machine_reports_a_mistake_in_the_settings(
         assert cli.main(["train", "lightningdit-c"]) == 2
         assert capsys.readouterr().err[: len(reported) or None] == reported
         assert "unknown recipe" in (tmp_path / local).read_text()
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_a_process_alone_opens_no_port_and_leaves_the_environment(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")  # no name of torch's: a shell inside a job
+    before = set(psutil.Process().net_connections())
+    arguments = ["train", "lightningdit-b-f16d32-dinov2-debug", "--engine.zero-stage", stage]
+    assert cli.main([*arguments, "--run.out", str(tmp_path / "run")]) == 0
+    assert set(psutil.Process().net_connections()) <= before
+    assert not os.environ.keys() & RANK_1_OF_2.keys() and os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "3"
 
 
 @pytest.mark.parametrize(("processes", "ends"), [("1", ["at exit", "interpreter's end"]), ("2", ["at exit"])])

@@ -10,19 +10,22 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launched import free_port
 
-from vadit.runtime import launcher
+from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import RunError
 from vadit.train import watchdog
 from vadit.train.watchdog import Messenger, Watchdog
@@ -30,6 +33,9 @@ from vadit.train.watchdog import Messenger, Watchdog
 TIMEOUT_S, GRACE_S = 6.0, 2.0
 STEPS, LAST_STEP = 6, 3
 STEP_S = 0.5  # several heartbeats long
+
+
+strangers: list[socket.socket] = []
 
 
 class Stopped(Exception):
@@ -78,6 +84,14 @@ def talk_nonsense() -> None:
     json.dumps = lambda message: "[" * 100_000  # type: ignore[assignment]
 
 
+def pester() -> None:
+    """Strangers at the store's port: some talk, and some only hold the line."""
+    here = launcher.place()
+    for message in (b"[" * 60_000 + b"\n", b"\0\xff" * 5000, b"GET / HTTP/1.1\r\n\r\n", *[b""] * 50):
+        strangers.append(socket.create_connection((here.address, here.port)))
+        strangers[-1].sendall(message)
+
+
 def nothing() -> None:
     pass
 
@@ -102,7 +116,7 @@ CASES: dict[str, tuple[int, Callable[[], None], Callable[[], None]]] = {
     "paused": (2, nothing, nothing),
     "watchdog_fails": (2, nothing, break_watchdog),
     "messenger_fails": (2, nothing, break_messenger),
-    "nonsense": (2, nothing, talk_nonsense),
+    "nonsense": (2, pester, talk_nonsense),
 }
 
 
@@ -119,10 +133,8 @@ def let_all_hear(dog: Watchdog, step: int) -> None:
 
 def work(case: str, rank: int, port: str) -> int:
     world_size, *acts = CASES[case]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    launcher.read()
-    dist.init_process_group("gloo")
+    launcher._place = launcher.Place(rank, world_size, rank, "127.0.0.1", int(port))
+    distributed.join("gloo", timedelta(minutes=5))
     try:
         with Watchdog(TIMEOUT_S, grace_s=GRACE_S) as dog:
             for step in range(1, STEPS + 1):
@@ -132,6 +144,8 @@ def work(case: str, rank: int, port: str) -> int:
                 if step == LAST_STEP:
                     let_all_hear(dog, step)
                     acts[rank]()
+            open_to = {each.laddr.ip for each in psutil.Process().net_connections() if each.status == "LISTEN"}
+            assert open_to == ({"127.0.0.1"} if world_size > 1 else set()), open_to
             dog.beat(STEPS, doing="leaving")
             time.sleep(rank)
     except RunError as error:

@@ -162,7 +162,7 @@ def _join() -> bool:
     """
     if distributed.world_size() == 1 or dist.is_initialized():
         return False
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    distributed.join("gloo", timedelta(days=1))
     return True
 
 

@@ -1,7 +1,9 @@
-"""Where this process stands among the others, and the few collectives that the trainers need."""
+"""Where this process stands among the others, how it joins them, and the few collectives that the trainers need."""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Callable
@@ -13,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from vadit.runtime import launcher
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime import alone, launcher
+from vadit.runtime.errors import RunError, UsageError, first_line
 
 T = TypeVar("T")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -63,12 +65,69 @@ def device(choice: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
+    """Meet the launcher's other processes over `backend`; alone, make a group that opens no port.
+
+    RunError where they do not meet within `timeout`.
+    """
+    here = launcher.place()
+    if here.world_size == 1:
+        dist.init_process_group(alone.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if _is_loopback(here.address):  # then all are on this machine, and what they open need not be reached from others
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+    try:
+        dist.init_process_group(
+            backend,
+            store=_store(here, timeout),
+            rank=here.rank,
+            world_size=here.world_size,
+            timeout=timeout,
+            device_id=device,
+        )
+    except (RuntimeError, OSError) as error:
+        raise RunError(
+            f"rank {here.rank} of {here.world_size} cannot meet the others at {here.address}:{here.port} "
+            f"({first_line(error)}); see that all are started, that MASTER_ADDR leads to rank 0's machine, and that "
+            "MASTER_PORT is free there"
+        ) from error
+
+
+def _store(here: launcher.Place, timeout: timedelta) -> dist.Store:
+    """The group's store: rank 0 keeps it, unless torchrun's agent does."""
+    keeps = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    fd = _listener(here) if keeps else None
+    address = here.address, here.port, here.world_size
+    return dist.TCPStore(*address, is_master=keeps, timeout=timeout, master_listen_fd=fd)
+
+
+def _listener(here: launcher.Place) -> int | None:
+    """A socket that listens at the address of rank 0 alone; None, for all of its machine's, where that is not its own.
+
+    A host name that leads to 127.0.0.1 or 127.0.1.1 on its own machine leads elsewhere on others, as Debian has it.
+    """
+    for family, *_, where in socket.getaddrinfo(here.address, here.port, type=socket.SOCK_STREAM):
+        with contextlib.suppress(OSError):
+            if _is_loopback(here.address) or not _is_loopback(str(where[0])):
+                return socket.create_server(where[:2], family=family).detach()
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"
+
+
 def set_collective_timeout(hang_timeout_s: float) -> None:
     """Let no collective give up before the watchdog does, after `hang_timeout_s` seconds (0: never).
 
     By itself NCCL aborts the process after 10 minutes, with no word about who is missing, where one of them perhaps
     still writes a large checkpoint to a slow disk. Call it once all process groups are made.
     """
+    if world_size() == 1:
+        return
     limit = timedelta(seconds=2 * hang_timeout_s + 600) if hang_timeout_s else timedelta(days=7)
     set_timeout = getattr(distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout)  # before torch 2.14
     for group in list(distributed_c10d._world.pg_map):

@@ -10,16 +10,16 @@ import contextlib
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
-from vadit.runtime import distributed
+from vadit.runtime import distributed, launcher
 from vadit.train import optimizers
 from vadit.train.layout import Piece, cut_each, cut_row, gaps
 
@@ -68,25 +68,36 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
 
 
 def start(device: torch.device) -> None:
-    """Join the process group (alone, without a launcher, as one process) and quieten DeepSpeed."""
+    """Join the other processes and quieten DeepSpeed."""
     _hush()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
 
     _hush()  # DeepSpeed's import has set its own level
     if not torch.distributed.is_initialized():
-        if "RANK" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        on_gpu = device.type == "cuda"
+        # The processes meet; then one may read much data while the others wait.
+        distributed.join("nccl" if on_gpu else "gloo", 3 * timedelta(seconds=START_S), device if on_gpu else None)
         # Without this DeepSpeed compiles an extension at the first start on a CPU, for up to a minute and silently, to
         # speed up sums between processes of one machine: gloo serves for what runs there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        # The processes have met; one may now read much data while the others wait.
-        distributed.set_collective_timeout(START_S)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if distributed.world_size() == 1:  # ZeRO 3 compares with nobody, for which it would read LOCAL_RANK
+        from deepspeed.runtime.zero import partitioned_param_coordinator
+
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+
+
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed wants LOCAL_RANK in the environment, also alone, and OpenMPI's to say the same."""
+    kept = {name: os.environ.pop(name, None) for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")}
+    os.environ["LOCAL_RANK"] = str(launcher.place().local_rank)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _hush() -> None:
@@ -162,7 +173,7 @@ class Engine:
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )
         # Of an optimizer that is not on its list DeepSpeed warns at every start.
-        with contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else _quiet():
+        with _local_rank(), contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module.to(device), model_parameters=trained, optimizer=adam, config=self.config
             )

@@ -46,6 +46,8 @@ HURRY_S = 0.2
 STORE_S = 60.0
 """Timeout of the store's calls, as far as they keep to it."""
 STDERR = 2
+MAX_BYTES = 10_000
+"""Of a message; what is longer is none of ours."""
 MAX_NAMED = 8
 """Processes that a message describes one by one."""
 AGAIN = "the same command goes on from the last checkpoint"
@@ -80,7 +82,7 @@ class Standing:
     def parse(cls, rank: int, message: bytes) -> Standing | None:
         """Out of a message; None where it makes no sense, which counts as silence."""
         try:
-            values = json.loads(message)
+            values = json.loads(message[:MAX_BYTES])
             idle_s = max(0.0, float(values["idle_s"]))  # 0 for NaN, too
             flags = {name: bool(values[name]) for name in ("waits", "accuses", "done")}
             return cls(rank, int(values["step"]), str(values["doing"]), idle_s, str(values["where"]), **flags)
@@ -336,7 +338,7 @@ class Messenger:
                 store.compare_set(f"{self._prefix}verdict", "", self.verdict)
             *messages, verdict = store.multi_get([f"{self._prefix}{name}" for name in (*self._known, "verdict")])
             self._messages = dict(zip(self._known, messages, strict=True))
-            self.verdict = verdict.decode(errors="replace") or self.verdict
+            self.verdict = verdict[:MAX_BYTES].decode(errors="replace") or self.verdict
             self._closed = False
         except dist.DistStoreError:
             pass  # it answers late
