@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
+import re
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from vadit.config.ranges import Range, notes
 from vadit.runtime import launcher
 from vadit.runtime.errors import UsageError, leave_for_torchrun
 
@@ -25,9 +28,13 @@ def parse(
 ) -> T:
     """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits."""
     options: dict[str, Any] = {} if default is None else {"default": default}
+    _show_ranges(typing.cast(Any, kind))
     with reported_once(), _one_sentence(kind):
         about = description or kind.__doc__
-        return tyro.cli(kind, prog=f"vadit {command}", description=about, args=list(arguments), **options)
+        try:
+            return tyro.cli(kind, prog=f"vadit {command}", description=about, args=list(arguments), **options)
+        except UsageError as error:
+            raise UsageError(_with_flag(kind, str(error))) from None
 
 
 @contextlib.contextmanager
@@ -67,10 +74,48 @@ def _one_sentence(kind: type) -> Iterator[None]:
             case events.BadValue():
                 raise UsageError(f"{flag} needs {argument.lowered.metavar} after it; `{event.prog} --help` explains")
             case events.InstantiationFailure():
-                raise UsageError(f"{flag}: {event.message}" if flag else event.message)
+                raise UsageError(
+                    f"{flag}: {_misread(event.message, argument.lowered.metavar)}" if flag else event.message
+                )
 
     with events.on_parse_error(refuse):
         yield
+
+
+@functools.cache
+def _show_ranges(kind: Any) -> None:
+    """Have --help say the range of each setting beside its default."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    ranges = {name: note for name, _, note in notes(kind) if isinstance(note, Range)}
+    for field in dataclasses.fields(kind):
+        plain = _unwrapped(hints[field.name])
+        part: Any
+        for part in (plain, *typing.get_args(plain)):
+            if dataclasses.is_dataclass(part):
+                _show_ranges(typing.cast(Any, part))
+        if limits := ranges.get(field.name):
+            words = functools.partial("(default: {1}) ({0})".format, limits)
+            kind.__annotations__[field.name] = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=words)]
+
+
+def _misread(message: str, metavar: str) -> str:
+    """What Python or tyro says of a text that is no value of its setting, in words for people."""
+    if message.startswith("Exceeds the limit"):
+        return "a number of so many digits is none that could be meant"
+    message = re.sub(r"^invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message)
+    message = re.sub(r"^could not convert string to float: (.*)", r"\1 is no number", message)
+    found = re.match(r"(?:no type matching|Could not ).*?\[(.*?)\] ?", message)
+    return f"{found[1]} is not {metavar}" if found else message
+
+
+def _with_flag(kind: type, message: str) -> str:
+    """A message of a Spec, which begins with the setting's name, with the flag that sets it here."""
+    name, _, rest = message.partition(" ")
+    flags = list(flags_of(kind))
+    flag = f"--{name.replace('_', '-')}"
+    # Specs do not know where they stand: `vadit sample` takes those of the sampler without their group.
+    known = next((each for each in (flag, f"--{flag.rpartition('.')[2]}") if each in flags), name)
+    return f"{known} {rest}"
 
 
 def _unknown(kind: type, token: str, prog: str) -> str:
@@ -93,13 +138,18 @@ def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        notes = getattr(hint, "__metadata__", ())
-        if tyro.conf.Positional in notes:
+        metadata = getattr(hint, "__metadata__", ())
+        if tyro.conf.Positional in metadata:
             continue
-        unnamed = any(getattr(note, "name", None) == "" for note in notes)
-        plain = typing.get_args(hint)[0] if notes else hint
+        unnamed = any(getattr(note, "name", None) == "" for note in metadata)
+        plain = _unwrapped(hint)
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(plain):
             yield from flags_of(plain, prefix if unnamed else f"{prefix}{name}.")
         else:
             yield from (f"--{prefix}{name}", f"--{prefix}no-{name}") if plain is bool else (f"--{prefix}{name}",)
+
+
+def _unwrapped(hint: Any) -> Any:
+    """A type without its Annotated."""
+    return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint

@@ -14,6 +14,7 @@ from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
+from vadit.config.ranges import Checked, Images, ImagesOrZero, Margin, Weight
 from vadit.config.training import MAX_BUCKET, EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.runtime.errors import UsageError
 
@@ -31,18 +32,18 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class StageSpec:
+class StageSpec(Checked, group="stages"):
     """One stage of a tokenizer's training: fields left at None keep the recipe's value."""
 
-    total_images: int
+    total_images: Images
     """Images of this stage."""
-    vf_weight: float | None = None
+    vf_weight: Weight | None = None
     """TokenizerLossSpec.vf_weight in this stage."""
-    cos_margin: float | None = None
+    cos_margin: Margin | None = None
     """TokenizerLossSpec.cos_margin in this stage."""
-    distmat_margin: float | None = None
+    distmat_margin: Margin | None = None
     """TokenizerLossSpec.distmat_margin in this stage."""
-    disc_start_step: int | None = None
+    disc_start_step: ImagesOrZero | None = None
     """TokenizerLossSpec.disc_start_step in this stage, counted from its start."""
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vadit.config.ranges import Checked, Factor, PathName, Share, Workers
+
 
 @dataclass(frozen=True)
-class ImageDataSpec:
+class ImageDataSpec(Checked, group="data"):
     """Images for the tokenizer."""
 
-    path: str = ""
+    path: PathName = ""
     """Folder of images (a subfolder per class, or flat), of .tar shards, a pattern of shards, or a .beton; debug:N."""
-    labels_file: str | None = None
+    labels_file: PathName | None = None
     """File with a line "NAME LABEL" per image of a flat folder; names are relative to it."""
     crop: Literal["center", "random"] = "center"
     """center: ADM's centre crop; random: a random square of the short side."""
@@ -22,25 +24,25 @@ class ImageDataSpec:
     """Who decodes: Pillow in threads, DALI, FFCV (.beton files); auto: by what is installed and by the path."""
     order: Literal["random", "quasi_random"] = "random"
     """Order of an epoch; quasi_random reads a .beton in large pieces (for data larger than memory)."""
-    num_workers: int = 8
+    num_workers: Workers = 8
     """Decoding threads per process."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with an image that does not decode: stop and name it, or leave it out and count it."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """With on_error skip: the share of bad images above which the run stops all the same."""
 
 
 @dataclass(frozen=True)
-class LatentDataSpec:
+class LatentDataSpec(Checked, group="data"):
     """Latents for the generator."""
 
-    path: str = ""
+    path: PathName = ""
     """Folder of latent shards (`vadit encode`, or the authors'); debug:N makes N of noise."""
     normalize: bool = True
     """Subtract the channel mean and divide by the channel standard deviation."""
-    multiplier: float = 1.0
+    multiplier: Factor = 1.0
     """Factor after normalisation (SD-VAE: normalize off, 0.18215)."""
-    images: str = ""
+    images: PathName = ""
     """Images that the latents were encoded from, in the same order: for repa.features online."""
     flip: bool = True
     """Take the mirrored latent with probability 1/2."""

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from vadit.config.ranges import Blocks, Checked, PathName, Range, Share, Side, Width
 from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
-class AutoencoderSpec:
+class AutoencoderSpec(Checked, group="autoencoder"):
     """The LDM / VQGAN-KL autoencoder (Rombach et al. 2022; reference settings: f16d32 at 256 pixels)."""
 
-    image_size: int = 256
+    image_size: Side = 256
     """Side of the training images in pixels; attention resolutions are counted at this size."""
-    in_channels: int = 3
+    in_channels: Width = 3
     """Channels of the image."""
-    latent_channels: int = 32
+    latent_channels: Width = 32
     """Channels d of the latent."""
-    base_channels: int = 128
+    base_channels: Width = 128
     """Width of the first level, in channels."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: tuple[Width, ...] = (1, 1, 2, 2, 4)
     """Width of each level as a multiple of base_channels; each level after the first halves the side."""
-    num_res_blocks: int = 2
+    num_res_blocks: Annotated[int, Range(1, 100)] = 2
     """Residual blocks per level of the encoder (the decoder has one more)."""
-    attention_resolutions: tuple[int, ...] = (16,)
+    attention_resolutions: tuple[Side, ...] = (16,)
     """Feature-map sides, in pixels at image_size, that get self-attention (the middle always has it)."""
-    norm_groups: int = 32
+    norm_groups: Width = 32
     """Groups of GroupNorm; must divide every level's width."""
 
     @property
@@ -40,6 +41,7 @@ class AutoencoderSpec:
         return self.image_size // self.downsample_ratio
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size % self.downsample_ratio:
             raise UsageError(
                 f"autoencoder.image_size {self.image_size} is not divisible by the downsample ratio "
@@ -54,26 +56,26 @@ class AutoencoderSpec:
 
 
 @dataclass(frozen=True)
-class DiTSpec:
+class DiTSpec(Checked, group="model"):
     """LightningDiT, or with the four switches off the plain DiT (Peebles & Xie 2023)."""
 
-    input_size: int = 16
+    input_size: Side = 16
     """Side of the latent."""
-    patch_size: int = 1
+    patch_size: Side = 1
     """Side of a patch, in latent positions."""
-    in_channels: int = 32
+    in_channels: Width = 32
     """Channels of the latent."""
-    hidden_size: int = 1152
+    hidden_size: Width = 1152
     """Width of the transformer."""
-    depth: int = 28
+    depth: Blocks = 28
     """Number of blocks."""
-    num_heads: int = 16
+    num_heads: Width = 16
     """Attention heads."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, Range(0.1, 64)] = 4.0
     """Hidden width of the MLP over hidden_size (SwiGLU uses 2/3 of it)."""
-    num_classes: int = 1000
+    num_classes: Annotated[int, Range(1, 1_000_000)] = 1000
     """Number of classes; the null class of guidance has this index."""
-    class_dropout: float = 0.1
+    class_dropout: Share = 0.1
     """Probability that a training label becomes the null class."""
     learn_sigma: bool = False
     """Predict the variance, too (DDPM baseline): doubles the output channels."""
@@ -89,10 +91,11 @@ class DiTSpec:
     """adaLN without shifts (4 chunks instead of 6)."""
     value_residual: bool = False
     """Mix each block's attention values with the first block's, by learnt weights (Zhou et al. 2024)."""
-    label_init_std: float = 0.02
+    label_init_std: Annotated[float, Range(0, 10)] = 0.02
     """Standard deviation of the label embedding at the start."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hidden_size % self.num_heads:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}"
@@ -109,7 +112,7 @@ class DiTSpec:
 
 
 @dataclass(frozen=True)
-class FoundationSpec:
+class FoundationSpec(Checked, group="foundation"):
     """The frozen vision foundation model that the latent is aligned to, through timm.
 
     It sees images of patch size x latent side (DINOv2: 224), so that its grid is the latent's.
@@ -117,7 +120,7 @@ class FoundationSpec:
 
     name: str = "dinov2"
     """dinov2, mae, sam, clip, any timm model name, or none (no alignment)."""
-    weights: str = "hub"
+    weights: PathName = "hub"
     """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, or random (tests only)."""
     input_range: Literal["normalized", "minus_one_one"] = "normalized"
     """normalized: the model's own mean and std; minus_one_one: images in [-1, 1] as the authors fed them."""

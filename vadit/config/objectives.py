@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from vadit.config.networks import FoundationSpec
-from vadit.config.ranges import at_least
+from vadit.config.ranges import (
+    Blocks,
+    Checked,
+    Decay,
+    ImagesOrZero,
+    Margin,
+    PathName,
+    Range,
+    Seed,
+    Share,
+    Weight,
+    Width,
+)
 from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
-class TokenizerLossSpec:
+class TokenizerLossSpec(Checked, group="loss"):
     """The generator and discriminator losses of VA-VAE (arXiv 2501.01423, section 3): VQGAN's and the VF loss."""
 
-    perceptual_weight: float = 1.0
+    perceptual_weight: Weight = 1.0
     """Weight of LPIPS (VGG); 0 leaves it out and needs no VGG file."""
-    vgg_weights: str | None = None
+    vgg_weights: PathName | None = None
     """Path of torchvision's vgg16 file (vgg16-397923af.pth); needed where perceptual_weight > 0."""
-    kl_weight: float = 1e-6
+    kl_weight: Weight = 1e-6
     """Weight of the KL term."""
-    disc_weight: float = 0.5
+    disc_weight: Weight = 0.5
     """Weight of the adversarial term before the adaptive factor; 0 trains without a discriminator."""
-    disc_start_step: int = 5001
+    disc_start_step: ImagesOrZero = 5001
     """First optimizer step at which the discriminator counts (1 for a fine-tuning stage)."""
-    disc_channels: int = 64
+    disc_channels: Width = 64
     """Width of the PatchGAN discriminator's first layer."""
-    disc_layers: int = 3
+    disc_layers: Annotated[int, Range(1, 12)] = 3
     """Strided layers of the PatchGAN discriminator."""
-    vf_weight: float = 0.1
+    vf_weight: Weight = 0.1
     """Weight of the VF loss (w_hyper) before the adaptive factor; 0 trains without alignment."""
     vf_adaptive: bool = True
     """Scale the VF loss by the ratio of gradient norms at the encoder's last layer."""
-    cos_margin: float = 0.5
+    cos_margin: Margin = 0.5
     """Margin m1 of the marginal cosine similarity loss."""
-    distmat_margin: float = 0.25
+    distmat_margin: Margin = 0.25
     """Margin m2 of the marginal distance matrix similarity loss."""
-    cos_weight: float = 1.0
+    cos_weight: Weight = 1.0
     """Weight of the marginal cosine similarity loss inside the VF loss."""
-    distmat_weight: float = 1.0
+    distmat_weight: Weight = 1.0
     """Weight of the marginal distance matrix similarity loss inside the VF loss."""
 
 
 @dataclass(frozen=True)
-class FlowSpec:
+class FlowSpec(Checked, group="flow"):
     """What the generator learns: a flow (Lipman et al. 2023; SiT) or the DDPM of the plain DiT."""
 
     objective: Literal["flow", "ddpm"] = "flow"
@@ -54,24 +66,22 @@ class FlowSpec:
     """What the network's output stands for."""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of t in training."""
-    uniform_after_images: int | None = None
+    uniform_after_images: ImagesOrZero | None = None
     """Switch time_law to uniform after this many images (the authors: 600k of 1M steps of the 800-epoch run)."""
     direction_loss: bool = True
     """Add 1 - cos(prediction, velocity) along channels."""
     loss_weighting: Literal["none", "velocity", "likelihood"] = "none"
     """Weighting of noise and score prediction (SiT)."""
-    time_shift: float = 1.0
+    time_shift: Annotated[float, Range(0, 1_000, above=True)] = 1.0
     """s in u' = s u / (1 + (s - 1) u), u = 1 - t the share of noise, in training (Esser et al. 2024; sqrt(dim / 4096)
     of a latent with dim numbers: Zheng et al. 2025, RAE); 1 for none."""
-    contrastive_weight: float = 0.0
+    contrastive_weight: Decay = 0.0
     """Weight of contrastive flow matching: away from another sample's velocity (Stoica et al. 2025: 0.05)."""
-    dispersive_weight: float = 0.0
+    dispersive_weight: Weight = 0.0
     """Weight of the dispersive loss on the output of the first quarter's last block (Wang & He 2025: 0.5)."""
 
     def __post_init__(self) -> None:
-        at_least("flow", self, contrastive_weight=0, dispersive_weight=0)
-        if not self.time_shift > 0:
-            raise UsageError(f"flow.time_shift is {self.time_shift}; it must be above 0")
+        super().__post_init__()
         if self.time_shift != 1 and self.objective != "flow":
             raise UsageError(f"flow.time_shift is of flow.objective flow, found {self.objective}; set it to 1")
         if self.contrastive_weight > 0 and (self.objective, self.prediction) != ("flow", "velocity"):
@@ -82,74 +92,68 @@ class FlowSpec:
 
 
 @dataclass(frozen=True)
-class RepaSpec:
+class RepaSpec(Checked, group="repa"):
     """Alignment of a block's tokens to a foundation model's (REPA, Yu et al. 2024)."""
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     """Weight of the alignment, 1 - cosine (REPA: 0.5); 0 for none."""
-    block: int = 8
+    block: Blocks = 8
     """Block, counted from 1, whose output is aligned."""
-    projector_width: int = 2048
+    projector_width: Width = 2048
     """Hidden width of the three-layer projector."""
     features: Literal["cached", "online"] = "cached"
     """cached: features that `vadit encode --features` wrote beside the latents; online: computed from data.images."""
     foundation: FoundationSpec = field(default_factory=FoundationSpec)
     """The foundation model; `cached` features must be of the same."""
 
-    def __post_init__(self) -> None:
-        at_least("repa", self, weight=0, projector_width=1)
-
 
 @dataclass(frozen=True)
-class MaskSpec:
+class MaskSpec(Checked, group="mask"):
     """Training on part of the tokens: MaskDiT (Zheng et al. 2023) or MDT (Gao et al. 2023)."""
 
     kind: Literal["none", "maskdit", "mdt"] = "none"
     """none; maskdit: encoder on the visible tokens, a small decoder on all; mdt: side-interpolater before the last
     blocks."""
-    ratio: float = 0.5
+    ratio: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
     """Share of the tokens that is masked (MaskDiT: 0.5, MDT: 0.3)."""
-    decoder_depth: int = 8
+    decoder_depth: Blocks = 8
     """Blocks of MaskDiT's decoder, or blocks after MDT's side-interpolater (2)."""
-    decoder_width: int = 512
+    decoder_width: Width = 512
     """Width of MaskDiT's decoder (MDT's blocks keep the model's)."""
-    decoder_heads: int = 16
+    decoder_heads: Width = 16
     """Attention heads of MaskDiT's decoder."""
-    reconstruction_weight: float = 0.1
+    reconstruction_weight: Weight = 0.1
     """Weight of MaskDiT's reconstruction of masked patches."""
-    unmasked_after_images: int | None = None
+    unmasked_after_images: ImagesOrZero | None = None
     """From so many images on MaskDiT sees all tokens: the fine-tuning stage (0 with run.init_from: a run that is
     nothing else); left out: never."""
 
-    def __post_init__(self) -> None:
-        at_least("mask", self, decoder_depth=1)
-
 
 @dataclass(frozen=True)
-class SampleSpec:
+class SampleSpec(Checked, group="sample"):
     """How images are drawn from a generator."""
 
     method: Literal["euler", "heun", "dopri5", "euler_maruyama", "ddpm"] = "euler"
     """ODE solver, or Euler-Maruyama for the SDE; ddpm for a generator trained with the ddpm objective."""
-    num_steps: int = 250
+    num_steps: Annotated[int, Range(1, 100_000)] = 250
     """Points of linspace(0, 1): one less is the number of steps (250 points: 249 steps, as the authors count)."""
-    timestep_shift: float = 0.0
+    timestep_shift: Annotated[float, Range(0, 1_000)] = 0.0
     """s in t' = s t / (1 + (s - 1) t); 0 for none (the authors: 0.3)."""
-    cfg_scale: float = 1.0
+    cfg_scale: Annotated[float, Range(0, 1_000)] = 1.0
     """Guidance scale; 1 is no guidance."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_interval: tuple[Share, Share] = (0.0, 1.0)
     """Guidance acts where low <= t <= high."""
-    cfg_channels: int | None = None
+    cfg_channels: Width | None = None
     """Guide only the first so many channels (the authors: 3); default all."""
-    cfg_power: float | None = None
+    cfg_power: Annotated[float, Range(0, 1_000, above=True)] | None = None
     """s of a scale that rises with t, 1 + (cfg_scale - 1) (1 - cos(pi t^s)) / 2 (MDT: 4); left out: constant."""
-    atol: float = 1e-6
+    atol: Share = 1e-6
     """Absolute tolerance of dopri5."""
-    rtol: float = 1e-3
+    rtol: Share = 1e-3
     """Relative tolerance of dopri5."""
     labels: Literal["random", "balanced"] = "random"
     """Uniform random labels, or the same number of each class."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed; sample i is a function of (seed, i) alone."""
     sde_diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma"
     """Diffusion coefficient of euler_maruyama (SiT, table 3)."""

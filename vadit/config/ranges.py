@@ -1,15 +1,119 @@
-"""What a Spec asks of its own numbers."""
+"""What a setting may be, said once with its type: `depth: Annotated[int, Range(1, 1_000)]`, `out: PathName`.
+
+`Checked` refuses everything else wherever its settings come from (command line, config.json, Python), and `--help`
+shows the ranges. Upper limits lie far above what anybody trains: they keep a slip from hanging or filling the memory.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import os
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Annotated, Any
 
 from vadit.runtime.errors import UsageError
 
 
-def at_least(group: str, spec: Any, **lowest: float) -> None:
-    """Refuse the first of the named settings of `group` that lies below its lowest value; None is left out."""
-    for name, low in lowest.items():
-        value = getattr(spec, name)
-        if value is not None and not value >= low:
-            raise UsageError(f"{group}.{name} is {value}; it must be at least {low}")
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; NaN and infinities lie in none."""
+
+    low: float
+    high: float
+    above: bool = False
+    """`low` itself lies outside."""
+    below: bool = False
+    """`high` itself lies outside."""
+    or_zero: bool = False
+    """0, which switches off, lies inside, too."""
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high and not (self.above and value == self.low)
+        return (inside and not (self.below and value == self.high)) or (self.or_zero and value == 0)
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" if abs(end) < 10**7 else f"{end:g}".replace("+", "") for end in (self.low, self.high))
+        ends = f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+        return f"0, or {ends}" if self.or_zero else ends
+
+
+class _PathMark:
+    """Marks a string that names a file or folder."""
+
+
+PathName = Annotated[str, _PathMark()]
+"""A path as users write it: a leading ~ or ~user becomes the home folder."""
+
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, below=True)]
+Weight = Annotated[float, Range(0, 1_000_000)]
+"""Of a loss."""
+Margin = Annotated[float, Range(0, 2)]
+Factor = Annotated[float, Range(0, 1_000_000, above=True)]
+Seed = Annotated[int, Range(-(10**30), 10**30)]
+Blocks = Annotated[int, Range(1, 1_000)]
+Width = Annotated[int, Range(1, 65_536)]
+"""Channels, attention heads, hidden units."""
+Side = Annotated[int, Range(1, 16_384)]
+"""Pixels or positions."""
+Batch = Annotated[int, Range(1, 1_048_576)]
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Images = Annotated[int, Range(1, 10**15)]
+"""A length or a distance of a run, in images."""
+ImagesOrZero = Annotated[int, Range(0, 10**15)]
+Workers = Annotated[int, Range(1, 1_024)]
+
+
+class Checked:
+    """Base of the dataclasses of settings; those of one group name it: `class DiTSpec(Checked, group="model")`."""
+
+    _prefix = ""
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls._prefix = f"{group}." if group else ""
+
+    def __post_init__(self) -> None:
+        own: Any = type(self)
+        for name, kind, note in notes(own):
+            value = getattr(self, name)
+            several = value if isinstance(value, (tuple, list)) else (value,)
+            if isinstance(note, _PathMark):
+                whole = [self._expanded(name, each) for each in several]
+                object.__setattr__(self, name, tuple(whole) if several is value else whole[0])
+                continue
+            number = Integral if kind is int else Real
+            for each in several:
+                if each is not None and (isinstance(each, (bool, str)) or not isinstance(each, number)):
+                    kind_name = "whole numbers" if kind is int else "numbers"
+                    raise UsageError(f"{self._prefix}{name} is {value!r}; needed: {kind_name}, {note}")
+                if each is not None and each not in note:
+                    subject = "it" if several is not value else "every one"
+                    raise UsageError(f"{self._prefix}{name} is {value}; {subject} must be {note}")
+
+    def _expanded(self, name: str, path: Any) -> Any:
+        if not isinstance(path, str) or not path.startswith("~"):
+            return path
+        if (whole := os.path.expanduser(path)) == path:
+            raise UsageError(
+                f"{self._prefix}{name} is {path}, but {path.split('/')[0]} is nobody's home; write ./{path}"
+            )
+        return whole
+
+
+@functools.cache
+def notes(kind: Any) -> tuple[tuple[str, type, Any], ...]:
+    """(setting, type that is annotated, `Range` or mark of a path) for each such setting of a dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return tuple((each.name, *found) for each in fields(kind) for found in _annotated(hints[each.name]))
+
+
+def _annotated(hint: Any) -> Iterator[tuple[type, Any]]:
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, (Range, _PathMark)):
+            yield typing.get_args(hint)[0], note
+    for part in typing.get_args(hint):
+        yield from _annotated(part)

@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from vadit.config.ranges import at_least
+from vadit.config.ranges import (
+    Batch,
+    Checked,
+    Count,
+    CountOrZero,
+    Decay,
+    Factor,
+    Images,
+    ImagesOrZero,
+    PathName,
+    Range,
+    Seed,
+    Weight,
+)
 from vadit.runtime.errors import UsageError
 
 MAX_BUCKET = 500_000_000
 """Weights that DeepSpeed reduces or gathers in one piece, at most."""
 
+GuardFactor = Annotated[float, Range(1, 1_000_000_000, above=True, or_zero=True)]
+
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class OptimizerSpec(Checked, group="optimizer"):
     """Adam with decoupled weight decay, and the learning rate over the run."""
 
     kind: Literal["adamw", "apex_fused", "muon"] = "adamw"
     """Whose AdamW, for a whole run: torch's, or apex's FusedAdam (GPUs); muon: torch's Muon for the matrices of a
     generator's blocks, AdamW for the rest (engine.zero_stage 0)."""
-    lr: float = 2e-4
+    lr: Annotated[float, Range(0, 10)] = 2e-4
     """Learning rate at its peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's decay rates."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
     """Adam's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0
     """Decoupled weight decay."""
     schedule: Literal["constant", "one_cycle", "linear"] = "constant"
     """constant after the warm-up; one_cycle: cosine up over 30% of the run and down to 0; linear decay to 0."""
-    warmup_images: int = 0
+    warmup_images: ImagesOrZero = 0
     """Images over which the rate rises linearly from 0 (constant and linear)."""
 
 
 @dataclass(frozen=True)
-class EngineSpec:
+class EngineSpec(Checked, group="engine"):
     """DeepSpeed's part: sharding, precision and the numbers of one step."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     """fp32; bf16: bf16 weights with fp32 masters; autocast: fp32 weights, bf16 arithmetic (the authors')."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Batch = 1
     """Micro-batches per optimizer step."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Weight = 1.0
     """Gradient norm that larger ones are clipped to; 0 switches clipping off."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (ZeRO 1-3)."""
@@ -59,16 +74,14 @@ class EngineSpec:
     """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
     float8: Literal["rowwise", "tensorwise"] | None = None
     """Scaling of float8 products in the generator's blocks (torchao; GPUs from sm_89; with --engine.compile)."""
-    ema_decays: tuple[float, ...] = (0.9999,)
+    ema_decays: tuple[Decay, ...] = (0.9999,)
     """Decay of each exponential moving average of the weights; empty for none."""
     ema_warmup: bool = True
     """Decays rise to theirs as (1 + n) / (10 + n) over the first n steps; off: constant from the start, as the authors'
     are, whose averages are worth little before some 5 / (1 - decay) steps."""
 
     def __post_init__(self) -> None:
-        at_least("engine", self, gradient_accumulation=1)
-        if any(not 0 <= decay < 1 for decay in self.ema_decays):
-            raise UsageError(f"engine.ema_decays {self.ema_decays}: every decay must be in [0, 1)")
+        super().__post_init__()
         if self.precision == "bf16" and self.zero_stage == 0:
             raise UsageError(
                 "engine.precision is bf16 and engine.zero_stage 0; bf16 needs stage 1, 2 or 3 (its fp32 weights lie in "
@@ -79,77 +92,63 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
-class GuardSpec:
+class GuardSpec(Checked, group="guard"):
     """What happens to steps that would harm the weights; all of it may change between two starts of a run."""
 
     skip_nonfinite: bool = True
     """Leave out a step whose loss or gradient is NaN or infinite and go on; off: such a step ends the run, unharmed."""
-    spike_factor: float = 10.0
+    spike_factor: GuardFactor = 10.0
     """Leave out a step whose gradient norm is above this many times the 90% quantile of the last good; 0: never."""
-    spike_window: int = 128
+    spike_window: Annotated[int, Range(8, 1_000_000)] = 128
     """Good steps that the quantile is taken over; none is a spike before there were nine tenths as many."""
-    max_skips_in_row: int = 20
+    max_skips_in_row: Count = 20
     """Steps left out in a row after which the run goes back to its last checkpoint, and on with the next data."""
-    jump_factor: float = 0.0
+    jump_factor: GuardFactor = 0.0
     """Go back too once the median loss of 5 log points is above this many times the lowest such median; 0: never."""
-    max_rollbacks: int = 3
+    max_rollbacks: CountOrZero = 3
     """Times that a run goes back without reaching its next checkpoint before it stops with an error."""
-    rollback_lr_factor: float = 1.0
+    rollback_lr_factor: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning rate is multiplied by this at each going back."""
-
-    def __post_init__(self) -> None:
-        at_least("guard", self, spike_window=8, max_skips_in_row=1, max_rollbacks=0)
-        for name, factor in (("spike_factor", self.spike_factor), ("jump_factor", self.jump_factor)):
-            if factor != 0 and not factor > 1:
-                raise UsageError(f"guard.{name} is {factor}; it must be above 1, or 0 to switch it off")
-        if not 0 < self.rollback_lr_factor <= 1:
-            raise UsageError(f"guard.rollback_lr_factor is {self.rollback_lr_factor}; it must be in (0, 1]")
 
 
 @dataclass(frozen=True)
-class RunSpec:
+class RunSpec(Checked, group="run"):
     """Length, logging and checkpoints, in images."""
 
-    out: str = "runs/default"
+    out: PathName = "runs/default"
     """Run folder; the same command continues what is there."""
-    total_images: int = 80_000 * 1024
+    total_images: Images = 80_000 * 1024
     """Images to train on (64 epochs of ImageNet: 81,920,000)."""
-    batch_size: int = 1024
+    batch_size: Batch = 1024
     """Images per optimizer step over all processes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, order of the data, noise and dropout."""
-    log_every_images: int = 102_400
+    log_every_images: Images = 102_400
     """Images between two log points."""
-    save_every_images: int = 5_120_000
+    save_every_images: Images = 5_120_000
     """Images between two checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay on disk."""
-    keep_every_images: int | None = None
+    keep_every_images: Images | None = None
     """Checkpoints that reach a multiple of this many images stay on disk for ever; left out: none does."""
     background_saves: bool = True
     """Write checkpoints while training goes on; the last one, and one at a stop request, are waited for."""
-    hang_timeout_s: float = 1800.0
+    hang_timeout_s: Annotated[float, Range(0, 100_000_000)] = 1800.0
     """Seconds without a finished step after which a process ends the run with a message; 0: never."""
-    init_from: str | None = None
+    init_from: PathName | None = None
     """Weights to start from: a run (its plain weights, not its average), an exported or imported folder, or a
     .safetensors file; for the authors' files `vadit import` first (the optimizer starts anew)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the run."""
-    peak_tflops: float | None = None
+    peak_tflops: Factor | None = None
     """Peak of one GPU in TFLOP/s that utilisation (mfu) refers to; left out: by the GPU's name, where known."""
     deterministic: bool = False
     """Bit-equal runs, slower on GPUs. Without it a GPU may add up in another order each time: the gradients of
     attention, class embeddings and upsampling, and convolutions, whose kernel cuDNN picks by timing."""
 
-    def __post_init__(self) -> None:
-        at_least("run", self, total_images=1, batch_size=1, log_every_images=1, save_every_images=1)
-        at_least("run", self, keep_checkpoints=1, keep_every_images=1, hang_timeout_s=0)
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise UsageError(f"run.peak_tflops is {self.peak_tflops}; it must be above 0, or left out")
-
 
 @dataclass(frozen=True)
-class EvaluationSpec:
+class EvaluationSpec(Checked, group="evaluation"):
     """Evaluations of the network while it trains; they change no bit of the training.
 
     All of it may change between two starts. A generator draws samples (its recipe's sampler in fewer steps, the first
@@ -157,24 +156,24 @@ class EvaluationSpec:
     and the numbers go beside the loss.
     """
 
-    every_images: int = 0
+    every_images: ImagesOrZero = 0
     """Images between two evaluations, with one at the end; 0: none."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Tokenizer that decodes a generator's samples: a run folder, one from `vadit export` or `vadit import`, an
     AutoencoderKL of diffusers, or a file of the authors."""
-    grid_images: int = 36
+    grid_images: Annotated[int, Range(1, 10_000)] = 36
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
-    steps: int = 50
+    steps: Annotated[int, Range(1, 100_000)] = 50
     """Steps of the sampler; an adaptive one gives way to Euler's."""
-    num_samples: int = 1000
+    num_samples: Annotated[int, Range(2, 10**9)] = 1000
     """Samples that FID and KID are taken over; only comparable at the same number."""
-    reference: str | None = None
+    reference: PathName | None = None
     """Reference for FID and KID: ADM's .npz, one of `vadit evaluate make-reference`, or a folder of PNGs."""
-    inception_weights: str | None = None
+    inception_weights: PathName | None = None
     """torch-fidelity's Inception weights; without reference and weights there are pictures alone."""
 
     def __post_init__(self) -> None:
-        at_least("evaluation", self, every_images=0, grid_images=1, steps=1, num_samples=2)
+        super().__post_init__()
         if (self.reference is None) != (self.inception_weights is None):
             raise UsageError(
                 "FID and KID need both evaluation.reference and evaluation.inception_weights; set the other one, too, "
