@@ -112,8 +112,6 @@ def test_bad_requests_are_refused():
     attempt(labels=[0, 1])
     with pytest.raises(UsageError, match="label -1"):
         attempt(labels=[-1])
-    with pytest.raises(UsageError, match="--num-samples is 0"):
-        attempt(num_samples=0)
     with pytest.raises(UsageError, match=r"--method ddpm does not fit this generator \(flow\.objective flow\)"):
         attempt(SampleSpec(method="ddpm"))
 

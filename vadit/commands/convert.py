@@ -10,34 +10,35 @@ from tyro.conf import Positional
 
 from vadit.config import DiTConfig
 from vadit.config.files import load_run_config
+from vadit.config.ranges import Checked, Decay, PathName, Side, Width
 from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions:
+class ImportOptions(Checked):
     """Turn a checkpoint of the authors, or a VAE of diffusers, into a folder with config.json and model.safetensors."""
 
-    source: Positional[str]
+    source: Positional[PathName]
     """Their file: a tokenizer ({"state_dict": ...}) or a generator ({"ema": ...}, {"model": ...} or bare); or the
     folder or file of an AutoencoderKL of diffusers."""
-    out: str
+    out: PathName
     """Folder to write."""
-    num_heads: int | None = None
+    num_heads: Width | None = None
     """Attention heads of a generator whose tensors do not show them (neither RoPE nor QK-norm)."""
-    attention_resolution: int | None = None
+    attention_resolution: Side | None = None
     """Feature-map side of a tokenizer's attention, where its tensors do not show it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Checked):
     """Write a run's network as one file with its config, or as a file that the authors' code reads."""
 
-    run: Positional[str]
+    run: Positional[PathName]
     """Run folder, or an exported one."""
-    out: str
+    out: PathName
     """Folder to write (--format reference: the file)."""
-    ema: float | None = None
+    ema: Decay | None = None
     """Decay of the average to take; 0 for the plain weights; default: a generator's first average."""
     format: Literal["vadit", "reference"] = "vadit"
     """vadit: config.json and model.safetensors; reference: the authors' .pt."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vadit.config.ranges import Checked, PathName
+
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(Checked):
     """The whole system in small: train, encode, sample and evaluate on real pictures, on any machine."""
 
-    out: str = "runs/demo"
+    out: PathName = "runs/demo"
     """Folder for everything that is made; the same command goes on from what is there."""
     data: Literal["digits", "photos"] = "digits"
     """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""

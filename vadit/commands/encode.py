@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vadit.commands.common import Device, image_size, load_tokenizer, print_once, processes
 from vadit.config import FoundationSpec, ImageDataSpec
+from vadit.config.ranges import Batch, Checked, Count, CountOrZero, PathName, Seed, Share, Side, Workers
 from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,21 +21,21 @@ PIXELS_PER_FEATURE = 16
 
 
 @dataclass(frozen=True)
-class EncodeOptions:
+class EncodeOptions(Checked):
     """Encode a folder of images to latent shards with their statistics; the same command continues."""
 
-    tokenizer: str = ""
+    tokenizer: PathName = ""
     """Tokenizer: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers, or a file of
     the authors."""
-    images: str = ""
+    images: PathName = ""
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
-    labels_file: str | None = None
+    labels_file: PathName | None = None
     """File with a line "NAME LABEL" per image of a flat folder."""
-    out: str = ""
+    out: PathName = ""
     """Folder for the latents."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side that images are cropped to, in pixels; default: the tokenizer's training size."""
-    batch_size: int = 64
+    batch_size: Batch = 64
     """Images per forward pass and process."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of the stored latents."""
@@ -42,31 +43,31 @@ class EncodeOptions:
     """moments: mean and deviation, sampled anew each epoch; sample: one posterior sample, as the authors' files."""
     flip: bool = True
     """Store the mirrored images, too."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the posterior samples (--store sample)."""
-    shard_size: int | None = None
+    shard_size: Count | None = None
     """Images per file; default: 10,000, with features 2,500."""
     features: str = "none"
     """Store this foundation model's features, too, for REPA: dinov2, mae, sam, clip, any timm model, or none."""
-    features_weights: str = FoundationSpec.weights
+    features_weights: PathName = FoundationSpec.weights
     """Its weights: hub, a path, or random (tests only)."""
     features_input_range: Literal["normalized", "minus_one_one"] = FoundationSpec.input_range
     """Its input: normalised by its own mean and deviation, or in [-1, 1]."""
-    features_grid: int | None = None
+    features_grid: Side | None = None
     """Side of the grid of features, which is that of the generator's tokens; default: image size / 16."""
     loader: Literal["torch", "dali", "auto"] = "torch"
     """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 50 dB from them)."""
-    num_workers: int = ImageDataSpec.num_workers
+    num_workers: Workers = ImageDataSpec.num_workers
     """Decoding threads per process."""
     on_error: Literal["raise", "skip"] = ImageDataSpec.on_error
     """What to do with an image that does not decode: stop and name it, or leave it out and count it."""
-    max_bad_share: float = ImageDataSpec.max_bad_share
+    max_bad_share: Share = ImageDataSpec.max_bad_share
     """With --on-error skip: the share of bad images above which encoding stops all the same."""
     device: Device = "auto"
     """Device of the tokenizer."""
-    stats_only: str | None = None
+    stats_only: PathName | None = None
     """Only compute the statistics of this folder of latents."""
-    stats_samples: int = 0
+    stats_samples: CountOrZero = 0
     """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 
 

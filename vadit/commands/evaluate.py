@@ -9,101 +9,102 @@ from tyro.conf import Positional
 
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
+from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSamplesOptions:
+class EvaluateSamplesOptions(Checked):
     """FID, sFID, inception score, precision, recall (ADM's protocol), KID and FD-DINOv2 of samples."""
 
-    samples: Positional[str]
+    samples: Positional[PathName]
     """Folder of PNGs, or an .npz with arr_0; with --seeds possibly a name with {seed} in it."""
-    reference: str
+    reference: PathName
     """.npz with statistics or images (ADM's VIRTUAL_imagenet256_labeled.npz), or a folder of PNGs."""
-    inception_weights: str | None = None
+    inception_weights: PathName | None = None
     """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
-    dinov2_weights: str | None = None
+    dinov2_weights: PathName | None = None
     """For FD-DINOv2: a path of vit_large_patch14_dinov2.lvd142m's weights, or hub; left out: not computed."""
     sampler: str | None = None
     """How the samples were drawn, for the names of the numbers: euler249_cfg10; default: what `vadit sample` noted."""
-    num_samples: int | None = None
+    num_samples: Count | None = None
     """Take only the first so many; default all."""
-    seeds: int | None = None
+    seeds: Seeds | None = None
     """Evaluate so many sets: means, and their spread. SAMPLES has {seed} in it for 0, 1, ..., or holds so many times
     --num-samples images, which are taken in turn."""
-    batch_size: int = 64
+    batch_size: Batch = 64
     """Images per forward pass."""
     device: Device = "auto"
     """Device of the networks."""
-    out: str | None = None
+    out: PathName | None = None
     """JSON file for the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTokenizerOptions:
+class EvaluateTokenizerOptions(Checked):
     """PSNR, SSIM, and with weights LPIPS and rFID, of a tokenizer's reconstructions."""
 
-    tokenizer: str
+    tokenizer: PathName
     """Tokenizer: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers, or a file of
     the authors."""
-    images: str
+    images: PathName
     """Folder of images (the paper: the 50,000 of ImageNet's validation set)."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side that images are cropped to, in pixels; default: the tokenizer's training size."""
     posterior: Literal["sample", "mode"] = "sample"
     """Latent that is decoded: one posterior sample (as the authors evaluate), or the mean."""
-    inception_weights: str | None = None
+    inception_weights: PathName | None = None
     """Path of torch-fidelity's Inception weights, for rFID."""
-    vgg_weights: str | None = None
+    vgg_weights: PathName | None = None
     """Path of torchvision's vgg16-397923af.pth, for LPIPS."""
-    batch_size: int = 32
+    batch_size: Batch = 32
     """Images decoded together; no number depends on it."""
-    num_workers: int = ImageDataSpec.num_workers
+    num_workers: Workers = ImageDataSpec.num_workers
     """Decoding threads per process."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the posterior samples."""
-    seeds: int = 1
+    seeds: Seeds = 1
     """Evaluate with so many seeds, from --seed on: means, and their spread."""
     device: Device = "auto"
     """Device of all networks."""
-    out: str | None = None
+    out: PathName | None = None
     """JSON file for the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateLatentsOptions:
+class EvaluateLatentsOptions(Checked):
     """How evenly latents are spread: the paper's Table 6 (density CV, Gini coefficient, entropy)."""
 
-    latents: str
+    latents: PathName
     """Folder of latents, or a file with a (N, C) tensor of latent vectors (.npy, .npz, .pt, .safetensors)."""
-    num_vectors: int = 10_000
+    num_vectors: Count = 10_000
     """Latent vectors per draw, each of another image."""
-    seeds: int = 10
+    seeds: Seeds = 10
     """Draws of vectors, from --seed on, that the numbers are means of; their spread is reported, too."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first draw."""
-    picture: str | None = None
+    picture: PathName | None = None
     """PNG for the t-SNE points of the first draw, coloured by density."""
-    out: str | None = None
+    out: PathName | None = None
     """JSON file for the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeReferenceOptions:
+class MakeReferenceOptions(Checked):
     """A reference like ADM's for any set of images: statistics of all, and some of them for precision and recall."""
 
-    images: Positional[str]
+    images: Positional[PathName]
     """Folder of images, shards or a .beton; ADM's centre crop is applied."""
-    out: str
+    out: PathName
     """The .npz to write."""
-    image_size: int = 256
+    image_size: Side = 256
     """Side that images are cropped to, in pixels."""
-    inception_weights: str | None = None
+    inception_weights: PathName | None = None
     """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
-    keep: int = 10_000
+    keep: Count = 10_000
     """Images that the file holds (ADM: 10,000)."""
-    batch_size: int = 64
+    batch_size: Batch = 64
     """Images per forward pass."""
-    num_workers: int = ImageDataSpec.num_workers
+    num_workers: Workers = ImageDataSpec.num_workers
     """Decoding threads."""
     device: Device = "auto"
     """Device of the Inception network."""

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
 from vadit.config import ImageDataSpec
+from vadit.config.ranges import Checked, PathName, Range, Share, Workers
 
 NAMED_BAD = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
+class PrepareOptions(Checked):
     """Scale images once and write them as one .beton; the same command goes on where it stopped."""
 
-    images: Positional[str]
+    images: Positional[PathName]
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
-    out: Positional[str]
+    out: Positional[PathName]
     """Result: NAME.beton."""
-    size: int = 256
+    size: Annotated[int, Range(0, 16_384)] = 256
     """Short side in pixels, by the rule of the centre crop; nothing is cut off. 0: images as they are."""
     encode: Literal["raw", "jpeg"] = "raw"
     """raw: pixels (exact, 0.2 MB at 256 x 256); jpeg: 4:4:4."""
-    quality: int = 95
+    quality: Annotated[int, Range(1, 100)] = 95
     """Of JPEGs."""
-    num_workers: int | None = None
+    num_workers: Workers | None = None
     """Processes that decode and encode; default: all cores."""
-    labels_file: str | None = None
+    labels_file: PathName | None = None
     """File with a line "NAME LABEL" per image of a flat folder."""
     on_error: Literal["raise", "skip"] = "skip"
     """What to do with an image that does not decode: stop and name it, or leave it out and list it."""
-    max_bad_share: float = ImageDataSpec.max_bad_share
+    max_bad_share: Share = ImageDataSpec.max_bad_share
     """With --on-error skip: the share of bad images above which the command fails at its end."""
     verify: bool = True
     """Read everything back at the end and decode it."""

@@ -9,14 +9,16 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from vadit.config.ranges import Checked, PathName
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(Checked):
     """One self-contained HTML page about runs, and its main charts as PNGs in a folder beside it."""
 
-    runs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[Positional[tuple[PathName, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders; several are drawn over each other and compared."""
-    out: str = ""
+    out: PathName = ""
     """HTML file to write; default: RUN/report.html for one run, else report.html here."""
     title: str = ""
     """Title of the page; default: the names of the runs."""

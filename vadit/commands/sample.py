@@ -12,35 +12,36 @@ from vadit.commands.arguments import parse
 from vadit.commands.common import Device, load_tokenizer, print_once, processes
 from vadit.config import DiTConfig, FlowSpec, SampleSpec
 from vadit.config.files import load_run_config
+from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
 from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(Checked):
     """Draw images: PNGs, an .npz for evaluation and a picture of the first ones. The same command continues."""
 
-    generator: str
+    generator: PathName
     """Generator: a run folder, or one from `vadit export` or `vadit import`."""
-    tokenizer: str
+    tokenizer: PathName
     """Tokenizer that decodes: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers,
     or a file of the authors."""
-    out: str
+    out: PathName
     """Folder for the images."""
-    latents: str = ""
+    latents: PathName = ""
     """Folder of latents with latents_stats.pt; default: the one that the generator's run was trained on."""
-    num_samples: int = 64
+    num_samples: Count = 64
     """Images to draw (FID-50k: 50,000)."""
-    classes: tuple[int, ...] = ()
+    classes: tuple[Label, ...] = ()
     """Labels to take in turn, instead of those that --labels draws."""
-    ema: float | None = None
+    ema: Decay | None = None
     """Decay of the average to take from a run; 0 for the plain weights; default: the run's first average."""
-    guide: str | None = None
+    guide: PathName | None = None
     """A weaker generator for autoguidance, instead of the null label; needs a --cfg-scale other than 1."""
-    guide_ema: float | None = None
+    guide_ema: Decay | None = None
     """Decay of the guide's average; default: its run's first."""
     normalize: bool = True
     """The generator's latents are normalised per channel (LatentDataSpec.normalize of its training)."""
-    multiplier: float = 1.0
+    multiplier: Factor = 1.0
     """Factor that the latents were trained with (SD-VAE: 0.18215)."""
     device: Device = "auto"
     """Device of both networks."""

@@ -12,18 +12,19 @@ from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import to_dict
+from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DryRun:
+class DryRun(Checked):
     """What `vadit train` takes besides the recipe's settings."""
 
     dry_run: bool = False
     """Print the resolved config, the parameters and the memory per GPU, and exit."""
-    world_size: int | None = None
+    world_size: Count | None = None
     """Number of processes that --dry-run reckons with; default: as started."""
 
 
@@ -96,8 +97,6 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
     from vadit.runtime import distributed
 
     world_size = distributed.world_size() if options.world_size is None else options.world_size
-    if world_size < 1:
-        raise UsageError(f"--world-size is {world_size}; it must be at least 1")
     with reported_once():
         needed = estimate(options.config, world_size)
     if not distributed.is_main():

@@ -67,6 +67,14 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_optimizer(self.optimizer, self.engine)
+        if self.autoencoder.in_channels != 3:
+            raise UsageError(f"autoencoder.in_channels is {self.autoencoder.in_channels}; images to train on have 3")
+        if self.loss.disc_weight > 0 and self.autoencoder.image_size >> self.loss.disc_layers < 3:
+            raise UsageError(
+                f"loss.disc_layers is {self.loss.disc_layers}, which leaves nothing of autoencoder.image_size "
+                f"{self.autoencoder.image_size}: it must be at least {3 << self.loss.disc_layers} for so many layers; "
+                "lower --loss.disc-layers, or set --loss.disc-weight 0"
+            )
         if self.engine.float8 is not None:
             raise UsageError(
                 f"engine.float8 is {self.engine.float8}, which is for generators; leave out --engine.float8"
@@ -107,6 +115,8 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_optimizer(self.optimizer, self.engine)
+        if int(self.model.hidden_size * self.model.mlp_ratio) < 2:
+            raise UsageError(f"model.mlp_ratio {self.model.mlp_ratio} leaves no hidden unit; raise it (the paper: 4)")
         if self.engine.float8 is not None and self.engine.precision == "fp32":
             raise UsageError("engine.float8 takes the place of bf16 products; set --engine.precision autocast or bf16")
         if self.engine.float8 is not None and self.engine.zero_stage == 3:

@@ -42,10 +42,18 @@ class AutoencoderSpec(Checked, group="autoencoder"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 1 <= len(self.channel_multipliers) <= 12:
+            raise UsageError(f"autoencoder.channel_multipliers is {self.channel_multipliers}; name 1 to 12 levels")
         if self.image_size % self.downsample_ratio:
             raise UsageError(
                 f"autoencoder.image_size {self.image_size} is not divisible by the downsample ratio "
                 f"{self.downsample_ratio}; choose a multiple of {self.downsample_ratio}"
+            )
+        sides = [self.image_size // 2**level for level in range(len(self.channel_multipliers))]
+        if idle := set(self.attention_resolutions) - set(sides):
+            raise UsageError(
+                f"autoencoder.attention_resolutions {self.attention_resolutions}: no level has a side of {min(idle)}; "
+                f"they have {', '.join(map(str, sides))} at autoencoder.image_size {self.image_size}"
             )
         for multiplier in self.channel_multipliers:
             if self.base_channels * multiplier % self.norm_groups:
@@ -71,7 +79,7 @@ class DiTSpec(Checked, group="model"):
     """Number of blocks."""
     num_heads: Width = 16
     """Attention heads."""
-    mlp_ratio: Annotated[float, Range(0.1, 64)] = 4.0
+    mlp_ratio: Annotated[float, Range(0, 1_000, above=True)] = 4.0
     """Hidden width of the MLP over hidden_size (SwiGLU uses 2/3 of it)."""
     num_classes: Annotated[int, Range(1, 1_000_000)] = 1000
     """Number of classes; the null class of guidance has this index."""
@@ -96,6 +104,8 @@ class DiTSpec(Checked, group="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hidden_size % 4:
+            raise UsageError(f"model.hidden_size {self.hidden_size} is not divisible by 4 (sin-cos embedding)")
         if self.hidden_size % self.num_heads:
             raise UsageError(
                 f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}"

@@ -21,6 +21,9 @@ from vadit.config.ranges import (
 )
 from vadit.runtime.errors import UsageError
 
+DDPM_STEPS = 1000
+"""Noise levels of the DDPM objective."""
+
 
 @dataclass(frozen=True)
 class TokenizerLossSpec(Checked, group="loss"):
@@ -135,7 +138,7 @@ class SampleSpec(Checked, group="sample"):
 
     method: Literal["euler", "heun", "dopri5", "euler_maruyama", "ddpm"] = "euler"
     """ODE solver, or Euler-Maruyama for the SDE; ddpm for a generator trained with the ddpm objective."""
-    num_steps: Annotated[int, Range(1, 100_000)] = 250
+    num_steps: Annotated[int, Range(2, 100_000)] = 250
     """Points of linspace(0, 1): one less is the number of steps (250 points: 249 steps, as the authors count)."""
     timestep_shift: Annotated[float, Range(0, 1_000)] = 0.0
     """s in t' = s t / (1 + (s - 1) t); 0 for none (the authors: 0.3)."""
@@ -159,3 +162,12 @@ class SampleSpec(Checked, group="sample"):
     """Diffusion coefficient of euler_maruyama (SiT, table 3)."""
     sde_last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
     """How euler_maruyama takes its last step (SiT: mean, of size 0.04)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise UsageError(f"sample.cfg_interval is {self.cfg_interval}; its low end must not be above its high end")
+        if self.method == "ddpm" and self.num_steps > DDPM_STEPS:
+            raise UsageError(f"sample.num_steps is {self.num_steps}; sample.method ddpm has at most {DDPM_STEPS}")
+        if self.method == "dopri5" and self.atol == self.rtol == 0:
+            raise UsageError("sample.atol and sample.rtol are 0, which no step of dopri5 meets; set --sample.rtol 1e-3")

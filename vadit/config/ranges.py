@@ -65,6 +65,9 @@ CountOrZero = Annotated[int, Range(0, 10**9)]
 Images = Annotated[int, Range(1, 10**15)]
 """A length or a distance of a run, in images."""
 ImagesOrZero = Annotated[int, Range(0, 10**15)]
+Label = Annotated[int, Range(0, 999_999)]
+Seeds = Annotated[int, Range(1, 10_000)]
+"""How many seeds."""
 Workers = Annotated[int, Range(1, 1_024)]
 
 

@@ -163,7 +163,7 @@ class EvaluationSpec(Checked, group="evaluation"):
     AutoencoderKL of diffusers, or a file of the authors."""
     grid_images: Annotated[int, Range(1, 10_000)] = 36
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
-    steps: Annotated[int, Range(1, 100_000)] = 50
+    steps: Annotated[int, Range(1, 1_000)] = 50
     """Steps of the sampler; an adaptive one gives way to Euler's."""
     num_samples: Annotated[int, Range(2, 10**9)] = 1000
     """Samples that FID and KID are taken over; only comparable at the same number."""

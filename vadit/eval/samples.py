@@ -73,8 +73,6 @@ def sample_sets(samples: str, num_samples: int | None, seeds: int | None) -> lis
     """Path and first image of each set: SAMPLES itself, or with {seed} in it, or cut into sets of num_samples."""
     if seeds is None:
         return [(samples, 0)]
-    if seeds < 1:
-        raise UsageError(f"--seeds is {seeds}; it must be at least 1")
     if "{seed}" in samples:
         return [(samples.replace("{seed}", str(seed)), 0) for seed in range(seeds)]
     if num_samples is None:

@@ -146,12 +146,6 @@ def prepare_images(
 def _check_settings(out: Path, size: int, quality: int, num_workers: int | None) -> None:
     if out.suffix != ".beton":
         raise UsageError(f"{out} is no name for the result; it must end in .beton")
-    if size < 0:
-        raise UsageError(f"--size is {size}; it must be at least 1 pixel, or 0 for images as they are")
-    if not 1 <= quality <= 100:
-        raise UsageError(f"--quality is {quality}; it must be from 1 to 100")
-    if num_workers is not None and num_workers < 1:
-        raise UsageError(f"--num-workers is {num_workers}; it must be at least 1")
 
 
 def _settings(job: Job, source: ImageSource) -> dict[str, Any]:

@@ -92,9 +92,6 @@ def encode(
     out = Path(out)
     if shard_size is None:
         shard_size = SHARD_SIZE if features is None else SHARD_SIZE_WITH_FEATURES
-    for flag, value in (("--batch-size", batch_size), ("--shard-size", shard_size)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; it must be at least 1")
     joined = _join()
     kept_seed = seed if store == "sample" else 0
     kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}

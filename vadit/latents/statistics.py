@@ -60,8 +60,6 @@ def compute_statistics(folder: str | Path, *, samples: int = 0, seed: int = 0) -
     mean of the variances. `samples`: only so many random latents, each plain or mirrored by chance (the authors take
     10,000), a function of `seed`; 0 for all. RunError names a shard with values that are not finite.
     """
-    if samples < 0:
-        raise UsageError(f"--stats-samples is {samples}; it must be at least 1, or 0 for all latents")
     shards = open_folder(Path(folder))
     count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for shard, rows in _rows(shards, samples, seed):

@@ -209,7 +209,7 @@ def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int) -> float:
     """A ratio whose MLP has exactly `mlp_hidden` units: the shortest decimal first, the two roundings by trial."""
     units = mlp_hidden * 1.5 if spec.swiglu else float(mlp_hidden)
     exact = [(units + slack) / spec.hidden_size for slack in (0.0, 0.5, 1.0, 1.5)]
-    candidates = [round(exact[0], 1), round(exact[0], 2), *exact]
+    candidates = [ratio for ratio in (round(exact[0], 1), round(exact[0], 2), *exact) if ratio > 0]
     return next(r for r in candidates if mlp_width(dataclasses.replace(spec, mlp_ratio=r)) == mlp_hidden)
 
 

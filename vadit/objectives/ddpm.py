@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from vadit.config.objectives import DDPM_STEPS
 from vadit.runtime.errors import UsageError
 
-NUM_STEPS = 1000
+NUM_STEPS = DDPM_STEPS
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 
 

@@ -163,8 +163,6 @@ def check_request(
     guide: nn.Module | None,
 ) -> None:
     """UsageError for a count, method, labels or guidance that cannot be."""
-    if num_samples < 1:
-        raise UsageError(f"--num-samples is {num_samples}; it must be at least 1")
     objective = (flow or FlowSpec()).objective
     if (spec.method == "ddpm") != (objective == "ddpm"):
         remedy = "ddpm" if objective == "ddpm" else "euler, heun, dopri5 or euler_maruyama"
