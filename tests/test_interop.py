@@ -80,7 +80,7 @@ def test_any_mlp_width_is_reproduced(swiglu: bool) -> None:
         assert mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == width
 
 
-def test_wrappers_and_precedence() -> None:
+def test_wrappers_and_precedence(capsys: pytest.CaptureFixture[str]) -> None:
     model, other = dit(), dit()
     with torch.no_grad():
         other.final_layer.linear.bias.add_(1.0)
@@ -92,9 +92,22 @@ def test_wrappers_and_precedence() -> None:
         {"model": prefixed},
         prefixed,
         compiled,
+        {name.replace("blocks.0.", "blocks.0._orig_mod."): tensor for name, tensor in own.items()},
+        {"module": {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in own.items()}, "epoch": 3},
+        {"optimizer_states": {"state": {}}, "state_dict": {f"model.{name}": tensor for name, tensor in own.items()}},
         {name: tensor.double() for name, tensor in own.items()},
     ):
         assert torch.equal(predict(interop.load_reference_dit(source)), predict(model))
+    assert "left out" not in capsys.readouterr().err
+    raw = {f"online_model.{name}": tensor for name, tensor in second.items()} | {"initted": torch.tensor(True)}
+    averaged = {f"ema_model.module.{name}": tensor for name, tensor in own.items()}
+    repa = {"ema": own | {"projectors.0.0.weight": torch.zeros(2, 2), "projectors.0.0.bias": torch.zeros(2)}}
+    for source, said in (
+        (raw | averaged, "39 of online_model, 1 of initted"),
+        (repa, "2 of projectors"),
+    ):
+        assert torch.equal(predict(interop.load_reference_dit(source)), predict(model))
+        assert said in capsys.readouterr().err
 
 
 def test_loading_copies_the_callers_tensors() -> None:
@@ -202,6 +215,9 @@ def test_import_and_export(tmp_path: Path) -> None:
     assert list(back) == ["ema"]
     assert back["ema"].keys() == model.state_dict().keys()
     assert all(torch.equal(back["ema"][name], tensor) for name, tensor in model.state_dict().items())
+    Autoencoder(dataclasses.replace(AUTOENCODER, norm_groups=16)).save_pretrained(tmp_path / "groups")
+    with pytest.raises(UsageError, match=r"autoencoder\.norm_groups is 16; .* means 32: set --format vadit"):
+        interop.export_reference(tmp_path / "groups", tmp_path / "back" / "groups.pt")
     again = interop.load_reference_autoencoder(tmp_path / "back" / "vae.pt")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tokenizer.state_dict().items())
     assert {path.name for path in (tmp_path / "back").iterdir()} == {"dit.pt", "vae.pt"}

@@ -24,7 +24,8 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
 from vadit.models.interop_diffusers import DiffusersSettings
 from vadit.models.masked import MaskedDiT
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_mapping, read_safetensors
+from vadit.models.pretrained import WEIGHTS_NAME, bare_state, build_model, read_mapping, read_safetensors
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import saved_file
 
@@ -32,14 +33,11 @@ Source = str | Path | Mapping[str, Any]
 State = dict[str, Tensor]
 Model = LightningDiT | Autoencoder
 
-WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
-"""What DistributedDataParallel and torch.compile put before every name."""
-TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
-"""Parts of a tokenizer checkpoint that neither encode nor decode."""
 REFERENCE_IMAGE_SIZE = 256
 """Image side at which the authors count attention resolutions."""
 DIT_MARK = "x_embedder.proj.weight"
 AUTOENCODER_MARK = "encoder.conv_in.weight"
+MARKS = (DIT_MARK, AUTOENCODER_MARK, interop_diffusers.MARK)
 
 
 # ------------------------------------------------------------------------------------------------ their files to ours
@@ -52,7 +50,7 @@ def load_reference_dit(source: Source, *, num_heads: int | None = None) -> Light
     counts as the null class. Float32, on the CPU, in evaluation mode. Raises UsageError where tensors are missing,
     left over or misshapen, RunError where the file is damaged.
     """
-    state, origin = _read(source, ("ema", "model", "state_dict"), DIT_MARK)
+    state, origin = _read(source, DIT_MARK)
     spec = infer_dit_spec(state, origin, num_heads)
     return build_model(lambda: LightningDiT(spec), state, origin)
 
@@ -63,8 +61,7 @@ def load_reference_autoencoder(source: Source, *, attention_resolution: int | No
     Which levels attend is read off the tensors. `attention_resolution` is the feature-map side of the lowest of them;
     it fixes the image size of the spec, which otherwise is 256. Float32, on the CPU, in evaluation mode.
     """
-    state, origin = _read(source, ("state_dict", "model"), AUTOENCODER_MARK)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
+    state, origin = _read(source, AUTOENCODER_MARK)
     spec = infer_autoencoder_spec(state, origin, attention_resolution)
     return build_model(lambda: Autoencoder(spec), state, origin)
 
@@ -86,8 +83,7 @@ def load_foreign_autoencoder(path: str | Path) -> Autoencoder | None:
     if interop_diffusers.find(path) is None:
         if not Path(path).is_file():
             return None
-        state, _ = _read(path, ("state_dict", "model"), None)
-        if interop_diffusers.MARK not in state:
+        if interop_diffusers.MARK not in bare_state(read_mapping(path), *MARKS)[0]:
             return load_reference_autoencoder(path)
     return load_diffusers_autoencoder(path)[0]
 
@@ -97,7 +93,7 @@ def import_checkpoint(
 ) -> Literal["dit", "autoencoder"]:
     """Turn a file of the authors, or diffusers' AutoencoderKL, into our folder `out`; says which kind it was."""
     of_diffusers = interop_diffusers.find(source) is not None
-    state = {} if of_diffusers else _read(source, ("ema", "state_dict", "model"), None)[0]
+    state = {} if of_diffusers else bare_state(read_mapping(source), *MARKS)[0]
     if of_diffusers or interop_diffusers.MARK in state:
         load_diffusers_autoencoder(source)[0].save_pretrained(out)
         return "autoencoder"
@@ -120,6 +116,11 @@ def save_reference(model: Model, path: str | Path) -> None:
     """Write a model as a file that the authors' code loads: {"ema": ...} or {"state_dict": ...}."""
     if isinstance(model, MaskedDiT):
         raise UsageError("the authors' format holds a LightningDiT, this is a masked generator; set --format vadit")
+    if isinstance(model, Autoencoder) and model.spec.norm_groups != AutoencoderSpec.norm_groups:
+        raise UsageError(
+            f"autoencoder.norm_groups is {model.spec.norm_groups}; the authors' format does not say it and means "
+            f"{AutoencoderSpec.norm_groups}: set --format vadit"
+        )
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     with saved_file(Path(path)) as partial:
         torch.save({"ema" if isinstance(model, LightningDiT) else "state_dict": state}, partial)
@@ -135,16 +136,15 @@ def export_reference(folder: str | Path, out: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _read(source: Source, keys: tuple[str, ...], mark: str | None, origin: str = "checkpoint") -> tuple[State, str]:
-    """The state dict under the first of `keys` that is there (else the source itself), wrapper prefixes stripped."""
-    if not isinstance(source, Mapping):
-        origin, source = str(source), read_mapping(source)
-    content = next((source[key] for key in keys if isinstance(source.get(key), Mapping)), source)
-    named = {WRAPPER_PREFIXES.sub("", str(name)): value for name, value in content.items()}
-    state = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if mark is not None and mark not in state:
+def _read(source: Source, mark: str) -> tuple[State, str]:
+    """The state dict of the network with this tensor, and where it is from."""
+    origin = "checkpoint" if isinstance(source, Mapping) else str(source)
+    state, left_out = bare_state(source if isinstance(source, Mapping) else read_mapping(source), mark)
+    if mark not in state:
         found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor"
         raise UsageError(f"{origin}: tensor {mark} is missing ({found}); name a checkpoint of the right kind")
+    if left_out:
+        note_once(f"{origin}: tensors left out, as they are of training or of another network: {left_out}")
     return state, origin
 
 

@@ -17,19 +17,19 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from vadit.models.pretrained import read_mapping
+from vadit.models.pretrained import bare_state, read_mapping
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.json_files import checked, read_json
 
 CLASS_NAME = "AutoencoderKL"
 CONFIG_NAME = "config.json"
-WEIGHTS_NAMES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<first>\w+))?(?P<kind>\.safetensors|\.bin)(?P<index>\.index(\.(?P<second>\w+))?\.json)?"
 )
-"""In this order: whole precision first."""
+"""Names of the weights, or of the index of several files of them; a variant stands in one of two places."""
+_VARIANTS = (None, "fp32", "fp16", "bf16", "non_ema")
+"""In this order: whole precision first, and weights that are not averaged last."""
 MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"
 """A tensor that every AutoencoderKL has."""
 
@@ -76,19 +76,29 @@ def find(path: str | Path) -> Path | None:
     """
     path = Path(path)
     if path.is_file():
-        return path if path.name in WEIGHTS_NAMES else None
+        return path if _WEIGHTS.fullmatch(path.name) else None
     if (path / "model_index.json").is_file() and (path / "vae" / CONFIG_NAME).is_file():
         path = path / "vae"
     config = _read_config(path / CONFIG_NAME)
     name = None if config is None else config.get("_class_name")
-    if name is None:
-        return next((path / file for file in WEIGHTS_NAMES if (path / file).is_file()), None)
-    if name != CLASS_NAME:
+    if name not in (None, CLASS_NAME):
         raise UsageError(f"{path / CONFIG_NAME} describes a {name} of diffusers; only its {CLASS_NAME} is a tokenizer")
-    for file in WEIGHTS_NAMES:
-        if (path / file).is_file():
-            return path / file
-    raise UsageError(f"{path} is diffusers' folder but holds no {' or '.join(WEIGHTS_NAMES[:2])}; fetch the weights")
+    there = sorted(file.name for file in path.glob("[!.]*"))
+    known = [found for file in there if (found := _WEIGHTS.fullmatch(file))]
+    if known:
+        return path / min(known, key=_preference).string
+    if name is None:
+        return None
+    raise UsageError(
+        f"{path} is diffusers' folder and holds {', '.join(there[:9])}; needed is diffusion_pytorch_model.safetensors "
+        "or .bin (or .fp16, .bf16, .non_ema before that), or its .index.json with all files that it names"
+    )
+
+
+def _preference(found: re.Match[str]) -> tuple[float, bool, bool]:
+    variant = found["first"] or found["second"]
+    rank = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS) - 1.5
+    return rank, found["kind"] == ".bin", found["index"] is not None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
@@ -96,8 +106,26 @@ def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
 
     UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
     """
-    state = {str(name): value for name, value in read_mapping(path).items() if isinstance(value, Tensor)}
-    return to_ldm_names(state, str(path)), _settings(path.parent / CONFIG_NAME)
+    content: Mapping[str, Any] = {}
+    if path.suffix == ".json":
+        for file in _files(path):
+            content = {**content, **read_mapping(file)}
+    else:
+        content = read_mapping(path)
+    if (found := _WEIGHTS.fullmatch(path.name)) and (variant := found["first"] or found["second"]):
+        note_once(f"{path} is read: weights of the kind {variant}")
+    return to_ldm_names(bare_state(content, MARK)[0], str(path)), _settings(path.parent / CONFIG_NAME)
+
+
+def _files(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it."""
+    names = sorted(set(read_json(index, _Index, remedy="fetch it anew").weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UsageError(
+                f"{index} names {name}, which does not lie beside it; needed are all of its {len(names)} files"
+            )
+    return [index.parent / name for name in names]
 
 
 def published_scale(path: str | Path) -> str:
@@ -165,6 +193,13 @@ class _Config:
     norm_num_groups: _Side = DiffusersSettings.norm_groups
     scaling_factor: FiniteFloat | None = None
     shift_factor: FiniteFloat | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of an .index.json."""
+
+    weight_map: dict[str, str]
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

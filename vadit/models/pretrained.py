@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from vadit.runtime.torch_file import load_torch
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DistributedDataParallel, torch.compile and FSDP put into names, before them or at any depth."""
+TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.", "projector.", "projectors.")
+"""Parts of a checkpoint that neither encode, decode nor draw."""
 
 S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
@@ -120,6 +125,33 @@ def read_mapping(path: str | Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UsageError(f"{path} holds a {type(content).__name__}, needed is a mapping of tensors by name")
     return content
+
+
+def bare_state(content: Mapping[str, Any], *marks: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a network in somebody's checkpoint under its own names, and what was left out, in words.
+
+    A network is known by one of `marks`, tensors that it must have. It may lie in an inner mapping (`ema`, `model`,
+    `state_dict`), averages before others, and behind a prefix (`ema_model.`, `model.`). Without a mark: all tensors.
+    """
+    inner = [key for key, value in content.items() if isinstance(value, Mapping)]
+    candidates = [content[key] for key in sorted(inner, key=lambda key: "ema" not in str(key))]
+    states = [
+        {
+            ".".join(part for part in str(name).split(".") if part not in WRAPPERS): value
+            for name, value in candidate.items()
+            if isinstance(value, Tensor)
+        }
+        for candidate in [*candidates, content]
+    ]
+    for state in states:
+        roots = {name.removesuffix(mark) for mark in marks for name in state if f".{name}".endswith(f".{mark}")}
+        if roots:
+            root = min(roots, key=lambda root: (root != "", "ema" not in root, root))
+            own = {name.removeprefix(root): value for name, value in state.items() if name.startswith(root)}
+            bare = {name: value for name, value in own.items() if not name.startswith(TRAINING_ONLY)}
+            others = Counter(name.split(".")[0] for name in state if name.removeprefix(root) not in bare)
+            return bare, ", ".join(f"{count} of {part}" for part, count in others.items())
+    return states[0], ""
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -23,7 +23,8 @@ from torch import nn
 
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
 from vadit.config.files import load_run_config, save_config, to_dict
-from vadit.models.pretrained import WEIGHTS_NAME, load_state, read_safetensors
+from vadit.models.interop import MARKS
+from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note
@@ -181,8 +182,10 @@ def initialise(module: nn.Module, source: str) -> None:
             f"run.init_from {source} is a file {kind}; needed: a run, an exported folder or a .safetensors file: "
             f"turn it into one with `vadit import {source} --out FOLDER`, and set --run.init-from FOLDER"
         )
+    own = module.state_dict()
     if path.is_file():
-        state, origin = read_safetensors(path), path
+        content, origin = read_safetensors(path), path
+        state = bare_state(content, *MARKS)[0] | {name: content[name] for name in content if name in own}
     elif (path / WEIGHTS_NAME).is_file():
         state, origin = read_safetensors(path / WEIGHTS_NAME), path
     elif (path / "config.json").is_file():
@@ -190,7 +193,6 @@ def initialise(module: nn.Module, source: str) -> None:
     else:
         raise UsageError(f"run.init_from {source} is no run, exported folder or .safetensors file; see `vadit import`")
     # Projections to features (VF loss, REPA) are no part of an exported network, and of no use without alignment.
-    own = module.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.startswith(_PROJECTION)}
     state |= {name: value for name, value in own.items() if name not in state and name.startswith(_PROJECTION)}
     load_state(module, state, str(origin))
