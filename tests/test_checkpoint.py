@@ -161,6 +161,7 @@ def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
     (folder / "step-00000004.partial").mkdir()
     (folder / "step-00000004.partial" / "junk").write_text("half a checkpoint")
     (folder / "step-00000001.old.partial").mkdir()
+    (folder / "step-00000005.partial").symlink_to(folder / "elsewhere")
     # Killed between the two renames that replace a checkpoint: the old one counts.
     os.replace(folder / "step-00000003", folder / "step-00000003.replaced.partial")
     assert publish.newest(folder) == folder / "step-00000002"

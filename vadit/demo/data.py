@@ -6,7 +6,6 @@ photos: 32x32 crops of the photographs in scikit-image and scikit-learn; the cla
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from vadit.images.formats import open_image
+from vadit.runtime.files import whole_file
 from vadit.runtime.reading import read_file
 
 SIZE = 32
@@ -50,14 +50,12 @@ def prepare(folder: Path, kind: Literal["digits", "photos"]) -> DemoData:
         folder / "train", folder / "held_out", classes, images[:cut], labels[:cut], images[cut:], labels[cut:]
     )
     if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for part, start, stop in (("train", 0, cut), ("held_out", cut, len(images))):
-            for index in range(start, stop):
-                target = partial / part / f"{labels[index]}-{classes[labels[index]]}" / f"{index:05d}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(images[index]).save(target)
-        partial.replace(folder)
+        with whole_file(folder) as partial:
+            for part, start, stop in (("train", 0, cut), ("held_out", cut, len(images))):
+                for index in range(start, stop):
+                    target = partial / part / f"{labels[index]}-{classes[labels[index]]}" / f"{index:05d}.png"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(images[index]).save(target)
     return data
 
 

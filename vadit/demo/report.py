@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vadit.demo.data import DemoData
-from vadit.images.pixels import image_grid, reconstruction_pairs
+from vadit.images.pixels import image_grid, reconstruction_pairs, write_png
 from vadit.report.page import Section, write_report
 from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
@@ -40,7 +40,7 @@ def write(
     _save_grid(out / "samples.png", guided)
     _save_grid(out / "samples-plain.png", plain)
     originals = data.held_out_images[: len(reconstructions)]
-    reconstruction_pairs(originals, reconstructions, columns=12).save(out / "reconstructions.png")
+    write_png(out / "reconstructions.png", reconstruction_pairs(originals, reconstructions, columns=12))
     scores = [
         (f"{name.removeprefix('samples_')} {key}", f"{value:.3f}")
         for name, found in metrics.items()
@@ -74,4 +74,4 @@ def _logged(run: Path) -> dict[str, Any]:
 
 def _save_grid(path: Path, npz: Path) -> None:
     images = Npz(npz).array("arr_0", (None, None, None, 3), "u")[: COLUMNS * ROWS]
-    image_grid(images, columns=COLUMNS, scale=2).save(path)
+    write_png(path, image_grid(images, columns=COLUMNS, scale=2))

@@ -7,7 +7,6 @@ samplers. Each stage leaves its result in the folder and is not repeated, so the
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from vadit.latents.encode import encode
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
 from vadit.runtime.console import ProgressBar, note, say, show
-from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.json_files import read_json
 from vadit.runtime.npz_files import Npz
 from vadit.sampling.draw import sampler_name
@@ -165,7 +164,7 @@ def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool) -> No
         drawn.append(files.npz)
         metrics[f"samples_{sizes.samples}_{sampler_name(drawing)}"] = _assess_samples(judge, files.npz, data)
     metrics["seconds_this_start"] = round(time.perf_counter() - start, 1)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    save_json(out / "metrics.json", metrics)
     pixels = channels_first(data.held_out_images[:SHOWN])
     reconstructions = channels_last(to_uint8(reconstruct(autoencoder, pixels, 0, posterior="mode", seed=0))).numpy()
     report.write(out, data, metrics, plain=drawn[0], guided=drawn[1], reconstructions=reconstructions)
@@ -178,8 +177,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
         remedy = "use another --out"
         refuse_other_settings(out, "a demo", read_json(path, dict[str, Any], remedy=remedy), settings, remedy)
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
+    save_json(path, settings)
 
 
 def _encode(autoencoder: Autoencoder, pictures: Path, out: Path) -> LatentDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from vadit.runtime import distributed
 from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import saved_file
+from vadit.runtime.files import save_json
 
 
 def seed_range(first: int, count: int) -> range:
@@ -38,5 +37,4 @@ def report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out
         say("the Inception weights are not the published ones: these numbers are comparable with each other alone")
     if out is not None:
         content = {"kind": kind, "metrics": metrics, **({"spread": spread} if spread else {}), "inputs": inputs}
-        with saved_file(Path(out), "set --out to a place with room") as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+        save_json(Path(out), content, "set --out to a place with room")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vadit.images.formats import open_image, reason
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import SPACE, saved_file
 from vadit.runtime.reading import read_file
 
 _GAP = 2
@@ -52,6 +53,12 @@ def read_png(path: Path) -> np.ndarray:
     if image.mode not in ("RGB", "L"):
         raise UsageError(f"{path} has pixel mode {image.mode}; needed: 8-bit RGB or grey without alpha or palette")
     return np.asarray(image.convert("RGB"))
+
+
+def write_png(path: Path, image: Image.Image, advice: str = SPACE, *, flush: bool = True) -> None:
+    """Write a picture as a `saved_file`."""
+    with saved_file(path, advice, flush=flush) as partial:
+        image.save(partial, format="png")
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> Image.Image:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vadit.runtime.errors import RunError, UsageError, first_line
-from vadit.runtime.files import saved_file
+from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
 from vadit.runtime.reading import patiently
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
@@ -371,5 +371,4 @@ def save_index(folder: Path, settings: LatentSettings, classes: Sequence[str]) -
         "settings": asdict(settings),
         "shards": [{"file": shard.path.name, "count": shard.count, "sha256": shard.sha256} for shard in shards],
     }
-    with saved_file(folder / INDEX_FILE) as partial:
-        partial.write_text(json.dumps(index, indent=1) + "\n")
+    save_json(folder / INDEX_FILE, index)

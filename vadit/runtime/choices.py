@@ -6,7 +6,6 @@ Choices are made by trying, on small tensors of the run's device: a package that
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from vadit.kernels.self_check import self_check
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError
-from vadit.runtime.files import whole_file
+from vadit.runtime.files import save_json
 from vadit.runtime.json_files import read_json
 
 FILE = "backends.json"
@@ -68,5 +67,4 @@ def save(folder: Path, choices: list[Choice]) -> None:
     values = {choice.setting: dataclasses.asdict(choice) for choice in choices}
     for value in values.values():
         del value["setting"]
-    with whole_file(folder / FILE) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+    save_json(folder / FILE, values)

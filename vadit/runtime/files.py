@@ -3,44 +3,125 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from vadit.runtime.errors import RunError, UsageError, write_fault
 
+SPACE = "free some space or choose another folder"
+_PREFIX = ".vadit-partial-"
+_swept: set[Path] = set()
+"""Folders that this process has cleared of what others had left."""
+
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Write to the yielded path: it takes the name `path` when the block ends, and vanishes where the block fails.
 
-    Folders on the way are made. What went wrong is raised as it is: `saved_file` says it in a sentence.
+    It lies in a new folder beside `path`, of a name that nobody can know before, so that no link there is followed;
+    one at `path` itself is replaced. Folders on the way are made. `flush`: through to the disk. What went wrong is
+    raised as it is: `saved_file` says it in a sentence.
     """
-    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        _sweep(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX + kernel()[:8] + "-", dir=path.parent))
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        partial = folder / path.name
         yield partial
+        if flush:
+            flush_to_disk(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        if flush:
+            flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def no_link(path: str | Path, flags: int) -> int:
+    """An `opener` for `open` that follows no link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def open_log(path: Path) -> IO[str]:
+    """A log to append lines to, no link followed; a line that a killed process left half is ended first."""
+    file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115 (the caller closes it)
+    if (size := file.tell()) and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        file.write("\n")
+    return file
+
+
+def flush_to_disk(path: Path) -> None:
+    """Write a file, or what a folder lists, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not do so for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def kernel() -> str:
+    """What tells a machine, since it was last started, from all others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left of files that were to be whole: nobody has it locked any more.
+
+    Locks of folders are known on their machine alone: what was made on another one goes after a day.
+    """
+    for left in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # a second: its process may not have come to lock it yet
+                enough_s = 1 if left.name.startswith(_PREFIX + kernel()[:8]) else 86400
+                if time.time() - os.fstat(handle).st_mtime > enough_s:
+                    shutil.rmtree(left)
+            finally:
+                os.close(handle)
 
 
 @contextlib.contextmanager
-def saved_file(path: Path, advice: str = "free some space or choose another folder") -> Iterator[Path]:
+def saved_file(path: Path, advice: str = SPACE, *, flush: bool = True) -> Iterator[Path]:
     """`whole_file` whose failure is one sentence: RunError with the path, the reason and what to do about it.
 
     torch and safetensors raise errors of their own for a full disk; those of vadit pass unchanged.
     """
     try:
-        with whole_file(path) as partial:
+        with whole_file(path, flush=flush) as partial:
             yield partial
     except (UsageError, RunError):
         raise
     except Exception as error:
         raise RunError(f"{path} cannot be written ({write_fault(error)}); {advice}") from error
+
+
+def save_json(path: Path, values: Any, advice: str = SPACE) -> None:
+    """Write JSON as a `saved_file`."""
+    with saved_file(path, advice) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
 class Difference(NamedTuple):

@@ -23,7 +23,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file through to the disk, with the permissions of any new file.
+    """Write a safetensors file, with the permissions of any new file.
 
     The library's own lets the owner alone read. Of several entries of metadata it mixes the order.
     """
@@ -32,5 +32,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -29,7 +29,7 @@ from vadit.eval.samples import SampleScorer
 from vadit.eval.tokenizer import psnr, reconstruct
 from vadit.images.backends import open_decoder
 from vadit.images.loader import ImageSet, load_in_order
-from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8
+from vadit.images.pixels import channels_last, image_grid, reconstruction_pairs, to_uint8, write_png
 from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.latents.loader import label_ranges
 from vadit.models.autoencoder import Autoencoder
@@ -38,7 +38,6 @@ from vadit.models.pretrained import Origin
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
-from vadit.runtime.files import saved_file
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.spread import spread
 from vadit.sampling.draw import decode, draw, null_is_untrained, sampler_name, spare_points
@@ -97,8 +96,7 @@ class Evaluation:
                 values, picture = self._evaluate(beat)
             if picture is not None:
                 values["grid"] = f"evaluations/{position.images_seen:010d}.png"
-                with saved_file(self._folder / values["grid"]) as partial:
-                    picture.save(partial, format="png")
+                write_png(self._folder / values["grid"], picture)
             line |= values
         except (_Failed, RunError) as failure:
             self.failures += 1

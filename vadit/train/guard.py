@@ -25,6 +25,7 @@ from vadit.config import GuardSpec
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.files import open_log
 from vadit.runtime.json_files import Count, checked
 from vadit.train.engine import Engine
 
@@ -193,7 +194,7 @@ class Guard:
         if not distributed.is_main():
             return
         try:
-            with (self.folder / "guard.jsonl").open("a") as file:
+            with open_log(self.folder / "guard.jsonl") as file:
                 file.write(json.dumps({"event": event, **values}) + "\n")
         except OSError as error:  # a full disk is no reason to end a run that gets over a bad step
             note(f"{self.folder / 'guard.jsonl'} could not be written: {write_fault(error)}")

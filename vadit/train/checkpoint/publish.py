@@ -19,6 +19,7 @@ from pydantic import Field
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.files import flush_to_disk
 from vadit.runtime.json_files import Count, read_json
 from vadit.runtime.reading import ReadFault, patiently
 from vadit.runtime.safetensors_file import save_tensors
@@ -74,8 +75,10 @@ def write_tensors(path: Path, file: TensorFile) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a text file through to the disk; its size and SHA-256."""
-    path.write_bytes(text.encode())
+    """Write a text file through to the disk; its size and SHA-256. A link there is replaced."""
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(text.encode())
     return _flushed(path)
 
 
@@ -92,7 +95,7 @@ def publish(partial: Path, final: Path, marks: list[Path]) -> None:
         manifest |= read_json(mark, Part).files
         mark.unlink()
     write_text(partial / MANIFEST, json.dumps(manifest, default=vars, indent=1, sort_keys=True))
-    _flush_folder(partial)
+    flush_to_disk(partial)
     if final.exists():  # saved once more, after a rollback: never neither of the two
         replaced = final.with_name(final.name + ".replaced.partial")
         os.replace(final, replaced)
@@ -100,15 +103,7 @@ def publish(partial: Path, final: Path, marks: list[Path]) -> None:
         shutil.rmtree(replaced)
     else:
         os.replace(partial, final)
-    _flush_folder(final.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(final.parent)
 
 
 def present(folder: Path) -> list[Path]:
@@ -210,7 +205,9 @@ def clear_up(folder: Path) -> None:
     """Remove what interrupted saves have left; put back a checkpoint that was about to be replaced."""
     for path in folder.glob("step-*.partial"):
         before = folder / path.name.removesuffix(".replaced.partial")
-        if path.name.endswith(".replaced.partial") and not before.exists():
+        if path.is_symlink():  # not ours: a save would write where it leads
+            path.unlink()
+        elif path.name.endswith(".replaced.partial") and not before.exists():
             os.replace(path, before)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -101,6 +101,8 @@ class Saving(threading.Thread):
             self.written.set()
 
     def _write(self) -> None:
+        if self.partial.is_symlink():  # not ours: to write there would be to write where it leads
+            self.partial.unlink(missing_ok=True)
         self.partial.mkdir(parents=True, exist_ok=True)
         # Less what is there of processes that were faster.
         needed, free = self._needed - _size(self.partial), shutil.disk_usage(self.partial).free
