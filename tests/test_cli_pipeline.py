@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vadit import cli
-from vadit.config.files import load_run_config
+from vadit.config.files import load_config, load_run_config
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.models.pretrained import read_safetensors, write_safetensors
 from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
 from vadit.sampling.write import noted_sampler
 
 NUM_IMAGES, SIDE = 12, 64
@@ -212,9 +213,35 @@ def test_a_run_folder_that_was_moved_is_the_same_run(recipe: str, tmp_path: Path
     assert cli.main(["train", recipe, "--run.out", str(tmp_path / "run")]) == 0
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").rename(tmp_path / "elsewhere" / "named-otherwise")
+    for path in (tmp_path / "elsewhere").rglob("*.json*"):
+        if "checkpoints" not in path.parts:  # a power cut on the way
+            path.write_bytes(path.read_bytes()[:100] + bytes(100))
     checkpoints = [name for name in files(tmp_path) if name.endswith(".safetensors")]
     assert cli.main(["train", recipe, "--run.out", str(tmp_path / "elsewhere" / "named-otherwise") + "/"]) == 0
     assert [name for name in files(tmp_path) if name.endswith(".safetensors")] == checkpoints
+    assert load_config(type(get_recipe(recipe)), tmp_path / "elsewhere" / "named-otherwise" / "config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(3000), b"[]", b"{}", None])
+def test_a_config_that_is_damaged_is_that_of_a_checkpoint(
+    content: bytes | None, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(house / "run", run)
+    wanted = load_run_config(run)
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_bytes(content)
+    (run / "checkpoints" / "step-00000009").mkdir()
+    (run / "checkpoints" / "step-00000009" / "config.json").write_text("{")
+    assert load_run_config(run) == wanted and "step-00000002/config.json instead" in capsys.readouterr().err
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    run.rename(staged / "stage-1")
+    assert load_run_config(staged) == wanted
+    with pytest.raises(UsageError, match="staged is no run folder"):
+        load_run_config(staged, stages=False)
 
 
 def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,6 +223,30 @@ def test_a_log_outlives_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [event.step for event in told.Scalars("loss")] == list(range(1, 11))
 
 
+DAMAGED = (
+    b'{"images": 4}\n\0\0\0{"images": 8}\n\xff\xfe\n[1, 2]\n{"images": -1}\n\n{"loss": 1}\n{"images": 12}\n{"images'
+)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "link", "dead link"])
+def test_a_log_that_is_damaged_ends_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, victim = tmp_path / "log.jsonl", tmp_path / "victim"
+    if kind == "damaged":
+        path.write_bytes(DAMAGED)
+    else:
+        path.symlink_to(victim)
+        if kind == "link":
+            victim.write_bytes(DAMAGED)
+    log = RunLog(tmp_path, images_seen=8)
+    log.write(images=12, step=3, values={"loss": float("inf")})
+    log.close()
+    RunLog(tmp_path, images_seen=12).close()
+    kept = [json.loads(line)["images"] for line in path.read_text().splitlines()]
+    assert kept == ([4, 8, 12] if kind == "damaged" else [12]) and not path.is_symlink()
+    assert ("5 damaged lines" if kind == "damaged" else "symbolic link") in " ".join(capsys.readouterr().err.split())
+    assert not victim.exists() or victim.read_bytes() == DAMAGED
+
+
 # ------------------------------------------------------------------------------------------------ looks
 
 

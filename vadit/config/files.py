@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import json
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vadit.config import DiTConfig, TokenizerConfig
+from vadit.runtime.console import note
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import saved_file
+from vadit.runtime.files import save_json
 from vadit.runtime.json_files import checked, read_json
 
 T = TypeVar("T")
@@ -24,8 +26,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
-    with saved_file(Path(path)) as partial:
-        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    save_json(Path(path), to_dict(config))
 
 
 def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:
@@ -42,11 +43,31 @@ def load_config(kind: type[T], path: str | Path) -> T:
     return from_dict(kind, read_json(path, dict[str, Any], error=UsageError), origin=str(path))
 
 
-def load_run_config(run: str | Path) -> TokenizerConfig | DiTConfig:
-    """The config of a run folder, tokenizer or generator."""
-    path = Path(run) / "config.json"
+def load_run_config(run: str | Path, *, stages: bool = True) -> TokenizerConfig | DiTConfig:
+    """The config of a run folder, tokenizer or generator.
+
+    Where its file is lost or damaged, that of a checkpoint serves, the newest that is sound; with `stages` also one of
+    the last stage's: its networks are those of the run.
+    """
+    folder, file = Path(run), "config.json"
+    try:
+        return _read_run_config(folder / file)
+    except UsageError as error:
+        copies = sorted(folder.glob(f"checkpoints/step-*[0-9]/{file}"), reverse=True)
+        if stages:
+            copies += sorted(folder.glob(f"stage-*/checkpoints/step-*[0-9]/{file}"), reverse=True)
+        for copy in copies:
+            with contextlib.suppress(UsageError):
+                config = _read_run_config(copy)
+                if os.environ.get("RANK", "0") == "0":
+                    note(f"{error}; taking {copy} instead")
+                return config
+        raise
+
+
+def _read_run_config(path: Path) -> TokenizerConfig | DiTConfig:
     if not path.is_file():
-        raise UsageError(f"{run} is no run folder: {path} does not exist")
+        raise UsageError(f"{path.parent} is no run folder: {path} does not exist")
     values = read_json(path, dict[str, Any], error=UsageError)
     if (kind := values.get("kind")) not in ("tokenizer", "dit"):
         raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")

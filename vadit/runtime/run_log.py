@@ -6,11 +6,12 @@ log.jsonl has one per log point, evaluations.jsonl one per evaluation during tra
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
+import secrets
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -19,8 +20,9 @@ import numpy as np
 
 from vadit.runtime import distributed
 from vadit.runtime.console import note
-from vadit.runtime.errors import write_fault
-from vadit.runtime.files import whole_file
+from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.files import open_log, whole_file
+from vadit.runtime.json_files import Count, parse_json
 
 
 class RunLog:
@@ -36,7 +38,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "evaluations.jsonl"):
             _cut(folder / name, images_seen)
-        self._log = (folder / "log.jsonl").open("a")
+        self._log = open_log(folder / "log.jsonl")
         self._evaluations_path = folder / "evaluations.jsonl"
         self._evaluations: IO[str] | None = None  # most runs have none
         self._events = _Events(folder / "tensorboard", images_seen + 1)
@@ -57,7 +59,7 @@ class RunLog:
         if picture is not None:
             self._events.picture("evaluation", picture, line["images"])
         try:
-            self._evaluations = self._evaluations or self._evaluations_path.open("a")
+            self._evaluations = self._evaluations or open_log(self._evaluations_path)
         except OSError as error:
             _print_fault(error)
         else:
@@ -87,15 +89,14 @@ class _Events:
 
     _MOST = 64 << 20
     """Bytes that wait for room, at most; what comes on top is lost."""
-    _counter = itertools.count()
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        ending = f"{socket.gethostname()}.{os.getpid()}.{next(self._counter)}"
-        self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("wb", buffering=0)
+        ending = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("xb", buffering=0)
         self._waiting = bytearray()
         self._records: Any = RecordWriter(SimpleNamespace(write=self._waiting.extend))
         self._event: Any = event_pb2
@@ -134,18 +135,34 @@ class _Events:
             self._file.close()
 
 
+@dataclass(frozen=True)
+class _Point:
+    """What every line has."""
+
+    images: Count
+
+
 def _cut(path: Path, images_seen: int) -> None:
-    """Leave the lines of a log up to so many images, where there is one; not one that a killed process left half."""
+    """Leave the lines of a log up to so many images, where there is one; damaged ones go."""
+    if path.is_symlink():
+        note(f"{path} is a symbolic link, which no log follows; a new file takes its place")
+        path.unlink()
     if not path.exists():
         return
-    text = path.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    kept = "".join(line for line in lines if json.loads(line)["images"] <= images_seen)
+    text, kept, damaged = path.read_bytes(), b"", 0
+    for line in filter(None, (line.strip(b"\0\r ") for line in text.split(b"\n"))):
+        try:
+            if parse_json(line, _Point, path.name, allow_nan=True).images <= images_seen:
+                kept += line + b"\n"
+        except RunError:
+            damaged += 1
+    if damaged:
+        note(f"{damaged} damaged {'lines' if damaged > 1 else 'line'} of {path} (by a kill, or a power cut) left out")
     if kept == text:
         return
     try:
         with whole_file(path) as partial:
-            partial.write_text(kept)
+            partial.write_bytes(kept)
     except OSError as error:
         _print_fault(error)
 

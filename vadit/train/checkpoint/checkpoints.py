@@ -70,6 +70,9 @@ class Checkpoints:
         """Saves in a row that have failed."""
         self._main, engine = next(iter(engines.items()))
         self._device = engine.device
+        config = folder.parent / "config.json"
+        # As it was at the start: the run's own file may be damaged while it runs, its copies must not be.
+        self._config = {config.name: config.read_text()} if distributed.is_main() and config.is_file() else {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._saving: Saving | None = None
         self._token = ""
@@ -254,9 +257,7 @@ class Checkpoints:
             "versions": {"vadit": vadit.__version__, "torch": torch.__version__}
             | {name: importlib.metadata.version(name) for name in ("deepspeed", "safetensors")},
         }
-        texts = {publish.STATE: json.dumps(values, indent=2)}
-        config = self.folder.parent / "config.json"
-        return texts | ({"config.json": config.read_text()} if config.is_file() else {})
+        return {publish.STATE: json.dumps(values, indent=2), **self._config}
 
     def _averages(self, engine: Engine) -> dict[float, list[torch.Tensor]]:
         return self.ema.shards if engine is self.ema.engine else {}
