@@ -23,6 +23,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import files, launcher
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.owner import owned
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_values_that_are_not_finite_are_not_written(autoencoder: Autoencoder, im
         autoencoder.quant_conv.bias[0] = float("nan")
     with pytest.raises(RunError, match=r"the moments of images 0 to 2 are not finite; check the network's weights"):
         run(autoencoder, images, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_are_refused(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
@@ -204,6 +205,12 @@ def test_other_settings_are_refused(autoencoder: Autoencoder, images: ImageSet, 
     (tmp_path / "out" / "copy.safetensors").write_bytes(before["shard-00001.safetensors"])
     with pytest.raises(UsageError, match=r"copy.safetensors is none of this folder's 3 shards; remove it"):
         run(autoencoder, images, tmp_path / "out")
+
+
+def test_two_at_once_are_refused(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
+    with owned(tmp_path / "out", ""), pytest.raises(UsageError, match=r"in use by .*; set --out to another one"):
+        run(autoencoder, images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:

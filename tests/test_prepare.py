@@ -299,7 +299,7 @@ def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
 def test_two_at_a_time_are_refused(folder: Path, tmp_path: Path) -> None:
     def progress(title: str, *_: int) -> None:
         if title == "prepare":
-            with pytest.raises(UsageError, match="another process writes"):
+            with pytest.raises(UsageError, match="in use by this process itself"):
                 prepare(folder, tmp_path / "a.beton")
 
     assert prepare(folder, tmp_path / "a.beton", progress=progress).num_new == 23

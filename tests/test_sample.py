@@ -19,6 +19,7 @@ from vadit.config import SampleSpec
 from vadit.images.pixels import channels_last, to_uint8
 from vadit.runtime import launcher
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.owner import owned
 from vadit.sampling import draw as drawing
 from vadit.sampling.draw import draw, sample_labels, sampler_name
 from vadit.sampling.write import noted_sampler, write_samples
@@ -277,6 +278,13 @@ def test_the_sampler_is_noted_beside_the_images(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(RunError, match="damaged"):
         _write(tmp_path, num_samples=2)
+    assert noted_sampler(tmp_path / "images") is None
+
+
+def test_two_at_once_are_refused(tmp_path):
+    with owned(tmp_path, ""), pytest.raises(UsageError, match=r"in use by .*; set --out to another folder"):
+        _write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):

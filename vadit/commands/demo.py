@@ -24,9 +24,11 @@ class DemoOptions(Checked):
 def run(options: DemoOptions) -> None:
     """Run the demo."""
     from vadit.demo.run import run_demo
+    from vadit.runtime.owner import owned
     from vadit.train import engine
 
     try:
-        run_demo(Path(options.out), options.data, quick=options.quick)
+        with owned(options.out, "set another --out"):
+            run_demo(Path(options.out), options.data, quick=options.quick)
     finally:
         engine.finish()

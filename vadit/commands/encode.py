@@ -74,11 +74,14 @@ class EncodeOptions(Checked):
 def run(options: EncodeOptions) -> None:
     """Encode, or compute statistics alone."""
     if options.stats_only is not None:
-        from vadit.latents.shards import STATISTICS_FILE
+        from vadit.latents.shards import STATISTICS_FILE, open_folder
         from vadit.latents.statistics import compute_statistics
         from vadit.runtime.console import say
+        from vadit.runtime.owner import owned
 
-        statistics = compute_statistics(options.stats_only, samples=options.stats_samples, seed=options.seed)
+        open_folder(Path(options.stats_only))  # a wrong path must not be made
+        with owned(options.stats_only, "name another one"):
+            statistics = compute_statistics(options.stats_only, samples=options.stats_samples, seed=options.seed)
         say(f"{Path(options.stats_only) / STATISTICS_FILE}: {statistics.mean.numel()} channels")
         return
     for name in ("tokenizer", "images", "out"):

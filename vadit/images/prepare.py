@@ -10,7 +10,6 @@ few parts are under way at a time, so memory does not grow with the data set.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -115,7 +114,7 @@ def prepare_images(
             raise _refusal(source, *next(iter(bad.items())))
         if writer is not None:
             parts = _cut(range(writer.done, len(source)), PART_IMAGES)
-            results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers, writer.disown)
+            results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers)
             stack.callback(results.close)
             num_new = _append(writer, source, results, raises=spec.on_error == "raise", report=report)
         seconds = time.monotonic() - started
@@ -283,13 +282,8 @@ class _Mapped(Dataset[Out], Generic[In, Out]):
         return self.function(item)
 
 
-def _in_order(
-    function: Callable[[In], Out], items: Iterable[In], num_workers: int, begin: Callable[[], object] = lambda: None
-) -> Generator[Out, None, None]:
-    """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead.
-
-    Each of the processes calls `begin` first.
-    """
+def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Generator[Out, None, None]:
+    """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead."""
     if num_workers == 1:
         yield from map(function, items)
         return
@@ -301,7 +295,7 @@ def _in_order(
         prefetch_factor=PARTS_AHEAD,
         collate_fn=lambda result: result,  # the default one looks for numbers to convert
         multiprocessing_context="fork",  # they share the source, whose paths may be millions
-        worker_init_fn=functools.partial(_start_worker, begin),
+        worker_init_fn=_start_worker,
     )
     try:
         yield from loader
@@ -312,9 +306,8 @@ def _in_order(
         ) from error
 
 
-def _start_worker(begin: Callable[[], object], _: int) -> None:
+def _start_worker(_: int) -> None:
     """Each ends with its parent: torch's own end hangs where the parent was killed and its pipe is full."""
-    begin()
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 

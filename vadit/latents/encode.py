@@ -37,6 +37,7 @@ from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.owner import owned
 from vadit.runtime.reading import ReadFault
 
 if TYPE_CHECKING:
@@ -98,39 +99,40 @@ def encode(
     settings = _settings(autoencoder, images, features, **kept)
     started = time.monotonic()
     num_shards = -(-len(images) // shard_size)
-    finished = _finished_shards(out, settings, num_shards)
-    distributed.barrier()  # every process has seen the folder before one of them changes it
-    mine = range(distributed.rank(), num_shards, distributed.world_size())
-    share = sum(len(_shard_ids(number, settings)) for number in mine)
-    num_done = num_encoded = num_written = 0
+    with owned(out, "set --out to another one"):
+        finished = _finished_shards(out, settings, num_shards)
+        distributed.barrier()  # every process has seen the folder before one of them changes it
+        mine = range(distributed.rank(), num_shards, distributed.world_size())
+        share = sum(len(_shard_ids(number, settings)) for number in mine)
+        num_done = num_encoded = num_written = 0
 
-    def report(num_more: int) -> None:
-        if progress is not None:
-            progress((num_done + num_more) * len(images) // share)
+        def report(num_more: int) -> None:
+            if progress is not None:
+                progress((num_done + num_more) * len(images) // share)
 
-    was_training = autoencoder.training
-    autoencoder.eval()
-    try:
-        with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-            for number in mine:
-                ids = _shard_ids(number, settings)
-                if number not in finished or not _is_intact(shard_path(out, number)):
-                    writer = LatentShardWriter(shard_path(out, number), settings)
-                    for batch in load_in_order(images, ids, batch_size, active):
-                        writer.add(_rows(autoencoder, features, batch, settings))
-                        report(writer.count)
-                    num_encoded += _close(writer, images, ids)
-                    num_written += 1
-                num_done += len(ids)
-                report(0)
-    finally:
-        autoencoder.train(was_training)
-        images.warn_of_bad_files()
-    encoding_s = time.monotonic() - started
-    distributed.barrier()
-    if distributed.is_main():
-        _complete(out, settings, images, num_shards, stats_samples, seed)
-    distributed.barrier()
+        was_training = autoencoder.training
+        autoencoder.eval()
+        try:
+            with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
+                for number in mine:
+                    ids = _shard_ids(number, settings)
+                    if number not in finished or not _is_intact(shard_path(out, number)):
+                        writer = LatentShardWriter(shard_path(out, number), settings)
+                        for batch in load_in_order(images, ids, batch_size, active):
+                            writer.add(_rows(autoencoder, features, batch, settings))
+                            report(writer.count)
+                        num_encoded += _close(writer, images, ids)
+                        num_written += 1
+                    num_done += len(ids)
+                    report(0)
+        finally:
+            autoencoder.train(was_training)
+            images.warn_of_bad_files()
+        encoding_s = time.monotonic() - started
+        distributed.barrier()
+        if distributed.is_main():
+            _complete(out, settings, images, num_shards, stats_samples, seed)
+        distributed.barrier()
     if joined:
         dist.destroy_process_group()
     return EncodeSummary(num_encoded, num_written, num_encoded / max(encoding_s, 1e-9))
@@ -219,16 +221,9 @@ def _close(writer: LatentShardWriter, images: ImageSet, ids: range) -> int:
 
 def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> set[int]:
     """Numbers of the shards whose headers are sound; refuses a folder that holds anything else."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        present = sorted(out.glob("*.safetensors"))
-    except OSError as error:
-        raise UsageError(
-            f"the output folder {out} cannot be used ({error.strerror}); set --out to another one"
-        ) from None
     expected = {shard_path(out, number): number for number in range(num_shards)}
     finished: set[int] = set()
-    for path in present:
+    for path in sorted(out.glob("*.safetensors")):
         try:
             found = open_shard(path).settings
         except RunError as error:

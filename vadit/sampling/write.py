@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vadit.config import FlowSpec, SampleSpec
-from vadit.config.files import from_dict
-from vadit.images.pixels import channels_last, image_grid, read_png
+from vadit.images.pixels import channels_last, image_grid, read_png, write_png
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed
+from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.files import refuse_other_settings, saved_file
+from vadit.runtime.files import refuse_other_settings, save_json, saved_file
+from vadit.runtime.json_files import read_json
+from vadit.runtime.owner import owned
 from vadit.sampling.draw import (
     check_request,
     decode,
@@ -94,34 +97,30 @@ def write_samples(
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
     }
-    distributed.from_main(lambda: _claim_folder(out, settings, source or {}, num_samples))
-    device = device_of(model)
-    mean, std = (values.reshape(1, -1, 1, 1).to(device) for values in (mean, std))
-    done = 0
-    for group in own_groups(num_samples):
-        wanted = [index for index in group if index < num_samples]
-        missing = [index for index in wanted if not _is_whole(_png(out, index))]
-        if missing:
-            latents = draw_group(model, spec, group, flow, guide, labels).latents
-            if not latents.isfinite().all():  # they would become black images, and a number
-                raise RunError(
-                    f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's "
-                    "log, and sample from an earlier checkpoint or an average (--ema)"
-                )
-            pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
-            for index in missing:
-                _write_png(_png(out, index), Image.fromarray(pixels[index - group.start]))
-        done += len(wanted)
-        if progress is not None:
-            progress(done)
-    distributed.barrier()
+    mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
-    if distributed.is_main():
-        all_labels = sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
-        _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
-        shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
-        _write_png(files.grid, image_grid(shown, scale=1))
-    distributed.barrier()
+    with owned(out, "set --out to another folder"):
+        distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples))
+        done = 0
+        for group in own_groups(num_samples):
+            wanted = [index for index in group if index < num_samples]
+            missing = [index for index in wanted if not _is_whole(_png(out, index))]
+            if missing:
+                latents = _finite(draw_group(model, spec, group, flow, guide, labels).latents, group)
+                pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
+                for index in missing:
+                    # one that a power cut takes is drawn again; to wait for the disk 50,000 times takes minutes
+                    write_png(_png(out, index), Image.fromarray(pixels[index - group.start]), _AGAIN, flush=False)
+            done += len(wanted)
+            if progress is not None:
+                progress(done)
+        distributed.barrier()
+        if distributed.is_main():
+            all_labels = sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
+            _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
+            shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
+            write_png(files.grid, image_grid(shown, scale=1), _AGAIN)
+        distributed.barrier()
     return files
 
 
@@ -129,28 +128,49 @@ def noted_sampler(samples: str | Path) -> str | None:
     """`sampler_name` of a folder that `write_samples` made, or of a file in one; None for images of other origin."""
     for file in (Path(samples) / SETTINGS, Path(samples).parent / SETTINGS):
         if file.is_file():
-            noted = json.loads(file.read_text())
-            spec = from_dict(SampleSpec, noted["sampler"], origin=str(file))
-            return sampler_name(spec, autoguidance=noted["autoguidance"], listed=noted["label_list"] is not None)
+            try:
+                noted = read_json(file, _Noted)
+            except RunError as error:
+                note(f"{error}; the sampler is not known from it")
+                return None
+            return sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
     return None
 
 
-def _claim_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int) -> None:
+@dataclass(frozen=True)
+class _Noted:
+    """What settings.json says of the sampler."""
+
+    sampler: SampleSpec
+    autoguidance: bool
+    label_list: list[int] | None
+
+
+def _finite(latents: Tensor, group: range) -> Tensor:
+    """The latents of samples; RunError where they would become black images, and a number."""
+    if not latents.isfinite().all():
+        raise RunError(
+            f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's log, and "
+            "sample from an earlier checkpoint or an average (--ema)"
+        )
+    return latents
+
+
+def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int) -> None:
     """Write settings.json, or check that what is there was drawn with the same settings and is asked for."""
     file = out / SETTINGS
     if not file.is_file():
         _check_images(out, 0)
-        with saved_file(file, _AGAIN) as partial:
-            partial.write_text(json.dumps(settings | {"source": source}, indent=2))
+        save_json(file, settings | {"source": source}, _AGAIN)
         return
-    try:
-        noted = json.loads(file.read_text())
-    except ValueError:
-        noted = None
+    noted = None
+    with contextlib.suppress(RunError):
+        noted = read_json(file, dict[str, Any])
     remedy = "set --out to another folder, or delete this one"
     if isinstance(noted, dict):
         noted.pop("source", None)
-        for network, old in noted.get("weights", {}).items():
+        weights = noted.get("weights")
+        for network, old in weights.items() if isinstance(weights, dict) else ():
             if old != (now := settings["weights"].get(network, old)):
                 raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
     refuse_other_settings(out, "samples", noted, settings, remedy)
@@ -183,11 +203,6 @@ def _is_whole(path: Path) -> bool:
             return stream.read(8)[4:] == b"IEND"
     except OSError:
         return False
-
-
-def _write_png(path: Path, image: Image.Image) -> None:
-    with saved_file(path, _AGAIN) as partial:
-        image.save(partial, format="png")
 
 
 def _write_npz(path: Path, images: Sequence[Path], labels: np.ndarray) -> None:

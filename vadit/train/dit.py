@@ -41,6 +41,11 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
         RunError: damaged data, steps that fail again and again, a disk that is full.
         loop.Stopped: a signal asked to stop; everything is saved.
     """
+    with runs.owned_folder(config):
+        return _train(config, title)
+
+
+def _train(config: DiTConfig, title: str) -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     dataset = open_latents(config.data, config.model, config.repa)

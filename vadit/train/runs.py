@@ -11,10 +11,12 @@ RUN/stage-K/          a tokenizer with several stages: each a run folder of its 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import Difference, first_difference, refuse_other_settings
+from vadit.runtime.files import Difference, first_difference, refuse_other_settings, save_json
+from vadit.runtime.owner import owned
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, has_network
+from vadit.train.engine import start
 
 # Settings that may change between two starts of the same run.
 _FREE = (
@@ -57,9 +61,7 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
     Where nothing was saved yet there is nothing to continue, and the new config takes the old one's place.
     """
     folder = Path(config.run.out)
-    path = folder / "config.json"
-    if path.exists() and has_checkpoint(final_folder(folder)):
-        before = load_run_config(folder)
+    if has_checkpoint(final_folder(folder)) and (before := _before(config)) is not None:
         if before.kind != config.kind:
             raise UsageError(
                 f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
@@ -67,11 +69,33 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
         if (difference := first_difference(_fixed(before), _fixed(config))) is not None:
             remedy = f"{_as_it_was(config, difference)} to continue it, or another --run.out"
             refuse_other_settings(folder, "a run", _fixed(before), _fixed(config), remedy)
-        if before == config:
-            return folder
     if distributed.is_main():
-        save_config(config, path)
+        save_config(config, folder / "config.json")
     return folder
+
+
+def _before(config: TokenizerConfig | DiTConfig) -> TokenizerConfig | DiTConfig | None:
+    """The config of the run so far; None where only its stages, which are compared one by one, still have theirs."""
+    try:
+        return load_run_config(config.run.out, stages=False)
+    except UsageError as error:
+        if not getattr(config, "stages", ()):
+            raise
+        if distributed.is_main():
+            note(f"{error}; it is written anew")
+        return None
+
+
+@contextlib.contextmanager
+def owned_folder(config: TokenizerConfig | DiTConfig) -> Iterator[None]:
+    """The run folder is this run's alone until the block ends (`owner.owned`). Collective.
+
+    Several processes meet first: where the main one is refused, none waits for it.
+    """
+    if distributed.world_size() > 1:
+        start(distributed.device(config.run.device))
+    with owned(config.run.out, "set another --run.out"):
+        yield
 
 
 def _fixed(config: Any) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def seed_everything(spec: RunSpec) -> None:
 
 def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
     """Keep DeepSpeed's own config of each network. Collective."""
-    distributed.from_main(lambda: (folder / "deepspeed.json").write_text(json.dumps(configs, indent=2) + "\n"))
+    distributed.from_main(lambda: save_json(folder / "deepspeed.json", configs))
 
 
 def save_choices(folder: Path, chosen: list[Choice]) -> None:

@@ -57,17 +57,23 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     """
     if not config.stages:
         return _train_stage(config, title)
-    open_images(config.data, config.autoencoder.image_size)  # a wrong path must not leave a run folder behind
-    folder = runs.open_folder(config)
-    start(distributed.device(config.run.device))
-    with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
-        for index in range(len(config.stages)):
-            watchdog.beat(0, doing=f"getting ready for stage {index + 1}")
-            _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})", watchdog)
+    with runs.owned_folder(config):
+        open_images(config.data, config.autoencoder.image_size)  # a wrong path must not leave a run folder behind
+        folder = runs.open_folder(config)
+        start(distributed.device(config.run.device))
+        with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
+            for index in range(len(config.stages)):
+                watchdog.beat(0, doing=f"getting ready for stage {index + 1}")
+                _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})", watchdog)
     return folder
 
 
 def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None = None) -> Path:
+    with runs.owned_folder(config):
+        return _train_one(config, title, watchdog)
+
+
+def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     images = open_images(config.data, config.autoencoder.image_size)

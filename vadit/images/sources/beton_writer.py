@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -30,8 +29,9 @@ from vadit.images.sources.beton import (
     row_crc32,
     row_type,
 )
-from vadit.runtime.errors import RunError, UsageError, write_fault
-from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.errors import RunError, write_fault
+from vadit.runtime.files import no_link, refuse_other_settings
+from vadit.runtime.owner import NAME, held
 
 PAGE_SIZE = 8 << 20
 MAX_SIDE = (1 << 16) - 1
@@ -94,21 +94,13 @@ class BetonWriter:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._journal_path = self.path.with_name(self.path.name + ".partial.journal")
         head = {"settings": dict(settings or {}), "max_samples": max_samples, "page_size": page_size}
-        with self._disk():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._journal: BinaryIO = open(self._journal_path, "a+b")  # noqa: SIM115 (closed by close)
-            try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._journal.close()
-                raise UsageError(f"another process writes {self.path}; wait for it, or name another file") from None
+        with ExitStack() as stack, self._disk():
+            stack.enter_context(held(self._partial.with_suffix(NAME), self.path, "name another file"))
+            self._journal: BinaryIO = stack.enter_context(open(self._journal_path, "a+b", opener=no_link))
             # made if it is missing, never cut: the journal says how much of it counts
-            self._data: BinaryIO = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
-            try:
-                self._resume(head)
-            except UsageError:
-                self.close()
-                raise
+            self._data: BinaryIO = stack.enter_context(open(no_link(self._partial, os.O_RDWR | os.O_CREAT), "r+b"))
+            self._resume(head)
+            self._open = stack.pop_all()
 
     @property
     def num_samples(self) -> int:
@@ -171,12 +163,7 @@ class BetonWriter:
 
     def close(self) -> None:
         """Leave the parts as they are, for another writer to go on from."""
-        self._data.close()
-        self._journal.close()
-
-    def disown(self) -> None:
-        """In a forked process: let go of the lock, which would outlive the writer until the last of them has ended."""
-        os.close(self._journal.fileno())
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self
