@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from model_help import assert_recomputing_changes_nothing, randomised
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from training_plain import BATCH, flow_terms, logged, tiny_dit
+from training_plain import BATCH, flow_loss, logged, plain_dit, tiny_dit
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
-from vadit.latents.dataset import open_latents
-from vadit.latents.loader import LatentLoader
 from vadit.models.dit import LightningDiT
 from vadit.models.interop import save_reference
 from vadit.models.masked import MDT, MaskDiT, MaskedDiT, build_generator
 from vadit.objectives import ddpm, flow, masked
-from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import sample_ode
 from vadit.train import dit, runs
@@ -314,49 +311,32 @@ def config(out: Path, mask: MaskSpec, *, steps: int = 4, model: dict[str, Any] |
     return dataclasses.replace(plain, mask=mask, model=dataclasses.replace(plain.model, **switches))
 
 
-def plain_losses(config: DiTConfig) -> tuple[list[float], dict[str, Tensor]]:
-    """The same run in plain torch: losses of each step, and the weights at the end."""
-    dataset = open_latents(config.data, config.model)
-    runs.seed_everything(config.run)
-    model = build_generator(config.model, config.mask).train()
-    options = config.optimizer
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
-    stream = LatentLoader(dataset, config.run.batch_size, seed=config.run.seed, rank=0, world_size=1).stream()
-    torch.manual_seed(rng.fold(config.run.seed, 0))
-    losses = []
-    for seen in range(0, config.run.total_images, config.run.batch_size):
-        latents, labels = next(stream)[:2]
-        late = config.mask.unmasked_after_images
-        if config.mask.kind == "maskdit" and (late is None or seen < late):
-            drawn = flow.draw(config.flow, latents, seen)
-            output = model.forward_features(drawn.x_t, drawn.t, labels, masked=True)
-            weight = config.mask.reconstruction_weight
-            found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
-            loss = found["mse"] + found["direction"] + weight * found["reconstruction"]
-        elif config.mask.kind == "maskdit":
-            loss = flow_terms(config.flow, model, latents, labels, seen)["loss"]
+def masked_loss(config: DiTConfig, model: Any, latents: Tensor, labels: Tensor, seen: int) -> Tensor:
+    """That of a micro-batch, by the passes that it takes."""
+    late = config.mask.unmasked_after_images
+    if config.mask.kind == "maskdit":
+        if late is not None and seen >= late:
+            return flow_loss(config, model, latents, labels, seen)
+        drawn = flow.draw(config.flow, latents, seen)
+        output = model.forward_features(drawn.x_t, drawn.t, labels, masked=True)
+        weight = config.mask.reconstruction_weight
+        found = masked.loss(config.flow, drawn, output.prediction, output.mask_BN, weight)
+        return found["mse"] + found["direction"] + weight * found["reconstruction"]
+    loss = torch.zeros(())
+    for masks in (False, True):
+        if config.flow.objective == "ddpm":
+            noised = ddpm.draw(latents)
+            output = model.forward_features(noised.x_t, noised.t, labels, with_variance=True, masked=masks)
+            loss = loss + ddpm.loss(noised, output.prediction)["loss"]
         else:
-            loss = torch.zeros(())
-            for masks in (False, True):
-                if config.flow.objective == "ddpm":
-                    noised = ddpm.draw(latents)
-                    output = model.forward_features(noised.x_t, noised.t, labels, with_variance=True, masked=masks)
-                    loss = loss + ddpm.loss(noised, output.prediction)["loss"]
-                else:
-                    drawn = flow.draw(config.flow, latents, seen)
-                    output = model.forward_features(drawn.x_t, drawn.t, labels, masked=masks)
-                    loss = loss + flow.loss(config.flow, drawn, output.prediction)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.engine.max_grad_norm)
-        adam.step()
-        adam.zero_grad()
-        losses.append(loss.item())
-    return losses, model.state_dict()
+            drawn = flow.draw(config.flow, latents, seen)
+            output = model.forward_features(drawn.x_t, drawn.t, labels, masked=masks)
+            loss = loss + flow.loss(config.flow, drawn, output.prediction)["loss"]
+    return loss
 
 
 def check_against_plain(config: DiTConfig) -> None:
-    expected, weights = plain_losses(config)
+    expected, weights = plain_dit(config, loss_of=masked_loss)
     assert logged(dit.train(config)) == pytest.approx(expected, rel=1e-5)
     state, _ = runs.read_weights(config.run.out)
     assert state.keys() == weights.keys()

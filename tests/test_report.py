@@ -1,12 +1,14 @@
-"""The report: one file that needs no network, for logs of any length, and the pictures in it."""
+"""vadit report: one file that needs no network, its charts, numbers of runs, and damaged files."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,11 +16,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vadit.cli import main
+from vadit.config import Config, DiTConfig, RunSpec, StageSpec, TokenizerConfig, vary
+from vadit.config.files import save_config
+from vadit.recipes import get_recipe
+from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import MAX_POINTS, PALETTE, Chart, Curve, Series, draw, reduce_curve, save_png, svg
 from vadit.report.log import read_log
 from vadit.report.page import Section, write_report
-from vadit.report.runs import read_runs
-from vadit.report.sections import quantity_charts
+from vadit.report.runs import (
+    REFERENCE_MSE,
+    REFERENCE_STEPS,
+    higher_is_better,
+    is_headline,
+    progress,
+    read_runs,
+    speedup,
+)
+from vadit.report.sections import quantity_charts, run_sections, write_runs_report
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], **settings: object) -> str:
@@ -184,3 +199,294 @@ def test_labels_of_marks_cover_no_other_and_no_mark() -> None:
     boxes = [text.get_window_extent() for text in plot.texts]
     assert sum(box.count_overlaps(boxes) for box in boxes) == 4  # itself
     assert not any(box.contains(*plot.transData.transform((0.282, 8.3))) for box in boxes)
+
+
+BATCH = 1024
+
+
+def headline() -> DiTConfig:
+    config = get_recipe("lightningdit-xl-64ep")
+    assert isinstance(config, DiTConfig)
+    return config
+
+
+def make_run(
+    folder: Path,
+    config: Config | None = None,
+    steps: tuple[int, ...] = (100, 200, 300, 400),
+    fids: tuple[float, ...] = (),
+    **values: float,
+) -> Path:
+    """A run whose velocity MSE is the authors' times 1.1, at 1,000 images/s on 4 devices."""
+    folder.mkdir(parents=True)
+    if config is not None:
+        save_config(config, folder / "config.json")
+    with (folder / "log.jsonl").open("w") as stream:
+        for step in steps:
+            mse = 1.1 * float(np.interp(step, REFERENCE_STEPS, REFERENCE_MSE))
+            line = {"images": step * BATCH, "step": step, "loss": mse + 0.5, "mse": mse, "images_per_s": 1000.0,
+                    "images_per_s_per_gpu": 250.0, "mfu": 0.4, "epochs": step * BATCH / 1e6, **values}  # fmt: skip
+            stream.write(json.dumps(line) + "\n")
+    (folder / "evaluations").mkdir()
+    with (folder / "evaluations.jsonl").open("w") as stream:
+        for number, fid in enumerate(fids):
+            grid = f"evaluations/{number}.png"
+            Image.new("RGB", (64, 32), (40 * number, 90, 200)).save(folder / grid)
+            line = {"images": (number + 1) * 1000, "fid1k_euler50": fid, "seconds": 3.0, "grid": grid}
+            stream.write(json.dumps(line) + "\n")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+def test_the_projection_of_a_run_is_arithmetic(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", headline())
+    (run,) = read_runs([folder])
+    now = progress(run)
+    assert (now.images, now.devices, now.images_per_s) == (400 * BATCH, 4, 1000.0)
+    assert now.target == pytest.approx(64_000_000)  # 64 epochs of the million images that the log's epochs mean
+    assert now.epochs == pytest.approx(0.4096)
+    assert now.hours_done == pytest.approx(400 * BATCH / 1000 / 3600)
+    assert now.hours_left == pytest.approx((64_000_000 - 400 * BATCH) / 1000 / 3600)
+    os.utime(folder / "log.jsonl", (1e9, 1e9))
+    (utilisation,) = (chart for section in run_sections([run]) for chart in section.charts if chart.file == "mfu")
+    assert (utilisation.y_label, utilisation.x_label) == ("%", "hours of training")
+    assert utilisation.series[0].curve.y.tolist() == [40.0] * 4
+    assert utilisation.series[0].curve.x == pytest.approx(np.arange(100, 500, 100) * BATCH / 1000 / 3600)
+    table = {row[0]: row[1] for row in run_sections([run])[0].table}
+    assert table["hours to 64 epochs"] == "17.7 h"
+    assert table["device-hours to 64 epochs"] == "71.1 h on 4"  # 64e6 images at 1,000/s last 17.8 h
+    assert (table["images"], table["model FLOP utilisation"]) == ("409,600", "40.0%")
+    assert table["64 epochs at"] == f"{datetime.fromtimestamp(1e9 + now.hours_left * 3600):%Y-%m-%d %H:%M}"
+
+
+def test_nothing_is_projected_for_a_run_that_is_over(tmp_path: Path) -> None:
+    config = headline()
+    short = vary(config, run={"total_images": 400 * BATCH})
+    for name, settings, expected in (("over", short, "not planned: the run is over"), ("going", config, r"[-\d: ]+")):
+        section = run_sections(read_runs([make_run(tmp_path / name, settings)]))[0]
+        assert re.fullmatch(expected, section.table[-1][1])
+        names = [series.name for series in section.charts[0].series]
+        assert names == [name] + ["going, projected"] * (name == "going")
+
+
+def test_the_slow_beginning_counts_as_time_but_not_for_the_future(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", headline())
+    lines = [{"images": i * 1000, "images_per_s": 10.0 if i <= 60 else 100.0} for i in range(1, 101)]
+    lines[40]["images_per_s"] = float("nan")  # its time goes with the next
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    now = progress(read_runs([folder])[0])
+    assert now is not None and now.devices is None
+    assert now.images_per_s == 100
+    assert now.hours_done == pytest.approx((60 * 1000 / 10 + 40 * 1000 / 100) / 3600)
+    assert now.target == 64 * IMAGENET_IMAGES  # no epochs in the log
+
+
+def test_losses_stand_beside_the_authors_log_where_the_recipe_is_theirs(tmp_path: Path) -> None:
+    (run,) = read_runs([make_run(tmp_path / "run", headline())])
+    loss = next(section for section in run_sections([run]) if section.title == "Loss")
+    assert loss.table[1:] == [("200", "0.5402", "0.5942 (+10.0%)"), ("300", "0.4637", "0.5101 (+10.0%)")]
+    mse = next(chart for chart in loss.charts if chart.title == "Velocity MSE")
+    authors = next(series for series in mse.series if not series.is_line)
+    assert authors.curve.x.tolist() == [step * BATCH for step in REFERENCE_STEPS[:4]]
+    assert authors.curve.y.tolist() == list(REFERENCE_MSE[:4])
+    assert (np.diff(REFERENCE_MSE) < 0).all() and REFERENCE_STEPS[-1] * BATCH == headline().run.total_images
+
+    (changed,) = read_runs([make_run(tmp_path / "changed", vary(headline(), optimizer={"lr": 1e-4}))])
+    loss = next(section for section in run_sections([changed]) if section.title == "Loss")
+    assert not loss.table and not any(not series.is_line for chart in loss.charts for series in chart.series)
+
+
+def test_what_counts_as_the_authors_recipe() -> None:
+    config = headline()
+    assert is_headline(config)
+    assert is_headline(get_recipe("lightningdit-xl-800ep"))
+    assert is_headline(vary(config, engine={"zero_stage": 2}))
+    for change in (
+        {"model": {"qk_norm": True}}, {"flow": {"direction_loss": False}}, {"run": {"batch_size": 512}},
+        {"repa": {"weight": 0.5}}, {"mask": {"kind": "mdt"}}, {"data": {"multiplier": 2.0}},
+    ):  # fmt: skip
+        assert not is_headline(vary(config, **change)), change
+    assert not is_headline(TokenizerConfig())
+    assert not is_headline(None)
+
+
+def test_the_stages_of_a_tokenizer_are_one_run(tmp_path: Path) -> None:
+    run_spec = RunSpec(total_images=6000, batch_size=BATCH)
+    config, folder = TokenizerConfig(stages=(StageSpec(4000), StageSpec(2000)), run=run_spec), tmp_path / "tokenizer"
+    save_config(config, folder / "config.json")
+    for stage, rates in ((1, (100.0, 100.0, 100.0, 100.0)), (2, (50.0,))):
+        (folder / f"stage-{stage}").mkdir()
+        lines = [{"images": 1000 * (i + 1), "kl": 1.0, "images_per_s": rate} for i, rate in enumerate(rates)]
+        (folder / f"stage-{stage}" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = read_runs([folder])
+    assert run.kind == "tokenizer"
+    assert run.log.curves["kl"].x.tolist() == [1000, 2000, 3000, 4000, 5000]
+    now = progress(run)
+    assert now is not None and now.target == 6000
+    assert now.hours_done * 3600 == pytest.approx(4000 / 100 + 1000 / 50)
+    assert now.hours_left * 3600 == pytest.approx(10)  # at the median of the last five points
+
+
+# ------------------------------------------------------------------------------------------ several runs
+
+
+def test_the_speed_up_at_an_equal_value() -> None:
+    fast = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, 30.0, 20.0]))
+    slow = Curve(np.array([1e6, 2e6, 3e6, 6e6]), np.array([90.0, 70.0, 60.0, 40.0]))
+    needs = [(1.5e6, False), (6e6, False)]  # half way from 50 to 30, and the last point
+    assert speedup("fid1k", [fast, slow]) == (40, needs)
+    assert speedup("psnr", [Curve(fast.x, -fast.y), Curve(slow.x, -slow.y)]) == (-40, needs)
+    ahead = Curve(np.array([1e6]), np.array([30.0]))
+    assert speedup("fid1k", [ahead, slow]) == (40, [(1e6, True), (6e6, False)])
+    gaps = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, np.nan, 20.0]))
+    assert speedup("fid1k", [gaps, slow]) == (40, [(pytest.approx(1e6 + 2e6 / 3), False), (6e6, False)])
+    assert speedup("fid1k", [fast]) is None
+    assert speedup("fid1k", [fast, Curve(np.array([1.0]), np.array([np.nan]))]) is None
+
+
+def test_which_way_is_up() -> None:
+    assert all(map(higher_is_better, ("is50k_euler249", "precision50k_dopri5", "recall1k", "psnr", "ssim")))
+    assert not any(map(higher_is_better, ("fid50k", "sfid50k", "kid1k", "fd_dinov2_50k", "rfid50k", "lpips")))
+
+
+def test_several_runs_are_drawn_over_each_other(tmp_path: Path) -> None:
+    base = headline()
+    first = make_run(tmp_path / "with", base, fids=(60.0, 30.0))
+    second = make_run(tmp_path / "without", vary(base, optimizer={"lr": 1e-4}), fids=(80.0, 60.0, 45.0, 30.0))
+    for folder, rfid, fid in ((first, 0.28, 8.2), (second, 0.26, 10.9)):
+        scores = {"kind": "samples", "metrics": {"fid10k_dopri5_random": fid}, "spread": {"fid10k_dopri5_random": 0.1}}
+        (folder / "metrics.json").write_text(json.dumps(scores))
+        (folder / "metrics-tokenizer.json").write_text(json.dumps({"kind": "tokenizer", "metrics": {"rfid50k": rfid}}))
+    runs = read_runs([first, second])
+    sections = {section.title: section for section in run_sections(runs)}
+    training = sections["Metrics during training"]
+    assert training.table == [
+        ("fid1k_euler50", "30", "with", "2000", "2.00x sooner"),
+        ("fid1k_euler50", "30", "without", "4000", "-"),
+    ]
+    (chart,) = training.charts
+    assert chart.level == 30 and [series.color for series in chart.series] == [0, 1]
+    assert ("fid10k_dopri5_random", "8.2 ± 0.1", "10.9 ± 0.1") in list(sections["Evaluation"].table)
+    assert sections["Evaluation"].table[-1] == ("the recipe's source reports", *[base.paper.metric] * 2)
+    (frontier,) = sections["Frontier of tokenizers"].charts
+    points = {series.name: (series.curve.x.tolist(), series.curve.y.tolist()) for series in frontier.series}
+    assert points["with"] == ([0.28], [8.2]) and points["without"] == ([0.26], [10.9])
+    published = next(values for name, values in points.items() if "published" in name)
+    assert (published[0][5], published[1][5]) == (0.28, 8.22)  # f16d32 with DINOv2, XL
+    assert frontier.y_label == "fid10k_dopri5_random"
+    rest = sections["Everything else that was logged, and settings"]
+    assert list(rest.table) == [("optimizer.lr", "0.0002", "0.0001")]
+    assert len(sections["Samples"].images) == 2 + 4
+
+    assert main(["report", str(first), str(second), "--out", str(tmp_path / "both.html")]) == 0
+    pngs = {path.stem for path in (tmp_path / "both-charts").iterdir()}
+    speed = {"images_per_s", "images_per_s_per_gpu", "mfu"}
+    assert pngs == {"loss", "mse", "progress", "fid1k_euler50", "frontier"} | speed
+    # a legend for each wide chart, and one for those of speed
+    assert (tmp_path / "both.html").read_text().count('class="legend"') == len(pngs - speed) + 1
+
+
+def test_the_frontier_has_one_protocol(tmp_path: Path) -> None:
+    found = {
+        "a": {"fid50k_euler249_cfg10_random": 2.1, "fid50k_euler249_random": 5.1},
+        "b": {"fid50k_euler249_cfg10_random": 2.5, "fid50k_euler249_random": 6.0},
+        "c": {"fid50k_euler249_cfg10_random": 2.6},
+        "d": {"fid50k_euler249_random": 9.0},
+    }
+    folders = []
+    for name, metrics in found.items():
+        folders.append(make_run(tmp_path / name, headline(), steps=()))
+        (folders[-1] / "metrics.json").write_text(json.dumps({"kind": "samples", "metrics": metrics}))
+        if name != "d":
+            rfid = json.dumps({"kind": "tokenizer", "metrics": {"rfid50k": 0.3, "psnr": 28.0}})
+            (folders[-1] / "metrics-tokenizer.json").write_text(rfid)
+
+    def drawn(*which: int) -> tuple[str, dict[str, list[float]], str]:
+        runs = read_runs([folders[index] for index in which])
+        section = next(section for section in run_sections(runs) if section.title == "Frontier of tokenizers")
+        chart = section.charts[0]
+        return chart.y_label, {each.name: each.curve.y.tolist() for each in chart.series}, " ".join(section.notes)
+
+    assert drawn(0, 1) == ("fid50k_euler249_random", {"a": [5.1], "b": [6.0]}, "")
+    label, points, note = drawn(0, 2, 3)
+    assert (label, points) == ("fid50k_euler249_cfg10_random", {"a": [2.1], "c": [2.6]})
+    assert note.endswith(": d.")
+    with pytest.raises(StopIteration):
+        drawn(3)
+
+
+def test_runs_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
+    generator = make_run(tmp_path / "a" / "run", headline())
+    tokenizer = make_run(tmp_path / "b" / "run", TokenizerConfig(), kl=0.5)
+    sections = run_sections(read_runs([generator, tokenizer]))
+    titles = [section.title for section in sections]
+    assert "Generators: Progress" in titles and "Tokenizers: Progress" in titles
+    for section in sections:
+        for chart in section.charts:
+            assert len({series.name.split(",")[0] for series in chart.series} - {"the authors' log"}) <= 1
+    assert {chart.series[0].name for section in sections for chart in section.charts} == {"a/run", "b/run"}
+    files = [chart.file for section in sections for chart in section.charts if chart.file]
+    assert len(files) == len(set(files))  # no PNG overwrites another
+
+
+# ------------------------------------------------------------------------------------------ damaged, empty, absent
+
+
+def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run", headline(), fids=(60.0, 30.0, 20.0))
+    with (folder / "log.jsonl").open("ab") as stream:
+        bad = (b'{"images": 1', b"[1, 2]", b"null", b'{"images": "many"}', b'{"images": true}', b'{"images": NaN}',
+               b'{"images": -4}', b"\xff\xfe\x00", b"[" * 100_000)  # fmt: skip
+        bad += (b"", b'{"images": 500000, "mse": "x"}', b'{"images": 600000, "loss": %s}' % (b"9" * 400))
+        stream.write(b"\n".join(bad))
+    with (folder / "evaluations.jsonl").open("a") as stream:
+        stream.write('{"images": 9000, "grid": "../secret.png"}\n{"images": 9500, "grid": 7}\n{"ima')
+    Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
+    (folder / "evaluations" / "1.png").unlink()
+    (folder / "evaluations" / "2.png").write_bytes(b"no picture")
+    (folder / "metrics.json").write_text("[]")
+    (folder / "metrics-2.json").write_text('{"kind": "samples", "metrics": {"fid1k": 3, "bad": NaN, "worse": "x"}}')
+    assert main(["report", str(folder)]) == 0
+    notes = capsys.readouterr().out
+    for expected in ("10 damaged lines of log.jsonl", "1 damaged lines of evaluations.jsonl", "metrics.json is not"):
+        assert expected in notes
+    text = (folder / "report.html").read_text()
+    assert "10 damaged lines" in text and "2 pictures are gone or damaged" in text
+    assert [path.name for _, path in read_runs([folder])[0].grids] == ["0.png", "1.png", "2.png"]
+    log = read_log(folder / "log.jsonl")
+    assert log.curves["mse"].x.tolist() == [100 * BATCH, 200 * BATCH, 300 * BATCH, 400 * BATCH]
+    assert read_runs([folder])[0].scores[0].metrics == {"fid1k": 3.0}
+
+
+@pytest.mark.parametrize("config", ["", "{", '{"kind": "dit", "model": {"colour": 3}}', "[]", '{"kind": 5}'])
+def test_a_config_of_another_version_does_not_stop_the_report(tmp_path: Path, config: str) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.json").write_text(config)
+    written = write_runs_report([folder], tmp_path / "report.html", pngs=False)
+    assert "config.json could not be read" in written.notes[0]
+    assert read_runs([folder])[0].kind == "dit"  # by its config or by what it logged
+
+
+def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = make_run(tmp_path / "full", headline())
+    empty = make_run(tmp_path / "empty", headline(), steps=())
+    (tmp_path / "bare").mkdir()
+    save_config(headline(), tmp_path / "bare" / "config.json")
+    (tmp_path / "nothing").mkdir()
+    for arguments, message in (
+        ([tmp_path / "absent"], "absent is no run folder"),
+        ([tmp_path / "nothing"], "holds neither config.json nor log.jsonl"),
+        ([empty], "its log.jsonl holds no points yet"),
+        ([tmp_path / "bare"], "there is no log.jsonl yet"),
+        ([full, tmp_path / "full" / ".." / "full"], "named twice"),
+        ([full, "--out", tmp_path], "is a folder"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert not (full / "report.html").exists() and not (empty / "report.html").exists()
+    # beside a run that has points, an empty one is a note
+    written = write_runs_report([full, empty, tmp_path / "bare"], tmp_path / "r.html", pngs=False)
+    assert [note.split(":")[0] for note in written.notes] == ["empty", "bare"]
+    assert "its log.jsonl holds no points yet" in written.page.read_text()

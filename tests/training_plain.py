@@ -22,8 +22,8 @@ from vadit.latents.dataset import open_latents
 from vadit.latents.loader import LatentLoader
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
-from vadit.models.dit import LightningDiT
 from vadit.models.foundation import FoundationModel
+from vadit.models.masked import build_generator
 from vadit.objectives import flow
 from vadit.recipes import get_recipe
 from vadit.runtime import rng
@@ -83,17 +83,21 @@ class Ranks:
             self.states[rank] = torch.get_rng_state()
 
 
-def plain_dit(config: DiTConfig, *, world_size: int = 1) -> tuple[list[float], dict[str, Tensor]]:
+def flow_loss(config: DiTConfig, model: Any, latents: Tensor, labels: Tensor, seen: int) -> Tensor:
+    """The loss of one micro-batch after so many images."""
+    return flow_terms(config.flow, model, latents, labels, seen)["loss"]
+
+
+def plain_dit(
+    config: DiTConfig, *, world_size: int = 1, loss_of: Any = flow_loss
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of every step and the weights at the end."""
     dataset = open_latents(config.data, config.model)
     runs.seed_everything(config.run)
-    model = LightningDiT(config.model).train()
-    adam = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    model = build_generator(config.model, config.mask).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    options = config.optimizer
+    adam = torch.optim.AdamW(trained, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     parts = world_size * config.engine.gradient_accumulation
     size = config.run.batch_size // parts
     ranks = Ranks(config.run.seed, world_size)
@@ -107,11 +111,11 @@ def plain_dit(config: DiTConfig, *, world_size: int = 1) -> tuple[list[float], d
         for rank in ranks.turns():
             for _ in range(config.engine.gradient_accumulation):
                 latents, labels = next(streams[rank])
-                loss = flow_terms(config.flow, model, latents, labels, images_seen)["loss"]
+                loss = loss_of(config, model, latents, labels, images_seen)
                 (loss / parts).backward()
                 mean += loss.item() / parts
         if config.engine.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.engine.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trained, config.engine.max_grad_norm)
         adam.step()
         adam.zero_grad()
         losses.append(mean)
