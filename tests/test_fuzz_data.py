@@ -1,6 +1,6 @@
 """Damaged latent shards and tars: no crash, no hang, no sample that is wrong in silence (see mutations.py).
 
-Betons are in test_beton_faults.py. Where a format has no checksum a test says what is noticed and what is not.
+Betons are in test_beton.py. Where a format has no checksum a test says what is noticed and what is not.
 `pytest tests/test_fuzz_data.py -k tar-block3` runs a block again; a failure names the case, the region and the change.
 """
 
