@@ -124,14 +124,20 @@ RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR":
         *(
             (RANK_1_OF_2 | {name: value}, f"the launcher's {name} is ")
             for name, values in {
-                "RANK": ("", "2", "-1", "1.0", "one", "9" * 5000, "\u0661"),
-                "WORLD_SIZE": ("", "0", "-2", "nan"),
-                "LOCAL_RANK": ("2", "\x1b[31m"),
-                "LOCAL_WORLD_SIZE": ("0", "3"),
+                "RANK": ("", "-1", "1.0", "one", "9" * 5000, "\u0661"),
+                "WORLD_SIZE": ("", "-2", "nan"),
+                "LOCAL_RANK": ("\x1b[31m",),
                 "MASTER_ADDR": ("", "a b"),
-                "MASTER_PORT": ("0", "65536", "0x50"),
+                "MASTER_PORT": ("0x50",),
             }.items()
             for value in values
+        ),
+        *(
+            (RANK_1_OF_2 | {name: value}, f"{name}='{value}'")
+            for name, value in (
+                *(("RANK", "2"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "0")),
+                *(("LOCAL_WORLD_SIZE", "3"), ("MASTER_PORT", "0"), ("MASTER_PORT", "65536")),
+            )
         ),
     ],
 )

@@ -93,7 +93,9 @@ def encode(
     out = Path(out)
     if shard_size is None:
         shard_size = SHARD_SIZE if features is None else SHARD_SIZE_WITH_FEATURES
-    joined = _join()
+    joined = distributed.world_size() > 1 and not dist.is_initialized()
+    if joined:  # for long, as the others wait while rank 0 reads all latents for statistics
+        distributed.join("gloo", timedelta(days=1))
     kept_seed = seed if store == "sample" else 0
     kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}
     settings = _settings(autoencoder, images, features, **kept)
@@ -152,17 +154,6 @@ def _settings(
         features=None if features is None else describe_features(features),
         **choices,
     )
-
-
-def _join() -> bool:
-    """Meet the other processes of the launcher, where nobody did so before; whether this call did it.
-
-    Gloo with a long timeout: nothing is exchanged, and the others wait while rank 0 reads all latents for statistics.
-    """
-    if distributed.world_size() == 1 or dist.is_initialized():
-        return False
-    distributed.join("gloo", timedelta(days=1))
-    return True
 
 
 def shard_path(out: Path, number: int) -> Path:

@@ -12,14 +12,6 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 BACKEND = "alone"
-_REDUCTIONS = ("allreduce", "allreduce_coalesced", "broadcast", "reduce", "barrier")
-_COPIES = (
-    *("allgather", "allgather_coalesced", "gather", "scatter", "reduce_scatter", "alltoall"),
-    *("all_gather_single", "reduce_scatter_single", "all_to_all_single", "gather_single"),
-    *("all_gather_single_coalesced", "reduce_scatter_single_coalesced"),
-    *("_allgather_base", "_reduce_scatter_base", "alltoall_base"),  # as torch named them before 2.14
-    *("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"),
-)
 
 
 class Alone(dist.ProcessGroup):
@@ -38,11 +30,14 @@ def _copy(group: Alone, outputs: Any, inputs: Any, *_: Any, **__: Any) -> dist.W
     return _keep(group)
 
 
-for _names, _work in ((_REDUCTIONS, _keep), (_COPIES, _copy)):
-    for _name in _names:
-        setattr(Alone, _name, _work)
-dist.Backend.register_backend(
-    BACKEND,
-    lambda _, rank, size, __: Alone(rank, size),  # type: ignore[call-arg]
-    devices=["cpu", "cuda"],
-)
+for _name in ("allreduce", "allreduce_coalesced", "broadcast", "reduce", "barrier"):
+    setattr(Alone, _name, _keep)
+for _name in (
+    *("allgather", "allgather_coalesced", "gather", "scatter", "reduce_scatter", "alltoall", "all_to_all_single"),
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+    *("_allgather_base", "allgather_into_tensor_coalesced", "_reduce_scatter_base"),  # named so before torch 2.14
+    *("reduce_scatter_tensor_coalesced", "alltoall_base", "gather_single"),
+):
+    setattr(Alone, _name, _copy)
+_make: Any = Alone
+dist.Backend.register_backend(BACKEND, lambda _, rank, size, __: _make(rank, size), devices=["cpu", "cuda"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import socket
 from collections.abc import Callable
@@ -74,18 +73,12 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     if here.world_size == 1:
         dist.init_process_group(alone.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
         return
-    if _is_loopback(here.address):  # then all are on this machine, and what they open need not be reached from others
+    if here.one_machine:  # no other needs to reach what they open
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+    group: dict[str, Any] = {"rank": here.rank, "world_size": here.world_size, "device_id": device}
     try:
-        dist.init_process_group(
-            backend,
-            store=_store(here, timeout),
-            rank=here.rank,
-            world_size=here.world_size,
-            timeout=timeout,
-            device_id=device,
-        )
+        dist.init_process_group(backend, store=_store(here, timeout), timeout=timeout, **group)
     except (RuntimeError, OSError) as error:
         raise RunError(
             f"rank {here.rank} of {here.world_size} cannot meet the others at {here.address}:{here.port} "
@@ -95,29 +88,18 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
 
 
 def _store(here: launcher.Place, timeout: timedelta) -> dist.Store:
-    """The group's store: rank 0 keeps it, unless torchrun's agent does."""
-    keeps = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    fd = _listener(here) if keeps else None
+    """The group's store, which rank 0 keeps unless torchrun's agent does; it listens at the address of rank 0 alone.
+
+    At all addresses, as torch has it, where that is not one of this machine's, and where a host name leads to the
+    loopback on its own machine, as Debian has it, but elsewhere on others that there may be.
+    """
+    keeps, fd = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", None
+    for family, *_, where in socket.getaddrinfo(here.address, here.port, type=socket.SOCK_STREAM) if keeps else []:
+        if fd is None and (here.one_machine or not launcher.LOOPBACK.fullmatch(str(where[0]))):
+            with contextlib.suppress(OSError):
+                fd = socket.create_server(where[:2], family=family).detach()
     address = here.address, here.port, here.world_size
     return dist.TCPStore(*address, is_master=keeps, timeout=timeout, master_listen_fd=fd)
-
-
-def _listener(here: launcher.Place) -> int | None:
-    """A socket that listens at the address of rank 0 alone; None, for all of its machine's, where that is not its own.
-
-    A host name that leads to 127.0.0.1 or 127.0.1.1 on its own machine leads elsewhere on others, as Debian has it.
-    """
-    for family, *_, where in socket.getaddrinfo(here.address, here.port, type=socket.SOCK_STREAM):
-        with contextlib.suppress(OSError):
-            if _is_loopback(here.address) or not _is_loopback(str(where[0])):
-                return socket.create_server(where[:2], family=family).detach()
-    return None
-
-
-def _is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
-    return address == "localhost"
 
 
 def set_collective_timeout(hang_timeout_s: float) -> None:

@@ -14,19 +14,20 @@ from vadit.runtime.errors import UsageError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """All of them, or none. LOCAL_WORLD_SIZE may come with them."""
+LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among `world_size`; by default one that is alone."""
+    """A process among `world_size`, the `local_rank`-th of its machine; rank 0 listens at `address` and `port`."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Index among the processes of its machine: that of its GPU."""
     address: str = ""
-    """Host name or address of rank 0, empty without a launcher; and the port that it listens on."""
     port: int = 0
+    one_machine: bool = True
+    """Whether all are known to be on one."""
 
 
 _place: Place | None = None
@@ -50,28 +51,24 @@ def read() -> Place:
     if not found:
         _place = Place()
         return _place
-    if missing := [name for name in NAMES if name not in found]:
+    listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    if missing := ", ".join(name for name in NAMES if name not in found):
         raise UsageError(
-            f"{', '.join(f'{name}={value!r}' for name, value in found.items())} is a part of a launcher's environment; "
-            f"set {', '.join(missing)}, too, or none of them for a process alone (launch/README.md)"
+            f"{listed} is a part of a launcher's environment; set {missing}, too, or none of them for a process alone "
+            "(launch/README.md)"
         )
-    address = found.pop("MASTER_ADDR")
     for name, value in found.items():
-        if not re.fullmatch("[0-9]{1,9}", value):
-            raise UsageError(f"the launcher's {name} is {value!r}; it must be a whole number of at most nine digits")
-    number = {name: int(value) for name, value in found.items()}
-    near = number.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])
-    ranges = {
-        "WORLD_SIZE": (1, 10**9, ""),
-        "LOCAL_WORLD_SIZE": (1, number["WORLD_SIZE"] + 1, f" (WORLD_SIZE is {number['WORLD_SIZE']})"),
-        "RANK": (0, number["WORLD_SIZE"], f" (WORLD_SIZE is {number['WORLD_SIZE']})"),
-        "LOCAL_RANK": (0, near, f" ({near} processes)"),
-        "MASTER_PORT": (1, 2**16, ""),
-    }
-    for name, (least, end, why) in ranges.items():
-        if not least <= number.get(name, least) < end:
-            raise UsageError(f"the launcher's {name} is {number[name]}; it must be from {least} to {end - 1}{why}")
-    if not re.fullmatch(r"[\w.:%-]+", address):
-        raise UsageError(f"the launcher's MASTER_ADDR is {address!r}; it must be a host name or an address")
-    _place = Place(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
+        pattern = r"[\w.:%-]+" if name == "MASTER_ADDR" else "[0-9]{1,9}"
+        if not re.fullmatch(pattern, value):
+            needed = "a host name or an address" if name == "MASTER_ADDR" else "a whole number of at most nine digits"
+            raise UsageError(f"the launcher's {name} is {value!r}; it must be {needed}")
+    rank, size, local, port = (int(found[name]) for name in NAMES if name != "MASTER_ADDR")
+    near, address = int(found.get("LOCAL_WORLD_SIZE", size)), found["MASTER_ADDR"]
+    if not (rank < size and local < near <= size and 0 < port < 2**16):
+        raise UsageError(
+            f"the launcher's {listed} do not fit together; needed are RANK < WORLD_SIZE, LOCAL_RANK < LOCAL_WORLD_SIZE "
+            "<= WORLD_SIZE and a MASTER_PORT from 1 to 65535"
+        )
+    one_machine = LOOPBACK.fullmatch(address) is not None or ("LOCAL_WORLD_SIZE" in found and near == size)
+    _place = Place(rank, size, local, address, port, one_machine)
     return _place
