@@ -127,6 +127,9 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(
             assert "among the 2 of 10" in said[-1]
             with np.load(tmp_path / f"of-{source[0]}" / "samples.npz") as archive:
                 assert set(archive["labels"].tolist()) == {0, 1}
+        if ema == "0.9":
+            assert noted_sampler(tmp_path / "of-0.9") == "euler1_random"
+            said.append(capsys.readouterr().err)
         for text in said:
             assert (f"{share} of the average with decay {ema} are still" in text) == bool(share)
             assert ("--ema 0" in text) == bool(share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vadit.config import FoundationSpec
-from vadit.models import foundation
+from vadit.models import foundation, lpips
 from vadit.models.foundation import TIMM_NAMES, FoundationModel
 from vadit.models.lpips import LPIPS, vgg_features
 from vadit.runtime.errors import RunError, UsageError
@@ -174,6 +175,17 @@ def test_is_frozen_and_lets_gradients_through(ours: LPIPS) -> None:
     assert distance.item() == 0
     assert same.grad is not None
     assert torch.isfinite(same.grad).all()
+
+
+def test_a_file_that_is_not_the_published_one_is_said(
+    vgg_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LPIPS(str(vgg_file))
+    (said,) = capsys.readouterr().err.splitlines()  # of the heads, which are the published ones, there is none
+    assert f"{vgg_file} is not the published file" in said and "published is 397923af..." in said
+    monkeypatch.setattr(lpips, "VGG_SHA256", hashlib.sha256(vgg_file.read_bytes()).hexdigest())
+    LPIPS(str(vgg_file))
+    assert not capsys.readouterr().err
 
 
 def test_errors(vgg_file: Path, tmp_path: Path) -> None:

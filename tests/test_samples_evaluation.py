@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -156,11 +158,19 @@ def test_missing_and_wrong_weights_name_the_file_and_the_setting(tmp_path: Path)
         Inception(tmp_path / "other.pth")
 
 
-def test_inception_takes_the_three_layers_of_the_protocol(weights: Path) -> None:
+def test_inception_takes_the_three_layers_of_the_protocol(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     pixels = torch.from_numpy(pictures(2, side=20)).permute(0, 3, 1, 2)
+    load, opened = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda file, **how: opened.append((file, how)) or load(file, **how))
     found = Inception(weights)(pixels)
+    monkeypatch.undo()
+    files = [how["weights_only"] for file, how in opened if not isinstance(file, io.BytesIO)]
+    assert files == [True], "the file is opened once, and never to run what it holds"
+    assert "is not the published file: its SHA-256 is" in capsys.readouterr().err
     assert [tuple(part.shape) for part in found] == [(2, 2048), (2, 2023), (2, 1008)]
     network = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], str(weights))
     inputs: list[Tensor] = []
@@ -183,7 +193,7 @@ def test_building_inception_leaves_the_random_state_alone(monkeypatch: pytest.Mo
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    inception._build(tmp_path)
+    inception._build({}, tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -300,6 +310,20 @@ def test_names_carry_count_and_sampler() -> None:
     assert samples.named(numbers, 50_000, "euler249") == {"fid50k_euler249": 2.0, "fd_dinov2_50k_euler249": 3.0}
 
 
+def test_splits_of_the_inception_score_that_are_not_alike_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(labels: np.ndarray) -> str:
+        probabilities = np.eye(10)[labels]
+        samples._warn_of_splits(probabilities, inception_score(probabilities), "drawn.npz")
+        return capsys.readouterr().err
+
+    in_order, drawn = np.repeat(np.arange(10), 1200), np.random.default_rng(0).integers(0, 10, 12_000)
+    assert re.search(
+        r"last split has 2,000 samples.*\n.*score is 3\.\d+, shuffled 9\.\d+: the samples are", said(in_order)
+    )
+    assert said(drawn).count("\n") == 1 and "last split has 2,000" in said(drawn)
+    assert not said(drawn[:10_000]) and not said(in_order[:4_000])
+
+
 # ------------------------------------------------------------------------------------------ the command
 
 
@@ -318,7 +342,7 @@ def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFi
 
     each = [run(f"drawn-{seed}.npz") for seed in range(3)]
     assert "spread" not in each[0] and each[0]["inputs"]["inception_published"] is False
-    assert "not the published ones" in capsys.readouterr().out
+    capsys.readouterr()
     names = {f"{name}8_x" for name in ("fid", "sfid", "is", "precision", "recall", "kid")}
     assert set(each[0]["metrics"]) == names
     seen = SmallExtractor.seen

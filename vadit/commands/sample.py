@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> None:
                 source={
                     name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
                 }
-                | {"start_share": generator.origin.start_share},
+                | {"origin": asdict(generator.origin)},
                 progress=bar.update,
             )
     print_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")

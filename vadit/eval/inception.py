@@ -8,6 +8,7 @@ arithmetic in fp32. The network is the protocol: features of torchvision's Incep
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vadit.models.pretrained import read_weights
+from vadit.models.pretrained import compare_published, read_weights
 from vadit.runtime.errors import UsageError, first_line
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
-PUBLISHED_SHA256 = "6726825d"
-"""How the SHA-256 of the published file begins; its name says so, too."""
+PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the published file; its name begins it."""
 SPATIAL_CHANNELS = 7
 """Channels of mixed_6/conv that sFID takes (Nash et al. 2021): 7 x 17 x 17 = 2023 numbers, about pool_3's 2048."""
 
@@ -42,9 +43,8 @@ class Inception:
     """Inception features of uint8 images; `weights` is the path of torch-fidelity's file."""
 
     def __init__(self, weights: str | Path | None, device: str | torch.device = "cpu") -> None:
-        path = _check_weights(weights)
         self.device = torch.device(device)
-        self._network = _build(path).to(self.device)
+        self._network = _build(*_checked_weights(weights)).to(self.device)
         self._spatial: list[Tensor] = []
         # TF names the 17x17 blocks mixed_4 .. mixed_7, torch Mixed_6b .. Mixed_6e, and the first convolution of a
         # block is its 1x1 branch: mixed_6/conv is the output (after ReLU) of Mixed_6d.branch1x1, 192 channels.
@@ -77,11 +77,12 @@ def provenance(weights: str | Path | None) -> dict[str, Any]:
     return {
         "inception_weights": str(weights),
         "inception_sha256": found,
-        "inception_published": found.startswith(PUBLISHED_SHA256),
+        "inception_published": found == PUBLISHED_SHA256,
     }
 
 
-def _check_weights(weights: str | Path | None) -> Path:
+def _checked_weights(weights: str | Path | None) -> tuple[dict[str, Tensor], Path]:
+    """What the file holds, and its path."""
     if weights is None or not Path(weights).is_file():
         found = "no file was given" if weights is None else f"{weights} does not exist"
         raise UsageError(
@@ -89,21 +90,25 @@ def _check_weights(weights: str | Path | None) -> Path:
             "and name it with --inception-weights"
         )
     path = Path(weights)
-    state = read_weights(path)  # torch-fidelity unpickles the file freely; this holds nothing but tensors
+    state = read_weights(path)
     if not isinstance(state, dict) or "Mixed_6d.branch1x1.conv.weight" not in state:
         raise UsageError(f"{path} is not torch-fidelity's Inception; name {WEIGHTS_FILE} with --inception-weights")
-    return path
+    compare_published(path, PUBLISHED_SHA256)
+    return state, path
 
 
-def _build(path: Path) -> Any:
+def _build(state: dict[str, Tensor], path: Path) -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise UsageError("evaluation needs torch-fidelity: pip install torch-fidelity") from None
+    own = io.BytesIO()  # torch-fidelity unpickles freely what it is given: not the file, but these tensors
+    torch.save(state, own)
+    own.seek(0)
     try:
         # Weights are drawn before they are loaded: not from the random state of a training run that evaluates samples.
         with torch.random.fork_rng(devices=[]):
-            network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+            network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], own)
     except RuntimeError as error:
         raise UsageError(
             f"{path} does not fit the Inception of 2015 ({first_line(error)}); take {WEIGHTS_FILE}"

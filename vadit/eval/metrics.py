@@ -16,6 +16,8 @@ from vadit.runtime.errors import UsageError
 
 Array = np.ndarray | Tensor
 
+IS_SPLIT = 5000
+"""Samples of a split of the inception score, in file order (ADM's)."""
 _BLOCK = 1024
 """Rows of a matrix of distances that are in memory at once: 205 MB in fp32 against 50,000 points."""
 
@@ -97,7 +99,7 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------ inception score
 
 
-def inception_score(probabilities: Array, split_size: int = 5000) -> float:
+def inception_score(probabilities: Array, split_size: int = IS_SPLIT) -> float:
     """Inception score (Salimans et al. 2016) of class probabilities (N, K) in file order.
 
     Mean of exp(mean KL(p || mean p)) over consecutive splits of `split_size` (ADM's; the last split may be shorter).

@@ -33,8 +33,6 @@ def report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out
         say(f"{name:<{width}}  {value:.6g}" + (f" +- {spread[name]:.2g}" if spread else ""))
     if spread:
         say(f"mean of {len(found)} +- standard deviation between them")
-    if inputs.get("inception_published") is False:
-        say("the Inception weights are not the published ones: these numbers are comparable with each other alone")
     if out is not None:
         content = {"kind": kind, "metrics": metrics, **({"spread": spread} if spread else {}), "inputs": inputs}
         save_json(Path(out), content, "set --out to a place with room")

@@ -23,6 +23,7 @@ from vadit.config import ImageDataSpec
 from vadit.eval.image_files import open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
+    IS_SPLIT,
     FeatureMoments,
     count_name,
     frechet_distance,
@@ -35,11 +36,15 @@ from vadit.eval.metrics import (
 )
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
+from vadit.models.pretrained import compare_published
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.npz_files import Npz
 from vadit.runtime.spread import spread
 
+ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 REFERENCES_FOR_RECALL = 10_000
 """Reference images that precision and recall are taken against (ADM's files hold so many)."""
 KID_SUBSET = 1000
@@ -156,6 +161,7 @@ class SampleEvaluator:
         if reference.spatial is not None:
             numbers["sfid"] = frechet_distance(*reference.spatial, *spatial.result())
         numbers["is"] = inception_score(probabilities)
+        _warn_of_splits(probabilities, numbers["is"], str(source.path))
         if reference.features is not None:
             numbers["precision"], numbers["recall"] = precision_recall(reference.features, pool, device=self._device)
             subset = min(KID_SUBSET, count, len(reference.features))
@@ -275,6 +281,21 @@ def _read_kept(file: Path) -> _Reference | None:
         return None
 
 
+def _warn_of_splits(probabilities: np.ndarray, score: float, samples: str) -> None:
+    """A line each where the splits in file order, ADM's protocol, are not alike: the inception score is then lower."""
+    count = len(probabilities)
+    if count <= IS_SPLIT:
+        return
+    if count % IS_SPLIT:
+        note_once(f"{samples}: the inception score's last split has {count % IS_SPLIT:,} samples, not {IS_SPLIT:,}")
+    shuffled = inception_score(probabilities[np.random.default_rng(0).permutation(count)])
+    if shuffled > 1.05 * score:
+        note_once(
+            f"{samples}: in file order, as ADM takes it, the inception score is {score:.4g}, shuffled {shuffled:.4g}: "
+            "the samples are sorted, by class perhaps, and the score is that of splits of few classes"
+        )
+
+
 def _summary_moments(batches: Iterable[np.ndarray], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
     moments = FeatureMoments()
     for images in batches:
@@ -296,6 +317,8 @@ def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> tuple[np.nd
 def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Reference:
     """Stored statistics go before those of the images: ADM's files hold statistics of the whole data set."""
     stored = _load_statistics(path)
+    if path.name == ADM_REFERENCE:
+        compare_published(path, ADM_SHA256)
     # Features of a million images would take tens of gigabytes: sums, and the few that are needed one by one.
     pool_moments, spatial_moments, features = FeatureMoments(), FeatureMoments(), None
     if stored is None or "arr_0" in stored:

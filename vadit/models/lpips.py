@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vadit.models.pretrained import read_weights
+from vadit.models.pretrained import compare_published, read_weights
 from vadit.runtime.errors import UsageError
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_PUBLISHED_AT = "https://download.pytorch.org/models/"
+VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+"""Of the heads' file in lpips, torchmetrics and taming-transformers (there MD5 d507d7349b931f0638a25a48a722f98a)."""
 VGG_WIDTHS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """(width, convolutions) of the five stages; a 2x2 max-pool stands between two stages."""
 HEAD_FILES = (("lpips", "weights/v0.1/vgg.pth"), ("torchmetrics", "functional/image/lpips_models/vgg.pth"))
@@ -76,6 +79,7 @@ class LPIPS(nn.Module):
         if not Path(path).is_file():
             raise UsageError(f"vgg_weights {path} does not exist; {remedy}")
         state = read_weights(path)
+        compare_published(path, VGG_SHA256)
         for name, parameter in self.features.named_parameters():
             found = state.get(f"features.{name}") if isinstance(state, dict) else None
             if not isinstance(found, Tensor) or found.shape != parameter.shape:
@@ -85,7 +89,8 @@ class LPIPS(nn.Module):
             parameter.data.copy_(found)
 
     def _load_heads(self) -> None:
-        state = read_weights(_head_file())
+        state = read_weights(path := _head_file())
+        compare_published(path, HEADS_SHA256)
         for stage, head in enumerate(self.heads):
             head.data.copy_(state[f"lin{stage}.model.1.weight"])
 

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
+from vadit.runtime import distributed
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import parse_json
@@ -46,6 +48,14 @@ class Origin:
     """Share that the weights of the start still have in that average."""
     classes: tuple[tuple[int, int], ...] | None = None
     """Classes that there were samples of, in ranges (first, last); None where nobody knows."""
+
+    def warn(self, what: str) -> None:
+        """A line where an average is none of trained weights yet."""
+        if self.start_share > 0.01:
+            note_once(
+                f"{what}: {self.start_share:.0%} of the average with decay {self.ema:g} are still the weights that "
+                "training began with; train longer, or take the plain weights (--ema 0 of sample and export)"
+            )
 
 
 class Pretrained(nn.Module):
@@ -188,6 +198,18 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     for name, tensor in state.items():
         if name not in own:
             raise UsageError(f"{origin}: unexpected tensor {name} of shape {tuple(tensor.shape)}; use a matching file")
+
+
+def compare_published(path: str | Path, sha256: str) -> None:
+    """A line where a file that others have published is not theirs."""
+    if distributed.is_main():
+        with Path(path).open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != sha256:
+            note_once(
+                f"{path} is not the published file: its SHA-256 is {found[:8]}..., published is {sha256[:8]}...; "
+                "numbers that rest on it are comparable with each other alone"
+            )
 
 
 def weights_hash(module: nn.Module) -> str:

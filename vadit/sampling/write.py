@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from vadit.config import FlowSpec, SampleSpec
 from vadit.images.pixels import channels_last, image_grid, read_png, write_png
 from vadit.models.autoencoder import Autoencoder
-from vadit.models.pretrained import weights_hash
+from vadit.models.pretrained import Origin, weights_hash
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, save_json, saved_file
-from vadit.runtime.json_files import read_json
+from vadit.runtime.json_files import checked, read_json
 from vadit.runtime.owner import owned
 from vadit.sampling.draw import (
     check_request,
@@ -125,7 +125,10 @@ def write_samples(
 
 
 def noted_sampler(samples: str | Path) -> str | None:
-    """`sampler_name` of a folder that `write_samples` made, or of a file in one; None for images of other origin."""
+    """`sampler_name` of a folder that `write_samples` made, or of a file in one; None for images of other origin.
+
+    A line where they are an average's that is not worth much yet.
+    """
     for file in (Path(samples) / SETTINGS, Path(samples).parent / SETTINGS):
         if file.is_file():
             try:
@@ -133,17 +136,19 @@ def noted_sampler(samples: str | Path) -> str | None:
             except RunError as error:
                 note(f"{error}; the sampler is not known from it")
                 return None
+            checked(Origin, noted.source.get("origin", {}), str(file)).warn(str(samples))
             return sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
     return None
 
 
 @dataclass(frozen=True)
 class _Noted:
-    """What settings.json says of the sampler."""
+    """What settings.json says of the sampler and of what was sampled."""
 
     sampler: SampleSpec
     autoguidance: bool
     label_list: list[int] | None
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _finite(latents: Tensor, group: range) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from vadit.runtime.console import note_once
 from vadit.train.engine import Engine
 
 
@@ -29,15 +28,6 @@ def start_share(updates: int, decay: float, warmup: bool) -> float:
         update += 1
         share *= decay_of(update, decay, warmup)
     return share
-
-
-def warn_of_start(what: str, decay: float, share: float) -> None:
-    """A line where an average with this `start_share` is none of trained weights yet."""
-    if share > 0.01:
-        note_once(
-            f"{what}: {share:.0%} of the average with decay {decay:g} are still the weights that training began with; "
-            "train longer, or take the plain weights (--ema 0 of `vadit sample` and `vadit export`)"
-        )
 
 
 class ShardedEMA:

@@ -43,7 +43,7 @@ from vadit.runtime.spread import spread
 from vadit.sampling.draw import decode, draw, null_is_untrained, sampler_name, spare_points
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.checkpoint.export import load_autoencoder
-from vadit.train.ema import ShardedEMA, start_share, warn_of_start
+from vadit.train.ema import ShardedEMA, start_share
 
 Beat = Callable[[], None]
 Latents = LatentDataset | DebugLatents
@@ -90,7 +90,7 @@ class Evaluation:
         picture = None
         for decay in [*self._ema.shards][:1]:
             share = start_share(position.step, decay, self._ema.engine.spec.ema_warmup)
-            warn_of_start(f"evaluation after {position.images_seen:,} images", decay, share)
+            Origin(decay, share).warn(f"evaluation after {position.images_seen:,} images")
         try:
             with _undisturbed(self._device):
                 values, picture = self._evaluate(beat)

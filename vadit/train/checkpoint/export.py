@@ -19,7 +19,7 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.json_files import checked
 from vadit.train import runs
 from vadit.train.checkpoint import publish
-from vadit.train.ema import start_share, warn_of_start
+from vadit.train.ema import start_share
 
 M = TypeVar("M", Autoencoder, LightningDiT)
 
@@ -86,5 +86,5 @@ def _origin(config: DiTConfig | TokenizerConfig, checkpoint: Path, ema: float | 
 
 
 def _looked_at(model: M, path: str | Path) -> M:
-    warn_of_start(str(path), model.origin.ema, model.origin.start_share)
+    model.origin.warn(str(path))
     return model
