@@ -144,8 +144,11 @@ def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
         unnamed = any(getattr(note, "name", None) == "" for note in metadata)
         plain = _unwrapped(hint)
         name = field.name.replace("_", "-")
+        parts = [part for part in typing.get_args(plain) if dataclasses.is_dataclass(part)]
         if dataclasses.is_dataclass(plain):
             yield from flags_of(plain, prefix if unnamed else f"{prefix}{name}.")
+        elif parts:
+            yield from flags_of(parts[0], f"{prefix}{name}.0.")
         else:
             yield from (f"--{prefix}{name}", f"--{prefix}no-{name}") if plain is bool else (f"--{prefix}{name}",)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
+from vadit.commands.common import print_once
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import to_dict
+from vadit.config.idle import changed_in_vain, whole_of_stages
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
@@ -55,6 +57,11 @@ def run(arguments: list[str]) -> None:
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
     kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
     options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
+    with reported_once():
+        if isinstance(options, TrainTokenizer) and options.config.stages:
+            options = replace(options, config=whole_of_stages(options.config, recipe))
+    for note in changed_in_vain(options.config, recipe):
+        print_once(f"note: {note}")
     if options.dry_run:
         _dry_run(options)
     elif options.world_size is not None:

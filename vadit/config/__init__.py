@@ -46,6 +46,11 @@ class StageSpec(Checked, group="stages"):
     disc_start_step: ImagesOrZero | None = None
     """TokenizerLossSpec.disc_start_step in this stage, counted from its start."""
 
+    def loss(self, whole: TokenizerLossSpec) -> TokenizerLossSpec:
+        """The losses of this stage in a run with those of `whole`."""
+        own = {name: value for name, value in vars(self).items() if name != "total_images" and value is not None}
+        return replace(whole, **own)
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -93,6 +98,8 @@ class TokenizerConfig:
                 f"loss.vf_weight is {self.loss.vf_weight} but foundation.name is none; set --loss.vf-weight 0, or "
                 "--foundation.name dinov2"
             )
+        for stage in self.stages:  # refused now, not when its turn comes
+            replace(self, loss=stage.loss(self.loss), stages=())
 
 
 @dataclass(frozen=True)

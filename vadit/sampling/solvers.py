@@ -308,8 +308,8 @@ def _both(
 
 def _with_variance(model: Any) -> Network:
     predict = getattr(model, "forward_with_variance", None)
-    if predict is None:
-        raise UsageError(f"method ddpm needs a generator with learned variance, found {type(model).__name__}")
+    if predict is None or not getattr(getattr(model, "spec", None), "learn_sigma", True):
+        raise UsageError(f"method ddpm needs a generator with learned variance, found {type(model).__name__} without")
     return predict
 
 

@@ -233,9 +233,7 @@ def initialise_discriminator(module: nn.Module, source: str) -> None:
 def stage_config(config: TokenizerConfig, index: int) -> TokenizerConfig:
     """The config of one stage of a tokenizer: a run of its own that starts from the weights of the stage before."""
     stage = config.stages[index]
-    names = ("vf_weight", "cos_margin", "distmat_margin", "disc_start_step")
-    changed = {name: value for name in names if (value := getattr(stage, name)) is not None}
     out = Path(config.run.out)
     start = config.run.init_from if index == 0 else str(out / f"stage-{index}")
     run = {"out": str(out / f"stage-{index + 1}"), "total_images": stage.total_images, "init_from": start}
-    return vary(config, run=run, loss=changed, stages=())
+    return vary(config, run=run, loss=stage.loss(config.loss), stages=())
