@@ -100,6 +100,28 @@ def test_missing_input_is_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train lightningdit-b-debug --run.out", "train vavae-f16d32-dinov2-debug --run.out", "demo --out"),
+        *("encode --tokenizer x --images x --out", "sample --generator x --tokenizer x --out", "prepare x"),
+        *("evaluate samples x --reference x --out", "evaluate tokenizer --tokenizer x --images x --out"),
+        *("evaluate latents --latents x --picture", "evaluate make-reference x --out", "report x --out"),
+        *("export x --out", "export x --format reference --out", "import x --out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (f"{tmp_path}/file/out", "/proc/none/out", f"{tmp_path}/{'x' * 300}/out"):
+        out = f"{place}.beton" if command.startswith("prepare") else place
+        assert cli.main([*command.split(), out]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and f"{out} cannot be written (" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() -> None:
     plain, debug = (
         subprocess.run([sys.executable, "-m", "vadit", *words, "lightningdit-c"], capture_output=True, text=True)

@@ -7,8 +7,11 @@ of files (RLIMIT_FSIZE) stands for the full disk: the writes themselves fail, in
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +321,34 @@ def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, caps
     message = refusal(capsys, [*arguments, "--run.out", str(tmp_path / "run")], 1)
     assert "broken.png does not decode" in message and "--data.on-error skip" in message
     assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_names_that_are_no_utf8(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes, images and all folders, at a terminal of ASCII, from encode to report."""
+    here = tmp_path / os.fsdecode(b"r\xe9[red]\x1b[45m\n$\\frac")
+    shutil.copytree(house / "tokenizer", here / "tokenizer")
+    for index, name in enumerate((b"caf\xe9", "caf\u00e9".encode(), b"x\n[b]")):
+        shutil.copytree(house / "images" / "ab"[index % 2], here / "images" / os.fsdecode(name))
+        (here / "images" / os.fsdecode(name) / os.fsdecode(b"\xff.png")).symlink_to(house / "images" / "a" / "0.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    images, beton, run = str(here / "images"), str(here / "a.beton"), str(here / here.name)
+    tokenizer = ["--tokenizer", str(here / "tokenizer")]
+    drawing = ["--num-samples", "3", "--num-steps", "2", "--method", "euler"]
+    for command in (
+        encode(here),
+        ["prepare", images, beton, "--size", "64", "--num-workers", "1"],
+        [*DEBUG, "--run.out", run, "--data.path", str(here / "latents")],
+        ["sample", "--generator", run, *tokenizer, "--out", str(here / "s"), *drawing],
+        ["evaluate", "tokenizer", *tokenizer, "--images", beton, "--out", str(here / "n.json")],
+        ["report", run, "--title", here.name],
+        ["export", run, "--out", str(here / "exported")],
+    ):
+        assert cli.main(command) == 0, capsys.readouterr().err
+    stdout.flush()
+    told = stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert r"3 classes (0 caf\xe9, 1 caf" in told and r"r\xe9[red]\x1b[45m\n$\frac/report.html" in told
+    page = (Path(run) / "report.html").read_text(encoding="utf-8")
+    assert r"<h1>r\xe9[red]\x1b[45m" in page and "\x1b" not in page and (here / "s" / "samples.npz").is_file()

@@ -13,6 +13,7 @@ from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Decay, PathName, Side, Width
 from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ def import_command(options: ImportOptions) -> None:
     from vadit.models.interop import import_checkpoint
     from vadit.models.interop_diffusers import published_scale
 
+    check_output("--out", options.out)
     kind = import_checkpoint(
         options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
     )
@@ -63,6 +65,7 @@ def export_command(options: ExportOptions) -> None:
     from vadit.models.pretrained import WEIGHTS_NAME
     from vadit.train.checkpoint.export import export_run, load_autoencoder, load_generator
 
+    check_output("--out", options.out, folder=options.format == "vadit")
     exported = (Path(options.run) / WEIGHTS_NAME).is_file()
     if exported and options.format == "vadit":
         raise UsageError(f"{options.run} is exported already; name a run, or set --format reference")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vadit.config.ranges import Checked, PathName
+from vadit.runtime.files import check_output
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class DemoOptions(Checked):
 
 def run(options: DemoOptions) -> None:
     """Run the demo."""
+    check_output("--out", options.out)
     from vadit.demo.run import run_demo
     from vadit.runtime.owner import owned
     from vadit.train import engine

@@ -10,6 +10,7 @@ from vadit.commands.common import Device, image_size, load_tokenizer, print_once
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, CountOrZero, PathName, Seed, Share, Side, Workers
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ def run(options: EncodeOptions) -> None:
     for name in ("tokenizer", "images", "out"):
         if not getattr(options, name):
             raise UsageError(f"vadit encode needs --{name}; `vadit encode --help` explains")
+    check_output("--out", options.out)
     from vadit.images.backends import open_decoder, open_images
     from vadit.images.loader import describe_classes
     from vadit.latents.encode import encode

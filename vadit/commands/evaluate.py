@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
+from vadit.runtime.files import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
     from vadit.runtime import distributed
     from vadit.sampling.write import noted_sampler
 
+    _check_outputs(options)
     sets = sample_sets(options.samples, options.num_samples, options.seeds)
     device = distributed.device(options.device)
     dinov2 = None
@@ -151,6 +153,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
     from vadit.images.backends import open_images
     from vadit.models.lpips import LPIPS
 
+    _check_outputs(options)
     seeds = results.seed_range(options.seed, options.seeds)
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
@@ -185,6 +188,7 @@ def latents(options: EvaluateLatentsOptions) -> None:
     from vadit.eval import results
     from vadit.eval.latents import evaluate_latents, open_vectors
 
+    _check_outputs(options)
     seeds = results.seed_range(options.seed, options.seeds)
     found = evaluate_latents(open_vectors(options.latents), options.num_vectors, seeds, options.picture)
     inputs = {
@@ -204,6 +208,7 @@ def make_reference(options: MakeReferenceOptions) -> None:
     from vadit.runtime import distributed
     from vadit.runtime.console import say
 
+    _check_outputs(options)
     images = open_images(ImageDataSpec(path=options.images), options.image_size)
     write_reference(
         options.out,
@@ -215,3 +220,10 @@ def make_reference(options: MakeReferenceOptions) -> None:
         keep=options.keep,
     )
     say(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
+
+
+def _check_outputs(options: object) -> None:
+    """Refuse places that cannot be written, before the work begins."""
+    for name in ("out", "picture"):
+        if (path := getattr(options, name, None)) is not None:
+            check_output(f"--{name}", path, folder=False)

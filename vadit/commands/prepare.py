@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from vadit.config import ImageDataSpec
 from vadit.config.ranges import Checked, PathName, Range, Share, Workers
+from vadit.runtime.files import check_output
 
 NAMED_BAD = 10
 
@@ -48,6 +49,7 @@ def run(options: PrepareOptions) -> None:
     from vadit.images.prepare import prepare_images
     from vadit.runtime.console import ProgressBar, say
 
+    check_output("OUT", options.out, folder=False)
     spec = ImageDataSpec(
         path=options.images,
         labels_file=options.labels_file,

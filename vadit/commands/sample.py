@@ -14,6 +14,7 @@ from vadit.config import DiTConfig, FlowSpec, SampleSpec
 from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,12 @@ def run(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, command="sample")
     if settings := _settings_of_run(options.generator):
         options = parse(SampleOptions, arguments, command="sample", default=replace(options, **settings))
+    check_output("--out", options.out)
     import torch
 
     from vadit.latents.statistics import load_statistics
-    from vadit.runtime import distributed
     from vadit.runtime.console import ProgressBar, note_once
-    from vadit.sampling.draw import trained_classes
+    from vadit.sampling.draw import own_groups, trained_classes
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
 
@@ -94,7 +95,13 @@ def run(arguments: list[str]) -> None:
             note_once(f"class {unknown[0]} of --classes was not trained: the generator's data had no sample of it")
         elif len(known) < generator.num_classes and not options.classes:
             note_once(f"labels are drawn among the {len(known):,} of {generator.num_classes:,} trained classes")
-        with ProgressBar("sample", -(-options.num_samples // distributed.world_size())) as bar:
+        own = own_groups(options.num_samples)
+        share = sum(min(group.stop, options.num_samples) - group.start for group in own)
+
+        def progress(done: int) -> None:
+            bar.update(done * options.num_samples // share)  # of all processes, by this one's share
+
+        with ProgressBar("sample", options.num_samples) as bar:
             files = write_samples(
                 options.out,
                 generator,
@@ -111,7 +118,7 @@ def run(arguments: list[str]) -> None:
                     name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
                 }
                 | {"origin": asdict(generator.origin)},
-                progress=bar.update,
+                progress=progress,
             )
     print_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
 

@@ -18,6 +18,7 @@ from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ def run(arguments: list[str]) -> None:
         from vadit.runtime import distributed
 
         with reported_once():
+            check_output("--run.out", options.config.run.out)
             distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
         from vadit.train import dit, engine, tokenizer
         from vadit.train.loop import Stopped

@@ -29,7 +29,7 @@ from torch import Tensor
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
-from vadit.runtime.reading import patiently
+from vadit.runtime.reading import openable, patiently
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
 
 INDEX_FILE = "index.json"
@@ -218,7 +218,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
 
     def read() -> tuple[int, dict[str, dict[str, Any]]]:
-        with path.open("rb") as file, safe_open(path, framework="numpy"):
+        with path.open("rb") as file, openable(path) as name, safe_open(name, framework="numpy"):
             start = 8 + int.from_bytes(file.read(8), "little")
             return start, parse_json(
                 file.read(start - 8), dict[str, dict[str, Any]], f"{path}: its header", remedy=REMEDY

@@ -24,6 +24,7 @@ from vadit.runtime.console import note_once
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import parse_json
+from vadit.runtime.reading import openable
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
 from vadit.runtime.torch_file import load_torch
 
@@ -89,7 +90,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[st
 
 def read_origin(path: Path) -> Origin:
     """What `save_pretrained` noted in a file that is whole; a file of others says nothing."""
-    with safe_open(path, "pt") as file:
+    with openable(path) as name, safe_open(name, "pt") as file:
         text = (file.metadata() or {}).get("vadit", "{}")
     return parse_json(text, Origin, f"the metadata of {path}", remedy="export it anew")
 

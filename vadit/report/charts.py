@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from vadit.runtime.errors import one_line
 from vadit.runtime.files import whole_file
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figur
             plot.fill_between(reduced.x, reduced.low, reduced.high, color=series.shade, alpha=0.15, linewidth=0)
     for series, reduced in drawn:
         plot.plot(
-            reduced.x, reduced.mean, color=series.shade, label=series.name, linewidth=1.6,
+            reduced.x, reduced.mean, color=series.shade, label=one_line(series.name), linewidth=1.6,
             linestyle={"line": "solid", "dashed": "dashed"}.get(series.style, "none"),
             marker="o", markevery=[-1] if series.is_line else 1, markersize=4.5 if series.is_line else 7,
             markerfacecolor=_PAPER if series.style == "rings" else series.shade, zorder=3 - (series.style == "rings"),
@@ -166,8 +167,8 @@ def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figur
         plot.axhline(chart.level, color=_SOFT, linestyle=(0, (1, 3)), linewidth=1.2)
     _label_points(plot, [series for series, _ in drawn])
     if alone:
-        plot.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
-        plot.set_ylabel(chart.y_label, fontsize=9)
+        plot.set_title(one_line(chart.title), loc="left", fontsize=12, fontweight="bold")
+        plot.set_ylabel(one_line(chart.y_label), fontsize=9)
         if len(drawn) > 1:
             plot.legend(frameon=False, fontsize=9)
     return figure
@@ -282,7 +283,7 @@ def _label_points(plot: Axes, drawn: Sequence[Series]) -> None:
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in plot.transData.transform([each[:2] for each in points])]
     for x, y, label in (point for point in points if point[2]):
         text = plot.annotate(
-            label, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=9, color=_SOFT
+            one_line(label), (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=9, color=_SOFT
         )
 
         def extent(place: tuple[int, int, str], text: Any = text) -> Bbox:

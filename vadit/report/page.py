@@ -16,6 +16,7 @@ from PIL import Image
 
 from vadit.images.formats import open_image
 from vadit.report.charts import Chart, page_color, short_number, svg
+from vadit.runtime.errors import escaped
 from vadit.runtime.files import whole_file
 from vadit.runtime.reading import read_file
 
@@ -60,7 +61,7 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
         f"<footer>Written by vadit on {datetime.now():%Y-%m-%d %H:%M}.</footer></main></body></html>\n"
     )
     with whole_file(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(escaped(page), encoding="utf-8")
     return out
 
 

@@ -116,7 +116,7 @@ def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: 
     title = title or (names if len(names) < 80 else f"{len(runs)} runs")
     write_report(out, title, "As far as logged.", sections)
     # names of quantities come from files; as names of files they must be plain, and each its own
-    charts = {re.sub(r"[^\w.-]+", "_", chart.file): chart
+    charts = {re.sub(r"[^\w.-]+", "_", chart.file)[:100]: chart
               for section in sections for chart in section.charts if chart.file and pngs}  # fmt: skip
     paths = {out.with_name(f"{out.stem}-charts") / f"{name}.png": chart for name, chart in charts.items()}
     written = [path for path, chart in paths.items() if save_png(chart, path)]

@@ -124,6 +124,27 @@ def save_json(path: Path, values: Any, advice: str = SPACE) -> None:
         partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def check_output(setting: str, path: str | Path, *, folder: bool = True) -> None:
+    """UsageError where a folder, or a file, cannot be made at `path`: before any work begins, and nothing is made."""
+    if not os.fspath(path):
+        raise UsageError(f"{setting} is empty; name a place to write to")
+    place = Path(path) if folder else Path(path).parent
+    try:
+        if not folder and Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell: a read-only disk, /proc
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        ours = {errno.ENOTDIR: "it is a file", errno.ENOENT: "it takes no files"}  # the words for ours are misleading
+        fault = ours.get(error.errno or 0, error.strerror)
+        where = "" if place == Path(path) or (not folder and error.errno == errno.EISDIR) else f"{place}: "
+        raise UsageError(f"{setting} {path} cannot be written ({where}{fault}); choose another place") from None
+
+
 class Difference(NamedTuple):
     """A setting that two sets of settings do not share: its dotted name, and the value on each side."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import resource
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,6 +77,17 @@ def read_file(path: str | Path, limit: int = -1) -> bytes:
             return file.read(limit)
 
     return patiently(read, path)
+
+
+@contextlib.contextmanager
+def openable(path: str | Path) -> Iterator[str]:
+    """A name of a file for libraries in Rust and C++, which call all that does not open missing: OSError comes first.
+
+    They take UTF-8 alone; where the name is other bytes it is that of the open file.
+    """
+    with open(path, "rb") as file:
+        name = os.fspath(path)
+        yield name if name.encode(errors="ignore").decode() == name else f"/proc/self/fd/{file.fileno()}"
 
 
 def read_all(descriptor: int, start: int, size: int) -> bytes:

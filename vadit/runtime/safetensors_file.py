@@ -9,15 +9,15 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vadit.runtime.reading import patiently
+from vadit.runtime.reading import openable, patiently
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU; OSError, SafetensorError where it is damaged, ReadFault."""
 
     def load() -> dict[str, Tensor]:
-        with open(path, "rb"):  # the library says of any file that does not open that it is not there
-            return load_file(path)
+        with openable(path) as name:
+            return load_file(name)
 
     return patiently(load, path)
 

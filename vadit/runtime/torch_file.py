@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 
 from vadit.runtime.errors import WANTS_CODE, RunError, UsageError
-from vadit.runtime.reading import ReadFault, patiently
+from vadit.runtime.reading import ReadFault, openable, patiently
 
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 """What a pickle names functions with."""
@@ -27,7 +27,8 @@ def load_torch(path: Path, remedy: str = "") -> Any:
     """
 
     def load() -> Any:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with openable(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     try:
         with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import Count, parse_json
-from vadit.runtime.reading import patiently
+from vadit.runtime.reading import openable, patiently
 from vadit.train.engine import Engine
 from vadit.train.layout import Piece
 
@@ -105,8 +105,8 @@ def collect(engine: Engine, averages: dict[float, list[torch.Tensor]]) -> tuple[
 
 
 def _open(path: Path) -> Any:
-    with path.open("rb"):  # the library says of any file that does not open that it is not there
-        return safe_open(path, "pt")
+    with openable(path) as name:
+        return safe_open(name, "pt")
 
 
 class _File:
