@@ -270,7 +270,7 @@ class Code:
 def as_scripted(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(torch.nn.Identity()), path)  # type: ignore[no-untyped-call]
 
 
 PROGRAMS: dict[str, Callable[[Path], object]] = {

@@ -44,7 +44,7 @@ def one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What went wrong by another's words, on one line of at most 200 characters; the kind where it has none."""
     text = str(error).strip()
-    if re.search("weights_only|allow_pickle", text):  # torch and numpy go on with how to run it all the same
+    if re.search("weights_only|allow_pickle|Python objects", text):  # they go on with how to run it
         return WANTS_CODE
     return text.splitlines()[0][:200] if text else type(error).__name__
 
