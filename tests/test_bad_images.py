@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tar_files import write_tar
 
 from vadit.config import ImageDataSpec
+from vadit.eval.image_files import PngFolder
 from vadit.images.formats import open_image
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
@@ -253,10 +254,22 @@ def test_a_folder_named_like_an_image_is_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("good-00.jpg 99999999999999\n", r"holds the label 99999999999999; the highest is"),
+        ("good-00.jpg 99999999999999\n", r"line 1: the label is '99999999999999'; numbers are whole ones from 0 to"),
+        ("good-00.jpg 0\ngood-01.jpg -1\n", r"line 2: the label is '-1'"),
+        ("good-00.jpg,0.5\n", r"line 1: the label is '0.5'"),
+        ("good-00.jpg 9e999\n", r"line 1: the label is '9e999'"),
+        ("good-00.jpg 1\n\ngood-01.jpg cat\n", r"line 3: the label 'cat' is a name, and '1' is a number"),
+        ("good-00.jpg nan\ngood-01.jpg 3.0\n", r"line 1: the label 'nan' is a name, and '3.0' is a number"),
         ("good-00.jpg\n", r"line 1: .* is not NAME LABEL"),
-        ("good-00.jpg 0\ngood-00.jpg 1\n", r"names good-00.jpg twice"),
-        ("\n\n", r"names no images"),
+        ("good-00.jpg,1\ngood-01.jpg,\n", r"line 2: the label is empty"),
+        ("good-00.jpg,1\ngood-01.jpg 2\n", r"line 2: 'good-01.jpg 2' is not NAME LABEL"),
+        ("good-00.jpg 1 train\n", r"line 1: 'good-00.jpg 1 train' is not .*a header must say which is the label"),
+        ("file,label,class\ngood-00.jpg,1,cat\n", r"has the columns file, label, class; call the one of the labels"),
+        ('"good-00.jpg,1\ngood-01.jpg,0\n', r"line 1: '\"good-00.jpg,1' is not NAME LABEL"),
+        ("foto tier\ngood-00.jpg cat\n", r"line 1: 'foto' is neither an image nor the header of a column"),
+        ("good-00.jpg 0\n./good-00.jpg 1\n", r"names good-00.jpg twice \(lines 1 and 2\)"),
+        ("good-00.jpg 0\ngone.jpg 1\n", r"names gone.jpg in line 2, which is not in .* \(1 of 2 images"),
+        ("\n# nothing\n", r"names no images"),
         (b"\xff\xfe\x00", r"cannot be read"),
     ],
 )
@@ -264,10 +277,73 @@ def test_bad_labels_files_are_refused(tmp_path: Path, content: str | bytes, prob
     root = write(tmp_path / "images", GOOD)
     file = tmp_path / "labels.txt"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError, match=rf"labels_file .*labels.txt.*{problem}"):
-        FolderSource(root, file)
+    for on_error in ("raise",) if "gone" in problem else ("raise", "skip"):
+        with pytest.raises(UsageError, match=rf"labels_file .*labels.txt.*{problem}"):
+            FolderSource(root, file, on_error=on_error)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"labels_file .*gone.txt cannot be read"):
         FolderSource(root, tmp_path / "gone.txt")
+
+
+def test_a_missing_image_and_one_without_label_permute_no_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, file = write(tmp_path / "images", GOOD), tmp_path / "labels.txt"
+    file.write_text("gone.jpg ant\ngood-03.jpg bee\ngood-01.jpg cat\n")
+    images = ImageSet(FolderSource(root, file, on_error="skip"), SIZE, on_error="skip", max_bad_share=0.5)
+    assert "6 of the 8 images in" in caplog.text and "such as good-00.jpg" in caplog.text
+    with pillow_decoder(images, 1)() as decoder:
+        (batch,) = load_in_order(images, range(3), 4, decoder)
+    assert batch.labels.tolist() == [1, 2] and images.source.classes == ["ant", "bee", "cat"]
+    assert list(images.bad) == [0] and "gone.jpg" in str(images.bad[0])
+    file.write_text("gone.jpg 0\n")
+    with pytest.raises(UsageError, match=r"gone.jpg in line 1, which is not in .* \(1 of 1"):
+        FolderSource(root, file, on_error="skip")
+
+
+def test_what_no_user_put_into_a_folder_is_left_out(tmp_path: Path) -> None:
+    """By one rule in training and evaluation, shards and latents."""
+    odd = (".ipynb_checkpoints", ".Trash-1000", "@eaDir", ".thumbnails", "__MACOSX", "$RECYCLE.BIN", "lost+found")
+    image = image_files.encode(Image.new("RGB", (8, 8)), "PNG")
+    good = {f"{name}/x/1.png": image for name in "ab"}
+    inside = {f"{folder}/{name}/1.png": image for folder in ("a", "a/x") for name in odd}
+    root = write(tmp_path / "images", good | inside | {f"{name}/1.png": image for name in odd} | {"a/._1.png": image})
+    assert [os.path.relpath(path, root) for path in FolderSource(root).paths] == sorted(good)
+    assert [os.path.relpath(path, root) for path in PngFolder(root).files] == sorted(good)
+    members = [(name, data) for name, data in (good | inside).items()] + [("./a/._1.png", image), ("./c/1.png", image)]
+    write_tar(tmp_path / "tars" / "x.tar", members)
+    (tmp_path / "tars" / "._x.tar").write_bytes(b"resource fork")
+    assert len(TarSource(tmp_path / "tars")) == len(good) + 1
+    moments_folder(tmp_path / "latents")
+    (tmp_path / "latents" / "._shard-00000.safetensors").write_bytes(b"resource fork")
+    assert len(LatentDataset(tmp_path / "latents")) == 6
+
+
+def test_each_real_folder_is_entered_once(tmp_path: Path) -> None:
+    image = image_files.encode(Image.new("RGB", (8, 8)), "PNG")
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "far" / "deep" / "5.png").write_bytes(image)
+    root = write(tmp_path / "images", {"a/1.png": image, "b/2.png": image, "b/c/3.png": image})
+    links = {"a/up": "..", "a/self": "../a", "a/other": "../b", "b/c/loop": "../../b", "b/far": tmp_path / "far"}
+    for name, target in (links | {"b/again": tmp_path / "far" / "deep", "top": ".", "above": tmp_path}).items():
+        (root / name).symlink_to(target)
+    (root / "a" / "link.png").symlink_to("../b/2.png")
+    found = ["a/1.png", "a/link.png", "b/2.png", "b/again/5.png", "b/c/3.png"]
+    source = FolderSource(root)
+    assert [os.path.relpath(path, root) for path in source.paths] == found and source.classes == ["a", "b"]
+    assert [os.path.relpath(path, root) for path in sorted(PngFolder(root).files)] == found
+    (root / "0-link").symlink_to("b")
+    with pytest.raises(UsageError, match=r"class folder 0-link is a link to b, which is read already"):
+        FolderSource(root)
+    (root / "0-link").unlink()
+    (root / "class").symlink_to(tmp_path / "unmounted")
+    for kind in (FolderSource, PngFolder):
+        with pytest.raises(UsageError, match=r"images/class is a link to .*unmounted \(No such file"):
+            kind(root)
+    (root / "class").unlink()
+    (root / "b" / "4.png").symlink_to("gone.png")  # an image: who reads it names it
+    assert len(FolderSource(root)) == 6
+    with pytest.raises(RunError, match=r"b/4.png does not decode \(FileNotFoundError"):
+        list(PngFolder(root).batches(8))
 
 
 def test_a_pipe_does_not_hang_the_loader(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from vadit.config import ImageDataSpec
 from vadit.images import backends
 from vadit.images.backends import open_images, open_loader
-from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
+from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, describe_classes, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
 from vadit.images.sources.folders import FolderSource
 from vadit.runtime.errors import RunError, UsageError
@@ -153,8 +154,9 @@ def test_in_order_loading_takes_each_image_once_unmirrored(folder: Path) -> None
 
 
 def test_unusable_folders_are_named(tmp_path: Path, folder: Path) -> None:
+    needed = r"set IMAGES of vadit prepare, .*--data.path of train"
     for path in ("", tmp_path / "nowhere", folder / "a" / "notes.txt"):
-        with pytest.raises(UsageError, match=rf"data.path '{path}' is no folder; set --data.path"):
+        with pytest.raises(UsageError, match=rf"'{path}' is no folder; {needed}"):
             FolderSource(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty holds no images"):
@@ -189,16 +191,68 @@ def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypa
     assert len(ids_of(loader)) == len(tried) == 13 and bad not in tried
 
 
-@pytest.mark.parametrize("separator", [" ", ","])
-def test_a_labels_file_gives_order_and_classes(folder: Path, tmp_path: Path, separator: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "classes", "labels"),
+    [
+        ("b/00.png {0}cat\n\na/02.png{0} ant\nc/01.png{0}cat\n", "ant cat", [1, 0, 1]),
+        ("\ufeffb/00.png{0}10\r\na/02.png{0}2.0\r\n./c/01.png{0}+1e1", "0 1 2 3 4 5 6 7 8 9 10", [10, 2, 10]),
+        (
+            "# made by hand\nfilename{0}label\nb/00.png{0}1\na/02.png{0}007\rc/01.png{0}1\n",
+            "0 1 2 3 4 5 6 7",
+            [1, 7, 1],
+        ),
+        ('id,file,class\n0,"b/00.png","1"\n1,"a/02.png","0"\n2,c/01.png,1\n', "0 1", [1, 0, 1]),
+        ('"Label"{0}"File"\nbig{0}b/00.png\ncat{0}a/02.png\nbig{0}c/01.png\n', "big cat", [0, 1, 0]),
+    ],
+)
+@pytest.mark.parametrize("separator", [" ", ",", ";", "\t"])
+def test_a_labels_file_gives_order_and_classes(
+    folder: Path, tmp_path: Path, separator: str, content: str, classes: str, labels: list[int]
+) -> None:
     file = tmp_path / "labels.txt"
-    file.write_text(f"b/00.png{separator}cat\n\na/02.png{separator}ant\nc/01.png{separator}cat\n")
+    file.write_bytes(content.format(separator).encode())
     source = FolderSource(folder, file)
-    assert source.classes == ["ant", "cat"] and source.labels.tolist() == [1, 0, 1]
+    assert source.classes == classes.split() and source.labels.tolist() == labels
     assert [Path(path).name for path in source.paths] == ["00.png", "02.png", "01.png"]
-    file.write_text(f"b/00.png{separator}2\na/02.png{separator}0\n")
-    source = FolderSource(folder, file)
-    assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [2, 0]
+
+
+def test_names_in_a_labels_file_may_hold_what_parts_others(tmp_path: Path) -> None:
+    names = ("my cat.png", "1,5.png", "a;b.png", "#1.png")
+    for name in names:
+        save_picture(tmp_path / "images" / name, 0)
+    for line in ("{} 3", '"{}",3', "{}\t3", '"{}";3'):
+        (tmp_path / "labels").write_text("".join(line.format(name) + "\n" for name in names))
+        source = FolderSource(tmp_path / "images", tmp_path / "labels")
+        assert [Path(path).name for path in source.paths] == list(names) and set(source.labels.tolist()) == {3}
+
+
+def test_a_labels_file_is_read_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_picture(tmp_path / "images" / "00000.png", 0)
+    asked: list[object] = []
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: asked.append(path) or exists(path))
+    (tmp_path / "labels").write_text("".join(f"{number:05d}.png {number % 7}\n" for number in range(20_000)))
+    assert len(FolderSource(tmp_path / "images", tmp_path / "labels", on_error="skip")) == 20_000
+    assert len(asked) <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            [str(number) for number in range(12)],
+            "12 classes, in the order of their numbers (0: 13 images, 1: 1, 2: 1, 3: 1, 4: 1, ..., 11: 1)",
+        ),
+        (["007", "8", "10"], "3 classes, in the order of their numbers (0 007: 4 images, 1 8: 1, 2 10: 1)"),
+        (["10", "9", "cat"], "3 classes (0 10: 4 images, 1 9: 1, 2 cat: 1)"),
+    ],
+)
+def test_folders_named_by_numbers_keep_their_order(tmp_path: Path, names: list[str], told: str) -> None:
+    for number, name in enumerate(names):
+        save_picture(tmp_path / name / "x.png", 0)
+        save_picture(tmp_path / names[0] / f"{number}.png", 0)
+    source = FolderSource(tmp_path)
+    assert source.classes == names and describe_classes(source.classes, source.labels) == told
 
 
 # ---------------------------------------------------------------------------------------- which loader

@@ -279,6 +279,18 @@ def test_other_settings_in_the_same_place_are_refused(finished: bool, folder: Pa
     assert prepare(tmp_path / "moved", out).num_new == 0
 
 
+def test_shards_of_a_pattern_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        data = jpeg(number)
+        for place in ("one", "two"):
+            write_tar(tmp_path / place / f"x-{number:03d}.tar", [(f"{number}.jpg", data), (f"{number}.cls", b"0")])
+    pattern = "x-{000..001}.tar"
+    assert prepare(tmp_path / "one" / pattern, tmp_path / "a.beton").num_new == 2
+    assert prepare(tmp_path / "two" / pattern, tmp_path / "a.beton").num_new == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert prepare(Path(pattern), tmp_path / "a.beton").num_new == 0
+
+
 def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
     for out, settings, message in (
         ("a", {}, "must end in .beton"),
@@ -337,7 +349,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main([*arguments, "--max-bad-share", "0.05"]) == 0
     out = capsys.readouterr().out
     assert f"left out: {source}/owl/000.png: " in out and "1 bad images are left out" in out
-    assert "3 classes (0 ant, 1 owl, 2 zebra)" in out
+    assert "3 classes (0 ant: 8 images, 1 owl: 7, 2 zebra: 8)" in out
     assert "23 images" in out and "23 made now" in out and "all decoded again" in out
     assert json.loads((tmp_path / "a.beton.classes.json").read_text()) == ["ant", "owl", "zebra"]
     assert cli.main([*arguments[:2], str(tmp_path / "b.beton"), "--on-error", "raise"]) == 1

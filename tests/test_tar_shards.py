@@ -18,7 +18,7 @@ from tar_files import blob, bytes_of, samples, with_checksum, write_tar
 from vadit.images.sources import tar_index
 from vadit.images.sources.tar import TarSource, expand, find_shards
 from vadit.images.sources.tar_index import BLOCK
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import RunError, UsageError
 
 # ------------------------------------------------------------------------------------------------ what is read
 
@@ -69,9 +69,15 @@ def test_labels_from_json_and_members_in_any_order(tmp_path: Path) -> None:
         ("b.json", json.dumps({"cls": 1}).encode()),
         ("c.cls", b"0"),
         ("c.json", b"not even read, since there is a .cls"),
+        ("d.input.png", b"D"),
+        ("d.target.cls", b"3"),
     ]
     source = TarSource(write_tar(tmp_path / "a.tar", members))
-    assert bytes_of(source) == [b"B", b"A", b"C"] and source.labels.tolist() == [1, 2, 0]
+    assert bytes_of(source) == [b"B", b"A", b"C", b"D"] and source.labels.tolist() == [1, 2, 0, 3]
+    several = [("a.jpg", b"A"), ("a.fine.cls", b"1"), ("a.coarse.cls", b"0")]
+    with pytest.raises(RunError, match=r"several labels \(fine.cls and coarse.cls\); call the one that is meant .cls"):
+        TarSource(write_tar(tmp_path / "b.tar", several))
+    assert TarSource(write_tar(tmp_path / "c.tar", [*several, ("a.cls", b"5")])).labels.tolist() == [5]
 
 
 def test_harmless_members_are_passed_over(tmp_path: Path) -> None:
@@ -98,11 +104,20 @@ def test_harmless_members_are_passed_over(tmp_path: Path) -> None:
     assert bytes_of(source) == [b"J"] and source.labels.tolist() == [4] and source.describe(0) == f"{path}:./0.jpg"
 
 
-def test_shards_without_any_label_are_one_class(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("0.json", b'{"url": "x"}')])
-    write_tar(tmp_path / "b.tar", [("1.jpg", b"1")])
-    source = TarSource(tmp_path)
-    assert source.classes == ["all"] and source.labels.tolist() == [0, 0]
+def test_shards_without_any_label_are_one_class_and_say_what_they_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("0.json", b'{"class_id": 7}'), ("0.txt", b"3"), ("README", b"")])
+    write_tar(tmp_path / "b.tar", [("1.jpg", b"1"), ("1.label", b"3")])
+    for _ in range(2):  # the second time from the index
+        source = TarSource(tmp_path)
+        assert source.classes == ["all"] and source.labels.tolist() == [0, 0]
+    (first, second) = caplog.messages
+    assert (
+        first == second and "no labels were found" in first and "lie .json .label .txt; store labels as .cls" in first
+    )
+    caplog.clear()
+    assert TarSource(write_tar(tmp_path / "c.tar", samples(0, 3))).labels.tolist() == [0, 1, 2] and not caplog.messages
 
 
 def test_patterns_and_places_without_shards(tmp_path: Path) -> None:

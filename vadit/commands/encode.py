@@ -108,7 +108,8 @@ def run(options: EncodeOptions) -> None:
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.report(chosen)
-        print_once(f"{len(images):,} images by {chosen.name}; {describe_classes(images.source.classes)}")
+        classes = describe_classes(images.source.classes, images.source.labels)
+        print_once(f"{len(images):,} images by {chosen.name}; {classes}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(
                 autoencoder,

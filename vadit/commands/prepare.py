@@ -79,7 +79,7 @@ def run(options: PrepareOptions) -> None:
         say(f"left out: {place}: {why}")
     if summary.bad:
         say(f"{len(summary.bad):,} bad images are left out; {summary.bad_file} lists them")
-    say(describe_classes(summary.classes))
+    say(describe_classes(summary.classes, summary.labels))
     say(
         f"{options.out}: {summary.num_images:,} images, {decimal(summary.num_bytes)} "
         f"({decimal(summary.num_bytes // max(summary.num_images, 1))} each); {summary.num_new:,} made now, "

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vadit.images.formats import EXTENSIONS
 from vadit.images.pixels import read_png
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.npz_files import Npz
+from vadit.runtime.walk import walk
 
 # Left out in silence, they would leave the scores of a part of a set.
-_OTHER_PICTURES = (".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+_OTHER_PICTURES = (*(ending for ending in EXTENSIONS if ending != ".png"), ".avif")
 
 MAX_SIDE, MAX_IMAGES = 8192, 10_000_000
 MAX_BATCH_BYTES = 128 << 20
@@ -25,14 +27,14 @@ class PngFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        files = [file for file in self.path.rglob("*") if file.is_file()]
-        other = [file for file in files if file.suffix.lower() in _OTHER_PICTURES]
+        files = [self.path / file for file in walk(self.path, (".png", *_OTHER_PICTURES)).files()]
+        other = [file for file in files if file.suffix.lower() != ".png"]
         if other:
             raise UsageError(
                 f"{other[0]} is no PNG; store all images of {self.path} as PNG, or as one .npz with arr_0 "
                 "(a JPEG's losses change every score)"
             )
-        self.files = sorted((file for file in files if file.suffix.lower() == ".png"), key=_file_order)
+        self.files = sorted(files, key=_file_order)
         if not self.files:
             raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
         if (self.path.parent / "settings.json").is_file():

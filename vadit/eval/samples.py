@@ -42,6 +42,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.npz_files import Npz
 from vadit.runtime.spread import spread
+from vadit.runtime.walk import walk
 
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
@@ -248,7 +249,7 @@ def write_reference(
 
 def _key(reference: Path, weights: Path) -> str:
     """What tells one reference and network from another: names, sizes and times of change."""
-    files = sorted(reference.rglob("*.png")) if reference.is_dir() else [reference]
+    files = [reference / file for file in walk(reference, (".png",)).files()] if reference.is_dir() else [reference]
     found = [
         (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
         for file in (*files, weights)

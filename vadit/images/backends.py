@@ -18,6 +18,7 @@ from vadit.images.sources.tar import TarSource
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count
+from vadit.runtime.walk import visible
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,10 @@ def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:
     if spec.path.startswith("debug:"):
         return DebugSource(debug_count(spec.path), size)
     if spec.labels_file is not None:
-        return FolderSource(spec.path, spec.labels_file)
+        return FolderSource(spec.path, spec.labels_file, on_error=spec.on_error)
     if spec.path.endswith(".beton"):
         return BetonSource(spec.path)
-    if spec.path.endswith(".tar") or (Path(spec.path).is_dir() and any(Path(spec.path).glob("*.tar"))):
+    if spec.path.endswith(".tar") or (Path(spec.path).is_dir() and visible(Path(spec.path), ".tar")):
         source = TarSource(spec.path, on_error=spec.on_error)
         if source.bad_files:
             names = "; ".join(f"{place} {why}" for place, why in list(source.bad_files.items())[:10])

@@ -142,12 +142,18 @@ class ImageSet:
         return ", ".join(self.source.describe(index) for index in sorted(self.bad)[:10])
 
 
-def describe_classes(classes: Sequence[str]) -> str:
-    """How many classes there are, and the first and last of them with their labels, in one line."""
-    shown = [f"{label} {name}" for label, name in enumerate(classes)]
-    if len(shown) > 4:
-        shown[2:-1] = ["..."]
-    return f"{len(classes)} class{'es' if len(classes) != 1 else ''} ({', '.join(shown)})"
+def describe_classes(classes: Sequence[str], labels: Tensor) -> str:
+    """How many classes there are, and the first and last of them with their labels and images, in one line."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    shown = [
+        f"{label}{'' if name == str(label) else f' {name}'}: {count:,}"
+        for label, (name, count) in enumerate(zip(classes, counts, strict=True))
+    ]
+    shown[0] += " images"
+    if len(shown) > 6:
+        shown[5:-1] = ["..."]
+    order = ", in the order of their numbers" if len(shown) > 1 and all(map(str.isdigit, classes)) else ""
+    return f"{len(classes)} class{'es' if len(classes) != 1 else ''}{order} ({', '.join(shown)})"
 
 
 def undecodable(images: ImageSet, index: int, error: Exception) -> RunError:

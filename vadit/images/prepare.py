@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vadit.config import ImageDataSpec
@@ -58,6 +59,8 @@ class PrepareSummary:
     num_bytes: int
     """Size of the result."""
     classes: list[str]
+    labels: Tensor
+    """Of the images in the result, int64 (num_images,)."""
     bad: dict[str, str]
     """Place of each image that is left out -> why."""
     bad_file: Path | None
@@ -139,7 +142,8 @@ def prepare_images(
                 raise RunError(problem)
             report("verify", ids.stop, count)
     images_per_s = num_new / max(seconds, 1e-9)
-    return PrepareSummary(count, num_new, out.stat().st_size, source.classes, left_out, bad_file, images_per_s)
+    labels = source.labels[[index for index in range(len(source)) if str(index) not in bad]]
+    return PrepareSummary(count, num_new, out.stat().st_size, source.classes, labels, left_out, bad_file, images_per_s)
 
 
 def _check_settings(out: Path, size: int, quality: int, num_workers: int | None) -> None:
@@ -150,7 +154,8 @@ def _check_settings(out: Path, size: int, quality: int, num_workers: int | None)
 def _settings(job: Job, source: ImageSource) -> dict[str, Any]:
     """Whatever the bytes of the result depend on."""
     digest = hashlib.sha256(source.labels.numpy().tobytes())
-    root = str(Path(source.name))
+    # of a pattern's shards, what comes before its numbers is the part that may move with them
+    root = str(Path(source.name)) if Path(source.name).exists() else source.name.partition("{")[0]
     for index in range(len(source)):
         digest.update(source.describe(index).removeprefix(root).encode(errors="surrogateescape") + b"\n")
     return {

@@ -39,6 +39,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings
 from vadit.runtime.owner import owned
 from vadit.runtime.reading import ReadFault
+from vadit.runtime.walk import visible
 
 if TYPE_CHECKING:
     from vadit.models.foundation import FoundationModel
@@ -214,7 +215,7 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
     """Numbers of the shards whose headers are sound; refuses a folder that holds anything else."""
     expected = {shard_path(out, number): number for number in range(num_shards)}
     finished: set[int] = set()
-    for path in sorted(out.glob("*.safetensors")):
+    for path in visible(out, ".safetensors"):
         try:
             found = open_shard(path).settings
         except RunError as error:

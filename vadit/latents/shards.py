@@ -31,6 +31,7 @@ from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
 from vadit.runtime.reading import openable, patiently
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
+from vadit.runtime.walk import visible
 
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
@@ -277,10 +278,7 @@ def open_folder(folder: Path) -> list[LatentShard]:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
-    try:
-        paths = sorted(folder.glob("*.safetensors"))
-    except OSError as error:
-        raise UsageError(f"data.path {folder} cannot be read ({error.strerror}); give read permission") from None
+    paths = visible(folder, ".safetensors")
     if not paths:
         raise UsageError(
             f"data.path {folder} holds no .safetensors shards; set it to a folder that `vadit encode` wrote"

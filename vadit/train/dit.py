@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vadit.config import DiTConfig
 from vadit.estimate import flops
+from vadit.images.loader import describe_classes
 from vadit.images.online import open_online_images
 from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
@@ -23,7 +24,7 @@ from vadit.models.repa import training_network
 from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
-from vadit.runtime.console import note_once
+from vadit.runtime.console import note, note_once
 from vadit.sampling.draw import null_is_untrained
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
@@ -53,6 +54,9 @@ def _train(config: DiTConfig, title: str) -> Path:
         grid = config.model.input_size // config.model.patch_size
         dataset.companion = open_online_images(config.data, dataset, grid)
     folder = runs.open_folder(config)
+    if distributed.is_main():
+        classes = [str(label) for label in range(dataset.num_classes)]
+        note(f"  latents of {describe_classes(classes, dataset.labels)}", "dim")
     _warn_of_labels(config, dataset.labels)
     runs.seed_everything(config.run)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vadit.config import TokenizerConfig, TokenizerLossSpec
 from vadit.estimate import flops
 from vadit.images.backends import SETTING, open_images, open_loader
+from vadit.images.loader import describe_classes
 from vadit.images.pixels import to_signed
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.autoencoder import AttentionBlock, ResBlock
@@ -96,6 +97,7 @@ def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -
     )
     if distributed.is_main():
         note(f"  images by {decoding.name} ({decoding.reason})", "dim")
+        note(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
     # The discriminator's optimizer is the same.
     runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from vadit.images.jpeg import jpeg_size
-from vadit.images.sources.folders import MAX_CLASSES, ppm
+from vadit.images.sources.folders import ppm
+from vadit.images.sources.labels import MAX_CLASSES
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import MAX_BYTES, checked, parse_json
 from vadit.runtime.reading import OpenFiles

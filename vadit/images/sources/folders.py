@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from vadit.images.formats import EXTENSIONS
+from vadit.images.sources.labels import GIVE_LABELS, LabelsFile
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.reading import read_file
+from vadit.runtime.walk import walk
+
+logger = logging.getLogger(__name__)
 
 DEBUG_CLASSES = 10
-MAX_CLASSES = 1_000_000
-"""Largest label + 1 where classes have no names: a damaged label shall not make a list of billions."""
-SET_FOLDER = "set --data.path (vadit encode and evaluate: --images)"
-GIVE_LABELS = "--labels-file (of vadit encode and prepare; vadit train: --data.labels-file)"
+SET_FOLDER = "set IMAGES of vadit prepare, --images of encode and evaluate, --data.path of train"
 
 
 class FolderSource:
-    """Image files: a subfolder per class (label = rank of its name in sorted order), flat (label 0), or with labels.
+    """Image files: a subfolder per class (label = rank of its name, see `in_order`), flat (label 0), or with labels.
 
-    `.paths` are the files, sorted by class and name. With `labels_file` the order is that of its lines, "NAME LABEL"
-    each, NAME relative to the folder; labels are integers from 0, or names, which are numbered in sorted order.
+    `.paths` are the files, sorted by class and name. With `labels_file` (see `LabelsFile`) the order is that of its
+    lines, of names relative to the folder. One without its image is an error, or read in vain (on_error="skip").
     """
 
-    def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        labels_file: str | Path | None = None,
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
         self.name = str(path)
         root = Path(path)
         if not self.name or not root.is_dir():
-            raise UsageError(f"data.path {self.name!r} is no folder; {SET_FOLDER} to a folder of images")
+            raise UsageError(f"{self.name!r} is no folder; {SET_FOLDER} to a folder of images")
         if labels_file is None:
             self.classes, self.paths, labels = _scan(root)
         else:
-            self.classes, self.paths, labels = _read_labels(root, Path(labels_file))
+            self.classes, self.paths, labels = _read_labels(root, Path(labels_file), all_needed=on_error == "raise")
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -86,79 +96,52 @@ def ppm(width: int, height: int, pixels: bytes) -> bytes:
 
 def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, image paths and their labels."""
-    try:
-        flat = [str(path) for path in sorted(root.iterdir()) if _is_image(path.name) and not path.is_dir()]
-        folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        by_class = {folder.name: _walk(folder) for folder in folders}
-    except OSError as error:
-        raise UsageError(
-            f"data.path {root} cannot be read ({error}); give read permission, or {SET_FOLDER} to another folder"
-        ) from None
+    tree = walk(root, EXTENSIONS)
+    by_class: dict[str, list[str]] = {}
+    for folder, names in tree.folders.items():
+        by_class.setdefault(folder.partition("/")[0], []).extend(os.path.join(root, folder, name) for name in names)
+    flat = by_class.pop("")
+    for link, place in tree.again.items():
+        if "/" not in link and place not in ("", ".."):  # a class, but for links to the folder itself or one above
+            raise UsageError(f"{root}: the class folder {link} is a link to {place}, which is read already; remove it")
     if not any(by_class.values()):
         if not flat:
-            raise UsageError(
-                f"data.path {root} holds no images ({' '.join(EXTENSIONS)}); {SET_FOLDER} to a folder of images"
-            )
-        return ["all"], flat, [0] * len(flat)
+            raise UsageError(f"{root} holds no images ({' '.join(EXTENSIONS)}); {SET_FOLDER} to a folder of images")
+        return ["all"], sorted(flat), [0] * len(flat)
     if flat:
         raise UsageError(
-            f"data.path {root} holds images beside its class folders (such as {Path(flat[0]).name}); "
+            f"{root} holds images beside its class folders (such as {Path(min(flat)).name}); "
             f"move them into a class folder, or give {GIVE_LABELS}"
         )
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
-        raise UsageError(f"data.path {root}: the class folder {empty[0]} holds no images; remove it, or fill it")
-    paths = [path for members in by_class.values() for path in members]
-    labels = [label for label, members in enumerate(by_class.values()) for _ in members]
-    return list(by_class), paths, labels
+        raise UsageError(f"{root}: the class folder {min(empty)} holds no images; remove it, or fill it")
+    classes = in_order(by_class)
+    paths = [path for name in classes for path in sorted(by_class[name])]
+    return classes, paths, [label for label, name in enumerate(classes) for _ in by_class[name]]
 
 
-def _read_labels(root: Path, file: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, image paths and labels of a file with a line "NAME LABEL" (or "NAME,LABEL") per image.
-
-    Labels stay as they are where all are integers from 0, else they are numbered in the sorted order of the names.
-    """
-
-    def refusal(problem: str) -> UsageError:
-        return UsageError(f"data.labels_file {file}{problem}; correct it, or set another {GIVE_LABELS}")
-
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise refusal(f" cannot be read ({error})") from None
-    words: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        name, _, word = line.rpartition("," if "," in line else " ")
-        if line and not (name.strip() and word.strip()):
-            raise refusal(f", line {number}: {line!r} is not NAME LABEL or NAME,LABEL")
-        if name.strip() in words:
-            raise refusal(f" names {name.strip()} twice")
-        if line:
-            words[name.strip()] = word.strip()
-    if not words:
-        raise refusal(" names no images")
-    classes = sorted(set(words.values()))
-    rank = {name: label for label, name in enumerate(classes)}
-    if all(word.isdecimal() for word in classes):
-        rank = {word: int(word) for word in classes}
-        largest = max(rank.values())
-        if largest >= MAX_CLASSES:
-            raise refusal(f" holds the label {largest}; the highest is {MAX_CLASSES - 1}: number the classes from 0")
-        classes = [str(label) for label in range(largest + 1)]
-    return classes, [str(root / name) for name in words], [rank[word] for word in words.values()]
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their labels: by number where all are numbers, else by characters."""
+    numeric = all(name.isascii() and name.isdigit() for name in names)
+    return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
 
 
-def _walk(folder: Path) -> list[str]:
-    """All images below a folder, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found: list[str] = []
-    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
-        found += [os.path.join(parent, name) for name in names if _is_image(name)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _read_labels(root: Path, file: Path, *, all_needed: bool) -> tuple[list[str], list[str], list[int]]:
+    """Class names, image paths and labels of a labels file, in its order."""
+    there = set(walk(root, EXTENSIONS).files())
+    listed = LabelsFile(file, lambda name: name.lower().endswith(EXTENSIONS) or os.path.isfile(root / name))
+    paths = {name: os.path.join(root, name) for name in listed.lines}
+    absent = {name for name, path in paths.items() if name not in there and not os.path.exists(path)}
+    if absent and (all_needed or len(absent) == len(listed.lines)):
+        name = next(name for name in listed.lines if name in absent)
+        raise listed.refusal(
+            f"names {name} in line {listed.lines[name]}, which is not in {root} ({len(absent)} of "
+            f"{len(listed.lines)} images are not; --on-error skip leaves them out)"
+        )
+    if others := there - listed.lines.keys():
+        logger.warning(
+            "%s of the %s images in %s have no label in %s and are left out, such as %s",
+            *(f"{len(others):,}", f"{len(there):,}", root, file, min(others)),
+        )
+    return listed.classes, list(paths.values()), listed.labels

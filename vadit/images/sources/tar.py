@@ -5,6 +5,7 @@ Shards of samples KEY.jpg + KEY.cls (or KEY.json with "label" or "cls"), which n
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vadit.images.sources.folders import SET_FOLDER
 from vadit.images.sources.tar_index import (
     IMAGE_EXTENSIONS,
     NO_LABEL,
@@ -26,6 +28,9 @@ from vadit.images.sources.tar_index import (
 )
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.reading import OpenFiles
+from vadit.runtime.walk import visible
+
+logger = logging.getLogger(__name__)
 
 INDEX_THREADS = 8
 REMEDY = "replace the shard, or leave out what is bad with --data.on-error skip (vadit prepare: --on-error skip)"
@@ -35,10 +40,11 @@ class TarSource:
     """The images of WebDataset shards as an ImageSource, in the order of the shards' names and of their members.
 
     `path` is a folder of *.tar, one .tar, or a pattern like images-{000000..000099}.tar. Classes are named by their
-    numbers; shards without any label are of one class, "all". What is wrong with a shard (cut short, a damaged header,
-    a sample without label, with two images or with members of the same name, a link in an image's place) is an error
-    at once (on_error="raise"), or left out and noted in `bad_files` (on_error="skip"); of a shard that is cut or
-    damaged the samples before that place are used then, and what lies behind it is one entry of `bad_files`.
+    numbers; shards without any label are of one class, "all", and a line is logged of what they hold. What is wrong
+    with a shard (cut short, a damaged header, a sample without label, with two images or with members of the same name,
+    a link in an image's place) is an error at once (on_error="raise"), or left out and noted in `bad_files`
+    (on_error="skip"); of a shard that is cut or damaged the samples before that place are used then, and what lies
+    behind it is one entry of `bad_files`.
     """
 
     def __init__(self, path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> None:
@@ -60,9 +66,9 @@ class TarSource:
         if len(self._records) == 0:
             raise UsageError(
                 f"{self.name} holds no images ({len(self._shards)} shards; images end in "
-                f"{' '.join(sorted(IMAGE_EXTENSIONS))}); set data.path to WebDataset shards of images"
+                f"{' '.join(sorted(IMAGE_EXTENSIONS))}); {SET_FOLDER} to shards of images"
             )
-        self.classes = self._label()
+        self.classes = self._label(sorted({other for index in indices for other in index.others}))
         self.labels: Tensor = torch.from_numpy(self._records["label"].astype(np.int64))
 
     def __len__(self) -> int:
@@ -99,10 +105,16 @@ class TarSource:
             raise RunError(f"{place}: {why}; {REMEDY}")
         self.bad_files[place] = why
 
-    def _label(self) -> list[str]:
+    def _label(self, others: list[str]) -> list[str]:
         """Names of the classes; images without a label are dealt with here."""
         unlabelled = self._records["label"] == NO_LABEL
         if unlabelled.all():
+            logger.warning(
+                '%s: no labels were found, neither .cls nor .json with "label" or "cls": all images are of one class. '
+                "Beside the images lie %s; store labels as .cls, or unpack the shards and set --labels-file "
+                "(vadit train: --data.labels-file)",
+                *(self.name, " ".join(others) or "no other members"),
+            )
             self._records = self._records.copy()
             self._records["label"] = 0
             return ["all"]
@@ -115,19 +127,15 @@ class TarSource:
 def find_shards(name: str) -> list[Path]:
     """The shards of a folder, a file or a pattern, in order; UsageError where there are none."""
     path = Path(name)
-    try:
-        if path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and entry.name[0] != ".")
-            if not found:
-                raise UsageError(f"{name} holds no .tar files; set data.path to a folder of WebDataset shards")
-            return found
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read ({error.strerror}); give read permission or set another") from None
+    if path.is_dir():
+        if not (found := visible(path, ".tar")):
+            raise UsageError(f"{name} holds no .tar files; {SET_FOLDER} to a folder of WebDataset shards")
+        return found
     shards = [path] if path.exists() else [Path(each) for each in expand(name)]
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         some = f" ({len(missing)} of the {len(shards)} shards that {name} names are missing)" if len(shards) > 1 else ""
-        raise UsageError(f"{missing[0]} does not exist{some}; set data.path to .tar files that are there")
+        raise UsageError(f"{missing[0]} does not exist{some}; {SET_FOLDER} to .tar files that are there")
     return shards
 
 

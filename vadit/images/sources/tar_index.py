@@ -1,8 +1,9 @@
 """What lies where in a WebDataset shard: one walk over the headers of a .tar, kept beside it as NAME.tar.index.
 
 Members with the same path up to the first dot of the file's name are one sample (WebDataset's rule): its image by the
-extension, its label from `.cls` (a whole number in ASCII) or from "label" or "cls" of `.json`. The index is a cache, an
-.npz: it is made anew where the shard's size or time of change differ, or where it is damaged (zip has checksums).
+extension, its label from `.cls` (a whole number in ASCII; `.NAME.cls` where there is one alone) or from "label" or
+"cls" of `.json`; `.txt` is a caption by WebDataset's custom. The index is a cache, an .npz: it is made anew where the
+shard's size or time of change differ, or where it is damaged (zip has checksums).
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vadit.images.formats import EXTENSIONS
-from vadit.images.sources.folders import MAX_CLASSES
+from vadit.images.sources.labels import MAX_CLASSES
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import whole_file
 from vadit.runtime.json_files import MAX_BYTES, parse_json
 from vadit.runtime.npz_files import Npz
 from vadit.runtime.reading import patiently, read_all
+from vadit.runtime.walk import is_hidden
 
 IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
-LABEL_EXTENSIONS = ("cls", "json")
+MAX_OTHERS = 20
 NO_LABEL = -1
 RECORD = np.dtype([("header", "<i8"), ("start", "<i8"), ("size", "<i8"), ("label", "<i4")])
 """An image: position of its (first) header, of its bytes, their number, label."""
@@ -55,6 +57,8 @@ class ShardIndex:
     records: np.ndarray
     bad: dict[str, str] = field(default_factory=dict)
     """Sample (or "from byte N on") -> why."""
+    others: list[str] = field(default_factory=list)
+    """Extensions of members that are neither images nor labels, sorted."""
     stamp: list[int] = field(default_factory=list)
     """Size and time of change of the shard that this is the index of."""
 
@@ -102,7 +106,8 @@ def _save(path: Path, index: ShardIndex) -> None:
     Processes that open a new shard at once write the same bytes.
     """
     with contextlib.suppress(OSError), whole_file(index_path(path)) as partial, partial.open("wb") as file:
-        np.savez(file, stamp=index.stamp, records=index.records, bad=np.array(json.dumps(index.bad)))
+        bad, others = (np.array(json.dumps(value)) for value in (index.bad, index.others))
+        np.savez(file, stamp=index.stamp, records=index.records, bad=bad, others=others)
 
 
 def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
@@ -113,12 +118,15 @@ def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
             return None
         records = kept.array("records", (None,), "V").astype(RECORD, casting="no")
         bad = parse_json(str(kept.array("bad", (), "U")), dict[str, str], str(path))
+        others = parse_json(str(kept.array("others", (), "U")), list[str], str(path))
     except (RunError, UsageError, TypeError):  # there is none, or it is damaged
         return None
     header, start, size, label = (records[name] for name in ("header", "start", "size", "label"))
     inside = (header >= 0) & (header < start) & (size >= 0) & (start <= stamp[0] - size)
     labelled = (label >= NO_LABEL) & (label < MAX_CLASSES)
-    return ShardIndex(records, bad, stamp) if (inside & labelled).all() and (np.diff(header) > 0).all() else None
+    return (
+        ShardIndex(records, bad, others, stamp) if (inside & labelled).all() and (np.diff(header) > 0).all() else None
+    )
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -128,17 +136,23 @@ def walk(file: BinaryIO) -> ShardIndex:
     """Read all headers of the open shard; the bytes of images are not read.
 
     Left out without a word: folders, links and devices that are not named like images or labels, members of other
-    kinds (.txt, .npy), files whose name begins with a dot, and texts without an image.
+    kinds (.txt, .npy), what is hidden, and texts without an image.
     """
     samples: dict[str, list[tuple[str, Member]]] = {}
+    others: set[str] = set()
     bad: dict[str, str] = {}
     try:
         for member in members(file):
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             extension = extension.lower()
-            if stem and (extension in LABEL_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS):
+            if any(map(is_hidden, member.name.split("/"))):
+                continue
+            is_read = extension.rpartition(".")[2] in IMAGE_EXTENSIONS | {"cls"}
+            if is_read or extension == "json":
                 samples.setdefault(folder + slash + stem, []).append((extension, member))
+            if extension and not is_read and len(others) < MAX_OTHERS:
+                others.add(text(f".{extension}"))
     except Damaged as error:
         bad[f"from byte {error.position} on"] = str(error)
     rows: list[tuple[int, int, int, int]] = []
@@ -147,7 +161,7 @@ def walk(file: BinaryIO) -> ShardIndex:
             rows += _record(found, file.fileno())
         except ValueError as error:
             bad[text(key)] = str(error)
-    return ShardIndex(np.array(sorted(rows), RECORD), bad)
+    return ShardIndex(np.array(sorted(rows), RECORD), bad, sorted(others))
 
 
 def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int, int, int, int]]:
@@ -164,7 +178,11 @@ def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int,
             raise ValueError(
                 f"{text(member.name)} is {member.kind}; make the shard with tar --dereference --hard-dereference"
             )
-    label, content = by_extension.pop("cls", None), by_extension.pop("json", None)
+    content = by_extension.pop("json", None)
+    labels = {name: by_extension.pop(name) for name in list(by_extension) if name.rpartition(".")[2] == "cls"}
+    label = labels.get("cls") or next(iter(labels.values()), None)
+    if len(labels) > 1 and "cls" not in labels:
+        raise ValueError(f"one sample has several labels ({' and '.join(labels)}); call the one that is meant .cls")
     # 17.left.jpg is the image where there is no 17.jpg
     images = [member for extension, member in by_extension.items() if "." not in extension]
     images = images or list(by_extension.values())
