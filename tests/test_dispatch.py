@@ -121,17 +121,13 @@ def test_exact_takes_plain_torch_and_any_layout() -> None:
 
 
 @needs_extension
-def test_schemas_of_triton_and_of_the_library_are_the_same() -> None:
+def test_schemas_are_the_librarys_and_an_older_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in dispatch.OPS:
         module = sys.modules[f"vadit.kernels.{op}"]
         for name, schema in module.SCHEMAS.items():
             compiled = str(getattr(torch.ops.vadit, name).default._schema).removeprefix("vadit::")
             parsed = str(torch._C.parse_schema(name + schema))
             assert compiled == parsed
-
-
-@needs_extension
-def test_library_that_is_older_than_the_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "NEWEST_OP", "vadit::of_tomorrow")
     assert "older than this source" in (dispatch._load_library() or "")
 

@@ -153,7 +153,7 @@ def test_state_dict_names_are_the_references() -> None:
     assert not any(name.startswith("blocks.0.norm") for name in plain)
 
 
-def test_initialisation() -> None:
+def test_initialisation_and_size() -> None:
     model = LightningDiT(dataclasses.replace(BASE, hidden_size=128, num_classes=400, label_init_std=0.5))
     x, t, y = inputs(model.spec)
     assert torch.equal(model(x, t, y), torch.zeros_like(x)), "adaLN-zero: the output starts at zero"
@@ -165,9 +165,6 @@ def test_initialisation() -> None:
     assert all((tensor == 0).all() for name, tensor in state.items() if name.endswith("mlp.w12.bias"))
     assert not model.pos_embed.requires_grad
     assert LightningDiT(dataclasses.replace(BASE, value_residual=True)).blocks[1].attn.value_share.tolist() == [0.5]
-
-
-def test_parameter_count_of_the_paper() -> None:
     with torch.device("meta"):
         model = LightningDiT(DiTSpec())
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 675
@@ -236,7 +233,7 @@ def test_save_and_load(tmp_path) -> None:
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_load_errors(tmp_path) -> None:
+def test_what_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"holds no model.safetensors"):
         LightningDiT.from_pretrained(tmp_path)
     randomised(LightningDiT(BASE)).save_pretrained(tmp_path)
@@ -244,8 +241,5 @@ def test_load_errors(tmp_path) -> None:
     config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))
     with pytest.raises(UsageError, match=r"model.safetensors: tensor blocks\.2\.\S+ of shape .* is missing"):
         LightningDiT.from_pretrained(tmp_path)
-
-
-def test_width_that_positions_cannot_fill() -> None:
     with pytest.raises(UsageError, match="hidden_size 30"):
         LightningDiT(dataclasses.replace(BASE, hidden_size=30, num_heads=3, rope=False))

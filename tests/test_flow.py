@@ -78,7 +78,7 @@ def test_score_from_velocity_is_finite_at_pure_noise():
     torch.testing.assert_close(score, -x)
 
 
-def test_velocity_loss_equals_a_naive_loop():
+def test_velocity_loss_equals_a_naive_loop_and_is_taken_in_fp32():
     prediction, target = _pair(3, 4, 2, 5)
     mse, direction = flow.velocity_loss(prediction, target)
     for b in range(3):
@@ -90,9 +90,6 @@ def test_velocity_loss_equals_a_naive_loop():
                 directions.append(1 - float(p @ v) / math.sqrt(float(p @ p) * float(v @ v)))
         assert float(mse[b]) == pytest.approx(sum(errors) / 10, rel=1e-10)
         assert float(direction[b]) == pytest.approx(sum(directions) / 10, rel=1e-10)
-
-
-def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():
     prediction, target = (tensor.to(torch.bfloat16) for tensor in _pair(2, 8, 4, 4))
     errors = flow.velocity_loss(prediction, target)
     exact = flow.velocity_loss(prediction.double(), target.double())
@@ -101,16 +98,13 @@ def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_logit_normal_quantiles():
+def test_law_of_time():
     t = flow.sample_time(FlowSpec(), 40_000, 0, torch.Generator().manual_seed(1))
     normal = torch.distributions.Normal(0.0, 1.0)
     for level in (0.05, 0.25, 0.5, 0.75, 0.95):
         expected = torch.sigmoid(normal.icdf(torch.tensor(level))).item()
         # the share below a quantile has standard deviation sqrt(p (1 - p) / n) <= 0.0025; 4 of them
         assert abs(float((t < expected).float().mean()) - level) < 0.01
-
-
-def test_time_becomes_uniform_at_the_image_count():
     spec = FlowSpec(uniform_after_images=1000)
 
     def share_in_the_middle(images_seen: int) -> float:
@@ -138,11 +132,22 @@ def test_intervals_keep_away_from_singular_ends(spec, training, sampling):
     torch.testing.assert_close(t, training[0] + (training[1] - training[0]) * unit)
 
 
-def test_sde_interval_leaves_the_last_step_and_the_singular_start():
+def test_sde_intervals_and_diffusion_forms():
     assert flow.sde_interval(FlowSpec(), "sigma", 0.04) == pytest.approx((0, 0.96))
     assert flow.sde_interval(FlowSpec(), "sigma", 0) == pytest.approx((0, 1))
     assert flow.sde_interval(FlowSpec(), "sbdm", 0.04) == pytest.approx((1e-3, 0.96))
     assert flow.sde_interval(FlowSpec(path="vp"), "sbdm", 0) == pytest.approx((0, 1 - 1e-3))
+    t = torch.tensor(0.25, dtype=torch.float64)
+    expected = {
+        "constant": 1.0,
+        "sbdm": 0.75 / 0.25,
+        "sigma": 0.75,
+        "linear": 0.75,
+        "decreasing": 0.25 * (math.cos(math.pi / 4) + 1) ** 2,
+        "increasing_decreasing": 0.5,
+    }
+    for form, value in expected.items():
+        assert float(flow.sde_diffusion("linear", form, t)) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -190,20 +195,6 @@ def test_direction_loss_can_be_left_out():
     assert float(with_direction["loss"]) == pytest.approx(float(with_direction["mse"] + with_direction["direction"]))
 
 
-def test_sde_diffusion_forms():
-    t = torch.tensor(0.25, dtype=torch.float64)
-    expected = {
-        "constant": 1.0,
-        "sbdm": 0.75 / 0.25,
-        "sigma": 0.75,
-        "linear": 0.75,
-        "decreasing": 0.25 * (math.cos(math.pi / 4) + 1) ** 2,
-        "increasing_decreasing": 0.5,
-    }
-    for form, value in expected.items():
-        assert float(flow.sde_diffusion("linear", form, t)) == pytest.approx(value)
-
-
 def _data(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -213,15 +204,12 @@ def _output_for(eps: torch.Tensor, variance_share: float) -> torch.Tensor:
     return torch.cat([eps, torch.full_like(eps, 2 * variance_share - 1)], dim=1)
 
 
-def test_schedule_is_linear_beta():
+def test_schedule_is_linear_beta_in_any_number_of_steps():
     schedule = ddpm.make_schedule()
     betas = schedule.log_variance_high.exp()
     torch.testing.assert_close(betas, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
     torch.testing.assert_close(schedule.signal**2 + schedule.noise**2, torch.ones(1000, dtype=torch.float64))
     assert float(schedule.signal[-1] ** 2) == pytest.approx(4.04e-5, rel=0.01)
-
-
-def test_fewer_steps_keep_the_signal_at_their_timesteps():
     full, short = ddpm.make_schedule(), ddpm.make_schedule(50)
     assert short.timesteps.tolist() == [round(999 * number / 49) for number in range(50)]
     assert ddpm.spaced_timesteps(2) == [0, 999]
@@ -349,6 +337,8 @@ def test_ddpm_samples_do_not_depend_on_the_batch():
     other_seed = sample_ddpm(GaussianDenoiser(), noise, labels, num_steps=10, seed=4)
     torch.testing.assert_close(whole[4:], part)
     assert not torch.allclose(whole, other_seed)
+    with pytest.raises(UsageError, match="learned variance"):
+        sample_ddpm(nn.Identity(), torch.randn(1, 1, 2, 2), torch.zeros(1, dtype=torch.long))
 
 
 @pytest.mark.parametrize(("interval", "guided_steps"), [((0.0, 1.0), [0, 1, 2, 3, 4]), ((0.5, 0.8), [1, 2])])
@@ -372,8 +362,3 @@ def test_ddpm_guidance_by_hand(interval, guided_steps, power):
     settings = {"cfg_scale": 3.0, "cfg_interval": interval, "cfg_channels": 1, "cfg_power": power}
     torch.testing.assert_close(sample_ddpm(model, noise, labels, num_steps=5, seed=1, **settings), x)
     assert model.rows == [6 if step in guided_steps else 3 for step in reversed(range(5))]
-
-
-def test_ddpm_refuses_a_model_without_variance():
-    with pytest.raises(UsageError, match="learned variance"):
-        sample_ddpm(nn.Identity(), torch.randn(1, 1, 2, 2), torch.zeros(1, dtype=torch.long))

@@ -65,10 +65,16 @@ def test_any_timm_model_on_the_latents_grid(name: str, model_args: dict, latent_
     assert model(images(40)).shape == (2, feature_dim, latent_size, latent_size)
 
 
-def test_names_of_the_paper_are_timm_models() -> None:
+def test_names_are_timms_and_torchvisions() -> None:
     assert list(TIMM_NAMES) == ["dinov2", "mae", "sam", "clip"]
     for name in TIMM_NAMES.values():
         assert name in timm.list_pretrained(name.split(".")[0] + ".*")
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):
+        theirs = {name: tensor.shape for name, tensor in vgg16().features.state_dict().items()}
+        ours = {name: tensor.shape for name, tensor in vgg_features().state_dict().items()}
+    assert ours == theirs
 
 
 def test_is_frozen() -> None:
@@ -94,7 +100,7 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
         build(VIT, weights=str(path))
 
 
-def test_usage_errors(tmp_path: Path) -> None:
+def test_what_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"foundation\.weights \S+ is no file.*vit_large_patch14_dinov2\.lvd142m"):
         build("dinov2", weights=str(tmp_path / "absent.pth"))
     with pytest.raises(UsageError, match=r"foundation\.name vit_tinny_patch16_224 .*did you mean vit_tiny_patch16_224"):
@@ -102,8 +108,6 @@ def test_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"foundation\.model_args \{'no_such': 1\} do not suit vit_tiny_patch16_224"):
         build(VIT, model_args={"no_such": 1})
 
-
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route to host\nand much more")
 
@@ -150,15 +154,6 @@ def test_equals_the_package(ours: LPIPS, vgg_file: Path) -> None:
     assert found.shape == expected.shape == (2, 1, 1, 1)
     assert (expected > 1e-3).all()
     assert torch.allclose(found, expected, rtol=1e-5)
-
-
-def test_numbering_is_torchvisions() -> None:
-    from torchvision.models import vgg16
-
-    with torch.device("meta"):
-        theirs = {name: tensor.shape for name, tensor in vgg16().features.state_dict().items()}
-        ours = {name: tensor.shape for name, tensor in vgg_features().state_dict().items()}
-    assert ours == theirs
 
 
 def test_is_frozen_and_lets_gradients_through(ours: LPIPS) -> None:

@@ -80,7 +80,7 @@ def test_any_mlp_width_is_reproduced(swiglu: bool) -> None:
         assert mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == width
 
 
-def test_wrappers_and_precedence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrappers_precedence_and_copies(capsys: pytest.CaptureFixture[str]) -> None:
     model, other = dit(), dit()
     with torch.no_grad():
         other.final_layer.linear.bias.add_(1.0)
@@ -108,9 +108,6 @@ def test_wrappers_and_precedence(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert torch.equal(predict(interop.load_reference_dit(source)), predict(model))
         assert said in capsys.readouterr().err
-
-
-def test_loading_copies_the_callers_tensors() -> None:
     state = dit().state_dict()
     loaded = interop.load_reference_dit(state)
     before = predict(loaded)

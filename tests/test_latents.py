@@ -104,7 +104,7 @@ def test_posterior_noise_is_a_function_of_seed_id_and_place() -> None:
     torch.testing.assert_close(posterior_noise(5, torch.tensor([0, 7]), 5), golden, rtol=0, atol=5e-5)
 
 
-def test_statistics_are_those_of_all_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_those_of_all_latents_and_posteriors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents, flipped, _ = reference_folder(tmp_path, stats=False)
     monkeypatch.setattr("vadit.latents.statistics.READ_AT_ONCE", 3)
     statistics = compute_statistics(tmp_path)
@@ -116,9 +116,6 @@ def test_statistics_are_those_of_all_latents(tmp_path: Path, monkeypatch: pytest
     torch.testing.assert_close(statistics.std.double(), std, rtol=1e-6, atol=0)
     dataset = LatentDataset(tmp_path)
     assert torch.equal(dataset.mean, statistics.mean) and torch.equal(dataset.std, statistics.std)
-
-
-def test_statistics_of_moments_count_the_posterior_variance(tmp_path: Path) -> None:
     plain, flipped = moments_folder(tmp_path / "m")
     mean, std = torch.cat([plain, flipped]).double().chunk(2, dim=1)
     count = mean.numel() / CHANNELS

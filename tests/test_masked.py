@@ -279,16 +279,13 @@ def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
     assert loss["loss"].item() == pytest.approx(total.item(), rel=1e-12)
 
 
-def test_passes_of_a_step_are_masked_or_whole() -> None:
+def test_passes_and_patches_of_a_step() -> None:
     assert masked.passes(MaskSpec(), 0) == (False,)
     assert masked.passes(MDT_MASK, 0) == (False, True)
     assert masked.passes(MASKDIT, 10**9) == (True,)
     tuned = dataclasses.replace(MASKDIT, unmasked_after_images=100)
     assert [masked.passes(tuned, seen) for seen in (99, 100)] == [(True,), (False,)]
-
-
-def test_tokens_are_patches_in_the_order_of_the_embedding() -> None:
-    """A token's patch, as the loss cuts it, is what the patch embedding and the last layer take it for."""
+    # A token's patch, as the loss cuts it, is what the patch embedding and the last layer take it for.
     model = whole(SPEC, MASKDIT)
     x, _, _ = inputs()
     assert torch.equal(model._unpatchify(masked.patchify(x, TOKENS)), x)

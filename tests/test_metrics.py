@@ -84,7 +84,7 @@ def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
         mean_and_covariance(torch.full((3, 2), float("nan")))
 
 
-def test_inception_score_of_one_hot_and_of_equal_predictions() -> None:
+def test_inception_score_by_hand_in_splits_of_the_files_order() -> None:
     one_hot = np.eye(10)[np.arange(200) % 10]
     assert inception_score(one_hot) == pytest.approx(10)
     assert inception_score(np.full((200, 10), 0.1)) == pytest.approx(1)
@@ -92,17 +92,11 @@ def test_inception_score_of_one_hot_and_of_equal_predictions() -> None:
     mixed = np.array([[1.0, 0.0], [0.5, 0.5]])
     divergence = (np.log(1 / 0.75) + 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)) / 2
     assert inception_score(mixed) == pytest.approx(np.exp(divergence))
-
-
-def test_inception_score_splits_in_file_order() -> None:
     sorted_by_class = np.eye(4)[np.repeat(np.arange(4), 10)]
     assert inception_score(sorted_by_class, split_size=10) == pytest.approx(1)  # each split holds one class
     assert inception_score(sorted_by_class, split_size=20) == pytest.approx(2)
     assert inception_score(sorted_by_class[:30], split_size=20) == pytest.approx((2 + 1) / 2)  # a short last split
     assert inception_score(np.eye(2)[np.repeat([0, 1], 5000)]) == pytest.approx(1)  # splits of 5,000
-
-
-def test_inception_score_refuses_what_are_no_probabilities() -> None:
     for values in ([[0.9, 0.0], [0.9, 0.0]], [[1.5, -0.5], [0.5, 0.5]]):
         with pytest.raises(UsageError, match="softmax"):
             inception_score(np.array(values))
@@ -119,9 +113,6 @@ def test_precision_and_recall_on_a_line() -> None:
     far = np.array([[20.0], [20.1], [20.2], [20.3]])
     assert precision_recall(real, far, k=1) == (0.0, 0.0)
     assert precision_recall(real, real.copy(), k=1) == (1.0, 1.0)
-
-
-def test_precision_and_recall_take_the_kth_neighbour() -> None:
     # The 3rd neighbour of 0 is 3 away: 6 lies inside the ball of 3 (radius 3), not inside any with k=2 (radius <= 2).
     real = np.array([[0.0], [1.0], [2.0], [3.0]])
     fake = np.array([[6.0], [100.0], [200.0], [300.0]])

@@ -55,22 +55,16 @@ def means(x: Tensor) -> Tensor:
     return x.float().mean(dim=(2, 3))
 
 
-def test_to_uint8_and_to_signed_are_inverse_on_every_value() -> None:
+def test_psnr_and_ssim_by_hand() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_signed(pixels)), pixels)
     assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
-
-
-def test_psnr_by_hand_is_per_image() -> None:
     first = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     second = first.clone()
     second[0] += 10  # error 10 everywhere
     second[1, 0] = 255  # a third of the values off by the whole range
     expected = [20 * math.log10(255 / 10), 10 * math.log10(3)]
     assert reconstruction.psnr(first, second).tolist() == pytest.approx(expected)
-
-
-def test_ssim_of_equal_and_of_constant_images() -> None:
     x = to_signed(images(2, size=11))
     assert reconstruction.ssim(x, x).tolist() == pytest.approx([1, 1])
     # Constants a, b have no variance: only (2ab + c1) / (a^2 + b^2 + c1) is left, c1 = (0.01 * 2)^2.

@@ -153,9 +153,6 @@ def test_a_chart_puts_values_where_its_ticks_say() -> None:
     assert line(drawing)[:, 0] == pytest.approx([below["1"], below["10"], below["100"]], abs=0.15)
     assert left["0.01"] - left["1"] == pytest.approx(left["1"] - left["100"], abs=0.01)
     assert line(drawing)[0, 1] - line(drawing)[1, 1] == pytest.approx(left["0.01"] - left["1"], abs=0.15)
-
-
-def test_a_level_is_drawn_inside_the_axes() -> None:
     drawing = line_chart([0, 10], [1, 2], level=4.0)
     left = ticks(drawing)[1]
     (level,) = re.findall(r'd="M 52 ([\d.]+) L 306 \1[^>]*stroke-dasharray', drawing)
@@ -344,9 +341,6 @@ def test_the_speed_up_at_an_equal_value() -> None:
     assert speedup("fid1k", [gaps, slow]) == (40, [(pytest.approx(1e6 + 2e6 / 3), False), (6e6, False)])
     assert speedup("fid1k", [fast]) is None
     assert speedup("fid1k", [fast, Curve(np.array([1.0]), np.array([np.nan]))]) is None
-
-
-def test_which_way_is_up() -> None:
     assert all(map(higher_is_better, ("is50k_euler249", "precision50k_dopri5", "recall1k", "psnr", "ssim")))
     assert not any(map(higher_is_better, ("fid50k", "sfid50k", "kid1k", "fd_dinov2_50k", "rfid50k", "lpips")))
 

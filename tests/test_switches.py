@@ -71,7 +71,7 @@ def test_contrastive_loss_by_hand() -> None:
 # ------------------------------------------------------------------------------------------ inside the network
 
 
-def test_dispersive_loss_is_the_log_mean_over_pairs() -> None:
+def test_dispersive_and_alignment_loss_by_hand() -> None:
     hidden = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)) * 2 + 3
     rows = hidden.double().flatten(1)
     pairs = [math.exp(-((rows[i] - rows[j]) ** 2).mean().item() / 0.7) for i in range(5) for j in range(5)]
@@ -79,9 +79,6 @@ def test_dispersive_loss_is_the_log_mean_over_pairs() -> None:
     assert regularisers.dispersive_loss(hidden[:1].expand(4, -1, -1), 0.5).item() == pytest.approx(0, abs=1e-5)
     with pytest.raises(UsageError, match="micro-batch, which holds 1"):
         regularisers.dispersive_loss(hidden[:1], 0.5)
-
-
-def test_alignment_loss_pairs_tokens_with_features_of_their_place() -> None:
     features = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(0))
     tokens = features.flatten(2).transpose(1, 2)
     assert regularisers.alignment_loss(3 * tokens, features.bfloat16()).item() == pytest.approx(0, abs=1e-4)

@@ -16,14 +16,11 @@ from vadit.train import tokenizer
 CPU = torch.device("cpu")
 
 
-def test_hinge_losses_by_hand() -> None:
+def test_losses_by_hand() -> None:
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
     # mean relu(1 - real) = (0 + 0.5 + 2) / 3, mean relu(1 + fake) = (0 + 1 + 4) / 3
     assert objective.discriminator_hinge_loss(real, fake).item() == pytest.approx(0.5 * (2.5 + 5.0) / 3)
     assert objective.generator_hinge_loss(fake).item() == pytest.approx(-1 / 3)
-
-
-def test_nll_sums_pixels_and_spreads_lpips_over_them() -> None:
     images, fake = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.25)
     distance = torch.tensor([0.5, 1.5]).view(2, 1, 1, 1)
     nll, l1, lpips = objective.reconstruction_nll(images, fake, perceptual=lambda x, y: distance, weight=2.0)
@@ -34,15 +31,12 @@ def test_nll_sums_pixels_and_spreads_lpips_over_them() -> None:
     assert (without.item(), none.item()) == (pixels * 0.25, 0.0)
 
 
-def test_adaptive_weight_is_clamped_and_constant() -> None:
+def test_adaptive_weight_and_the_norm_it_takes() -> None:
     nll_norm, zero = torch.tensor(3.0, requires_grad=True), torch.tensor(0.0)
     weight = objective.adaptive_weight(nll_norm, torch.tensor(2.0), maximum=1e4)
     assert weight.item() == pytest.approx(3 / 2.0001) and not weight.requires_grad
     assert objective.adaptive_weight(nll_norm, zero, maximum=1e4).item() == 1e4
     assert objective.adaptive_weight(nll_norm, zero, maximum=1e8).item() == pytest.approx(3e4)
-
-
-def test_conv_weight_grad_norm_is_autograds() -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(5, 7, 3, padding=1)
     inputs, towards = torch.randn(2, 5, 6, 9), torch.randn(2, 7, 6, 9)

@@ -43,7 +43,7 @@ def test_center_crop_is_the_adm_rule(width: int, height: int) -> None:
     assert np.array_equal(np.asarray(cropped), naive_center_crop(image, 32))
 
 
-def test_box_halving_of_a_4x_image_is_the_mean_of_2x2_blocks_twice() -> None:
+def test_box_halving_and_extreme_aspects() -> None:
     image = picture(64, 64)
     pixels = np.asarray(image).astype(np.float64)
     for _ in range(2):
@@ -51,9 +51,6 @@ def test_box_halving_of_a_4x_image_is_the_mean_of_2x2_blocks_twice() -> None:
         pixels = pixels.reshape(side, 2, side, 2, 3).mean(axis=(1, 3))
     cropped = np.asarray(center_crop(image, 16)).astype(np.float64)
     assert np.abs(cropped - pixels).max() <= 2.0  # four roundings to 8 bits: two passes, rows and columns
-
-
-def test_extreme_aspect_is_refused_before_it_takes_memory() -> None:
     with pytest.raises(ValueError, match="1 x 5000 pixels"):
         center_crop(picture(1, 5000), 32)
 
@@ -73,7 +70,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert transforms.to_rgb(source).mode == "RGB"
 
 
-def test_a_grid_holds_each_image_enlarged_without_smoothing() -> None:
+def test_grids_and_pairs_of_pictures() -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     grid = np.asarray(image_grid(images, columns=3, scale=2))
     assert grid.shape == (2 * 16 + 2, 3 * 16 + 4, 3)
@@ -81,9 +78,6 @@ def test_a_grid_holds_each_image_enlarged_without_smoothing() -> None:
     np.testing.assert_array_equal(grid[19:34:2, 19:34:2], images[4])
     assert (grid[18:, 36:] == 255).all()  # the place of the missing sixth
     assert image_grid(images).size[0] == 3 * 64 + 4  # 8 pixels grow to 64
-
-
-def test_pairs_stand_one_above_the_other() -> None:
     originals = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     picture = np.asarray(reconstruction_pairs(originals, 255 - originals, columns=3, scale=1))
     height, width = 2 * (2 * 16 + 2) + 10, 3 * 16 + 4
