@@ -133,8 +133,7 @@ def test_what_is_no_picture_is_named_and_starts_no_program(
     with pillow_decoder(images, 1)() as decoder:
         failures = decoder.submit([Request(len(images) - 1)])().failures
     assert f"x.jpg does not decode (it is {kind}; needed: JPEG, PNG" in str(failures[0])
-    with pytest.raises(RunError, match=rf"x.jpg does not decode \(it is {kind}"):
-        read_png(path)
+    pytest.raises(RunError, read_png, path).match(rf"x.jpg does not decode \(it is {kind}")
     assert not is_picture(path) and not started.exists()
     if start.startswith(b"%!PS"):  # Pillow alone would
         with contextlib.suppress(OSError), Image.open(path) as image:
@@ -146,8 +145,7 @@ def test_the_size_of_a_picture_is_limited_before_it_is_decoded() -> None:
     with pytest.raises(ValueError, match=r"120 x 90 pixels, more than the 10,799 allowed"):
         open_image(jpeg(0), max_pixels=10_799)
     assert open_image(jpeg(0), max_pixels=10_800).size == (120, 90)
-    with pytest.raises(ValueError, match=r"3600000000 pixels"):
-        open_image(BAD["huge png"][1])
+    pytest.raises(ValueError, open_image, BAD["huge png"][1]).match(r"3600000000 pixels")
 
 
 # ------------------------------------------------------------------------------------------------ raise and skip
@@ -280,8 +278,7 @@ def test_bad_labels_files_are_refused(tmp_path: Path, content: str | bytes, prob
     for on_error in ("raise",) if "gone" in problem else ("raise", "skip"):
         with pytest.raises(UsageError, match=rf"labels_file .*labels.txt.*{problem}"):
             FolderSource(root, file, on_error=on_error)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"labels_file .*gone.txt cannot be read"):
-        FolderSource(root, tmp_path / "gone.txt")
+    pytest.raises(UsageError, FolderSource, root, tmp_path / "gone.txt").match(r"labels_file .*gone.txt cannot be read")
 
 
 def test_a_missing_image_and_one_without_label_permute_no_labels(
@@ -332,13 +329,11 @@ def test_each_real_folder_is_entered_once(tmp_path: Path) -> None:
     assert [os.path.relpath(path, root) for path in source.paths] == found and source.classes == ["a", "b"]
     assert [os.path.relpath(path, root) for path in sorted(PngFolder(root).files)] == found
     (root / "0-link").symlink_to("b")
-    with pytest.raises(UsageError, match=r"class folder 0-link is a link to b, which is read already"):
-        FolderSource(root)
+    pytest.raises(UsageError, FolderSource, root).match(r"class folder 0-link is a link to b, which is read already")
     (root / "0-link").unlink()
     (root / "class").symlink_to(tmp_path / "unmounted")
     for kind in (FolderSource, PngFolder):
-        with pytest.raises(UsageError, match=r"images/class is a link to .*unmounted \(No such file"):
-            kind(root)
+        pytest.raises(UsageError, kind, root).match(r"images/class is a link to .*unmounted \(No such file")
     (root / "class").unlink()
     (root / "b" / "4.png").symlink_to("gone.png")  # an image: who reads it names it
     assert len(FolderSource(root)) == 6
@@ -370,8 +365,7 @@ def test_a_pipe_does_not_hang_the_loader(tmp_path: Path) -> None:
 def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     root = write(tmp_path / "images", GOOD)
     root.chmod(0)
-    with pytest.raises(UsageError, match=r"images cannot be read .*permission"):
-        FolderSource(root)
+    pytest.raises(UsageError, FolderSource, root).match(r"images cannot be read .*permission")
     root.chmod(0o755)
 
 

@@ -195,10 +195,8 @@ def test_a_killed_writer_is_resumed(tmp_path: Path, torn: Any) -> None:
 def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "a.beton", max_samples=1, page_size=MIN_PAGE_SIZE) as writer:
         for image in (encode_image(picture(0, 1000, 1000), "raw"), EncodedImage("jpg", 2, 2, b"")):
-            with pytest.raises(ValueError, match="do not fit a page"):
-                writer.append(image, 0)
-        with pytest.raises(RunError, match="no samples"):
-            writer.finish()
+            pytest.raises(ValueError, writer.append, image, 0).match("do not fit a page")
+        pytest.raises(RunError, writer.finish).match("no samples")
         writer.append(encode_image(picture(0), "raw"), 0)
         with pytest.raises(ValueError, match="max_samples"):
             writer.append(encode_image(picture(0), "raw"), 0)
@@ -223,8 +221,7 @@ def test_every_changed_byte_of_the_tables_and_every_cut_is_found(beton: Path, tm
         for number, spot in enumerate(spots):
             file.seek(spot)
             file.write(bytes([data[spot] ^ (1 << number % 8)]))
-            with pytest.raises(RunError, match=r"changed\.beton is damaged"):
-                BetonSource(path)
+            pytest.raises(RunError, BetonSource, path).match(r"changed\.beton is damaged")
             file.seek(spot)
             file.write(data[spot : spot + 1])
         BetonSource(path)
@@ -237,8 +234,7 @@ def test_every_changed_byte_of_the_tables_and_every_cut_is_found(beton: Path, tm
             file.seek(0)
             file.write(data)
             file.truncate(end)
-            with pytest.raises(RunError, match=r"changed\.beton is damaged"):
-                BetonSource(path)
+            pytest.raises(RunError, BetonSource, path).match(r"changed\.beton is damaged")
 
 
 def test_every_changed_byte_of_a_payload_is_found(beton: Path, tmp_path: Path) -> None:
@@ -345,8 +341,7 @@ def test_damaged_tables_without_checksums(
     if not problem:  # the change that changes nothing
         assert len(BetonSource(path)) == COUNT
         return
-    with pytest.raises(RunError, match=rf"changed\.beton is damaged.*{problem}"):
-        BetonSource(path)
+    pytest.raises(RunError, BetonSource, path).match(rf"changed\.beton is damaged.*{problem}")
 
 
 def test_a_payload_across_pages_is_refused(plain: Path, tmp_path: Path) -> None:
@@ -359,8 +354,7 @@ def test_a_payload_across_pages_is_refused(plain: Path, tmp_path: Path) -> None:
     set_header("allocations", 3 * MIN_PAGE_SIZE)(data)
     path = tmp_path / "changed.beton"
     path.write_bytes(data[:table] + bytes(3 * MIN_PAGE_SIZE - table) + entries.tobytes())
-    with pytest.raises(RunError, match="crosses the end of a page"):
-        BetonSource(path)
+    pytest.raises(RunError, BetonSource, path).match("crosses the end of a page")
 
 
 def test_a_jpeg_of_another_size_than_the_table_says_is_refused(plain: Path, tmp_path: Path) -> None:
@@ -373,8 +367,7 @@ def test_a_jpeg_of_another_size_than_the_table_says_is_refused(plain: Path, tmp_
     source = BetonSource(path)
     with pytest.raises(RunError, match=r"changed\.beton:5: the table says 51 x 16 pixels, but its JPEG has 21 x 16"):
         source.read(5)
-    with pytest.raises(RunError, match=r"changed\.beton:7: .* it is no JPEG"):
-        source.read(7)
+    pytest.raises(RunError, source.read, 7).match(r"changed\.beton:7: .* it is no JPEG")
     assert source.read(3) == BetonSource(plain).read(3)
 
 
@@ -398,15 +391,12 @@ def test_a_file_without_an_image_and_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "numbers.beton").write_bytes(header.tobytes() + fields.tobytes() + rows.tobytes())
     with pytest.raises(UsageError, match=r"numbers\.beton has the fields label, other, and none"):
         BetonSource(tmp_path / "numbers.beton")
-    with pytest.raises(UsageError, match="cannot be opened"):
-        BetonSource(tmp_path / "missing.beton")
+    pytest.raises(UsageError, BetonSource, tmp_path / "missing.beton").match("cannot be opened")
 
 
 def test_a_file_cut_while_it_is_open(beton: Path, tmp_path: Path) -> None:
     path = shutil.copy(beton, tmp_path / "images.beton")
     source = BetonSource(path)
     os.truncate(path, MIN_PAGE_SIZE + 100)
-    with pytest.raises(RunError, match="cut short while it was in use"):
-        source.read(COUNT - 1)
-    with pytest.raises(RunError, match="cut short while it was in use"):
-        source.file.check_size()
+    pytest.raises(RunError, source.read, COUNT - 1).match("cut short while it was in use")
+    pytest.raises(RunError, source.file.check_size).match("cut short while it was in use")

@@ -69,8 +69,7 @@ def test_a_run_goes_on_after_a_stop(
     config = make(tmp_path / "stopped", steps=4, **engine)
     with monkeypatch.context() as patch:
         stop_in_step(module, 3, patch)  # a discriminator has taken steps, too
-        with pytest.raises(loop.Stopped, match="stopped after 12 images and saved"):
-            module.train(config)
+        pytest.raises(loop.Stopped, module.train, config).match("stopped after 12 images and saved")
     assert names(tmp_path / "stopped") == ["step-00000002", "step-00000003"]
     assert_same_end(module.train(config), straight)
     before = log(straight)

@@ -246,8 +246,7 @@ def test_a_config_that_is_damaged_is_that_of_a_checkpoint(
     staged.mkdir()
     run.rename(staged / "stage-1")
     assert load_run_config(staged) == wanted
-    with pytest.raises(UsageError, match="staged is no run folder"):
-        load_run_config(staged, stages=False)
+    pytest.raises(UsageError, load_run_config, staged, stages=False).match("staged is no run folder")
 
 
 def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

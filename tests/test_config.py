@@ -223,10 +223,8 @@ def test_json_that_is_none_is_one_sentence(content: bytes | int | None, words: s
             read_json(path, dict[str, Any], error=error, remedy=remedy.removeprefix("; "))
         assert str(caught.value).startswith(str(path)) and words in str(caught.value)
         assert str(caught.value).endswith(remedy) and len(str(caught.value).splitlines()) == 1
-    with pytest.raises(UsageError, match=r"config\.json"):
-        load_run_config(tmp_path)
-    with pytest.raises(UsageError, match=r"config\.json"):
-        load_config(DiTSpec, path)
+    pytest.raises(UsageError, load_run_config, tmp_path).match(r"config\.json")
+    pytest.raises(UsageError, load_config, DiTSpec, path).match(r"config\.json")
 
 
 def test_json_with_a_mark_at_its_start_is_read(tmp_path: Path) -> None:

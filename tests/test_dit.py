@@ -234,8 +234,7 @@ def test_save_and_load(tmp_path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"holds no model.safetensors"):
-        LightningDiT.from_pretrained(tmp_path)
+    pytest.raises(UsageError, LightningDiT.from_pretrained, tmp_path).match(r"holds no model.safetensors")
     randomised(LightningDiT(BASE)).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"depth": 2', '"depth": 3'))

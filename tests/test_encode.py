@@ -124,8 +124,7 @@ def test_resume_after_a_full_disk(
         with pytest.raises(RunError, match=r"shard-00001.safetensors .*No space left on device.*free some space"):
             run(autoencoder, images, out)
     assert [path.name for path in out.iterdir()] == ["shard-00000.safetensors"]
-    with pytest.raises(UsageError, match=r"is not finished"):
-        LatentDataset(out)
+    pytest.raises(UsageError, LatentDataset, out).match(r"is not finished")
     untouched = (out / "shard-00000.safetensors").stat().st_mtime_ns
     summary = run(autoencoder, images, out)
     assert summary.num_images == NUM_IMAGES - 4 and summary.num_shards == 2
@@ -217,8 +216,7 @@ def test_two_at_once_are_refused(autoencoder: Autoencoder, images: ImageSet, tmp
 def test_bad_images_are_left_out_or_named(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
     path = images.source.describe(5)
     Path(path).write_text("no image")
-    with pytest.raises(RunError, match=f"{path} does not decode"):
-        run(autoencoder, images, tmp_path / "out")
+    pytest.raises(RunError, run, autoencoder, images, tmp_path / "out").match(f"{path} does not decode")
     assert not list((tmp_path / "out").glob("*.partial")) and not (tmp_path / "out" / "index.json").exists()
     skipping = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE, on_error="skip", max_bad_share=0.2)
     run(autoencoder, skipping, tmp_path / "out")
@@ -231,5 +229,4 @@ def test_debug_images_encode(autoencoder: Autoencoder, tmp_path: Path) -> None:
     source = open_images(ImageDataSpec(path="debug:5"), IMAGE_SIDE)
     assert encode(autoencoder, source, tmp_path / "out", batch_size=2).num_images == 5
     assert LatentDataset(tmp_path / "out").num_classes == 5
-    with pytest.raises(UsageError, match="--batch-size is 0"):
-        encode(autoencoder, source, tmp_path / "out", batch_size=0)
+    pytest.raises(UsageError, encode, autoencoder, source, tmp_path / "out", batch_size=0).match("--batch-size is 0")

@@ -185,13 +185,11 @@ def test_a_file_that_is_not_the_published_one_is_said(
 
 def test_errors(vgg_file: Path, tmp_path: Path) -> None:
     published = r"vgg16-397923af\.pth from https://download\.pytorch\.org/models/"
-    with pytest.raises(UsageError, match=rf"loss\.vgg_weights is not set; download {published}"):
-        LPIPS(None)
+    pytest.raises(UsageError, LPIPS, None).match(rf"loss\.vgg_weights is not set; download {published}")
     with pytest.raises(UsageError, match=rf"missing\.pth does not exist; download {published}"):
         LPIPS(str(tmp_path / "missing.pth"))
     torch.save({"features.0.weight": torch.zeros(2, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(UsageError, match=r"no tensor features\.0\.weight of shape \(64, 3, 3, 3\)"):
         LPIPS(str(tmp_path / "other.pth"))
     (tmp_path / "cut.pth").write_bytes(vgg_file.read_bytes()[:100_000])
-    with pytest.raises(RunError, match=r"cut\.pth cannot be read"):
-        LPIPS(str(tmp_path / "cut.pth"))
+    pytest.raises(RunError, LPIPS, str(tmp_path / "cut.pth")).match(r"cut\.pth cannot be read")

@@ -156,17 +156,13 @@ def test_in_order_loading_takes_each_image_once_unmirrored(folder: Path) -> None
 def test_unusable_folders_are_named(tmp_path: Path, folder: Path) -> None:
     needed = r"set IMAGES of vadit prepare, .*--data.path of train"
     for path in ("", tmp_path / "nowhere", folder / "a" / "notes.txt"):
-        with pytest.raises(UsageError, match=rf"'{path}' is no folder; {needed}"):
-            FolderSource(path)
+        pytest.raises(UsageError, FolderSource, path).match(rf"'{path}' is no folder; {needed}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"empty holds no images"):
-        FolderSource(tmp_path / "empty")
+    pytest.raises(UsageError, FolderSource, tmp_path / "empty").match(r"empty holds no images")
     (folder / "d").mkdir()
-    with pytest.raises(UsageError, match=r"class folder d holds no images"):
-        FolderSource(folder)
+    pytest.raises(UsageError, FolderSource, folder).match(r"class folder d holds no images")
     save_picture(folder / "stray.png", 0)
-    with pytest.raises(UsageError, match=r"beside its class folders \(such as stray.png\)"):
-        FolderSource(folder)
+    pytest.raises(UsageError, FolderSource, folder).match(r"beside its class folders \(such as stray.png\)")
 
 
 def test_debug_images_need_no_files() -> None:

@@ -163,8 +163,7 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(beton: Path, t
         damaged(path, index)
     images = ImageSet(BetonSource(path), SIZE, on_error="raise", max_bad_share=0.2)
     loader = ffcv_loader(images, COUNT, seed=1, order=order)
-    with pytest.raises(RunError, match=rf"sample {bad[0]} of .*bad\.beton fails its checksum"):
-        next(iter(loader))
+    pytest.raises(RunError, next, iter(loader)).match(rf"sample {bad[0]} of .*bad\.beton fails its checksum")
     images.on_error = "skip"
     (batch,) = loader
     replaced = list(expected)
@@ -179,8 +178,7 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(beton: Path, t
     images.max_bad_share = 0.01
     images.bad = {}
     loader.load_state_dict({"seed": 1, "images_seen": 0})
-    with pytest.raises(RunError, match="max_bad_share"):
-        next(iter(loader))
+    pytest.raises(RunError, next, iter(loader)).match("max_bad_share")
 
 
 @needs_ffcv
@@ -199,8 +197,7 @@ def test_pillow_judges_what_turbojpeg_does_not_like(tmp_path: Path) -> None:
     (expected,) = ImageLoader(plain, 3, decoder=pillow_decoder(plain, 1))
     assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.images, expected.images)
     os.truncate(path, MIN_PAGE_SIZE + 10)
-    with pytest.raises(RunError, match="cut short while it was in use"):
-        next(iter(loader))
+    pytest.raises(RunError, next, iter(loader)).match("cut short while it was in use")
 
 
 def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +206,7 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPa
         (ImageSet(DebugSource(4, SIZE), SIZE), "debug:4 is none"),
         (ImageSet(source, SIZE - 1), rf"short side is {SIZE - 1} pixels, and .*images\.beton:0 has"),
     ):
-        with pytest.raises(UsageError, match=rf"{reason}.*; set --data.loader torch"):
-            ffcv_decoder(images, 2)
+        pytest.raises(UsageError, ffcv_decoder, images, 2).match(rf"{reason}.*; set --data.loader torch")
     if importlib.util.find_spec("ffcv"):
         monkeypatch.setattr("importlib.metadata.version", lambda name: "1.1.0")
         assert "ffcv 1.1.0 is installed, and this loader is made for 1.0.2" in why_not(ImageSet(source, SIZE))

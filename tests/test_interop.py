@@ -117,8 +117,7 @@ def test_wrappers_precedence_and_copies(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_number_of_heads() -> None:
     state = dit(PLAIN).state_dict()
-    with pytest.raises(UsageError, match=r"neither RoPE nor QK-norm.*give --num-heads"):
-        interop.load_reference_dit(state)
+    pytest.raises(UsageError, interop.load_reference_dit, state).match(r"neither RoPE nor QK-norm.*give --num-heads")
     with pytest.raises(UsageError, match=r"hidden_size 32 is not divisible by model\.num_heads 5"):
         interop.load_reference_dit(state, num_heads=5)
     with pytest.raises(UsageError, match=r"--num-heads is 2, but feat_rope\.freqs_cos .* says 4"):
@@ -189,8 +188,7 @@ def test_autoencoder_is_inferred(spec: AutoencoderSpec, attention_resolution: in
 def test_bad_autoencoder_is_named(damage: Callable[[dict], None], message: str) -> None:
     _, checkpoint = autoencoder_checkpoint()
     damage(checkpoint["state_dict"])
-    with pytest.raises(UsageError, match=message):
-        interop.load_reference_autoencoder(checkpoint)
+    pytest.raises(UsageError, interop.load_reference_autoencoder, checkpoint).match(message)
 
 
 # ------------------------------------------------------------------------------------------------ files

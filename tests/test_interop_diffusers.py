@@ -221,8 +221,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ({"weight": torch.zeros(1)}, r"conv1\.weight is missing \(its first tensor is weight\)"),
     ):
         save_file(content, weights)
-        with pytest.raises(UsageError, match=message):
-            interop.load_diffusers_autoencoder(folder)
+        pytest.raises(UsageError, interop.load_diffusers_autoencoder, folder).match(message)
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(RunError, match=r"diffusion_pytorch_model\.safetensors cannot be read"):
         load_tokenizer(str(folder), torch.device("cpu"))
@@ -233,5 +232,4 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     ):
         load_tokenizer(str(folder), torch.device("cpu"))
     (folder / "config.json").write_text("{")
-    with pytest.raises(RunError, match=r"config\.json is not valid JSON"):
-        load_tokenizer(str(folder), torch.device("cpu"))
+    pytest.raises(RunError, load_tokenizer, str(folder), torch.device("cpu")).match(r"config\.json is not valid JSON")

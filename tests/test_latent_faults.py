@@ -103,16 +103,14 @@ def test_a_bad_file_of_a_finished_folder_is_named(tmp_path: Path) -> None:
             LatentDataset(folder)
     index.write_text(text)
     path.unlink()
-    with pytest.raises(RunError, match=r"shard-00001.safetensors does not agree with index.json"):
-        LatentDataset(folder)
+    pytest.raises(RunError, LatentDataset, folder).match(r"shard-00001.safetensors does not agree with index.json")
     path.write_bytes(shard)
     rewrite_header(path, r"\"sha256\"", r"\"sha\"")
     with pytest.raises(RunError, match=r"shard-00001.safetensors: its damaged metadata: sha256: Field required"):
         LatentDataset(folder)
     path.write_bytes(shard)
     index.unlink()
-    with pytest.raises(UsageError, match=r"is not finished: run its `vadit encode` command again"):
-        LatentDataset(folder)
+    pytest.raises(UsageError, LatentDataset, folder).match(r"is not finished: run its `vadit encode` command again")
 
 
 def test_damaged_statistics_are_named(tmp_path: Path) -> None:
@@ -132,17 +130,12 @@ def test_damaged_statistics_are_named(tmp_path: Path) -> None:
 
 
 def test_unusable_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data.path is empty"):
-        LatentDataset("")
-    with pytest.raises(UsageError, match=r"nowhere does not exist"):
-        LatentDataset(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"holds no .safetensors shards"):
-        LatentDataset(tmp_path)
+    pytest.raises(UsageError, LatentDataset, "").match(r"data.path is empty")
+    pytest.raises(UsageError, LatentDataset, tmp_path / "nowhere").match(r"nowhere does not exist")
+    pytest.raises(UsageError, LatentDataset, tmp_path).match(r"holds no .safetensors shards")
     save_file({"latents": zeros(2, 4, 3, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match=r"a.safetensors is a file"):
-        LatentDataset(tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match=r"no mirrored latents; set --data.no-flip"):
-        LatentDataset(tmp_path)
+    pytest.raises(UsageError, LatentDataset, tmp_path / "a.safetensors").match(r"a.safetensors is a file")
+    pytest.raises(UsageError, LatentDataset, tmp_path).match(r"no mirrored latents; set --data.no-flip")
     save_file({"latents": zeros(2, 4, 3, 2), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match=r"latents of 3 x 2; the generator needs squares"):
         LatentDataset(tmp_path, normalize=False, flip=False)
@@ -207,8 +200,7 @@ def test_a_shard_that_shrinks_or_goes_is_named(tmp_path: Path) -> None:
         dataset.batch(torch.tensor([45]), 0, 0)
     with pytest.raises(RunError, match=r"s04.safetensors cannot be read \(No such file"):
         dataset.shards[4].rows(0, 1, flipped=False)
-    with pytest.raises(RunError, match=r"s01.safetensors is cut short"):
-        dataset.shards[1].rows(0, 10, flipped=False)
+    pytest.raises(RunError, dataset.shards[1].rows, 0, 10, flipped=False).match(r"s01.safetensors is cut short")
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

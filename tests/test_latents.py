@@ -128,8 +128,7 @@ def test_statistics_of_more_samples_than_there_are_are_those_of_all(tmp_path: Pa
     reference_folder(tmp_path, stats=False)
     for samples in (13, 20):
         assert torch.equal(compute_statistics(tmp_path, samples=samples).std, compute_statistics(tmp_path).std)
-    with pytest.raises(UsageError, match=r"--stats-samples is -1"):
-        compute_statistics(tmp_path, samples=-1)
+    pytest.raises(UsageError, compute_statistics, tmp_path, samples=-1).match(r"--stats-samples is -1")
 
 
 @pytest.mark.parametrize("samples", [1, 5, 12])

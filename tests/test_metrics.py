@@ -72,16 +72,12 @@ def test_frechet_distance_refuses_nan_single_samples_and_other_widths() -> None:
         frechet_distance(np.zeros(2), eye, np.array([0, np.nan]), eye)
     with pytest.raises(UsageError, match="cov_a holds 4 NaN or infinite values of 4;"):
         frechet_distance(np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), eye)
-    with pytest.raises(UsageError, match="at least 2 samples, found 1"):
-        mean_and_covariance(np.zeros((1, 2)))
+    pytest.raises(UsageError, mean_and_covariance, np.zeros((1, 2))).match("at least 2 samples, found 1")
     assert mean_and_covariance(np.array([[0.0], [2.0]])) == (1.0, 2.0)  # divisor N - 1
     for shape in ((3,), (0, 2)):
-        with pytest.raises(UsageError, match=r"must have shape \(N, D\) with N >= 1"):
-            mean_and_covariance(np.zeros(shape))
-    with pytest.raises(UsageError, match="one width"):
-        frechet_distance(np.zeros(2), eye, np.zeros(3), np.eye(3))
-    with pytest.raises(UsageError, match="NaN"):
-        mean_and_covariance(torch.full((3, 2), float("nan")))
+        pytest.raises(UsageError, mean_and_covariance, np.zeros(shape)).match(r"must have shape \(N, D\) with N >= 1")
+    pytest.raises(UsageError, frechet_distance, np.zeros(2), eye, np.zeros(3), np.eye(3)).match("one width")
+    pytest.raises(UsageError, mean_and_covariance, torch.full((3, 2), float("nan"))).match("NaN")
 
 
 def test_inception_score_by_hand_in_splits_of_the_files_order() -> None:
@@ -98,8 +94,7 @@ def test_inception_score_by_hand_in_splits_of_the_files_order() -> None:
     assert inception_score(sorted_by_class[:30], split_size=20) == pytest.approx((2 + 1) / 2)  # a short last split
     assert inception_score(np.eye(2)[np.repeat([0, 1], 5000)]) == pytest.approx(1)  # splits of 5,000
     for values in ([[0.9, 0.0], [0.9, 0.0]], [[1.5, -0.5], [0.5, 0.5]]):
-        with pytest.raises(UsageError, match="softmax"):
-            inception_score(np.array(values))
+        pytest.raises(UsageError, inception_score, np.array(values)).match("softmax")
 
 
 def test_precision_and_recall_on_a_line() -> None:
@@ -147,8 +142,7 @@ def test_features_that_are_none_are_refused() -> None:
     with pytest.raises(UsageError, match="more than 3 reference images, found 3"):
         precision_recall(np.zeros((3, 2)), np.zeros((5, 2)))
     for wrong, message in ((np.zeros((5, 3)), "width 2 and sample features 3"), (np.full((5, 2), np.nan), "NaN")):
-        with pytest.raises(UsageError, match=message):
-            precision_recall(np.zeros((5, 2)), wrong)
+        pytest.raises(UsageError, precision_recall, np.zeros((5, 2)), wrong).match(message)
 
 
 def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -168,8 +162,7 @@ def test_squared_mmd_is_the_mean_over_all_pairs_in_any_blocks(monkeypatch: pytes
         assert squared_mmd(x, y) == pytest.approx(unbiased(x, y), rel=1e-12)
         assert squared_mmd(x, y, mean_kernel(x)) == pytest.approx(unbiased(x, y), rel=1e-12)
     assert squared_mmd(x[:2], y[:2]) == pytest.approx(unbiased(x[:2], y[:2]), rel=1e-12)
-    with pytest.raises(UsageError, match="at least 2 images"):
-        squared_mmd(x, y[:1])
+    pytest.raises(UsageError, squared_mmd, x, y[:1]).match("at least 2 images")
 
 
 def test_kernel_distance_is_the_mean_over_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +185,8 @@ def test_kernel_distance_is_the_mean_over_subsets(monkeypatch: pytest.MonkeyPatc
     zeros, twos = np.zeros((2, 2)), np.full((2, 2), 2.0)
     assert kernel_distance(zeros, twos, num_subsets=1, subset_size=2) == pytest.approx(1 + 125 - 2)
     for settings, message in (({"subset_size": 3}, "subset_size 3"), ({"subset_size": 1}, "subset_size 1")):
-        with pytest.raises(UsageError, match=message):
-            kernel_distance(zeros, twos, **settings)
-    with pytest.raises(UsageError, match="num_subsets is 0"):
-        kernel_distance(zeros, twos, subset_size=2, num_subsets=0)
+        pytest.raises(UsageError, kernel_distance, zeros, twos, **settings).match(message)
+    pytest.raises(UsageError, kernel_distance, zeros, twos, subset_size=2, num_subsets=0).match("num_subsets is 0")
 
 
 def test_counts_in_names() -> None:

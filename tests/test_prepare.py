@@ -195,8 +195,7 @@ def test_a_second_call_changes_nothing_and_verifies(folder: Path, tmp_path: Path
     data = bytearray(out.read_bytes())
     data[data.index(BetonSource(out).read(1)[-50:])] ^= 1
     out.write_bytes(data)
-    with pytest.raises(RunError, match="fails its checksum"):
-        prepare(folder, out)
+    pytest.raises(RunError, prepare, folder, out).match("fails its checksum")
     prepare(folder, out, verify=False)
     out.unlink()
     assert prepare(folder, out).num_new == 23
@@ -214,8 +213,7 @@ def test_what_was_written_is_looked_through(folder: Path, tmp_path: Path, monkey
         ]
     ):
         monkeypatch.setattr(BetonWriter, "append", lambda self, _, label, new=stored: original(self, new, label))
-        with pytest.raises(RunError, match=message):
-            prepare(folder, tmp_path / f"{number}.beton")
+        pytest.raises(RunError, prepare, folder, tmp_path / f"{number}.beton").match(message)
 
 
 # ------------------------------------------------------------------------------------------------ bad images
@@ -239,10 +237,8 @@ def test_bad_images_are_listed_and_left_out(tmp_path: Path) -> None:
     assert [line[0] for line in lines] == sorted(line[0] for line in lines) and len(lines) == bad
     assert all(Path(path).parent.name == "owl" and why for path, why in lines)
     assert BetonSource(tmp_path / "a.beton").labels.tolist() == [0] * 8 + [1] * 8 + [2] * 7
-    with pytest.raises(RunError, match=r"owl/bad-.*--on-error skip"):
-        prepare(source, tmp_path / "b.beton", on_error="raise")
-    with pytest.raises(RunError, match=r"owl/bad-.*--on-error skip"):
-        prepare(source, tmp_path / "a.beton", on_error="raise")
+    pytest.raises(RunError, prepare, source, tmp_path / "b.beton", on_error="raise").match(r"owl/bad-.*--on-error skip")
+    pytest.raises(RunError, prepare, source, tmp_path / "a.beton", on_error="raise").match(r"owl/bad-.*--on-error skip")
 
 
 def test_what_a_shard_of_the_source_lacks_is_listed_too(tmp_path: Path) -> None:
@@ -298,21 +294,18 @@ def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
         ("a.beton", {"quality": 101}, "--quality is 101"),
         ("a.beton", {"num_workers": 0}, "--num-workers is 0"),
     ):
-        with pytest.raises(UsageError, match=message):
-            prepare(folder, tmp_path / out, **settings)
+        pytest.raises(UsageError, prepare, folder, tmp_path / out, **settings).match(message)
     assert list(tmp_path.iterdir()) == []
     with BetonWriter(tmp_path / "foreign.beton", max_samples=1) as writer:
         writer.append(encode_image(photo(0), "raw"), 0)
         writer.finish()
-    with pytest.raises(UsageError, match="not from vadit prepare"):
-        prepare(folder, tmp_path / "foreign.beton")
+    pytest.raises(UsageError, prepare, folder, tmp_path / "foreign.beton").match("not from vadit prepare")
 
 
 def test_two_at_a_time_are_refused(folder: Path, tmp_path: Path) -> None:
     def progress(title: str, *_: int) -> None:
         if title == "prepare":
-            with pytest.raises(UsageError, match="in use by this process itself"):
-                prepare(folder, tmp_path / "a.beton")
+            pytest.raises(UsageError, prepare, folder, tmp_path / "a.beton").match("in use by this process itself")
 
     assert prepare(folder, tmp_path / "a.beton", progress=progress).num_new == 23
 

@@ -107,8 +107,7 @@ def test_rfid_compares_with_the_very_images_and_lpips_sees_all_of_the_decoded() 
 
 
 def test_unusable_input_is_refused() -> None:
-    with pytest.raises(UsageError, match="no images"):
-        reconstruction.evaluate_tokenizer(PixelCodec(), [])
+    pytest.raises(UsageError, reconstruction.evaluate_tokenizer, PixelCodec(), []).match("no images")
     with pytest.raises(UsageError, match="uint8"):
         reconstruction.evaluate_tokenizer(PixelCodec(), [torch.zeros(1, 3, 16, 16)])
 

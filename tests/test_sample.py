@@ -106,13 +106,10 @@ def test_bad_requests_are_refused():
     def attempt(spec: SampleSpec = SampleSpec(), **settings) -> None:  # noqa: B008
         next(draw(SmallNet(), spec, **{"num_samples": 1, **settings}))
 
-    with pytest.raises(UsageError, match="label 2 is out of range: the generator has 2 classes"):
-        attempt(labels=[0, 2])
-    with pytest.raises(UsageError, match="empty"):
-        attempt(labels=[])
+    pytest.raises(UsageError, attempt, labels=[0, 2]).match("label 2 is out of range: the generator has 2 classes")
+    pytest.raises(UsageError, attempt, labels=[]).match("empty")
     attempt(labels=[0, 1])
-    with pytest.raises(UsageError, match="label -1"):
-        attempt(labels=[-1])
+    pytest.raises(UsageError, attempt, labels=[-1]).match("label -1")
     with pytest.raises(UsageError, match=r"--method ddpm does not fit this generator \(flow\.objective flow\)"):
         attempt(SampleSpec(method="ddpm"))
 
@@ -262,8 +259,7 @@ def test_latents_that_are_not_finite_become_no_images(tmp_path):
     model = SmallNet()
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
-    with pytest.raises(RunError, match=r"samples 0 to \d+ are not finite"):
-        _write(tmp_path, num_samples=2, model=model)
+    pytest.raises(RunError, _write, tmp_path, num_samples=2, model=model).match(r"samples 0 to \d+ are not finite")
     assert not (tmp_path / "images").exists()
 
 
@@ -276,8 +272,7 @@ def test_the_sampler_is_noted_beside_the_images(tmp_path):
     assert noted_sampler(tmp_path / "guided") == "euler3_autoguided2_random"
     assert noted_sampler(tmp_path.parent) is None
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        _write(tmp_path, num_samples=2)
+    pytest.raises(RunError, _write, tmp_path, num_samples=2).match("damaged")
     assert noted_sampler(tmp_path / "images") is None
 
 
@@ -298,8 +293,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
     real = os.replace
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(RunError, match=r"000002\.png cannot be written \(No space left on device\)"):
-        _write(tmp_path)
+    pytest.raises(RunError, _write, tmp_path).match(r"000002\.png cannot be written \(No space left on device\)")
     monkeypatch.undo()
     assert sorted(_bytes(tmp_path)) == ["images/000000.png", "images/000001.png", "settings.json"]
     files = _write(tmp_path)
@@ -312,6 +306,5 @@ def test_a_damaged_image_stops_the_archive_whole(tmp_path):
     content = png.read_bytes()
     png.write_bytes(content[:20] + b"\0" * (len(content) - 32) + content[-12:])
     (tmp_path / "samples.npz").unlink()
-    with pytest.raises(RunError, match=r"000001\.png does not decode"):
-        _write(tmp_path, num_samples=2)
+    pytest.raises(RunError, _write, tmp_path, num_samples=2).match(r"000001\.png does not decode")
     assert not list(tmp_path.glob("samples.npz*"))

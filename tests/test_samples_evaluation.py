@@ -99,8 +99,7 @@ def test_what_vadit_sample_wrote_is_read_whole_or_refused(tmp_path: Path) -> Non
     (tmp_path / "settings.json").write_text("{}")
     np.testing.assert_array_equal(np.concatenate(list(image_files.open_images(tmp_path).batches(8))), pictures(4))
     (folder / "000001.png").unlink()
-    with pytest.raises(UsageError, match=r"lacks image 000001\.png"):
-        image_files.open_images(tmp_path)
+    pytest.raises(UsageError, image_files.open_images, tmp_path).match(r"lacks image 000001\.png")
 
 
 def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -154,8 +153,7 @@ def test_missing_and_wrong_weights_name_the_file_and_the_setting(tmp_path: Path)
         with pytest.raises(UsageError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception-weights"):
             Inception(path)
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UsageError, match="is not torch-fidelity's Inception"):
-        Inception(tmp_path / "other.pth")
+    pytest.raises(UsageError, Inception, tmp_path / "other.pth").match("is not torch-fidelity's Inception")
 
 
 def test_inception_takes_the_three_layers_of_the_protocol(
@@ -280,12 +278,10 @@ def test_a_reference_of_two_images_will_do_and_of_one_will_not(small: Path) -> N
     with pytest.raises(UsageError, match="more than 3 reference images, found 2"):
         evaluate(small / "drawn.npz", small / "two.npz")
     np.savez(small / "one.npz", arr_0=pictures(1, 2))
-    with pytest.raises(UsageError, match="at least 2 images, found 1"):
-        evaluate(small / "drawn.npz", small / "one.npz")
+    pytest.raises(UsageError, evaluate, small / "drawn.npz", small / "one.npz").match("at least 2 images, found 1")
     mu, sigma = mean_and_covariance(extract(pictures(9, 1)).pool)
     np.savez(small / "half.npz", mu=mu)
-    with pytest.raises(UsageError, match="mu without sigma"):
-        evaluate(small / "drawn.npz", small / "half.npz")
+    pytest.raises(UsageError, evaluate, small / "drawn.npz", small / "half.npz").match("mu without sigma")
     np.savez(small / "statistics.npz", mu=mu, sigma=sigma)
     assert evaluate(small / "drawn.npz", small / "statistics.npz", num_samples=2).keys() == {"fid", "is"}
     with pytest.raises(UsageError, match="FD-DINOv2 needs the reference's images"):

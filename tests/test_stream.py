@@ -134,12 +134,10 @@ def test_what_cannot_be_is_refused() -> None:
         ({"rank": 2, "world_size": 2}, r"rank 2 is outside \[0, 2\)"),
         ({"rank": -1}, "rank -1 is outside"),
     ):
-        with pytest.raises(UsageError, match=message):
-            Ids(**({"batch_size": 1} | options))
+        pytest.raises(UsageError, Ids, **({"batch_size": 1} | options)).match(message)
     assert Ids(1, n=1).num_samples == 1
     with pytest.raises(UsageError, match=r"counts 12 samples but the data set has 11"):
         Ids(2).load_state_dict({"seed": 0, "images_seen": 4, "num_samples": 12})
     assert debug_count("debug:1") == 1 and debug_count("debug:64") == 64
     for path in ("debug:0", "debug:", "debug:-1", "debug:x"):
-        with pytest.raises(UsageError, match="debug data needs a count of at least 1"):
-            debug_count(path)
+        pytest.raises(UsageError, debug_count, path).match("debug data needs a count of at least 1")

@@ -64,8 +64,7 @@ def test_contrastive_loss_by_hand() -> None:
     expected = ((seen["x_t"] * 0.5 - others) ** 2).mean()
     assert loss["contrastive"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert loss["loss"].item() == pytest.approx(plain["loss"].item() - 0.05 * expected.item(), rel=1e-5)
-    with pytest.raises(UsageError, match="micro-batch, which holds 1"):
-        flow_terms(spec, model, x[:1], labels[:1], 0)
+    pytest.raises(UsageError, flow_terms, spec, model, x[:1], labels[:1], 0).match("micro-batch, which holds 1")
 
 
 # ------------------------------------------------------------------------------------------ inside the network
@@ -77,16 +76,14 @@ def test_dispersive_and_alignment_loss_by_hand() -> None:
     pairs = [math.exp(-((rows[i] - rows[j]) ** 2).mean().item() / 0.7) for i in range(5) for j in range(5)]
     assert regularisers.dispersive_loss(hidden, 0.7).item() == pytest.approx(math.log(sum(pairs) / 25), rel=1e-5)
     assert regularisers.dispersive_loss(hidden[:1].expand(4, -1, -1), 0.5).item() == pytest.approx(0, abs=1e-5)
-    with pytest.raises(UsageError, match="micro-batch, which holds 1"):
-        regularisers.dispersive_loss(hidden[:1], 0.5)
+    pytest.raises(UsageError, regularisers.dispersive_loss, hidden[:1], 0.5).match("micro-batch, which holds 1")
     features = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(0))
     tokens = features.flatten(2).transpose(1, 2)
     assert regularisers.alignment_loss(3 * tokens, features.bfloat16()).item() == pytest.approx(0, abs=1e-4)
     assert regularisers.alignment_loss(-tokens, features).item() == pytest.approx(2)
     expected = 1 - F.cosine_similarity(tokens.roll(1, dims=1), tokens, dim=2).mean()
     assert regularisers.alignment_loss(tokens.roll(1, dims=1), features).item() == pytest.approx(expected.item())
-    with pytest.raises(UsageError, match="6 tokens of 5 channels"):
-        regularisers.alignment_loss(tokens[..., :5], features)
+    pytest.raises(UsageError, regularisers.alignment_loss, tokens[..., :5], features).match("6 tokens of 5 channels")
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -73,12 +73,10 @@ def test_a_shard_cut_at_any_byte(tmp_path: Path) -> None:
     for size in sorted({0, 1, 100, 511, 512, last - 1, last, last + 511, *starts, *range(0, last, 700)}):
         path = tmp_path / f"{size}.tar"
         path.write_bytes(whole[:size])
-        with pytest.raises(RunError, match=rf"{size}.tar:from byte \d+ on: .*cut short"):
-            TarSource(path)
+        pytest.raises(RunError, TarSource, path).match(rf"{size}.tar:from byte \d+ on: .*cut short")
         held = [number for number in range(3) if size >= starts[2 * number + 1]]
         if not held:
-            with pytest.raises(UsageError, match="holds no images"):
-                TarSource(path, on_error="skip")
+            pytest.raises(UsageError, TarSource, path, on_error="skip").match("holds no images")
             continue
         source = TarSource(path, on_error="skip")
         assert bytes_of(source) == [blob(number) for number in held] and source.labels.tolist() == held
@@ -108,8 +106,7 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     for size in (b"0000000008x\0", b"\xff" * 11 + b"\x01", b"00000000001\0"):
         with pytest.raises(RunError, match=r"from byte (1024|2048) on: there is a damaged header|states no size"):
             changed(124, size, fit=True)
-    with pytest.raises(RunError, match="is no plain file"):
-        changed(156, b"S", fit=True)
+    pytest.raises(RunError, changed, 156, b"S", fit=True).match("is no plain file")
 
 
 def test_other_files_by_the_name_of_a_shard(tmp_path: Path) -> None:
@@ -120,12 +117,10 @@ def test_other_files_by_the_name_of_a_shard(tmp_path: Path) -> None:
         (b"", "the file ends at byte 0"),
     ):
         path.write_bytes(content)
-        with pytest.raises(RunError, match=why):
-            TarSource(path)
+        pytest.raises(RunError, TarSource, path).match(why)
     first, second = (write_tar(tmp_path / f"{name}.tar", samples(0, 2)).read_bytes() for name in "xy")
     path.write_bytes(first + second)
-    with pytest.raises(RunError, match="data behind the end marker"):
-        TarSource(path)
+    pytest.raises(RunError, TarSource, path).match("data behind the end marker")
 
 
 def test_damaged_pax_headers(tmp_path: Path) -> None:
@@ -142,22 +137,18 @@ def test_a_shard_that_changes_while_it_is_in_use(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", samples(0, 3))
     source = TarSource(path)
     write_tar(path, samples(1, 3))
-    with pytest.raises(RunError, match=r"a.tar was changed while it was in use"):
-        source.read(0)
+    pytest.raises(RunError, source.read, 0).match(r"a.tar was changed while it was in use")
     source = TarSource(path)
     assert source.read(2) == blob(3)
     os.truncate(path, 600)
-    with pytest.raises(RunError, match="cut short while it was in use"):
-        source.read(2)
+    pytest.raises(RunError, source.read, 2).match("cut short while it was in use")
     write_tar(path, samples(0, 3))
     source = TarSource(path)
     path.unlink()
-    with pytest.raises(RunError, match=r"a.tar:byte 1024 cannot be read \(No such file"):
-        source.read(0)
+    pytest.raises(RunError, source.read, 0).match(r"a.tar:byte 1024 cannot be read \(No such file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_shard_without_permission(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", samples(0, 3)).chmod(0)
-    with pytest.raises(RunError, match="Permission denied"):
-        TarSource(tmp_path)
+    pytest.raises(RunError, TarSource, tmp_path).match("Permission denied")

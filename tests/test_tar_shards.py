@@ -131,10 +131,8 @@ def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"t-003.tar does not exist \(1 of the 4 shards"):
         TarSource(f"{tmp_path}/t-{{000..003}}.tar")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"holds no .tar files"):
-        TarSource(tmp_path / "empty")
-    with pytest.raises(UsageError, match="does not exist"):
-        TarSource(tmp_path / "nothing.tar")
+    pytest.raises(UsageError, TarSource, tmp_path / "empty").match(r"holds no .tar files")
+    pytest.raises(UsageError, TarSource, tmp_path / "nothing.tar").match("does not exist")
     with pytest.raises(UsageError, match=r"holds no images .*jpg"):
         TarSource(write_tar(tmp_path / "odd.tar", [("0.txt", b"text")]))
 

@@ -51,8 +51,7 @@ def test_box_halving_and_extreme_aspects() -> None:
         pixels = pixels.reshape(side, 2, side, 2, 3).mean(axis=(1, 3))
     cropped = np.asarray(center_crop(image, 16)).astype(np.float64)
     assert np.abs(cropped - pixels).max() <= 2.0  # four roundings to 8 bits: two passes, rows and columns
-    with pytest.raises(ValueError, match="1 x 5000 pixels"):
-        center_crop(picture(1, 5000), 32)
+    pytest.raises(ValueError, center_crop, picture(1, 5000), 32).match("1 x 5000 pixels")
 
 
 def test_random_crop_is_a_square_of_the_short_side() -> None:
@@ -87,7 +86,6 @@ def test_grids_and_pairs_of_pictures() -> None:
     np.testing.assert_array_equal(body[18:34, :16], 255 - originals[0])
     np.testing.assert_array_equal(body[44:60, 18:34], originals[4])
     assert picture[:, : -width - 4].min() < 200  # the labels are there
-    with pytest.raises(UsageError, match="one shape"):
-        reconstruction_pairs(originals, originals[:4])
+    pytest.raises(UsageError, reconstruction_pairs, originals, originals[:4]).match("one shape")
     with pytest.raises(UsageError, match="uint8"):
         image_grid(originals.astype(np.float32))

@@ -112,11 +112,9 @@ def test_unusable_vectors_are_refused() -> None:
     vectors = np.random.default_rng(0).normal(size=(100, 3))
     with pytest.raises(UsageError, match=r"--num-vectors is 90; .* more than 90 latent vectors"):
         uniformity.embed(vectors[:90])
-    with pytest.raises(UsageError, match="collapsed"):
-        uniformity.embed(np.ones((100, 3)))
+    pytest.raises(UsageError, uniformity.embed, np.ones((100, 3))).match("collapsed")
     vectors[5, 1] = np.nan
-    with pytest.raises(UsageError, match="1 values that are NaN"):
-        uniformity.embed(vectors)
+    pytest.raises(UsageError, uniformity.embed, vectors).match("1 values that are NaN")
 
 
 def test_vectors_are_read_from_any_tensor_file(tmp_path: Path) -> None:
@@ -130,8 +128,7 @@ def test_vectors_are_read_from_any_tensor_file(tmp_path: Path) -> None:
     for name in ("v.npy", "v.npz", "v.pt", "v.safetensors"):
         assert torch.equal(uniformity.read_vectors(tmp_path / name), vectors), name
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(RunError, match=r"damaged\.pt cannot be read"):
-        uniformity.read_vectors(tmp_path / "damaged.pt")
+    pytest.raises(RunError, uniformity.read_vectors, tmp_path / "damaged.pt").match(r"damaged\.pt cannot be read")
 
 
 def test_seeds_give_a_mean_with_its_spread_and_the_first_one_a_picture(

@@ -176,8 +176,7 @@ def test_a_watchdog_that_fails_ends_the_run(case: str, pairs: tuple[dict[str, in
 
 
 def test_the_setting_is_checked_and_0_guards_nothing() -> None:
-    with pytest.raises(UsageError, match=r"run\.hang_timeout_s is -1"):
-        Watchdog(-1)
+    pytest.raises(UsageError, Watchdog, -1).match(r"run\.hang_timeout_s is -1")
     with Watchdog(0) as dog:
         dog.beat(1)
         assert not any(thread.name == "watchdog" for thread in threading.enumerate())
