@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import beton_files
 import image_files
 import numpy as np
 import pytest
@@ -378,7 +377,8 @@ def readers(root: Path) -> dict[str, Callable[[], object]]:
     write_tar(root / "tars" / "x.tar", [("1.jpg", jpeg(0))])
     moments_folder(root / "latents")
     folder, tars = FolderSource(root / "images"), TarSource(root / "tars")
-    beton = BetonSource(beton_files.write(root / "x.beton"))
+    prepare_images(ImageDataSpec(path=str(root / "images")), root / "x.beton", size=8, num_workers=1)
+    beton = BetonSource(root / "x.beton")
     latents = LatentDataset(root / "latents")
     return {
         "folder": lambda: folder.read(0),

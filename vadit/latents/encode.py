@@ -215,7 +215,7 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
     """Numbers of the shards whose headers are sound; refuses a folder that holds anything else."""
     expected = {shard_path(out, number): number for number in range(num_shards)}
     finished: set[int] = set()
-    for path in visible(out, ".safetensors"):
+    for path in visible(out, ".safetensors") if out.is_dir() else ():
         try:
             found = open_shard(path).settings
         except RunError as error:
