@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,12 +91,20 @@ def _before(config: TokenizerConfig | DiTConfig) -> TokenizerConfig | DiTConfig 
 def owned_folder(config: TokenizerConfig | DiTConfig) -> Iterator[None]:
     """The run folder is this run's alone until the block ends (`owner.owned`). Collective.
 
-    Several processes meet first: where the main one is refused, none waits for it.
+    Several processes meet first: where the main one is refused, none waits for it. One that was made here goes again
+    where the run fails before its first step: by a wrong path, for one.
     """
+    folder = Path(config.run.out)
+    fresh = distributed.is_main() and not folder.exists()
     if distributed.world_size() > 1:
         start(distributed.device(config.run.device))
-    with owned(config.run.out, "set another --run.out"):
-        yield
+    with owned(folder, "set another --run.out"):
+        try:
+            yield
+        except Exception:
+            if fresh and not any(folder.rglob("log.jsonl")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _fixed(config: Any) -> dict[str, Any]:

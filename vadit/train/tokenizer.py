@@ -59,7 +59,6 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     if not config.stages:
         return _train_stage(config, title)
     with runs.owned_folder(config):
-        open_images(config.data, config.autoencoder.image_size)  # a wrong path must not leave a run folder behind
         folder = runs.open_folder(config)
         start(distributed.device(config.run.device))
         with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
