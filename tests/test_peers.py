@@ -145,6 +145,19 @@ def test_apex_is_really_called(
     assert logged(tmp_path / "apex") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
 
 
+def test_a_run_does_not_go_on_with_another_optimizer(
+    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_kind(tiny_dit(tmp_path), "apex_fused")
+    dit.train(config)
+    assert apex.made
+    for module in ("apex", "apex.optimizers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    told = r"step-\d+ holds the state of optimizer\.kind apex_fused, which adamw cannot go on from: apex_fused .*"
+    with pytest.raises(UsageError, match=told + r"make apex_fused available, or .*--run\.init-from .*--run\.out"):
+        dit.train(config)
+
+
 def test_both_engines_of_a_tokenizer_have_it(tmp_path: Path, apex: type[FakeFusedAdam]) -> None:
     tokenizer.train(with_kind(tiny_tokenizer(tmp_path), "apex_fused"))
     assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 3, 1, 2]  # tried twice; the discriminator late
