@@ -41,16 +41,14 @@ def _directions(features_BDN: Tensor) -> Tensor:
     return features_BDN * _inverse_norm(features_BDN.square().sum(1, keepdim=True))
 
 
-def _project(z_BdN: Tensor, weight_Dd: Tensor | None, features_BDN: Tensor) -> tuple[Tensor, Tensor]:
+def _project(z_BdN: Tensor, weight_Dd: Tensor, features_BDN: Tensor) -> tuple[Tensor, Tensor]:
     """A z and W^T f, both (B, d, N): all that the losses need of W."""
-    if weight_Dd is None:
-        return z_BdN, features_BDN
     return (weight_Dd.T @ weight_Dd) @ z_BdN, weight_Dd.T @ features_BDN
 
 
 def vf_loss_reference(
     z_BdN: Tensor,
-    weight_Dd: Tensor | None,
+    weight_Dd: Tensor,
     features_BDN: Tensor,
     cos_margin: float,
     distmat_margin: float,
@@ -61,7 +59,7 @@ def vf_loss_reference(
     # bf16 matrix products would lose the small differences of cosines that the margins are about.
     with torch.autocast(device_type=z_BdN.device.type, enabled=False):
         z, f = z_BdN.to(wide), _directions(features_BDN.to(wide))
-        Az_BdN, Wf_BdN = _project(z, None if weight_Dd is None else weight_Dd.to(wide), f)
+        Az_BdN, Wf_BdN = _project(z, weight_Dd.to(wide), f)
         inverse_norm_BN = _inverse_norm((z * Az_BdN).sum(1))
         cos_BN = (z * Wf_BdN).sum(1) * inverse_norm_BN
         own_BNN = (z * inverse_norm_BN[:, None]).transpose(1, 2) @ (Az_BdN * inverse_norm_BN[:, None])
@@ -107,7 +105,7 @@ class _DistmatLoss(torch.autograd.Function):
 def _vf_loss_kernels(
     ops: Any,
     z_BdN: Tensor,
-    weight_Dd: Tensor | None,
+    weight_Dd: Tensor,
     features_BDN: Tensor,
     cos_margin: float,
     distmat_margin: float,
@@ -119,7 +117,7 @@ def _vf_loss_kernels(
             gram, f_inverse_norm_BN = ops.vf_gram(features_BDN)
         else:
             gram, f_inverse_norm_BN = gram_BNN.float().contiguous(), _inverse_norm(f.square().sum(1))
-        Az_BdN, Wf_BdN = _project(z, None if weight_Dd is None else weight_Dd.float(), f)
+        Az_BdN, Wf_BdN = _project(z, weight_Dd.float(), f)
         inverse_norm_BN = _inverse_norm((z * Az_BdN).sum(1))
         cos_BN = (z * Wf_BdN).sum(1) * inverse_norm_BN * f_inverse_norm_BN
         u, v = z * inverse_norm_BN[:, None], Az_BdN * inverse_norm_BN[:, None]
@@ -130,17 +128,14 @@ def _vf_loss_kernels(
 # ---------------------------------------------------------------------------------------------------------- public
 
 
-def _check(z: Tensor, weight: Tensor | None, features: Tensor, gram: Tensor | None) -> None:
+def _check(z: Tensor, weight: Tensor, features: Tensor, gram: Tensor | None) -> None:
     checks.check_kind(OP, z=z, weight=weight, features=features, features_gram=gram)
     if z.ndim != 3 or features.ndim != 3:
         checks.fail(OP, f"z {checks.shape(z)}, features {checks.shape(features)}", "z (B, d, N), features (B, D, N)")
     found = f"z {checks.shape(z)}, features {checks.shape(features)}"
     if (z.shape[0], z.shape[2]) != (features.shape[0], features.shape[2]):
         checks.fail(OP, found, "the same number of images and of positions in both")
-    if weight is not None:
-        checks.check_shape(OP, "weight", weight, (features.shape[1], z.shape[1]), found)
-    elif z.shape[1] != features.shape[1]:
-        checks.fail(OP, found, "equally many channels in both where weight is None")
+    checks.check_shape(OP, "weight", weight, (features.shape[1], z.shape[1]), found)
     checks.check_shape(OP, "features_gram", gram, (z.shape[0], z.shape[2], z.shape[2]), found)
     checks.check_inner(OP, z=z, features=features)
 
@@ -165,7 +160,7 @@ def features_gram(features: Tensor) -> Tensor:
 
 def vf_loss(
     z: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     features: Tensor,
     *,
     cos_margin: float,
@@ -174,10 +169,9 @@ def vf_loss(
 ) -> tuple[Tensor, Tensor]:
     """Marginal cosine similarity loss and marginal distance matrix similarity loss.
 
-    Args: z (B, d, N) latent; weight (D, d) projection to the features' width, or None where d == D already;
-        features (B, D, N) of the frozen foundation model; cos_margin m1; distmat_margin m2; features_gram (B, N, N),
-        what the function of that name makes of the features, if it is at hand. Any floating dtypes; the last axes of
-        z and features are contiguous.
+    Args: z (B, d, N) latent; weight (D, d) projection to the features' width; features (B, D, N) of the frozen
+        foundation model; cos_margin m1; distmat_margin m2; features_gram (B, N, N), what the function of that name
+        makes of the features, if it is at hand. Any floating dtypes; the last axes of z and features are contiguous.
     Returns: (L_mcos, L_mdms), two float32 scalars, differentiable in z and weight (NaN for an empty batch: means over
         nothing). Features that require a gradient get it, from plain torch.
     Raises: ValueError naming the shapes found and needed.
