@@ -199,8 +199,8 @@ def test_import_and_export(tmp_path: Path) -> None:
     tokenizer, checkpoint = autoencoder_checkpoint()
     torch.save({"model": model.state_dict(), "ema": model.state_dict(), "config": {"a": [1, "b"]}}, tmp_path / "dit.pt")
     torch.save(checkpoint, tmp_path / "vae.pt")
-    assert interop.import_checkpoint(tmp_path / "dit.pt", tmp_path / "dit", num_heads=4) == "dit"
-    assert interop.import_checkpoint(tmp_path / "vae.pt", tmp_path / "vae") == "autoencoder"
+    for name in ("dit", "vae"):
+        interop.load_foreign(tmp_path / f"{name}.pt", num_heads=4).save_pretrained(tmp_path / name)
     assert torch.equal(predict(LightningDiT.from_pretrained(tmp_path / "dit")), predict(model))
     assert Autoencoder.from_pretrained(tmp_path / "vae").spec == tokenizer.spec
 
@@ -229,5 +229,5 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         interop.load_reference_dit(tmp_path / "object.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=r"other\.pt is neither a generator"):
-        interop.import_checkpoint(tmp_path / "other.pt", tmp_path / "out")
+        interop.load_foreign(tmp_path / "other.pt")
     assert not (tmp_path / "out").exists()

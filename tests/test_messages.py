@@ -282,7 +282,7 @@ PROGRAMS: dict[str, Callable[[Path], object]] = {
     "TorchScript": as_scripted,
 }
 READERS: dict[str, Callable[[Path], object]] = {
-    "weights": lambda path: interop.import_checkpoint(path, path.parent / "out"),
+    "weights": lambda path: interop.load_foreign(path),
     "LPIPS": LPIPS,
     "foundation": lambda path: FoundationModel(FoundationSpec(name="vit_tiny_patch16_224", weights=str(path)), 2),
     "statistics": lambda path: load_statistics(path.parent, 4),

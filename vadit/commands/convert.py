@@ -47,15 +47,16 @@ class ExportOptions(Checked):
 
 def import_command(options: ImportOptions) -> None:
     """Turn somebody else's checkpoint into a folder of ours."""
-    from vadit.models.interop import import_checkpoint
+    from vadit.models.autoencoder import Autoencoder
+    from vadit.models.interop import load_foreign
     from vadit.models.interop_diffusers import published_scale
 
     check_output("--out", options.out)
-    kind = import_checkpoint(
-        options.source, options.out, num_heads=options.num_heads, attention_resolution=options.attention_resolution
-    )
-    say(f"{options.out}: {'a generator' if kind == 'dit' else 'a tokenizer'}")
-    if kind == "autoencoder" and (advice := published_scale(options.source)):
+    model = load_foreign(options.source, num_heads=options.num_heads, attention_resolution=options.attention_resolution)
+    model.save_pretrained(options.out)
+    is_tokenizer = isinstance(model, Autoencoder)
+    say(f"{options.out}: {'a tokenizer' if is_tokenizer else 'a generator'}")
+    if is_tokenizer and (advice := published_scale(options.source)):
         say(advice)
 
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ REFERENCE_IMAGE_SIZE = 256
 """Image side at which the authors count attention resolutions."""
 DIT_MARK = "x_embedder.proj.weight"
 AUTOENCODER_MARK = "encoder.conv_in.weight"
-MARKS = (DIT_MARK, AUTOENCODER_MARK, interop_diffusers.MARK)
 
 
 # ------------------------------------------------------------------------------------------------ their files to ours
@@ -78,35 +77,20 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     return build_model(lambda: Autoencoder(spec), state, str(file)), settings
 
 
-def load_foreign_autoencoder(path: str | Path) -> Autoencoder | None:
-    """The tokenizer at `path` where that is diffusers' folder or file, or a file of the authors; else None."""
-    if interop_diffusers.find(path) is None:
-        if not Path(path).is_file():
-            return None
-        if interop_diffusers.MARK not in bare_state(read_mapping(path), *MARKS)[0]:
-            return load_reference_autoencoder(path)
-    return load_diffusers_autoencoder(path)[0]
-
-
-def import_checkpoint(
-    source: str | Path, out: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None
-) -> Literal["dit", "autoencoder"]:
-    """Turn a file of the authors, or diffusers' AutoencoderKL, into our folder `out`; says which kind it was."""
-    of_diffusers = interop_diffusers.find(source) is not None
-    state = {} if of_diffusers else bare_state(read_mapping(source), *MARKS)[0]
-    if of_diffusers or interop_diffusers.MARK in state:
-        load_diffusers_autoencoder(source)[0].save_pretrained(out)
-        return "autoencoder"
-    if DIT_MARK in state:
-        load_reference_dit(source, num_heads=num_heads).save_pretrained(out)
-        return "dit"
-    if AUTOENCODER_MARK in state:
-        load_reference_autoencoder(source, attention_resolution=attention_resolution).save_pretrained(out)
-        return "autoencoder"
-    raise UsageError(
-        f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no {AUTOENCODER_MARK}); "
-        "name a checkpoint of the authors, or an AutoencoderKL of diffusers"
-    )
+def load_foreign(source: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None) -> Model:
+    """The network in a file of the authors or in diffusers' AutoencoderKL, whichever is there."""
+    if interop_diffusers.find(source) is None:
+        state, _ = bare_state(read_mapping(source), DIT_MARK, AUTOENCODER_MARK, interop_diffusers.MARK)
+        if DIT_MARK in state:
+            return load_reference_dit(source, num_heads=num_heads)
+        if AUTOENCODER_MARK in state and interop_diffusers.MARK not in state:
+            return load_reference_autoencoder(source, attention_resolution=attention_resolution)
+        if interop_diffusers.MARK not in state:
+            raise UsageError(
+                f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no "
+                f"{AUTOENCODER_MARK}); name a checkpoint of the authors, or an AutoencoderKL of diffusers"
+            )
+    return load_diffusers_autoencoder(source)[0]
 
 
 # ------------------------------------------------------------------------------------------------ ours to theirs

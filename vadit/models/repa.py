@@ -13,9 +13,6 @@ from vadit.config import DiTConfig, DiTSpec, RepaSpec
 from vadit.models.dit import DiTOutput, LightningDiT
 from vadit.models.masked import build_generator
 
-PREFIX = "projector."
-"""Of the projector's names in a checkpoint."""
-
 
 class AlignedDiT(LightningDiT):
     """LightningDiT whose output of block `repa.block` goes through the projector to (B, N, F), where it is tapped."""

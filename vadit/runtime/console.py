@@ -54,12 +54,12 @@ def note(text: str, style: str = "yellow") -> None:
     _console.print(one_line(text), style=style, soft_wrap=True)
 
 
-def note_once(text: str) -> None:
+def note_once(text: str, style: str = "yellow") -> None:
     """`note` of the main process alone."""
     from vadit.runtime import distributed  # torch, which `vadit --help` does without
 
     if distributed.is_main():
-        note(text)
+        note(text, style)
 
 
 def show(renderable: RenderableType) -> None:

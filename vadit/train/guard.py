@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vadit.config import GuardSpec
 from vadit.runtime import distributed
-from vadit.runtime.console import note
+from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import open_log
 from vadit.runtime.json_files import Count, checked
@@ -111,8 +111,7 @@ class Guard:
         reason = self._reason()
         self._record("skipped", step=step, images=images, reason=reason, image_ids=image_ids)
         line = f"step {step} left out: {reason}; its image ids are in {self.folder / 'guard.jsonl'}"
-        if distributed.is_main():
-            note(line)
+        note_once(line)
         if not self.spec.skip_nonfinite and "not finite" in reason:
             raise RunError(f"{line}; the last checkpoint is sound. {self.remedies()}")
         if self.in_row < self.spec.max_skips_in_row:
@@ -160,11 +159,10 @@ class Guard:
         self.in_row, self._losses = 0, []
         self.lr_factor *= self.spec.rollback_lr_factor
         self._record("rollback", step=step, images=images, reason=why, lr_factor=self.lr_factor)
-        if distributed.is_main():
-            note(
-                f"{why}: going back to the last checkpoint (rollback {self.rollbacks} of "
-                f"{self.spec.max_rollbacks}), on with the data that comes next"
-            )
+        note_once(
+            f"{why}: going back to the last checkpoint (rollback {self.rollbacks} of {self.spec.max_rollbacks}), on "
+            "with the data that comes next"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; waits for the device."""

@@ -12,7 +12,7 @@ import torch
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.runtime import distributed
-from vadit.runtime.console import ProgressBar, note
+from vadit.runtime.console import ProgressBar, note_once
 from vadit.runtime.errors import RunError
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.stream import PositionedLoader
@@ -114,8 +114,7 @@ def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog |
             except Lost as lost:
                 this.roll_back(str(lost))
     this.writer.close()
-    if distributed.is_main():
-        note(f"  run folder {this.folder}", "dim")
+    note_once(f"  run folder {this.folder}", "dim")
 
 
 class _Run:

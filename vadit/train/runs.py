@@ -26,11 +26,10 @@ from torch import nn
 
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
 from vadit.config.files import load_run_config, save_config, to_dict
-from vadit.models.interop import MARKS
 from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
-from vadit.runtime.console import note
+from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import Difference, first_difference, refuse_other_settings, save_json
 from vadit.runtime.owner import owned
@@ -82,8 +81,7 @@ def _before(config: TokenizerConfig | DiTConfig) -> TokenizerConfig | DiTConfig 
     except UsageError as error:
         if not getattr(config, "stages", ()):
             raise
-        if distributed.is_main():
-            note(f"{error}; it is written anew")
+        note_once(f"{error}; it is written anew")
         return None
 
 
@@ -218,7 +216,7 @@ def initialise(module: nn.Module, source: str) -> None:
     own = module.state_dict()
     if path.is_file():
         content, origin = read_safetensors(path), path
-        state = bare_state(content, *MARKS)[0] | {name: content[name] for name in content if name in own}
+        state = bare_state(content, next(iter(own)))[0] | {name: content[name] for name in content if name in own}
     elif (path / WEIGHTS_NAME).is_file():
         state, origin = read_safetensors(path / WEIGHTS_NAME), path
     elif (path / "config.json").is_file():

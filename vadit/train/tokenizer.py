@@ -28,7 +28,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
 from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
-from vadit.runtime.console import note
+from vadit.runtime.console import note_once
 from vadit.train import loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
@@ -94,9 +94,8 @@ def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -
         device=device,
         begun_with=choices.recorded(folder, SETTING) if runs.has_checkpoint(folder) else None,
     )
-    if distributed.is_main():
-        note(f"  images by {decoding.name} ({decoding.reason})", "dim")
-        note(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
+    note_once(f"  images by {decoding.name} ({decoding.reason})", "dim")
+    note_once(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
     # The discriminator's optimizer is the same.
     runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)

@@ -23,7 +23,7 @@ import torch
 
 import vadit
 from vadit.runtime import distributed, rng
-from vadit.runtime.console import note
+from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
@@ -136,12 +136,11 @@ class Checkpoints:
         rank = distributed.rank()
         if saved.world_size != distributed.world_size():
             torch.manual_seed(rng.fold(self.seed, "resume", rank, saved.step))
-            if distributed.is_main():
-                note(
-                    f"  {path.name} is of {saved.world_size} processes, this run has "
-                    f"{distributed.world_size()}: random numbers are drawn anew from its step on",
-                    "dim",
-                )
+            note_once(
+                f"  {path.name} is of {saved.world_size} processes, this run has {distributed.world_size()}: random "
+                "numbers are drawn anew from its step on",
+                "dim",
+            )
             return
         own = Shares(path, self._main).files[rank]
         torch.set_rng_state(own.tensor("random.cpu").clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,12 +10,12 @@ import torch
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import load_run_config
+from vadit.models import interop_diffusers
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
-from vadit.models.interop import load_foreign_autoencoder
+from vadit.models.interop import load_foreign
 from vadit.models.masked import build_generator, load_exported
-from vadit.models.pretrained import WEIGHTS_NAME, Origin, load_state
-from vadit.models.repa import PREFIX
+from vadit.models.pretrained import TRAINING_ONLY, WEIGHTS_NAME, Origin, build_model
 from vadit.runtime.errors import UsageError
 from vadit.runtime.json_files import checked
 from vadit.train import runs
@@ -30,18 +31,18 @@ def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
     Others': a file of the authors, or an AutoencoderKL of diffusers.
     """
     if _is_exported(path):
-        return _looked_at(Autoencoder.from_pretrained(path), path)
-    if (foreign := load_foreign_autoencoder(path)) is not None:
+        model = Autoencoder.from_pretrained(path)
+    elif interop_diffusers.find(path) or Path(path).is_file():
+        if not isinstance(foreign := load_foreign(path), Autoencoder):
+            raise UsageError(f"{path} is a generator; a tokenizer is needed here")
         return foreign
-    config = load_run_config(path)
-    if not isinstance(config, TokenizerConfig):
-        raise UsageError(f"{path} is a generator's run; a tokenizer is needed here")
-    state, file = runs.read_weights(path, ema=ema)
-    model = Autoencoder(config.autoencoder)
-    # The projection of the VF loss serves training alone.
-    load_state(model, {name: value for name, value in state.items() if not name.startswith("linear_proj.")}, str(file))
-    model.origin = _origin(config, file, ema)
-    return _looked_at(model.eval(), path)
+    else:
+        config = load_run_config(path)
+        if not isinstance(config, TokenizerConfig):
+            raise UsageError(f"{path} is a generator's run; a tokenizer is needed here")
+        model = _of_run(path, config, ema, lambda: Autoencoder(config.autoencoder))
+    model.origin.warn(str(path))
+    return model
 
 
 def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
@@ -51,18 +52,20 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     averages nothing or `ema` is 0.
     """
     if _is_exported(path):
-        return _looked_at(load_exported(path), path)
-    config = load_run_config(path)
-    if not isinstance(config, DiTConfig):
-        raise UsageError(f"{path} is a tokenizer's run; a generator is needed here")
-    if ema is None and config.engine.ema_decays:
-        ema = config.engine.ema_decays[0]
-    state, file = runs.read_weights(path, ema=ema or None)
-    model = build_generator(config.model, config.mask)
-    # REPA's projector serves training alone.
-    load_state(model, {name: value for name, value in state.items() if not name.startswith(PREFIX)}, str(file))
-    model.origin = _origin(config, file, ema)
-    return _looked_at(model.eval(), path)
+        model = load_exported(path)
+        if ema not in (None, known := model.origin.ema):
+            raise UsageError(
+                f"--ema is {ema:g}, but {path} was exported with --ema {known:g}; name the run, or export it anew"
+            )
+    else:
+        config = load_run_config(path)
+        if not isinstance(config, DiTConfig):
+            raise UsageError(f"{path} is a tokenizer's run; a generator is needed here")
+        if ema is None:
+            ema = next(iter(config.engine.ema_decays), None)
+        model = _of_run(path, config, ema, lambda: build_generator(config.model, config.mask))
+    model.origin.warn(str(path))
+    return model
 
 
 def export_run(run: str | Path, out: str | Path, ema: float | None = None) -> None:
@@ -77,14 +80,14 @@ def _is_exported(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS_NAME).is_file()
 
 
-def _origin(config: DiTConfig | TokenizerConfig, checkpoint: Path, ema: float | None) -> Origin:
-    """What a checkpoint of a run says of its weights."""
-    state = publish.read_state(checkpoint)
+def _of_run(run: str | Path, config: DiTConfig | TokenizerConfig, ema: float | None, make: Callable[[], M]) -> M:
+    """A network with the weights of a run's newest checkpoint, but for those that serve training alone."""
+    weights, file = runs.read_weights(run, ema=ema or None)
+    model = build_model(
+        make, {name: weights[name] for name in weights if not name.startswith(TRAINING_ONLY)}, str(file)
+    )
+    state = publish.read_state(file)
     share = start_share(state.step, ema, config.engine.ema_warmup) if ema else 0.0
     values = {"ema": ema or 0.0, "start_share": share, "classes": state.loader.get("classes")}
-    return checked(Origin, values, str(checkpoint))
-
-
-def _looked_at(model: M, path: str | Path) -> M:
-    model.origin.warn(str(path))
+    model.origin = checked(Origin, values, str(file))
     return model
