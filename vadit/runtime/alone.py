@@ -30,14 +30,14 @@ def _copy(group: Alone, outputs: Any, inputs: Any, *_: Any, **__: Any) -> dist.W
     return _keep(group)
 
 
-for _name in ("allreduce", "allreduce_coalesced", "broadcast", "reduce", "barrier"):
-    setattr(Alone, _name, _keep)
-for _name in (
-    *("allgather", "allgather_coalesced", "gather", "scatter", "reduce_scatter", "alltoall", "all_to_all_single"),
-    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
-    *("_allgather_base", "allgather_into_tensor_coalesced", "_reduce_scatter_base"),  # named so before torch 2.14
-    *("reduce_scatter_tensor_coalesced", "alltoall_base", "gather_single"),
+for _work, _names in (
+    (_keep, "allreduce allreduce_coalesced broadcast reduce barrier"),
+    (_copy, "allgather allgather_coalesced gather gather_single scatter alltoall all_to_all_single reduce_scatter"),
+    (_copy, "all_gather_single all_gather_single_coalesced reduce_scatter_single reduce_scatter_single_coalesced"),
+    (_copy, "_allgather_base _reduce_scatter_base alltoall_base"),  # as torch named them before 2.14
+    (_copy, "allgather_into_tensor_coalesced reduce_scatter_tensor_coalesced"),
 ):
-    setattr(Alone, _name, _copy)
+    for _name in _names.split():
+        setattr(Alone, _name, _work)
 _make: Any = Alone
 dist.Backend.register_backend(BACKEND, lambda _, rank, size, __: _make(rank, size), devices=["cpu", "cuda"])

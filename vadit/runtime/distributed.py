@@ -58,7 +58,9 @@ def device(choice: str = "auto") -> torch.device:
             "`vadit doctor`"
         )
     if (index := launcher.place().local_rank) >= (count := torch.cuda.device_count()):
-        raise UsageError(f"LOCAL_RANK is {index} where torch sees {count} GPU(s); start a process per GPU")
+        raise UsageError(
+            f"LOCAL_RANK is {index} where torch sees {count} GPU(s); let each process see all, and start one per GPU"
+        )
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
     return torch.device("cuda", index)
