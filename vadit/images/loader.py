@@ -23,7 +23,7 @@ from vadit.images.sources.page_order import PageOrder
 from vadit.images.transforms import CropKind
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError
-from vadit.runtime.reading import ReadFault
+from vadit.runtime.reading import ReadFault, no_memory
 from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, split_epochs
 
 logger = logging.getLogger(__name__)
@@ -161,9 +161,7 @@ def undecodable(images: ImageSet, index: int, error: Exception) -> RunError:
     if isinstance(error, RunError):
         return error
     if isinstance(error, MemoryError):
-        return ReadFault(
-            f"there is no memory for image {images.source.describe(index)}; free some, or use fewer workers"
-        )
+        return no_memory(images.source.describe(index))
     return RunError(
         f"image {images.source.describe(index)} does not decode ({reason(error)}); "
         "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
@@ -239,9 +237,7 @@ class ImageLoader(PositionedLoader[ImageBatch]):
             ids = self._ids(torch.tensor([(place + ahead) % self.num_samples]), epoch, seed)
             if int(ids[0]) not in self.images.bad:
                 yield from self.images.requests(ids, seed=seed, epoch=epoch)
-        raise RunError(
-            f"none of the {self.num_samples} images of {self.images.source.name} decodes; set data.path anew"
-        )
+        raise RunError(f"none of the {self.num_samples} images of {self.images.source.name} decodes; name others")
 
 
 def load_in_order(images: ImageSet, ids: Sequence[int], batch_size: int, decoder: ImageDecoder) -> Iterator[ImageBatch]:

@@ -34,7 +34,7 @@ from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, e
 from vadit.images.transforms import plan_crop, scale, to_rgb
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
-from vadit.runtime.reading import ReadFault
+from vadit.runtime.reading import ReadFault, no_memory
 
 PART_IMAGES = 8
 """Images that a worker takes at a time; some MB of results."""
@@ -226,10 +226,8 @@ def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage 
     for index in ids:
         try:
             results.append(encode_file(source.read(index), job))
-        except MemoryError:
-            raise
-        except ReadFault as error:
-            return [*results, error]
+        except (ReadFault, MemoryError) as error:
+            return [*results, error if isinstance(error, ReadFault) else no_memory(source.describe(index))]
         except RunError as error:
             results.append(str(error))
         except Exception as error:  # damaged data makes Pillow's decoders raise almost any type

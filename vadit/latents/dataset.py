@@ -16,7 +16,7 @@ from vadit.config import DiTSpec, LatentDataSpec, RepaSpec
 from vadit.latents.companions import Companion, DebugFeatures, open_features
 from vadit.latents.noise import posterior_noise
 from vadit.latents.rows import RowReader
-from vadit.latents.shards import open_finished_folder
+from vadit.latents.shards import NAME_FOLDER, open_finished_folder
 from vadit.latents.statistics import load_statistics
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
@@ -42,7 +42,7 @@ class LatentDataset:
         multiplier: float = LatentDataSpec.multiplier,
     ) -> None:
         if not str(folder):
-            raise UsageError("data.path is empty; set --data.path to a folder that `vadit encode` wrote")
+            raise UsageError(f"data.path is empty; {NAME_FOLDER}")
         self.folder = Path(folder)
         self.flip = flip
         self.multiplier = multiplier
@@ -52,11 +52,9 @@ class LatentDataset:
         first = self.shards[0]
         self.channels, self.size, width = first.shape
         if self.size != width:
-            raise UsageError(f"data.path {folder} holds latents of {self.size} x {width}; the generator needs squares")
+            raise UsageError(f"{folder} holds latents of {self.size} x {width}; the generator needs squares")
         if flip and not all(shard.has_flipped for shard in self.shards):
-            raise UsageError(
-                f"data.path {folder} holds no mirrored latents; set --data.no-flip, or encode anew with --flip"
-            )
+            raise UsageError(f"{folder} holds no mirrored latents; set --data.no-flip, or encode anew with --flip")
         self.labels = torch.cat([shard.labels for shard in self.shards])
         self.image_size = None if first.settings is None else first.settings.size
         self.mean, self.std = torch.zeros(1, self.channels, 1, 1), torch.ones(1, self.channels, 1, 1)

@@ -46,6 +46,7 @@ DTYPES = {
     "I32": torch.int32,
 }
 REMEDY = "fetch or encode the file anew"
+NAME_FOLDER = "name a folder that `vadit encode` wrote (vadit train: --data.path)"
 
 
 @dataclass(frozen=True)
@@ -277,12 +278,10 @@ def open_folder(folder: Path) -> list[LatentShard]:
     """All shards of a latent folder in file-name order, checked to agree with each other."""
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"data.path {folder} {problem}; set it to a folder that `vadit encode` wrote")
+        raise UsageError(f"{folder} {problem}; {NAME_FOLDER}")
     paths = visible(folder, ".safetensors")
     if not paths:
-        raise UsageError(
-            f"data.path {folder} holds no .safetensors shards; set it to a folder that `vadit encode` wrote"
-        )
+        raise UsageError(f"{folder} holds no .safetensors shards; {NAME_FOLDER}")
     shards = [open_shard(path) for path in paths]
     kinds = [
         {name: (entry.dtype, *entry.shape[1:]) for name, entry in shard.tensors.items() if name in KINDS}
@@ -311,7 +310,7 @@ def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
             if found.get(name) != expected.get(name):
                 raise RunError(f"{folder / name} does not agree with index.json; run the `vadit encode` command again")
     elif any(shard.settings is not None for shard in shards):
-        raise UsageError(f"data.path {folder} is not finished: run its `vadit encode` command again to complete it")
+        raise UsageError(f"{folder} is not finished: run its `vadit encode` command again to complete it")
     else:
         num_classes = max((int(shard.labels.max()) for shard in shards if shard.count), default=0) + 1
     for shard in shards:

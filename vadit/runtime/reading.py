@@ -34,6 +34,11 @@ class ReadFault(RunError):
     """Something cannot be read for now, whatever it holds: it ends the run and is never noted as bad data."""
 
 
+def no_memory(what: str) -> ReadFault:
+    """Where what was read cannot be held."""
+    return ReadFault(f"there is no memory for {what}; free some, or use fewer workers")
+
+
 def patiently(action: Callable[[], T], path: str | Path) -> T:
     """What reading `path` gives; a fault that passes is waited for, and becomes a ReadFault in the end."""
     for wait in (*WAITS_S, None):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vadit.images.jpeg import jpeg_size
-from vadit.images.sources.folders import ppm
+from vadit.images.sources.folders import SET_FOLDER, ppm
 from vadit.images.sources.labels import MAX_CLASSES
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import MAX_BYTES, checked, parse_json
@@ -104,9 +104,7 @@ class BetonFile:
         try:
             self.size = self._size()
         except OSError as error:
-            raise UsageError(
-                f"{self.path} cannot be opened ({error.strerror}); set data.path to a .beton file"
-            ) from error
+            raise UsageError(f"{self.path} cannot be opened ({error.strerror}); {SET_FOLDER} to a .beton") from error
         self._parse()
 
     def __len__(self) -> int:
@@ -301,7 +299,7 @@ class BetonSource:
             return candidates[0]
         raise UsageError(
             f"{self.name} has the fields {', '.join(field.name for field in self.file.fields)}, and none or several "
-            f"could be its {name}; set data.path to a .beton with fields image and label"
+            f"could be its {name}; {SET_FOLDER} to a .beton with fields image and label"
         )
 
     def _class_names(self, lowest: int, highest: int) -> list[str]:

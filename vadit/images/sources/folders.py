@@ -20,7 +20,7 @@ from vadit.runtime.walk import walk
 logger = logging.getLogger(__name__)
 
 DEBUG_CLASSES = 10
-SET_FOLDER = "set IMAGES of vadit prepare, --images of encode and evaluate, --data.path of train"
+SET_FOLDER = "set IMAGES of vadit prepare, --images of encode and evaluate, or --data.path of train"
 
 
 class FolderSource:
