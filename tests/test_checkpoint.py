@@ -41,7 +41,7 @@ SHORT: list[tuple[str, dict[str, Any]]] = [
     ("tokenizer", {"zero_stage": 1, "precision": "autocast"}),
     ("tokenizer", {"zero_stage": 2, "precision": "bf16"}),
 ]
-# All of ZeRO 1 to 3 in fp32 and bf16 go through test_distributed_training.py, on two processes.
+# All of ZeRO 1 to 3 in fp32 and bf16 go through test_training.py, on two processes.
 LONG: list[tuple[str, dict[str, Any]]] = [
     ("dit", {"zero_stage": 0, "precision": "autocast"}),
     ("dit", {"zero_stage": 3, "precision": "bf16"}),

@@ -1,4 +1,4 @@
-"""The trainers in one process against plain PyTorch: losses, accumulation, precision, averages, stages, noise."""
+"""The trainers against plain PyTorch, in one process and in two under DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from checkpoint_worker import assert_same_end
 from guard_help import same
-from launched import GENERATOR, LIMIT_S, environment
+from launched import GENERATOR, LIMIT_S, environment, launch_two, run_ranks
+from PIL import Image
 from torch import Tensor
 from training_plain import logged, plain_dit, plain_tokenizer, tiny_dit, tiny_tokenizer
+from training_worker import LOOK
 
 from vadit import cli
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec, TokenizerConfig
+from vadit.images.pixels import channels_last, image_grid
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
+from vadit.sampling.draw import decode, draw
 from vadit.train import dit, loop, runs, tokenizer
 from vadit.train.checkpoint import export, publish
+from vadit.train.checkpoint.export import load_autoencoder, load_generator
 from vadit.train.checkpoint.shares import WEIGHTS, Shares
 from vadit.train.ema import ShardedEMA, start_share
 from vadit.train.engine import Engine, deepspeed_config
+from vadit.train.evaluation import quick_sampler
+from vadit.train.runs import read_weights
+from vadit.train.watchdog import HANG_CODE
 
 CPU = torch.device("cpu")
 
@@ -217,3 +227,79 @@ def test_a_start_is_quiet(tmp_path: Path) -> None:
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if line and not line.startswith(("train ", "  run folder "))]
     assert told == []
+
+
+WORKER = Path(__file__).parent / "training_worker.py"
+STAGES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders dit-K and tokenizer-K of two processes at ZeRO K, and two resumed ones, from one launch."""
+    out = tmp_path_factory.mktemp("ranks")
+    done = launch_two(WORKER, "ranks", str(out))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_generator_on_two_processes_is_one_of_the_same_batch(zero_stage: int, ranks: Path) -> None:
+    expected, weights = plain_dit(tiny_dit(ranks), world_size=2)
+    assert logged(ranks / f"dit-{zero_stage}") == pytest.approx(expected, rel=1e-5)
+    state, path = read_weights(ranks / f"dit-{zero_stage}")
+    assert len(list(path.glob("model-*-of-00002.safetensors"))) == 2
+    assert state.keys() == weights.keys()
+    for name, value in weights.items():
+        assert (state[name] - value).norm() <= 1e-3 * value.norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_tokenizer_on_two_processes_is_one_of_the_same_batch(zero_stage: int, ranks: Path) -> None:
+    expected, expected_disc = plain_tokenizer(tiny_tokenizer(ranks, steps=2), world_size=2)
+    folder = ranks / f"tokenizer-{zero_stage}"
+    assert logged(folder) == pytest.approx(expected, rel=1e-4)
+    assert logged(folder, "step") == [1, 2]  # one log, by the main process
+    last = (folder / "log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["disc"] == pytest.approx(expected_disc[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_many_buckets_are_as_one(zero_stage: int, ranks: Path) -> None:
+    found, expected = (logged(ranks / f"dit-{zero_stage}{name}") for name in ("-buckets", ""))
+    assert found == pytest.approx(expected, rel=1e-6)
+    folders = (ranks / f"dit-{zero_stage}{name}" for name in ("-buckets", ""))
+    sizes = [json.loads((folder / "deepspeed.json").read_text()) for folder in folders]
+    few, many = (size["model"]["zero_optimization"]["reduce_bucket_size"] for size in sizes)
+    assert few == 5_000 and many > 10 * few
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("network", ["dit", "tokenizer"])
+def test_two_processes_go_on_to_the_bit(network: str, ranks: Path) -> None:
+    assert_same_end(ranks / f"{network}-resumed" / "killed", ranks / f"{network}-resumed" / "straight")
+
+
+def test_a_process_that_dies_between_two_stages_is_named(tmp_path: Path) -> None:
+    codes, said = run_ranks([sys.executable, str(WORKER), "dies_between_stages", str(tmp_path)])
+    assert codes[0] in (1, HANG_CODE) and codes[1] == -9, said[0]
+    assert "rank 1 is gone" in said[0]
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_the_look_of_two_processes_is_what_the_checkpoint_draws(zero_stage: int, ranks: Path) -> None:
+    run = ranks / f"dit-{zero_stage}"
+    (line,) = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
+    config = tiny_dit(run)
+    network, autoencoder = load_generator(run, 0.9), load_autoencoder(ranks / f"tokenizer-{zero_stage}")
+    sampler = quick_sampler(config.sample, LOOK)
+    with torch.no_grad():
+        parts = draw(network, sampler, num_samples=70, flow=config.flow)
+        images = torch.cat([decode(autoencoder, part.latents) for part in parts])
+    found = np.asarray(Image.open(run / line["grid"])).astype(int)
+    expected = np.asarray(image_grid(channels_last(images).numpy())).astype(int)
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1  # attention of other kernels, perhaps
+    assert np.mean(found == expected) > 0.999
+    shares = [json.loads(line)["comm_share"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(0 < share < 1 for share in shares)

@@ -8,6 +8,7 @@ to memory, and the loads of aligned bfloat16 rows must be 128 bits wide.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 ARCHITECTURES = [80, 90, 100]
@@ -188,10 +190,16 @@ def main(path: str, architecture: int) -> None:
 
 @pytest.fixture
 def outcomes(tmp_path_factory: pytest.TempPathFactory, architecture: int) -> dict[str, list]:
-    """What the compiling process of the test's architecture found."""
-    import own_process
-
-    return own_process.outcomes(__file__, tmp_path_factory, {"TRITON_INTERPRET": "0"}, str(architecture))
+    """What the compiling process of the test's architecture found, once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"triton-{architecture}.json"
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+            command = [sys.executable, __file__, str(path), str(architecture)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -14,20 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import launched
 import pytest
 from checkpoint_worker import assert_same_end
-from launched import (
-    GENERATOR,
-    LAUNCH,
-    LIMIT_S,
-    LONG_GENERATOR,
-    STEPS,
-    TOKENIZER,
-    environment,
-    logged,
-    train_by_two,
-    wait_until,
-)
+from launched import GENERATOR, LIMIT_S, LONG_GENERATOR, STEPS, TOKENIZER, environment, logged, train_by_two, wait_until
 from training_plain import plain_dit, tiny_dit
 
 from vadit.train.watchdog import HANG_CODE
@@ -92,7 +82,16 @@ class Nodes:
                 PROCESSES="1",
                 **own,
             )
-            command = ["ip", "netns", "exec", name, str(LAUNCH / "train.sh"), *arguments, "--run.out", str(out)]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                str(launched.LAUNCH / "train.sh"),
+                *arguments,
+                "--run.out",
+                str(out),
+            ]
             with told(out, rank).open("ab") as file:
                 started.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
         return started
