@@ -5,8 +5,6 @@ As a process of its own, under a launcher: `checkpoint_worker.py FOLDER SCRIPT`,
 run of one process, `plain`, is what every arrangement of processes must give, up to rounding.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import sys

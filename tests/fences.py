@@ -1,7 +1,5 @@
 """Every tensor that a Triton kernel gets, between margins of NaN: reading or writing beyond it shows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

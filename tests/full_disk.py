@@ -1,7 +1,5 @@
 """A full disk for tests."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 from collections.abc import Iterator

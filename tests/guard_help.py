@@ -1,7 +1,5 @@
 """What the tests of the guards share."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

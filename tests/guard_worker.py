@@ -1,7 +1,5 @@
 """What the tests of the guards start as two processes: `guard_worker.py OUT`, under a launcher."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

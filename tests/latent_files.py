@@ -1,7 +1,5 @@
 """Small latent folders for the tests: the authors' layout and ours."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

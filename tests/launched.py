@@ -1,7 +1,5 @@
 """Runs that are started through a launcher, for the tests: what they are, what they leave, and what they should."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

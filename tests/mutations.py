@@ -5,8 +5,6 @@ in, taken out, exchanged or written twice. It is a function of its name alone. W
 refuses with an error that names the file, or that every sample is what it was.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

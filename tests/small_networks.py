@@ -1,7 +1,5 @@
 """Networks of a few numbers, for the tests of samplers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

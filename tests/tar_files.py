@@ -1,7 +1,5 @@
 """WebDataset shards for tests."""
 
-from __future__ import annotations
-
 import io
 import random
 import tarfile

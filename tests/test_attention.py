@@ -1,7 +1,5 @@
 """Attention by name: every kernel that a CPU has agrees with float64, and a wish that fails costs one line."""
 
-from __future__ import annotations
-
 import sys
 import types
 from pathlib import Path

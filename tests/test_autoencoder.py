@@ -1,7 +1,5 @@
 """The autoencoder against a naive second form, its posterior, PatchGAN's layers, and VA-VAE's losses."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Odd and damaged image files with every loader: shown right, or refused with their name, and the rest in order."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import errno
@@ -147,8 +145,7 @@ def test_the_size_of_a_picture_is_limited_before_it_is_decoded() -> None:
     pytest.raises(ValueError, open_image, BAD["huge png"][1]).match(r"3600000000 pixels")
 
 
-# ------------------------------------------------------------------------------------------------ raise and skip
-
+# --- raise and skip
 SOME_BAD = ("jpeg cut in the middle", "text", "huge jpeg", "png of damaged data")
 
 
@@ -234,9 +231,7 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
     assert list(images.bad) == [last]
 
 
-# ------------------------------------------------------------------------------------------------ odd folders
-
-
+# --- odd folders
 def test_a_folder_named_like_an_image_is_no_image(tmp_path: Path) -> None:
     root = write(tmp_path / "images", GOOD)
     (root / "folder.jpg").mkdir()
@@ -368,9 +363,7 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     root.chmod(0o755)
 
 
-# ------------------------------------------------------------------------------------------------ passing faults
-
-
+# --- passing faults
 def readers(root: Path) -> dict[str, Callable[[], object]]:
     """What reads each kind of file that holds data, to be compared with itself."""
     write(root / "images", {"x.jpg": jpeg(0), "y.png": image_files.encode(Image.new("RGB", (9, 9)), "PNG")})

@@ -1,7 +1,5 @@
 """Benchmarks of the training step: what a row says, that rows are compared and projected soundly, bytes and rings."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -57,9 +55,7 @@ def step_row(**changes: Any) -> dict[str, str]:
     return {name: str(value) for name, value in (values | changes).items()}
 
 
-# ------------------------------------------------------------------------------------------------ bench_step.py
-
-
+# --- bench_step.py
 class Clock:
     """A clock that stands still but for what it is set to."""
 
@@ -196,9 +192,7 @@ def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_gra
     assert norms[1] == pytest.approx(norms[0], rel=1e-4 if precision == "fp32" else 0.05)
 
 
-# ------------------------------------------------------------------------------------------------ rows
-
-
+# --- rows
 def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> None:
     harness = load("harness")
     One, Other = (dataclasses.make_dataclass("Row", [name]) for name in ("speed", "pace"))
@@ -212,9 +206,7 @@ def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> 
     assert path.read_text() == before
 
 
-# ------------------------------------------------------------------------------------------------ convergence.py
-
-
+# --- convergence.py
 def test_published_rates_are_those_of_their_sources(load: Any) -> None:
     convergence = load("convergence")
     lines = {row.system: convergence.of_published(row) for row in convergence.PUBLISHED}
@@ -280,9 +272,7 @@ def test_the_table_has_the_newest_rows_and_the_origin_of_every_number(load: Any,
             assert bool(line[f"hours_{gpus}"]) == (line[f"hours_{gpus}_origin"] in convergence.MARKS)
 
 
-# ------------------------------------------------------------------------------------------------ scaling.py
-
-
+# --- scaling.py
 @pytest.mark.parametrize(
     ("stage", "accumulation"),
     [

@@ -1,7 +1,5 @@
 """The .beton format: read what FFCV writes, write what it reads, resume; any damage is named."""
 
-from __future__ import annotations
-
 import gc
 import io
 import os

@@ -1,7 +1,5 @@
 """The build of the extension, what its binary depends on, and its kernels under the sanitizers."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Runs that stop, are killed, lose a file or a disk: the same command goes on, to the bit, or says why it cannot."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -31,8 +29,7 @@ def stop_in_step(module: ModuleType, number: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "train_step", counted(module.train_step, stop))
 
 
-# ------------------------------------------------------------------------------------------------ going on
-
+# --- going on
 OFFLOADED = {"offload_optimizer": True, "precision": "bf16"}
 SHORT: list[tuple[str, dict[str, Any]]] = [
     ("dit", {"zero_stage": 0}),
@@ -77,9 +74,7 @@ def test_a_run_goes_on_after_a_stop(
     assert log(tmp_path / "stopped") == before
 
 
-# ------------------------------------------------------------------------------------------------ damage
-
-
+# --- damage
 def rewrite_state(path: Path, **changes: Any) -> None:
     """Change what a state.json says, and the manifest with it."""
     state = json.loads((path / "state.json").read_text()) | changes
@@ -173,9 +168,7 @@ def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
     assert not (folder / "step-00000004" / "junk").exists()
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
-
+# --- refusals
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     dit.train(tiny_dit(tmp_path, steps=1))
     with pytest.raises(

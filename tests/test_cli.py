@@ -1,7 +1,5 @@
 """The command line: what it refuses, how it says so, and what a dry run tells."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -18,9 +16,8 @@ from vadit import cli
 from vadit.runtime.errors import RunError, UsageError
 from vadit.train.loop import Stopped
 
-# ------------------------------------------------------------------------------------------------ help
 
-
+# --- help
 @pytest.mark.parametrize("command", ["help", "recipes", "train"])
 def test_help_and_recipes_need_no_torch(command: str) -> None:
     arguments = {"help": ["--help"], "recipes": ["recipes"], "train": ["train", "lightningdit-b", "--help"]}[command]
@@ -49,8 +46,7 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(
     assert "--stages.1.vf-weight" in text
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
+# --- refusals
 B, DEBUG = "train lightningdit-b", "train lightningdit-b-debug"
 REFUSALS = {
     "trian": ["'trian'", "did you mean train"],
@@ -135,8 +131,7 @@ def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() ->
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
 
 
-# ------------------------------------------------------------------------------------------ the launcher's environment
-
+# --- the launcher's environment
 RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -264,9 +259,7 @@ def test_failures_become_exit_codes_and_one_sentence_but_our_mistakes(
     assert printed.startswith(words) and (printed.count("\n") > 1) == (words == "Traceback")
 
 
-# ------------------------------------------------------------------------------------------------ dry run
-
-
+# --- dry run
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict, str]:
     """The resolved config and the text behind it."""
     assert cli.main(["train", *arguments, "--dry-run"]) == 0

@@ -4,8 +4,6 @@ Bad input gives one sentence that names value and remedy, the exit code, and not
 of files (RLIMIT_FSIZE) stands for the full disk: the writes themselves fail, in whatever library.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -180,9 +178,7 @@ def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: py
     assert "tokenizer" in refusal(capsys, wrong_kind, 2)
 
 
-# ------------------------------------------------------------------------------------------------ bad input
-
-
+# --- bad input
 @pytest.mark.parametrize(
     ("command", "target"),
     [

@@ -1,7 +1,5 @@
 """Settings: the nearest value that each refuses and the one beside it that is taken, clashes, and configs from disk."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

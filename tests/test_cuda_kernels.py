@@ -1,8 +1,6 @@
 """The CUDA kernels without a GPU: they compile for every architecture without spilling registers, and, run by the
 emulator in tests/simt, they agree with their formulas in float64."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

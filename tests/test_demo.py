@@ -1,7 +1,5 @@
 """The demo end to end at a few steps: it goes on after a stop, writes what it promises, and claims nothing unproven."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which backend runs: the setting, what each takes, what is there, the self-check, and the rows that justify `auto`."""
 
-from __future__ import annotations
-
 import csv
 import os
 import statistics
@@ -131,9 +129,7 @@ def test_schemas_are_the_librarys_and_an_older_one_is_refused(monkeypatch: pytes
     assert "older than this source" in (dispatch._load_library() or "")
 
 
-# ------------------------------------------------------------------------------------------------ self-check
-
-
+# --- self-check
 @pytest.mark.parametrize("op", dispatch.OPS)
 @pytest.mark.parametrize("fault", ["wrong", "raises", "nan"])
 @needs_extension
@@ -187,9 +183,7 @@ def test_self_check_passes(backend: str) -> None:
     assert self_check(torch.device(device())) == {}
 
 
-# ------------------------------------------------------------------------------------------------ committed rows
-
-
+# --- committed rows
 def newest_medians(path: Path) -> dict[tuple[str, ...], dict[str, float]]:
     """(op, shape, dtype) to the medians of forward+backward per contender, from the newest rows of a file."""
     found: dict[tuple[str, ...], dict[str, float]] = {}

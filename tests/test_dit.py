@@ -1,7 +1,5 @@
 """LightningDiT against a second, naive form of its formulae: float64, complex-number RoPE, attention by einsum."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -34,9 +32,7 @@ def inputs(spec: DiTSpec, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(batch, generator=generator), torch.tensor([0, 4, 5])[:batch]
 
 
-# ------------------------------------------------------------------------------------------------ the naive form
-
-
+# --- the naive form
 def naive_forward(spec: DiTSpec, state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     w = {name: tensor.double() for name, tensor in state.items()}
     x, t = x.double(), t.double()
@@ -120,9 +116,7 @@ def naive_rope(q_BNHK: Tensor, grid: int) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
-# ------------------------------------------------------------------------------------------------ tests
-
-
+# --- tests
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_equals_naive_form(name: str) -> None:
     spec = SPECS[name]

@@ -1,7 +1,5 @@
 """The doctor: what it finds, and what it says of what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Encoding: values, equality over batch and world size, resume after a crash, refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whole runs of two processes that meet faults and end as if they had not: tests/faults/run.py, in small."""
 
-from __future__ import annotations
-
 import csv
 import subprocess
 import sys

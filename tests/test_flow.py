@@ -1,7 +1,5 @@
 """The flow and DDPM objectives against closed forms and naive loops, and ancestral sampling."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Frozen networks: foundation models through timm, tiny and random, and LPIPS against its package."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

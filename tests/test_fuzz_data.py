@@ -4,8 +4,6 @@ Betons are in test_beton.py. Where a format has no checksum a test says what is 
 `pytest tests/test_fuzz_data.py -k tar-block3` runs a block again; a failure names the case, the region and the change.
 """
 
-from __future__ import annotations
-
 import random
 import tarfile
 from pathlib import Path
@@ -24,8 +22,7 @@ from vadit.latents.dataset import open_latents
 from vadit.latents.shards import open_shard
 from vadit.runtime.errors import RunError, UsageError
 
-# ------------------------------------------------------------------------------------------------ latent shards
-
+# --- latent shards
 EPOCHS = 12
 """So many that every latent and every mirrored one is seen."""
 MODEL = DiTSpec(input_size=SIDE, in_channels=CHANNELS, num_classes=CLASSES)
@@ -105,9 +102,7 @@ def test_payloads_of_latents(tmp_path: Path, start: int) -> None:
     assert noticed < BLOCK
 
 
-# ------------------------------------------------------------------------------------------------ tar shards
-
-
+# --- tar shards
 def write_shard(folder: Path) -> Path:
     """A shard of five small JPEGs of four classes; names of two members are too long for one header."""
     members: list[tuple[str, bytes]] = []

@@ -4,8 +4,6 @@ A bare JPEG has no checksum: the pixels of a damaged one are whatever libjpeg ma
 and FFCV could end the whole process: they run in one of their own that says which case it is at.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -63,9 +61,7 @@ def test_pngs_show_what_they_did(tmp_path: Path, start: int) -> None:
             assert np.array_equal(decoded.pixels[place], shown(data)), f"{name} ({found[name].change})"
 
 
-# ------------------------------------------------------------------------------------------------ DALI and FFCV
-
-
+# --- DALI and FFCV
 def native_cases(mode: str) -> list[Case]:
     """Changes of JPEGs, most of them in the entropy-coded data and the tables that decode it."""
     found: list[Case] = []

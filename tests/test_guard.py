@@ -1,7 +1,5 @@
 """Steps that would harm a run are left out, to the bit; a lost run goes back; a stop request ends well."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
@@ -34,9 +32,7 @@ CPU = torch.device("cpu")
 EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
-
-
+# --- verdicts
 class Norms:
     """An engine as far as a guard sees it: it takes the norms it is given."""
 
@@ -150,9 +146,7 @@ def test_a_loss_jump_that_stays_is_told_from_noise(tmp_path: Path) -> None:
     assert losses(Guard(GuardSpec(), tmp_path), [1.0, math.nan]) == [1]
 
 
-# ------------------------------------------------------------------------------------------------ engines
-
-
+# --- engines
 def optimizer_state(engine: Engine) -> list[Tensor]:
     """Every tensor of an optimizer's state: moments and step counts."""
     outer = engine._engine.optimizer
@@ -223,9 +217,7 @@ def test_a_step_left_out_changes_no_bit(zero_stage: Any, precision: Any, offload
     assert all(torch.equal(one, other) for one, other in zip(expected, everything(run[0], run[1]), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ runs
-
-
+# --- runs
 def test_a_bad_batch_is_left_out_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_dit(tmp_path, run=EVERY_STEP)
     faulty(monkeypatch, lambda call: call == 3)
@@ -430,9 +422,7 @@ def test_a_damaged_shard_on_one_process_ends_all_and_is_told(
     assert saved is not None and saved.name == "step-00000002"
 
 
-# ------------------------------------------------------------------------------------------------ signals
-
-
+# --- signals
 @pytest.mark.parametrize(
     ("number", "code"),
     [

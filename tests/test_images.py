@@ -1,7 +1,5 @@
 """Image folders, the Pillow decoder and the loader: order, ranks, resume, augmentation, bad files, bad folders."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
@@ -251,16 +249,14 @@ def test_folders_named_by_numbers_keep_their_order(tmp_path: Path, names: list[s
     assert source.classes == names and describe_classes(source.classes, source.labels) == told
 
 
-# ---------------------------------------------------------------------------------------- which loader
-
-
+# --- which loader
 class Broken:
     """A stand-in for DALI on a machine where it imports and does not work."""
 
     def __init__(self, images: ImageSet, fault: str) -> None:
         self.images, self.fault = images, fault
 
-    def __enter__(self) -> Broken:
+    def __enter__(self) -> "Broken":
         return self
 
     def __exit__(self, *_: object) -> None:

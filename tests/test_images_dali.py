@@ -1,7 +1,5 @@
 """The DALI decoder: Pillow's pixels, what it leaves to Pillow, recovery, order, position, an orderly end."""
 
-from __future__ import annotations
-
 import io
 import logging
 import subprocess
@@ -69,9 +67,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return image_set(tmp_path_factory.mktemp("photos"), [encode(image) for image in PHOTOS])
 
 
-# ------------------------------------------------------------------------------------------------ pixels
-
-
+# --- pixels
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("kind", CROPS)
 def test_photographs_are_cropped_as_by_pillow(photos: ImageSet, kind: CropKind, mirror: bool) -> None:
@@ -122,9 +118,7 @@ def test_halving_is_pillows_for_every_odd_side() -> None:
         assert np.array_equal(found.numpy(), expected), side
 
 
-# ------------------------------------------------------------------------------------------------ what DALI gets to see
-
-
+# --- what DALI gets to see
 def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
     data = jpeg(0)
     scan = data.index(b"\xff\xda")
@@ -160,9 +154,7 @@ def test_runs_are_bounded_by_their_area() -> None:
     assert list(dali._groups({})) == []
 
 
-# ------------------------------------------------------------------------------------------------ failures
-
-
+# --- failures
 def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
     contents = [jpeg(number) for number in range(12)]
     contents[4] = damaged(contents[4])
@@ -199,9 +191,7 @@ def test_pillow_takes_over_where_dali_fails_for_no_reason(
     assert len(caplog.messages) == 1 and "out of some resource" in caplog.text and "00.jpg" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------ batches and position
-
-
+# --- batches and position
 def test_pixels_depend_on_the_request_alone(photos: ImageSet) -> None:
     requests = [Request(place % 5, CROPS[place // 2 % 2], place, bool(place % 2)) for place in range(37)]
     whole = decode_all(photos, requests).pixels

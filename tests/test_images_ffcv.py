@@ -1,7 +1,5 @@
 """FFCV's loader: pixels and order of every other loader, quasi-random order by pages, bad images, threads."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import itertools

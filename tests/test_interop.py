@@ -1,7 +1,5 @@
 """The authors' file format: every hyper-parameter inferred, equal outputs, round trips, and each way to be wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +56,7 @@ def autoencoder_checkpoint(spec: AutoencoderSpec = AUTOENCODER) -> tuple[Autoenc
     return model, {"state_dict": {**model.state_dict(), **extra}, "global_step": 7}
 
 
-# ------------------------------------------------------------------------------------------------ generator
-
-
+# --- generator
 @pytest.mark.parametrize("name", DIT_SPECS)
 def test_every_hyper_parameter_is_inferred(name: str) -> None:
     spec = DIT_SPECS[name]
@@ -152,9 +148,7 @@ def test_the_first_bad_tensor_is_named(damage: Callable[[dict], None], message: 
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
-
-
+# --- tokenizer
 @pytest.mark.parametrize(
     ("spec", "attention_resolution"),
     [
@@ -191,9 +185,7 @@ def test_bad_autoencoder_is_named(damage: Callable[[dict], None], message: str) 
     pytest.raises(UsageError, interop.load_reference_autoencoder, checkpoint).match(message)
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
+# --- files
 def test_import_and_export(tmp_path: Path) -> None:
     model = dit(DIT_SPECS["plain"])
     tokenizer, checkpoint = autoencoder_checkpoint()

@@ -1,7 +1,5 @@
 """AutoencoderKL of diffusers: the same network under our names, every form of its files, refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

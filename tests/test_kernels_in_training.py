@@ -1,7 +1,5 @@
 """Training with the kernels as with plain torch, the same again to the bit, and compiled once."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

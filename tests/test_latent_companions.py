@@ -1,7 +1,5 @@
 """Features and images beside latents: same sample, same mirroring; encoding them; refusals."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 
@@ -62,9 +60,7 @@ def which(batch: tuple[Tensor, ...]) -> list[float]:
     return batch[0][:, 0, 0, 0].tolist()
 
 
-# ------------------------------------------------------------------------------------------------ cached features
-
-
+# --- cached features
 def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -> None:
     write_folder(tmp_path / "l")
     dataset = open_latents(spec_of(tmp_path / "l"), MODEL, CACHED)
@@ -110,9 +106,7 @@ def test_shards_with_and_without_features_do_not_mix(tmp_path: Path) -> None:
         open_folder(tmp_path / "l")
 
 
-# ------------------------------------------------------------------------------------------------ images
-
-
+# --- images
 def with_images(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugLatents:
     """As the trainer does."""
     dataset = open_latents(spec, model, ONLINE)
@@ -187,9 +181,7 @@ def test_debug_latents_have_companions() -> None:
     assert batch[2].shape == (4, 3, 32, 32) and batch[2].dtype == torch.uint8
 
 
-# ------------------------------------------------------------------------------------------------ encoding
-
-
+# --- encoding
 def test_encode_stores_the_models_features(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """Latent folders: both layouts, statistics, flip and posterior draws; damage is named."""
 
-from __future__ import annotations
-
 import os
 from itertools import islice
 from pathlib import Path
@@ -306,9 +304,7 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
         LatentDataset(tmp_path, normalize=False, flip=False)
 
 
-# ------------------------------------------------------------------------------------------------ as they are read
-
-
+# --- as they are read
 @pytest.mark.parametrize("layout", ["latents fp32", "moments bf16", "moments_flip fp32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, layout: str, value: float) -> None:

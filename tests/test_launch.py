@@ -3,8 +3,6 @@
 Against launchers of a few lines that behave like deepspeed, torchrun and SLURM; in the fault suite for real.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -152,9 +150,7 @@ def test_torchrun_ends_its_report_with_the_sentence(monkeypatch: pytest.MonkeyPa
     assert left["message"].startswith("error: --run.batch-size") and isinstance(left["timestamp"], int)
 
 
-# ------------------------------------------------------------------------------------------------ SLURM
-
-
+# --- SLURM
 def slurm(fakes: dict[str, str], **own: str) -> subprocess.Popen[str]:
     """slurm.sbatch as SLURM runs it: a copy, elsewhere, of which two nodes have two tasks each."""
     copy = Path(fakes["STARTS"]).with_name("slurm_script")
@@ -206,9 +202,7 @@ def test_slurm_starts_again_after_failures_only(codes: str, starts: int, code: i
     assert (job.wait(timeout=LIMIT_S), len(lines_of(fakes, 0))) == (code, 4 * starts)
 
 
-# ------------------------------------------------------------------------------------------------ for real
-
-
+# --- for real
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes train without a fault."""

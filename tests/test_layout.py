@@ -1,7 +1,5 @@
 """The house: stems of ops complete, files short, layers kept."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

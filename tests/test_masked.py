@@ -3,8 +3,6 @@
 Then masked runs under DeepSpeed: against plain torch, tuned without masks, exported and drawn from.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -64,9 +62,7 @@ def same_mask(model: MaskedDiT, batch: int, seed: int = 7) -> tuple[Tensor, Tens
     return visible, mask
 
 
-# ------------------------------------------------------------------------------------------------ naive forms
-
-
+# --- naive forms
 def naive_attention(attention: Any, x: Tensor, rope: Any, hidden: Tensor | None) -> Tensor:
     """All tokens by einsum, the columns of hidden tokens (B, N) at minus infinity; a bias by its two offsets."""
     heads, width, grid = attention.num_heads, attention.head_dim, math.isqrt(TOKENS)
@@ -238,9 +234,7 @@ def test_start_is_the_papers() -> None:
     assert MDT(SPEC, MDT_MASK).blocks[0].attn.relative_bias is None
 
 
-# ------------------------------------------------------------------------------------------------ the loss
-
-
+# --- the loss
 @pytest.mark.parametrize("direction_loss", [True, False])
 def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
     """Number by number: patches cut out by hand, each an own mean."""
@@ -296,8 +290,7 @@ def test_passes_and_patches_of_a_step() -> None:
     assert differs[:, 6].all() and differs.sum() == len(x)
 
 
-# ------------------------------------------------------------------------------------------------ training
-
+# --- training
 SMALL_MASKDIT = dataclasses.replace(MASKDIT, decoder_depth=1)
 
 

@@ -6,8 +6,6 @@ allocator, temporaries in backward and optimizer included: the peak of their sum
 torch.cuda.max_memory_allocated tells on a GPU. (Resident memory rises alike, but with the libraries' own.)
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass
@@ -272,9 +270,7 @@ def test_what_is_held_is_counted_where_it_is_fullest(monkeypatch: pytest.MonkeyP
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-# ------------------------------------------------------------------------------------------------ in own processes
-
-
+# --- in own processes
 def measured(case: Case, folder: Path) -> int:
     """Bytes at the peak, in the first of the case's processes."""
     from launched import run_ranks  # not where this file is a process of its own

@@ -1,7 +1,5 @@
 """What messages advise: flags that there are, written as they can be typed, for the command that failed."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import json
@@ -61,9 +59,7 @@ HOLE = "\0"
 """Where an f-string puts something in."""
 
 
-# ------------------------------------------------------------------------------------------------ flags in messages
-
-
+# --- flags in messages
 def literals(source: str) -> Iterator[str]:
     """Every string of a module, those in pieces put together."""
     tree = ast.parse(source)
@@ -113,9 +109,7 @@ re.match(r"--local[_-]rank", "var(--ink) --ink:#123 a--b ---c --{x}")
     assert sorted(unknown_flags(source, known_flags())) == ["--flag", "--no-data.flip", "--nowhere." + HOLE]
 
 
-# ------------------------------------------------------------------------------------------------ documents
-
-
+# --- documents
 def documented_commands(document: Path) -> Iterator[list[str]]:
     """The arguments of every `vadit ...` in a document's blocks of code, those behind launchers, too."""
     for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
@@ -160,9 +154,7 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
         pkgutil.resolve_name(name)
 
 
-# ------------------------------------------------------------------------------------------------ settings of a run
-
-
+# --- settings of a run
 @pytest.mark.parametrize(
     ("recipe", "name", "old", "new", "typed"),
     [
@@ -214,9 +206,7 @@ def test_a_file_of_the_authors_is_no_damaged_one(tmp_path: Path) -> None:
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))
 
 
-# ------------------------------------------------------------------------------------------------ strangers' words
-
-
+# --- strangers' words
 HOSTILE = "r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\udce9 é"
 SHOWN = r"r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\xe9 é"
 

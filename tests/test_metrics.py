@@ -1,7 +1,5 @@
 """Frechet distance, inception score, precision and recall, kernel distance, and Table 6's uniformity of latents."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

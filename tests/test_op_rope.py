@@ -1,7 +1,5 @@
 """RoPE with QK-norm against its formula in float64: results, all gradients, every backend."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """SwiGLU's gate against its formula in float64: results, gradient, every backend."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

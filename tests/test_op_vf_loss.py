@@ -1,7 +1,5 @@
 """The low-rank VF loss against the definitions of L_mcos and L_mdms with z' formed, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

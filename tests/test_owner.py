@@ -1,7 +1,5 @@
 """One process at a time writes a folder, and files in it are whole, whatever was killed there or lies in the way."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -135,9 +133,7 @@ def test_commands_leave_anothers_folder_alone(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-# ------------------------------------------------------------------------------------------------ whole files
-
-
+# --- whole files
 def test_whole_files_replace_links_and_follow_none(tmp_path: Path) -> None:
     victim, target = tmp_path / "victim", tmp_path / "report.html"
     victim.write_text("mine")

@@ -3,8 +3,6 @@
 apex is played by a module that computes AdamW in torch ops; torchao is the real one, its kernels emulated or eager.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import sys
@@ -29,7 +27,7 @@ CPU = torch.device("cpu")
 class FakeFusedAdam(torch.optim.Optimizer):
     """NVIDIA's as DeepSpeed and we see it: its signature, and a step count in the group instead of the state."""
 
-    made: list[FakeFusedAdam] = []  # noqa: RUF012
+    made: list["FakeFusedAdam"] = []  # noqa: RUF012
     scale = 1.0
 
     def __init__(
@@ -125,9 +123,7 @@ def test_attention_that_is_there_is_taken(plain: Path, tmp_path: Path, capsys: p
     assert logged(tmp_path) == pytest.approx(logged(plain), rel=1e-2) and logged(tmp_path) != logged(plain)
 
 
-# ------------------------------------------------------------------------------------------------ optimizers
-
-
+# --- optimizers
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_apex_is_really_called(
     zero_stage: int, tmp_path: Path, apex: type[FakeFusedAdam], capsys: pytest.CaptureFixture[str]
@@ -191,9 +187,7 @@ def test_resume_goes_on_with_apex_and_refuses_without(
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
-# ------------------------------------------------------------------------------------------------ float8
-
-
+# --- float8
 def float8_dit(out: Path, recipe: str | None, *, mlp_ratio: float = 3.0, precision: str = "bf16") -> DiTConfig:
     """Hidden width 64, MLP 128: all multiples of 16 (with mlp_ratio 4 the MLP has 170)."""
     return vary(tiny_dit(out, precision=precision, float8=recipe), model={"mlp_ratio": mlp_ratio})

@@ -3,8 +3,6 @@
 Written and read by small networks (`checkpoint_worker.py`) on one process, which is this one, and on two.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -1,7 +1,5 @@
 """vadit prepare: pixels, order, bad images, going on after a kill, what is refused, a full disk, and the command."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -74,9 +72,7 @@ def squares(source: ImageSource, crop: Any) -> list[np.ndarray]:
     return [decode(images, request) for request in images.requests(range(len(source)), seed=1, epoch=2)]
 
 
-# ------------------------------------------------------------------------------------------------ pixels
-
-
+# --- pixels
 def test_crops_of_what_is_prepared_are_those_of_the_source(folder: Path, tmp_path: Path) -> None:
     source = FolderSource(folder)
     summary = prepare(folder, tmp_path / "a.beton")
@@ -143,9 +139,7 @@ def test_other_sources(tmp_path: Path) -> None:
         assert again.classes == classes and again.labels.tolist() == [0, 1, 0]
 
 
-# ------------------------------------------------------------------------------------------------ the same bytes
-
-
+# --- the same bytes
 def test_bytes_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     prepare(folder, tmp_path / "one" / "a.beton")
@@ -216,9 +210,7 @@ def test_what_was_written_is_looked_through(folder: Path, tmp_path: Path, monkey
         pytest.raises(RunError, prepare, folder, tmp_path / f"{number}.beton").match(message)
 
 
-# ------------------------------------------------------------------------------------------------ bad images
-
-
+# --- bad images
 def test_bad_images_are_listed_and_left_out(tmp_path: Path) -> None:
     source = fill(tmp_path / "src", 23)
     for file, (_, data) in enumerate(bad_files().values()):
@@ -250,9 +242,7 @@ def test_what_a_shard_of_the_source_lacks_is_listed_too(tmp_path: Path) -> None:
         prepare(tmp_path / "src", tmp_path / "b.beton", on_error="raise")
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
-
-
+# --- what is refused
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_in_the_same_place_are_refused(finished: bool, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.beton"
@@ -329,9 +319,7 @@ def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path, monkeypatc
     assert prepare(folder, tmp_path / "a.beton").num_images == 23
 
 
-# ------------------------------------------------------------------------------------------------ the command
-
-
+# --- the command
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = fill(tmp_path / "src", 24)
     (source / "owl" / "000.png").write_bytes(b"")

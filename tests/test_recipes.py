@@ -1,7 +1,5 @@
 """Recipes: the paper's tables row by row, and debug twins that keep every switch and train."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import itertools
@@ -151,8 +149,7 @@ def test_sizes_are_the_papers() -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the paper's tables
-
+# --- the paper's tables
 TABLE_1 = {
     "table1-01-rectified-flow": ("17.20", "flow objective='flow'\nmodel learn_sigma=False\nsample method='dopri5'"),
     "table1-02-batch-1024": ("16.59", "run batch_size=1024\noptimizer lr=2e-4"),
@@ -343,9 +340,7 @@ def test_short_names_stand_for_recipes() -> None:
         assert flat(get_recipe(f"{short}-debug")) == flat(get_recipe(f"{name}-debug"))
 
 
-# ------------------------------------------------------------------------------------------------ the list
-
-
+# --- the list
 def test_recipes_can_be_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", "Table", "5,", "mcos"]) == 0
     text = capsys.readouterr().out
@@ -355,9 +350,7 @@ def test_recipes_can_be_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'nonesuch'" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ debug twins
-
-
+# --- debug twins
 @pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_debug_twin_keeps_every_switch(name: str) -> None:
     original, twin = to_dict(get_recipe(name)), to_dict(get_recipe(f"{name}-debug"))

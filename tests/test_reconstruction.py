@@ -1,7 +1,5 @@
 """Reconstruction metrics: exact cases, and independence of batches and processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -142,8 +140,7 @@ def test_the_command_takes_a_folder_and_gives_means_over_seeds(
     assert "set --seeds 1" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ processes
-
+# --- processes
 WORKER = """
 import torch
 from vadit.eval.tokenizer import _all_rows

@@ -1,7 +1,5 @@
 """vadit report: one file that needs no network, its charts, numbers of runs, and damaged files."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -234,9 +232,7 @@ def make_run(
     return folder
 
 
-# ------------------------------------------------------------------------------------------ one run
-
-
+# --- one run
 def test_the_projection_of_a_run_is_arithmetic(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", headline())
     (run,) = read_runs([folder])
@@ -326,9 +322,7 @@ def test_the_stages_of_a_tokenizer_are_one_run(tmp_path: Path) -> None:
     assert now.hours_left * 3600 == pytest.approx(10)  # at the median of the last five points
 
 
-# ------------------------------------------------------------------------------------------ several runs
-
-
+# --- several runs
 def test_the_speed_up_at_an_equal_value() -> None:
     fast = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, 30.0, 20.0]))
     slow = Curve(np.array([1e6, 2e6, 3e6, 6e6]), np.array([90.0, 70.0, 60.0, 40.0]))
@@ -425,9 +419,7 @@ def test_runs_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
     assert len(files) == len(set(files))  # no PNG overwrites another
 
 
-# ------------------------------------------------------------------------------------------ damaged, empty, absent
-
-
+# --- damaged, empty, absent
 def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "run", headline(), fids=(60.0, 30.0, 20.0))
     with (folder / "log.jsonl").open("ab") as stream:

@@ -1,7 +1,5 @@
 """Samples: which index gives what, whoever draws it, and the files that hold them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -42,9 +40,7 @@ class TinyDecoder(nn.Module):
         return torch.tanh(self.scale * nn.functional.interpolate(z[:, :3], scale_factor=2))
 
 
-# ------------------------------------------------------------------------------------------------ draw
-
-
+# --- draw
 def _draw(num_samples=37, **settings):
     spec = SampleSpec(**{"num_steps": 5, "cfg_scale": 2.0, **settings})
     return {
@@ -136,9 +132,7 @@ def test_sampler_names_tell_settings_apart(settings, name):
     assert sampler_name(SampleSpec(**settings)) == name
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
+# --- files
 def _write(out, num_samples=20, **settings):
     spec = settings.pop("spec", SampleSpec(num_steps=4, cfg_scale=2.0))
     model = settings.pop("model", None) or SmallNet()

@@ -1,7 +1,5 @@
 """Samples to named numbers: what is read and refused, Inception's layers, the evaluation as a whole, references."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -74,9 +72,7 @@ def evaluate(drawn: Path, reference: Path, num_samples: int | None = None, **opt
     return evaluator.evaluate(drawn, num_samples=num_samples)[1]
 
 
-# ------------------------------------------------------------------------------------------ sets of images
-
-
+# --- sets of images
 def test_pngs_and_npz_give_the_same_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     images = pictures(11)
     folder = write_pngs(tmp_path / "png", images, digits=1)  # 10.png sorts before 2.png by name
@@ -130,9 +126,7 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
     refuse(tmp_path / "short.npz", "truncated", RunError)
 
 
-# ------------------------------------------------------------------------------------------ networks
-
-
+# --- networks
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of the published one's layout, with random weights."""
@@ -236,9 +230,7 @@ def test_position_embeddings_are_resized_as_dinov2_does() -> None:
     assert summary(image).shape == (1, 4)  # timm takes the table as it is
 
 
-# ------------------------------------------------------------------------------------------ the evaluation
-
-
+# --- the evaluation
 def test_evaluation_against_images_and_against_stored_statistics(small: Path) -> None:
     drawn, real = pictures(8, 1), pictures(6, 2) // 2
     folder = write_pngs(small / "drawn", drawn)
@@ -320,9 +312,7 @@ def test_splits_of_the_inception_score_that_are_not_alike_are_said(capsys: pytes
     assert not said(drawn[:10_000]) and not said(in_order[:4_000])
 
 
-# ------------------------------------------------------------------------------------------ the command
-
-
+# --- the command
 def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(small / "real.npz", arr_0=pictures(12, 9))
     for seed in range(3):
@@ -383,9 +373,7 @@ def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) 
     assert not (small / "short.npz").exists()
 
 
-# ------------------------------------------------------------------------------------------ during training
-
-
+# --- during training
 def test_a_scorer_gives_the_numbers_of_the_files_and_keeps_its_reference(small: Path) -> None:
     reference, cache = small / "real.npz", small / "cache"
     np.savez(reference, arr_0=pictures(9, 1))

@@ -1,7 +1,5 @@
 """Saving: in the background, out of copies, whole or not at all, on disks that fail, and what stays on disk."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -36,9 +34,7 @@ def state_json(images_seen: int) -> str:
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
 
 
-# ------------------------------------------------------------------------------------------------ which ones stay
-
-
+# --- which ones stay
 @pytest.mark.parametrize(
     ("keep", "every", "kept"),
     [
@@ -96,9 +92,7 @@ def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
-# ------------------------------------------------------------------------------------------------ in the background
-
-
+# --- in the background
 class Gate:
     """Holds writers up until it is opened."""
 
@@ -209,9 +203,7 @@ def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pyt
     assert faults == [] and (tmp_path / "step-00000001" / SHARE).exists()
 
 
-# ------------------------------------------------------------------------------------------------ kill -9
-
-
+# --- kill -9
 def test_no_kill_publishes_half(folder: Path) -> None:
     """At each call that touches the disk in turn the process is killed; what counts is whole in every case."""
     points = 0
@@ -272,9 +264,7 @@ def _save_and_die(folder: Path, point: int) -> None:
     os._exit(0)
 
 
-# ------------------------------------------------------------------------------------------------ disks that fail
-
-
+# --- disks that fail
 class Failing:
     """Lets the disk fail while it is `on`."""
 

@@ -1,7 +1,5 @@
 """Solvers against closed forms, and guidance by what the network sees."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -55,9 +53,7 @@ def _exact_transport(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return MEAN * (labels + 1).reshape(-1, 1, 1, 1) + STD * noise
 
 
-# ------------------------------------------------------------------------------------------------ solvers
-
-
+# --- solvers
 def test_time_grid_and_shift():
     times = time_grid(250, shift=0.3)
     assert len(times) == 250 and times.dtype == torch.float32
@@ -190,9 +186,7 @@ def test_sde_has_the_marginals_of_the_data(form):
     torch.testing.assert_close(samples[3:6], part)
 
 
-# ------------------------------------------------------------------------------------------------ guidance
-
-
+# --- guidance
 def test_unconditional_pass_runs_only_where_guidance_acts():
     noise, labels = _batch()
     for scale, interval, expected in (

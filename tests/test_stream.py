@@ -1,7 +1,5 @@
 """Counter-based randomness, and the order of the data: which sample comes when, on which rank, after which resume."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What goes beyond the paper, each off by default: contrastive loss, dispersion, time shift, value residual, REPA."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -34,9 +32,7 @@ def batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(count, generator=generator), torch.arange(count) % 5
 
 
-# ------------------------------------------------------------------------------------------ time and contrast
-
-
+# --- time and contrast
 def test_time_shift_moves_the_share_of_noise_as_the_formula_says() -> None:
     plain, shifted = (
         flow.sample_time(FlowSpec(time_shift=s), 1000, 0, torch.Generator().manual_seed(3)) for s in (1.0, 1.5)
@@ -67,9 +63,7 @@ def test_contrastive_loss_by_hand() -> None:
     pytest.raises(UsageError, flow_terms, spec, model, x[:1], labels[:1], 0).match("micro-batch, which holds 1")
 
 
-# ------------------------------------------------------------------------------------------ inside the network
-
-
+# --- inside the network
 def test_dispersive_and_alignment_loss_by_hand() -> None:
     hidden = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)) * 2 + 3
     rows = hidden.double().flatten(1)
@@ -141,9 +135,7 @@ def test_the_projector_sees_the_aligned_block() -> None:
     assert model.forward_features(x, t, y, taps=(1,)).projected is None
 
 
-# ------------------------------------------------------------------------------------------ training
-
-
+# --- training
 RUN = {"total_images": 16, "save_every_images": 8}
 ALIGNED = RepaSpec(weight=0.5, block=1, projector_width=16, foundation=FoundationSpec(name="dinov2"))
 
@@ -222,9 +214,7 @@ def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> N
     assert torch.equal(export.load_generator(tmp_path / "run").state_dict()[name], fast[name])
 
 
-# ------------------------------------------------------------------------------------------ Muon
-
-
+# --- Muon
 def test_muon_trains_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     optimizer, engine = {"kind": "muon", "lr": 1e-2}, {"zero_stage": 0, "ema_decays": ()}
     trained_in_two_parts(config(tmp_path / "whole", optimizer=optimizer, engine=engine), tmp_path / "half")

@@ -1,7 +1,5 @@
 """WebDataset shards that are damaged, cut short, or made otherwise than they should be."""
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile

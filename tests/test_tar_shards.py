@@ -1,7 +1,5 @@
 """WebDataset shards: what is read from them, and the index beside them."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -20,9 +18,8 @@ from vadit.images.sources.tar import TarSource, expand, find_shards
 from vadit.images.sources.tar_index import BLOCK
 from vadit.runtime.errors import RunError, UsageError
 
-# ------------------------------------------------------------------------------------------------ what is read
 
-
+# --- what is read
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_samples_of_a_folder_of_shards(kind: int, tmp_path: Path) -> None:
     for number in (2, 0, 1):
@@ -151,9 +148,7 @@ def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len([name for name in here if name.startswith(str(tmp_path))]) <= 2
 
 
-# ------------------------------------------------------------------------------------------------ the index
-
-
+# --- the index
 def test_headers_are_read_once_and_again_where_the_shard_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

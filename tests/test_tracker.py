@@ -1,7 +1,5 @@
 """What a run tells of itself: log points, their clocks, events on a full disk, and looks that disturb nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import io
@@ -48,9 +46,7 @@ def slow(clock: Callable[[float], None], seconds: float) -> Iterator[int]:
         number += 1
 
 
-# ------------------------------------------------------------------------------------------------ log points
-
-
+# --- log points
 def test_a_log_point_tells_pace_shares_and_distances(clock: Callable[[float], None]) -> None:
     tracker = Tracker(
         CPU,
@@ -169,9 +165,7 @@ def test_a_term_that_begins_late_is_a_mean_of_its_own_steps() -> None:
     assert terms(5) == {"loss": 2.0}
 
 
-# ------------------------------------------------------------------------------------------------ events
-
-
+# --- events
 class Full(io.RawIOBase):
     """A file whose disk takes `room` bytes more."""
 
@@ -247,9 +241,7 @@ def test_a_log_that_is_damaged_ends_nothing(kind: str, tmp_path: Path, capsys: p
     assert not victim.exists() or victim.read_bytes() == DAMAGED
 
 
-# ------------------------------------------------------------------------------------------------ looks
-
-
+# --- looks
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of both networks without looks: FOLDER/tokenizer, FOLDER/dit."""

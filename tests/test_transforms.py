@@ -1,7 +1,5 @@
 """The crop rule against an independent, literal implementation, odd image modes, and pictures for people."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from image_files import center_crop

@@ -5,8 +5,6 @@ architecture (this file as a script), since the other tests have Triton interpre
 to memory, and the loads of aligned bfloat16 rows must be 128 bits wide.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 tests/test_op_*.py hold them to their formulas. The interpreter knows nothing of races and of shared memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Both are started through launch/train.sh without ssh, as on two machines. Needs root and `ip` (iproute2).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Processes that die, stop, stick or fail: the others end, and say who it was and how far it had got."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -4,8 +4,6 @@ Ranks are played one after the other, each with its own random state and its own
 gradients averaged: what DeepSpeed must give, at any ZeRO stage, up to rounding.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

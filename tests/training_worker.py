@@ -1,7 +1,5 @@
 """What the tests start as processes of their own: `training_worker.py TASK OUT`, `ranks` under a launcher."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -4,8 +4,6 @@ All cases run at once, forked from here, so that torch is imported once. OUT/CAS
 OUT/codes.json the exit codes by name (negative: the signal).
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

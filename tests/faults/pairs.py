@@ -5,8 +5,6 @@ of every run is forked from there. A fork is sound while its parent has a single
 computed nothing: it is then what a new process is after its imports. So runs are compared after the last fork.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import logging
@@ -68,9 +66,7 @@ def fork() -> int:
     return os.fork()
 
 
-# ---------------------------------------------------------------------------------------------- what is run
-
-
+# --- what is run
 @dataclass(frozen=True)
 class Variant:
     """One kind of run. `stages`: a tokenizer in the three stages of its recipe, each a run folder of its own."""
@@ -114,9 +110,7 @@ def disk_state(out: Path) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------- inside a process
-
-
+# --- inside a process
 def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
     """A byte in `marks` at the start of every step, and the hook."""
     handle = os.open(marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -152,9 +146,7 @@ def slow_disk() -> None:
     publish.save_tensors, publish._flush_folder = slow_save, slow_flush
 
 
-# ---------------------------------------------------------------------------------------------- a pair
-
-
+# --- a pair
 class Pair:
     """Both processes of one start of a run: its life. What they say goes to OUT-LIFE-RANK.txt, or beside `beside`.
 
@@ -270,9 +262,7 @@ class Pair:
             path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------- many at a time
-
-
+# --- many at a time
 def in_forks(tasks: Sequence[Callable[[], T]], lanes: int, scratch: Path) -> Iterator[tuple[int, T | str]]:
     """Results of the tasks, each in a fork of this process, `lanes` at a time; of one that fails its traceback."""
     waiting = list(enumerate(tasks))

@@ -15,8 +15,6 @@ The other kinds are single faults, injected into one process or on the disk (sin
 The table goes to the screen and to --csv, by default benchmarks/results/reliability.csv.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import os
@@ -161,9 +159,7 @@ def _check_survivor(pair: Pair, found: Killed) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------------------------------- the table
-
-
+# --- the table
 def kill_rows(results: list[Killed]) -> list[Row]:
     """A line for the kills in each phase, and one for all runs."""
     rows = []

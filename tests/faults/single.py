@@ -1,7 +1,5 @@
 """Single faults: each is injected into a run of two processes and has to end as its row of the table says."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -72,9 +70,7 @@ def finish(config: Config, reference: Path, *, before: int | None = None) -> Pai
     return pair
 
 
-# ---------------------------------------------------------------------------------------------- steps that harm
-
-
+# --- steps that harm
 def _break_loss(kind: str, rank: int) -> None:
     """Let the loss of step AT, of process 1, be one that must not be trained on."""
 
@@ -130,9 +126,7 @@ def bad_steps(reference: Path, folder: Path) -> list[Row]:
     return [judged(fault, "1 batch", ended, partial(check, kind)) for kind, fault in names.items()]
 
 
-# ---------------------------------------------------------------------------------------------- files that change
-
-
+# --- files that change
 def _damaged(fault: str, words: str, damage: Callable[[Path], None], reference: Path, folder: Path) -> list[Row]:
     """Kill both processes in step AT, damage the share of process 1 in the newest checkpoint, start again."""
 
@@ -160,9 +154,8 @@ def _cut_short(path: Path) -> None:
 truncated = partial(_damaged, "checkpoint file truncated", "bytes instead of", _cut_short)
 flipped = partial(_damaged, "a bit of a checkpoint flipped", "has changed", flip)
 
-# ---------------------------------------------------------------------------------------------- disks
 
-
+# --- disks
 @contextlib.contextmanager
 def _small_disk(path: Path) -> Iterator[bool]:
     """A file system of its own, so that it can be filled; whether it could be had."""
@@ -220,9 +213,7 @@ def full_disk(reference: Path, folder: Path) -> list[Row]:
         return [judged(fault, "nothing but those saves", "training went on, loudly; bit-equal", check)]
 
 
-# ---------------------------------------------------------------------------------------------- processes
-
-
+# --- processes
 def sigterm(reference: Path, folder: Path) -> list[Row]:
     """One process is asked to stop in its third step; all agree on the eighth."""
 
@@ -260,9 +251,7 @@ def hang(reference: Path, folder: Path) -> list[Row]:
     return [judged("a rank hangs", "1 step", ended, check)]
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
+# --- data
 PER_SHARD = 4
 
 

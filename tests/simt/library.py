@@ -1,7 +1,5 @@
 """Builds csrc/cuda for the CPU: the very kernels, run by the emulator in cuda_on_cpu.h, as torch.ops.vadit_emulated."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
