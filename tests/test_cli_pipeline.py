@@ -125,7 +125,7 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(
             settings = [*common, str(tmp_path / source[0]), *source[1:], "--cfg-scale", "1"]
             assert cli.main([*settings, "--out", str(tmp_path / f"of-{source[0]}")]) == 0
             said.append(capsys.readouterr().err)
-            assert "among the 2 of 10" in said[-1]
+            assert "among the 2 trained classes of 10" in said[-1]
             with np.load(tmp_path / f"of-{source[0]}" / "samples.npz") as archive:
                 assert set(archive["labels"].tolist()) == {0, 1}
         if ema == "0.9":

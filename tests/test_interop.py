@@ -97,7 +97,8 @@ def test_wrappers_precedence_and_copies(capsys: pytest.CaptureFixture[str]) -> N
     assert "left out" not in capsys.readouterr().err
     raw = {f"online_model.{name}": tensor for name, tensor in second.items()} | {"initted": torch.tensor(True)}
     averaged = {f"ema_model.module.{name}": tensor for name, tensor in own.items()}
-    repa = {"ema": own | {"projectors.0.0.weight": torch.zeros(2, 2), "projectors.0.0.bias": torch.zeros(2)}}
+    projectors = {"projectors.0.0.weight": torch.zeros(2, 2), "projectors.0.0.bias": torch.zeros(2)}
+    repa = {"ema": {f"net.{name}": tensor for name, tensor in (own | projectors).items()}}
     for source, said in (
         (raw | averaged, "39 of online_model, 1 of initted"),
         (repa, "2 of projectors"),

@@ -94,7 +94,7 @@ def run(arguments: list[str]) -> None:
         if unknown := sorted(set(options.classes).difference(known)):
             note_once(f"class {unknown[0]} of --classes was not trained: the generator's data had no sample of it")
         elif len(known) < generator.num_classes and not options.classes:
-            note_once(f"labels are drawn among the {len(known):,} of {generator.num_classes:,} trained classes")
+            note_once(f"labels are drawn among the {len(known):,} trained classes of {generator.num_classes:,}")
         own = own_groups(options.num_samples)
         share = sum(min(group.stop, options.num_samples) - group.start for group in own)
 

@@ -160,7 +160,8 @@ def bare_state(content: Mapping[str, Any], *marks: str) -> tuple[dict[str, Tenso
             root = min(roots, key=lambda root: (root != "", "ema" not in root, root))
             own = {name.removeprefix(root): value for name, value in state.items() if name.startswith(root)}
             bare = {name: value for name, value in own.items() if not name.startswith(TRAINING_ONLY)}
-            others = Counter(name.split(".")[0] for name in state if name.removeprefix(root) not in bare)
+            names = [name.removeprefix(root) for name in state]
+            others = Counter(name.split(".")[0] for name in names if name not in bare)
             return bare, ", ".join(f"{count} of {part}" for part, count in others.items())
     return states[0], ""
 
