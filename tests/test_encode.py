@@ -227,4 +227,3 @@ def test_debug_images_encode(autoencoder: Autoencoder, tmp_path: Path) -> None:
     source = open_images(ImageDataSpec(path="debug:5"), IMAGE_SIDE)
     assert encode(autoencoder, source, tmp_path / "out", batch_size=2).num_images == 5
     assert LatentDataset(tmp_path / "out").num_classes == 5
-    pytest.raises(UsageError, encode, autoencoder, source, tmp_path / "out", batch_size=0).match("--batch-size is 0")

@@ -135,16 +135,16 @@ class OpenFiles:
 
     def use(self, number: int, action: Callable[[int], T]) -> T:
         """What an action makes of a file's descriptor."""
+        try:
+            file = self._open(number)  # held, or it might be closed, and its number be another's
+            return action(file.descriptor)
+        except OSError:
+            return patiently(lambda: self._use_anew(number, action), self._paths[number])
 
-        def attempt() -> T:
-            try:
-                file = self._open(number)  # held, or it might be closed, and its number be another's
-                return action(file.descriptor)
-            except OSError:
-                self._open.cache_clear()  # a stale one is opened anew, and others have room
-                raise
-
-        return patiently(attempt, self._paths[number])
+    def _use_anew(self, number: int, action: Callable[[int], T]) -> T:
+        self._open.cache_clear()  # a stale one is opened again, and others have room
+        file = self._open(number)
+        return action(file.descriptor)
 
     def _opened(self, number: int) -> _OpenFile:
         file = _OpenFile(self._paths[number])
