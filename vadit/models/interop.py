@@ -26,7 +26,7 @@ from vadit.models.interop_diffusers import DiffusersSettings
 from vadit.models.masked import MaskedDiT
 from vadit.models.pretrained import WEIGHTS_NAME, bare_state, build_model, read_mapping, read_safetensors
 from vadit.runtime.console import note_once
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import UsageError, naming
 from vadit.runtime.files import saved_file
 
 Source = str | Path | Mapping[str, Any]
@@ -50,7 +50,8 @@ def load_reference_dit(source: Source, *, num_heads: int | None = None) -> Light
     left over or misshapen, RunError where the file is damaged.
     """
     state, origin = _read(source, DIT_MARK)
-    spec = infer_dit_spec(state, origin, num_heads)
+    with naming(origin):
+        spec = infer_dit_spec(state, origin, num_heads)
     return build_model(lambda: LightningDiT(spec), state, origin)
 
 
@@ -61,7 +62,8 @@ def load_reference_autoencoder(source: Source, *, attention_resolution: int | No
     it fixes the image size of the spec, which otherwise is 256. Float32, on the CPU, in evaluation mode.
     """
     state, origin = _read(source, AUTOENCODER_MARK)
-    spec = infer_autoencoder_spec(state, origin, attention_resolution)
+    with naming(origin):
+        spec = infer_autoencoder_spec(state, origin, attention_resolution)
     return build_model(lambda: Autoencoder(spec), state, origin)
 
 
@@ -73,7 +75,10 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     """
     file = interop_diffusers.find(path) or Path(path)
     state, settings = interop_diffusers.read(file)
-    spec = infer_autoencoder_spec(state, str(file), norm_groups=settings.norm_groups, image_size=settings.image_size)
+    with naming(file):
+        spec = infer_autoencoder_spec(
+            state, str(file), norm_groups=settings.norm_groups, image_size=settings.image_size
+        )
     return build_model(lambda: Autoencoder(spec), state, str(file)), settings
 
 
@@ -143,7 +148,7 @@ def _shape(state: State, name: str, dimensions: int, origin: str) -> tuple[int, 
 
 def _count(state: State, pattern: str, origin: str) -> int:
     """How many different numbers stand where `pattern` has its group; they have to be 0, 1, 2, ..."""
-    numbers = {int(found.group(1)) for name in state if (found := re.match(pattern, name))}
+    numbers = {int(found.group(1)[:6]) for name in state if (found := re.match(pattern, name))}
     missing = next(index for index in range(len(numbers) + 1) if index not in numbers)
     if not numbers or missing < len(numbers):
         where = pattern.replace("\\", "").replace("(d+)", str(missing))
@@ -186,15 +191,18 @@ def infer_dit_spec(state: State, origin: str, num_heads: int | None = None) -> D
         rmsnorm="blocks.0.norm1.weight" in state,
         shift_free=modulation == 4 * hidden,
     )
-    return dataclasses.replace(spec, mlp_ratio=_infer_mlp_ratio(spec, mlp_hidden))
+    return dataclasses.replace(spec, mlp_ratio=_infer_mlp_ratio(spec, mlp_hidden, origin))
 
 
-def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int) -> float:
+def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int, origin: str = "checkpoint") -> float:
     """A ratio whose MLP has exactly `mlp_hidden` units: the shortest decimal first, the two roundings by trial."""
     units = mlp_hidden * 1.5 if spec.swiglu else float(mlp_hidden)
     exact = [(units + slack) / spec.hidden_size for slack in (0.0, 0.5, 1.0, 1.5)]
-    candidates = [ratio for ratio in (round(exact[0], 1), round(exact[0], 2), *exact) if ratio > 0]
-    return next(r for r in candidates if mlp_width(dataclasses.replace(spec, mlp_ratio=r)) == mlp_hidden)
+    candidates = [round(exact[0], 1), round(exact[0], 2), *exact]
+    for ratio in candidates:
+        if ratio > 0 and mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == mlp_hidden:
+            return ratio
+    raise UsageError(f"{origin}: its MLP has {mlp_hidden} units, which no ratio to its width {spec.hidden_size} gives")
 
 
 def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) -> int:
@@ -206,8 +214,8 @@ def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) 
                 "--num-heads (the paper: B 12, L 16, XL 16)"
             )
         return num_heads
-    head_dim = state[sources[0]].shape[-1]
-    if hidden % head_dim:
+    head_dim = _shape(state, sources[0], 2 if sources[0].endswith("cos") else 1, origin)[-1]
+    if head_dim == 0 or hidden % head_dim:
         raise UsageError(f"{origin}: tensor {sources[0]} is {head_dim} wide, which does not divide the width {hidden}")
     if num_heads is not None and num_heads != hidden // head_dim:
         raise UsageError(
@@ -231,7 +239,7 @@ def infer_autoencoder_spec(
     for level in range(num_levels):
         name = f"encoder.down.{level}.block.0.conv1.weight"
         width = _shape(state, name, 4, origin)[0]
-        if width % base:
+        if base == 0 or width % base:
             raise UsageError(f"{origin}: tensor {name} is {width} wide, needed is a multiple of {base}")
         multipliers.append(width // base)
     attending = [level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in state]

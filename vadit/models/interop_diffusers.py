@@ -144,9 +144,13 @@ def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
         raise UsageError(f"{origin}: tensor {MARK} is missing (its first tensor is {found}); name an {CLASS_NAME}")
     if not any(".mid_block.attentions." in name for name in state):
         raise UsageError(f"{origin} has no attention in the middle (mid_block_add_attention false), which is needed")
-    num_levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("decoder.up_blocks."))
+    numbers = (re.match(r"decoder\.up_blocks\.(\d{1,3})\.", name) for name in state)
+    levels = [int(found[1]) for found in numbers if found]
+    if not levels:
+        raise UsageError(f"{origin} has no tensors decoder.up_blocks.0; name an {CLASS_NAME} that is whole")
+    num_levels = 1 + max(levels)
     renamed = {_ldm_name(name, num_levels): _as_convolution(name, tensor) for name, tensor in state.items()}
-    latent_channels = renamed["decoder.conv_in.weight"].shape[1]
+    latent_channels = (*renamed.get("decoder.conv_in.weight", torch.empty(0)).shape, 0, 0)[1]
     for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
         if f"{name}.weight" not in renamed:
             renamed[f"{name}.weight"] = torch.eye(channels)[:, :, None, None]
@@ -157,11 +161,11 @@ def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
 def _ldm_name(name: str, num_levels: int) -> str:
     """LDM's name of a tensor; one that neither knows stays as it is, and is refused where the model is filled."""
     name = _ATTENTION.sub(lambda found: f"attentions.{found[1]}.{_ATTENTION_NAMES[found[2]]}.{found[3]}", name)
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d{1,3})", lambda found: f"mid.block_{int(found[1]) + 1}", name)
     name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
     # diffusers counts the decoder's levels as they come, LDM from the image's resolution
-    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{num_levels - 1 - int(found[1])}", name)
+    name = re.sub(r"up_blocks\.(\d{1,3})", lambda found: f"up.{num_levels - 1 - int(found[1])}", name)
     for theirs, ours in (
         (".resnets.", ".block."),
         (".attentions.", ".attn."),

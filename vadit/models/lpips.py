@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vadit.models.pretrained import compare_published, read_weights
 from vadit.runtime.errors import UsageError
+from vadit.runtime.torch_file import is_plain
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_PUBLISHED_AT = "https://download.pytorch.org/models/"
@@ -82,7 +83,7 @@ class LPIPS(nn.Module):
         compare_published(path, VGG_SHA256)
         for name, parameter in self.features.named_parameters():
             found = state.get(f"features.{name}") if isinstance(state, dict) else None
-            if not isinstance(found, Tensor) or found.shape != parameter.shape:
+            if not is_plain(found) or found.shape != parameter.shape:
                 raise UsageError(
                     f"vgg_weights {path} has no tensor features.{name} of shape {tuple(parameter.shape)}; {remedy}"
                 )

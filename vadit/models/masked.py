@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vadit.config import DiTSpec, MaskSpec
+from vadit.config import DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
+from vadit.config.masks import check_masks
 from vadit.models.dit import (
     Attention,
     Block,
@@ -31,9 +32,12 @@ from vadit.models.dit import (
     sincos_positions,
 )
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_origin, read_safetensors, read_spec
+from vadit.runtime.errors import UsageError, naming
 
 MASK_NAME = "mask.json"
 """File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
+MAX_RELATIVE_GRID = 64
+"""Side of the grid of tokens for which a table of all pairs fits the memory (0.5 GB)."""
 INIT_STD = 0.02
 """Standard deviation of mask token and relative bias at the start (both papers' code)."""
 
@@ -58,6 +62,9 @@ def load_exported(folder: str | Path) -> LightningDiT:
     if not (folder / MASK_NAME).is_file():
         return LightningDiT.from_pretrained(folder)
     spec, mask = read_spec(DiTSpec, folder), load_config(MaskSpec, folder / MASK_NAME)
+    if mask.kind != "none":
+        with naming(folder / MASK_NAME):
+            check_masks(mask, spec, FlowSpec(), RepaSpec(), EngineSpec())
     path = folder / WEIGHTS_NAME
     model = build_model(lambda: build_generator(spec, mask), read_safetensors(path), origin=str(path))
     model.origin = read_origin(path)
@@ -231,6 +238,11 @@ class MDT(MaskedDiT):
         grid = spec.input_size // spec.patch_size
         assert 0 < mask.decoder_depth < spec.depth, f"mask.decoder_depth {mask.decoder_depth} of {spec.depth} blocks"
         if self._relative_grid() is not None:
+            if grid > MAX_RELATIVE_GRID:
+                raise UsageError(
+                    f"model.input_size and model.patch_size give {grid} x {grid} tokens; without model.rope mdt takes "
+                    f"at most {MAX_RELATIVE_GRID} x {MAX_RELATIVE_GRID}"
+                )
             self.register_buffer("entries_NN", relative_entries(grid), persistent=False)
         self.pos_embed.requires_grad_(True)
         self.decoder_pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid))

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from vadit.config.files import load_config, save_config
 from vadit.runtime import distributed
 from vadit.runtime.console import note_once
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import parse_json
 from vadit.runtime.reading import openable
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
-from vadit.runtime.torch_file import load_torch
+from vadit.runtime.torch_file import is_plain, load_torch
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -111,7 +111,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise RunError(
             f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
         ) from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, MemoryError) as error:  # the last two: more than can be mapped
         raise RunError(
             f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: fetch or export it anew"
         ) from None
@@ -178,8 +178,11 @@ def build_model(make: Callable[[], M], state: Mapping[str, Tensor], origin: str)
 
     It is built without memory, so that a billion weights are neither drawn at random first nor held twice.
     """
-    with torch.device("meta"):
-        model = make()
+    try:
+        with torch.device("meta"):
+            model = make()
+    except RuntimeError as error:  # of sizes beyond all numbers
+        raise UsageError(f"{origin}: no network can be built by its config ({first_line(error)})") from None
     _check_fit(model, state, origin)
     # copies: what is read may be a view of the file, or the caller's own tensors
     copies = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
@@ -197,9 +200,14 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
                 f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, "
                 f"the model needs {tuple(tensor.shape)}; use a matching file or config"
             )
+        if not is_plain(state[name]):
+            raise UsageError(f"{origin}: the numbers of tensor {name} do not all lie in the file; save it as it is")
     for name, tensor in state.items():
         if name not in own:
             raise UsageError(f"{origin}: unexpected tensor {name} of shape {tuple(tensor.shape)}; use a matching file")
+    stored = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, state.values())}
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * sum(stored.values()):
+        raise UsageError(f"{origin} gives many tensors the same numbers; save each with its own")
 
 
 def compare_published(path: str | Path, sha256: str) -> None:

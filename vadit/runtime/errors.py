@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -39,6 +40,21 @@ def _escape(character: str) -> str:
 def one_line(text: str) -> str:
     """`escaped`, line breaks too: a name that has one shall not look like two messages."""
     return escaped(text.rstrip(), keep="")
+
+
+@contextlib.contextmanager
+def naming(origin: str | Path) -> Iterator[None]:
+    """A UsageError of the block says of which file it is, where it does not yet."""
+    try:
+        yield
+    except UsageError as error:
+        raise error if str(origin) in str(error) else UsageError(f"{origin}: {error}") from None
+
+
+def short(value: object) -> str:
+    """A value for people, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def first_line(error: Exception) -> str:

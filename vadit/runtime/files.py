@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from vadit.runtime.errors import RunError, UsageError, write_fault
+from vadit.runtime.errors import RunError, UsageError, short, write_fault
 
 SPACE = "free some space or choose another folder"
 _PREFIX = ".vadit-partial-"
@@ -173,6 +173,5 @@ def refuse_other_settings(place: Path, what: str, old: Any, new: Mapping[str, An
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
     if (found := first_difference(old, json.loads(json.dumps(new)))) is not None:
-        raise UsageError(
-            f"{place} holds {what} made with {found.name} {found.old!r}, this command says {found.new!r}; {remedy}"
-        )
+        before, now = short(found.old), short(found.new)
+        raise UsageError(f"{place} holds {what} made with {found.name} {before}, this command says {now}; {remedy}")

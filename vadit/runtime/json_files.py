@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vadit.runtime.errors import RunError, first_line
+from vadit.runtime.errors import RunError, first_line, short
 from vadit.runtime.reading import read_file
 
 MAX_BYTES = 32 << 20
@@ -82,7 +82,7 @@ def checked(kind: type[T], values: Any, origin: str, *, remedy: str = "", error:
         if refused := first.get("ctx", {}).get("error"):  # by a Spec itself, which names the setting
             raise error(_sentence(f"{origin}: {refused}", remedy)) from None
         where = ".".join(str(part) for part in first["loc"])
-        what = f"{first['msg']} (found {_short(first['input'])})"
+        what = f"{first['msg']} (found {short(first['input'])})"
         raise error(_sentence(f"{origin}: {where}: {what}" if where else f"{origin}: {what}", remedy)) from None
     except (ArithmeticError, TypeError) as found:  # a Spec that computes with a number beyond any use
         raise error(_sentence(f"{origin}: {first_line(found)}", remedy)) from None
@@ -97,11 +97,6 @@ def _sentence(problem: str, remedy: str) -> str:
     return f"{problem}; {remedy}" if remedy else problem
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _children(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
@@ -110,7 +105,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_short(twice)} is there twice")
+        raise ValueError(f"the key {short(twice)} is there twice")
     return values
 
 

@@ -8,11 +8,13 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from vadit.images.sources.beton import (
     ALLOCATION,
@@ -31,6 +33,7 @@ from vadit.images.sources.beton import (
 )
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import no_link, refuse_other_settings
+from vadit.runtime.json_files import Count, parse_json
 from vadit.runtime.owner import NAME, held
 
 PAGE_SIZE = 8 << 20
@@ -39,6 +42,16 @@ ALIGNMENT = 64
 """Payloads begin at multiples of it."""
 GOES_ON = "make room or give permission, then start again: it goes on where it was"
 _ROW = row_type(OUR_FIELDS)
+
+_Short = Annotated[int, Field(strict=True, ge=0, lt=1 << 16)]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A line of the journal: the rows of a page with their payloads' bytes, and what was skipped on the way."""
+
+    rows: list[tuple[tuple[tuple[Literal[0, 1], _Short, _Short, Count], Count, Count], Count]]
+    skipped: dict[str, str]
 
 
 def encode_image(image: Image.Image, mode: Literal["jpg", "raw"], quality: int = 95) -> EncodedImage:
@@ -177,20 +190,21 @@ class BetonWriter:
         self._journal.seek(0)
         end = 0
         for line in self._journal:
-            try:
-                entry: Any = json.loads(line[:-1])  # a line without its end is no JSON then
-            except ValueError:
+            kind: Any = _Page if end else dict[str, Any]
+            try:  # a line without its end is no JSON then
+                entry = parse_json(line[:-1], kind, str(self._journal_path))
+            except RunError:
                 break
             if end == 0:
                 remedy = f"set it as it was, remove it and {self._journal_path.name}, or choose another name"
                 refuse_other_settings(self._partial, "images", entry, head, remedy)
-            elif any(row[0][-1] + size > available for row, size in entry["rows"]):
+            elif any(row[0][-1] + size > available for row, size in entry.rows):
                 break
             else:
-                self.skipped |= entry["skipped"]
-                for row, size in entry["rows"]:
+                self.skipped |= entry.skipped
+                for row, size in entry.rows:
                     self._record(row, size)
-                self._page_start += self._page_size if entry["rows"] else 0
+                self._page_start += self._page_size if entry.rows else 0
             end += len(line)
         self._journal.truncate(end)
         self._data.truncate(self._page_start)
