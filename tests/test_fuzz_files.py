@@ -6,6 +6,7 @@ and no hang. A case is a function of its name alone; a failure names it.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import functools
 import io
@@ -23,15 +24,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from beton_files import FRONT
-from beton_files import write as write_beton
 from latent_files import TOKENIZER, moments_folder
 from mutations import mutate
 from tar_files import write_tar
+from test_beton import FRONT
+from test_beton import write as write_beton
 from test_interop_diffusers import network, state_of
 from test_interop_diffusers import write as write_diffusers
 
-from vadit.config import DiTConfig, DiTSpec, MaskSpec
+from vadit.config import DiTConfig, DiTSpec, MaskSpec, SampleSpec
 from vadit.config.files import load_run_config, save_config
 from vadit.demo import run as demo
 from vadit.eval import samples
@@ -58,6 +59,7 @@ from vadit.models.masked import build_generator, load_exported
 from vadit.report.log import read_log, read_scores
 from vadit.runtime import choices
 from vadit.runtime.errors import RunError, UsageError
+from vadit.sampling.write import noted_sampler
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
 from vadit.train.checkpoint.shares import Header, Shares, file_name
@@ -207,10 +209,12 @@ def test_json_files(kind: str, tmp_path: Path) -> None:
 
 def test_what_a_run_left_is_read_or_left_out(tmp_path: Path) -> None:
     """Reports, logs and choices of kernels go without what they cannot read."""
+    noted = {"sampler": dataclasses.asdict(SampleSpec()), "autoguidance": False, "label_list": None}
     log = {"images": 8, "step": 1, "loss": 0.5, "grid": "a.png"}
     files: dict[str, tuple[Any, Read]] = {
         "backends.json": ({"x": {"name": "cpp", "reason": ""}}, lambda: choices.recorded(tmp_path, "x")),
         "metrics.json": ({"kind": "samples", "metrics": {"fid": 3}, "spread": {}}, lambda: read_scores(tmp_path)),
+        "settings.json": (noted, lambda: noted_sampler(tmp_path)),
         "log.jsonl": (log, lambda: read_log(tmp_path / "log.jsonl")),
     }
     for name, (values, read) in files.items():

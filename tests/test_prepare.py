@@ -278,13 +278,7 @@ def test_shards_of_a_pattern_may_move(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
-    for out, settings, message in (
-        ("a", {}, "must end in .beton"),
-        ("a.beton", {"size": -1}, "--size is -1"),
-        ("a.beton", {"quality": 101}, "--quality is 101"),
-        ("a.beton", {"num_workers": 0}, "--num-workers is 0"),
-    ):
-        pytest.raises(UsageError, prepare, folder, tmp_path / out, **settings).match(message)
+    pytest.raises(UsageError, prepare, folder, tmp_path / "a").match("must end in .beton")
     assert list(tmp_path.iterdir()) == []
     with BetonWriter(tmp_path / "foreign.beton", max_samples=1) as writer:
         writer.append(encode_image(photo(0), "raw"), 0)

@@ -111,7 +111,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise RunError(
             f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
         ) from None
-    except (SafetensorError, RuntimeError, MemoryError) as error:  # the last two: more than can be mapped
+    except SafetensorError as error:
         raise RunError(
             f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: fetch or export it anew"
         ) from None

@@ -36,6 +36,9 @@ RECORD = np.dtype([("header", "<i8"), ("start", "<i8"), ("size", "<i8"), ("label
 
 BLOCK = tarfile.BLOCKSIZE
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_LONG_TYPES = (*_PAX_TYPES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+MAX_LONG = 1 << 20
+"""Bytes of a header of those types."""
 
 
 class Member(NamedTuple):
@@ -233,7 +236,7 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
     try:
         file.seek(position)
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
-        while (entry := archive.next()) is not None:
+        while _check_long(file.fileno(), position) and (entry := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
             plain = entry.isreg() and not entry.issparse()
             end = entry.offset_data + entry.size if plain else archive.offset
@@ -243,7 +246,6 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
                 raise Damaged(
                     position, f"{text(entry.name)} should end at byte {end}, the file at {num_bytes}: cut short"
                 )
-            _check_pax(file.fileno(), position, entry.offset_data - BLOCK)
             kind = "" if plain else "a link" if entry.islnk() or entry.issym() else "no plain file"
             if not entry.isdir():
                 yield Member(position, entry.offset_data, entry.size, entry.name, kind)
@@ -256,10 +258,18 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
     _check_end(file, position)
 
 
-def _check_pax(descriptor: int, position: int, end: int) -> None:
-    """Damaged where a PAX header is not all records "LENGTH KEY=VALUE\\n" (Python 3.11.9 does not ask)."""
-    while position < end:
-        header = tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCK, position), "utf-8", "surrogateescape")
+def _check_long(descriptor: int, position: int) -> bool:
+    """Damaged where a header of a long name or a PAX header, which tarfile reads whole, is too long, or the latter is
+    not all records "LENGTH KEY=VALUE\\n" (Python 3.11.9 does not ask)."""
+    while True:
+        try:
+            header = tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCK, position), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return True  # the end, or damage that tarfile finds
+        if header.type not in _LONG_TYPES:
+            return True
+        if not 0 <= header.size <= MAX_LONG:
+            raise Damaged(position, f"the extended header at byte {position} has {header.size:,} bytes")
         content = os.pread(descriptor, header.size, position + BLOCK) if header.type in _PAX_TYPES else b""
         while content.strip(b"\0"):
             digits = content.partition(b" ")[0]
