@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import queue
 import signal
 import socket
 import threading
@@ -92,7 +93,9 @@ def test_a_process_out_of_sight_lives_as_long_as_its_file_moves(
     file.write_bytes(claim if isinstance(claim, bytes) else json.dumps(claim).encode())
     in_sight = claim in (b"", b"\0\0\0") or (locks and isinstance(claim, dict) and claim["kernel"] == files.kernel())
     done = threading.Event()
-    beats = threading.Thread(target=owner._beat, args=(os.open(file, os.O_RDWR), done))
+    beats = threading.Thread(
+        target=owner._beat, args=(handle := os.open(file, os.O_RDWR), owner._read(handle)[0], done)
+    )
     beats.start()
     if not in_sight:
         with pytest.raises(UsageError, match=r"process (4711 on node7|0 on a machine unknown)"):
@@ -101,6 +104,16 @@ def test_a_process_out_of_sight_lives_as_long_as_its_file_moves(
     beats.join()
     with owned(tmp_path, ""):
         assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
+def test_who_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still for longer than the others waited."""
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(owner, "BEAT_S", 0.05)
+    monkeypatch.setattr(os, "_exit", codes.put)
+    with owned(tmp_path, ""):
+        (tmp_path / NAME).write_text("another's")
+        assert codes.get(timeout=60) == 75
 
 
 def test_what_can_be_no_folder_of_ours(tmp_path: Path) -> None:

@@ -50,10 +50,12 @@ def import_command(options: ImportOptions) -> None:
     from vadit.models.autoencoder import Autoencoder
     from vadit.models.interop import load_foreign
     from vadit.models.interop_diffusers import published_scale
+    from vadit.runtime.owner import owned
 
     check_output("--out", options.out)
     model = load_foreign(options.source, num_heads=options.num_heads, attention_resolution=options.attention_resolution)
-    model.save_pretrained(options.out)
+    with owned(options.out, "set another --out"):
+        model.save_pretrained(options.out)
     is_tokenizer = isinstance(model, Autoencoder)
     say(f"{options.out}: {'a tokenizer' if is_tokenizer else 'a generator'}")
     if is_tokenizer and (advice := published_scale(options.source)):
@@ -64,6 +66,7 @@ def export_command(options: ExportOptions) -> None:
     """Write a run's network, or turn an exported one into the authors' format."""
     from vadit.models.interop import export_reference, save_reference
     from vadit.models.pretrained import WEIGHTS_NAME
+    from vadit.runtime.owner import owned
     from vadit.train.checkpoint.export import export_run, load_autoencoder, load_generator
 
     check_output("--out", options.out, folder=options.format == "vadit")
@@ -73,7 +76,8 @@ def export_command(options: ExportOptions) -> None:
     if exported:
         export_reference(options.run, options.out)
     elif options.format == "vadit":
-        export_run(options.run, options.out, options.ema)
+        with owned(options.out, "set another --out"):
+            export_run(options.run, options.out, options.ema)
     elif isinstance(load_run_config(options.run), DiTConfig):
         save_reference(load_generator(options.run, options.ema), options.out)
     else:

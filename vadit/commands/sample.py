@@ -125,7 +125,7 @@ def run(arguments: list[str]) -> None:
 
 def _settings_of_run(path: str) -> dict[str, Any]:
     """Defaults of `vadit sample` from the config of a run; none from an exported folder, which has no such settings."""
-    if (Path(path) / "model.safetensors").is_file() or not (Path(path) / "config.json").is_file():
+    if (Path(path) / "model.safetensors").is_file() or not Path(path).is_dir():
         return {}
     config = load_run_config(path)
     if not isinstance(config, DiTConfig):

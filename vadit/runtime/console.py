@@ -84,7 +84,7 @@ class _Guarded(FileProxy):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """Of the stream."""
-        return str(getattr(self.rich_proxied_file, "encoding", "utf-8"))
+        return str(getattr(self.rich_proxied_file, "encoding", None) or "utf-8")
 
     def isatty(self) -> bool:
         """Never: who asks would send colours."""

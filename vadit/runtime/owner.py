@@ -75,7 +75,8 @@ def held(file: Path, what: Path, remedy: str) -> Iterator[None]:
     made = [each for each in file.parents if not each.exists()]
     if key in _held:
         raise UsageError(f"{what} is in use by this process itself ({pid} on {socket.gethostname()}); {remedy}")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             handle = _claim(file, what, remedy)
@@ -83,7 +84,7 @@ def held(file: Path, what: Path, remedy: str) -> Iterator[None]:
             kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else UsageError
             raise kind(f"{what} cannot be written ({error.strerror or error}); {remedy}") from None
         _held.add(key)
-        beats = threading.Thread(target=_beat, args=(handle, done), name="owner", daemon=True)
+        beats = threading.Thread(target=_beat, args=(handle, _read(handle)[0], done), name="owner", daemon=True)
         beats.start()
         try:
             yield
@@ -96,16 +97,21 @@ def held(file: Path, what: Path, remedy: str) -> Iterator[None]:
                         file.unlink()
                 _held.remove(key)
                 os.close(handle)
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):
-                each.rmdir()
 
 
-def _beat(handle: int, done: threading.Event) -> None:
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _beat(handle: int, claim: bytes, done: threading.Event) -> None:
     while not done.wait(BEAT_S):
         with contextlib.suppress(OSError):
             os.utime(handle)
+            if _read(handle)[0] != claim:  # this process, or its machine, stood still for too long
+                note("another process has taken over what this one writes: it ends here", "bold red")
+                os._exit(75)
 
 
 def _claim(file: Path, what: Path, remedy: str) -> int:

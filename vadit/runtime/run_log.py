@@ -6,9 +6,9 @@ log.jsonl has one per log point, evaluations.jsonl one per evaluation during tra
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -89,13 +89,14 @@ class _Events:
 
     _MOST = 64 << 20
     """Bytes that wait for room, at most; what comes on top is lost."""
+    _counter = itertools.count()
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        ending = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        ending = f"{socket.gethostname()}.{os.getpid()}.{next(self._counter)}"
         self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("xb", buffering=0)
         self._waiting = bytearray()
         self._records: Any = RecordWriter(SimpleNamespace(write=self._waiting.extend))
@@ -144,8 +145,8 @@ class _Point:
 
 def _cut(path: Path, images_seen: int) -> None:
     """Leave the lines of a log up to so many images, where there is one; damaged ones go."""
-    if path.is_symlink():
-        note(f"{path} is a symbolic link, which no log follows; a new file takes its place")
+    if path.is_symlink() or path.is_fifo():
+        note(f"{path} is a symbolic link or a pipe, which no log goes into; a new file takes its place")
         path.unlink()
     if not path.exists():
         return

@@ -28,6 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     The library's own lets the owner alone read. Of several entries of metadata it mixes the order.
     """
     # safetensors refuses strided storage, and keeps tensors on the host
+    path.unlink(missing_ok=True)  # older releases write through a link
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     umask = os.umask(0)
     os.umask(umask)

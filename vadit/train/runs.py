@@ -219,7 +219,7 @@ def initialise(module: nn.Module, source: str) -> None:
         state = bare_state(content, next(iter(own)))[0] | {name: content[name] for name in content if name in own}
     elif (path / WEIGHTS_NAME).is_file():
         state, origin = read_safetensors(path / WEIGHTS_NAME), path
-    elif (path / "config.json").is_file():
+    elif (path / "config.json").is_file() or has_checkpoint(final_folder(path)):
         state, origin = read_weights(path)
     else:
         raise UsageError(f"run.init_from {source} is no run, exported folder or .safetensors file; see `vadit import`")
