@@ -105,7 +105,7 @@ def test_missing_input_is_named_and_nothing_is_written(
         *("train lightningdit-b-debug --run.out", "train vavae-f16d32-dinov2-debug --run.out", "demo --out"),
         *("encode --tokenizer x --images x --out", "sample --generator x --tokenizer x --out", "prepare x"),
         *("evaluate samples x --reference x --out", "evaluate tokenizer --tokenizer x --images x --out"),
-        *("evaluate latents --latents x --picture", "evaluate make-reference x --out", "report x --out"),
+        *("evaluate latents --latents x --picture", "evaluate make-reference x --out"),
         *("export x --out", "export x --format reference --out", "import x --out"),
     ],
 )

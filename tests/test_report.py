@@ -467,7 +467,7 @@ def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture
         ([empty], "its log.jsonl holds no points yet"),
         ([tmp_path / "bare"], "there is no log.jsonl yet"),
         ([full, tmp_path / "full" / ".." / "full"], "named twice"),
-        ([full, "--out", tmp_path], "is a folder"),
+        ([full, "--out", tmp_path], "it is a folder"),
     ):
         assert main(["report", *map(str, arguments)]) == 2, arguments
         assert message in capsys.readouterr().err

@@ -170,7 +170,8 @@ def _print(text: str) -> None:
     """
     text = one_line(re.sub(r"\s*\n\s*", " ", text))  # of libraries, whose messages have several
     here = launcher.known()
-    print(f"[rank {here.rank}] {text}" if here.world_size > 1 else text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the exit code tells, too, where nobody can read
+        print(f"[rank {here.rank}] {text}" if here.world_size > 1 else text, file=sys.stderr, flush=True)
     if text.startswith("error:"):
         leave_for_torchrun(text)
 

@@ -30,10 +30,8 @@ def run(options: ReportOptions) -> None:
     """Read, draw and write."""
     from vadit.report.sections import write_runs_report
     from vadit.runtime.console import say
-    from vadit.runtime.files import check_output
 
     out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
-    check_output("--out", out, folder=False)
     written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
     for note in written.notes:
         say(f"note: {note}")

@@ -34,6 +34,7 @@ from vadit.report.runs import (
     speedup,
 )
 from vadit.runtime.errors import UsageError
+from vadit.runtime.files import check_output
 from vadit.runtime.spread import spread
 
 GRIDS_PER_RUN = 4
@@ -108,9 +109,8 @@ def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: 
     out = Path(out)
     if not folders:
         raise UsageError("vadit report needs one or more run folders: vadit report RUN [RUN ...]")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name the HTML file to write, such as {out / 'report.html'}")
     runs = read_runs(folders)
+    check_output("--out", out, folder=False)
     sections = run_sections(runs)
     names = ", ".join(run.name for run in runs)
     title = title or (names if len(names) < 80 else f"{len(runs)} runs")
