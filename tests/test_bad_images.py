@@ -258,7 +258,7 @@ def test_a_folder_named_like_an_image_is_no_image(tmp_path: Path) -> None:
         ("good-00.jpg 1 train\n", r"line 1: 'good-00.jpg 1 train' is not .*a header must say which is the label"),
         ("file,label,class\ngood-00.jpg,1,cat\n", r"has the columns file, label, class; call the one of the labels"),
         ('"good-00.jpg,1\ngood-01.jpg,0\n', r"line 1: '\"good-00.jpg,1' is not NAME LABEL"),
-        ("foto tier\ngood-00.jpg cat\n", r"line 1: 'foto' is neither an image nor the header of a column"),
+        ("foto tier\ngood-00.jpg cat\n", r"line 1: 'foto' is neither an image nor a header"),
         ("good-00.jpg 0\n./good-00.jpg 1\n", r"names good-00.jpg twice \(lines 1 and 2\)"),
         ("good-00.jpg 0\ngone.jpg 1\n", r"names gone.jpg in line 2, which is not in .* \(1 of 2 images"),
         ("\n# nothing\n", r"names no images"),

@@ -84,27 +84,24 @@ class LabelsFile:
             if len(columns) != max(len(header), 2):
                 wanted = f"of the {len(header)} columns of the header" if header else "NAME LABEL or NAME,LABEL"
                 hint = "; above more columns, a header must say which is the label" if len(columns) > 2 else ""
-                self._fail(number, f"{' '.join(columns)!r} is not {wanted}{hint}")
+                self._fail(number, f"{' '.join(columns)[:80]!r} is not {wanted}{hint}")
             if not columns[label]:
                 self._fail(number, "the label is empty")
             if not self._is_image(columns[name]):
-                self._fail(number, f"{columns[name]!r} is neither an image nor the header of a column (name, label)")
+                self._fail(number, f"{columns[name][:80]!r} is neither an image nor a header (name,label)")
             yield number, os.path.normpath(columns[name]), columns[label]
 
     def _rows(self, lines: list[tuple[int, str]]) -> tuple[list[Row], int]:
         """The lines in columns, and which of these has the names: by the first lines, whose images must stay whole."""
-        counts = {
-            separator: Counter(
-                next((at for at, column in enumerate(columns) if self._is_image(column)), -1)
-                for _, columns in _parted(lines[:_SAMPLE], separator, self._is_image)
-                if len(columns) > 1
-            )
-            for separator in "\t;, "
-        }
-        found = {
-            separator: max((count, -at) for at, count in [*each.items(), (0, 0)] if at >= 0)
-            for separator, each in counts.items()
-        }
+
+        def fit(separator: str) -> tuple[int, int]:
+            """How many of the first lines have an image's name in one column, and less which column."""
+            parted = _parted(lines[:_SAMPLE], separator, self._is_image)
+            places = [list(map(self._is_image, columns)) for _, columns in parted if len(columns) > 1]
+            counts = Counter(place.index(True) for place in places if True in place)
+            return max(((count, -at) for at, count in counts.items()), default=(0, 0))
+
+        found = {separator: fit(separator) for separator in "\t;, "}
         best = max(found, key=lambda separator: found[separator][0])  # the first one of several
         if sum(found[each][0] == found[best][0] > 0 for each in "\t;,") > 1:
             raise self.refusal("can be read in columns in several ways; put one tab between the name and the label")
@@ -123,7 +120,9 @@ class LabelsFile:
         for number, word in zip(numbers, words, strict=True):
             if not kinds[word]:
                 first = next(each for each in words if kinds[each])
-                self._fail(number, f"the label {word!r} is a name, and {first!r} is a number; give all of one kind")
+                self._fail(
+                    number, f"the label {word[:40]!r} is a name, and {first!r} is a number; give all of one kind"
+                )
             if not (float(word).is_integer() and 0 <= float(word) < MAX_CLASSES):
                 what = f"the label is {word[:40]!r}"
                 self._fail(number, f"{what}; numbers are whole ones from 0 to {MAX_CLASSES - 1}")
