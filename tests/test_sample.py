@@ -15,6 +15,7 @@ from torch import nn
 
 from vadit.config import SampleSpec
 from vadit.images.pixels import channels_last, to_uint8
+from vadit.models.pretrained import Origin
 from vadit.runtime import launcher
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.owner import owned
@@ -302,3 +303,25 @@ def test_a_damaged_image_stops_the_archive_whole(tmp_path):
     (tmp_path / "samples.npz").unlink()
     pytest.raises(RunError, _write, tmp_path, num_samples=2).match(r"000001\.png does not decode")
     assert not list(tmp_path.glob("samples.npz*"))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "labels"),
+    [(None, [0, 1]), (((1, 1),), [1]), (((-5, 0), (0, 0)), [0]), (((7, 10**30),), [0, 1]), (((0, 10**30),), [0, 1])],
+)
+def test_only_trained_classes_are_drawn(ranges, labels):
+    model = SmallNet()
+    model.origin = Origin(classes=ranges)
+    for law in ("random", "balanced"):
+        drawn = [part.labels for part in draw(model, SampleSpec(num_steps=2, labels=law), num_samples=20)]
+        assert torch.cat(drawn).unique().tolist() == labels
+
+
+def test_guidance_by_a_null_label_that_was_never_trained_is_refused():
+    model = SmallNet()
+    model.spec = dataclasses.replace(model.spec, class_dropout=0.0)
+    spec = SampleSpec(num_steps=2, cfg_scale=2.0)
+    with pytest.raises(UsageError, match=r"--cfg-scale is 2, .* model\.class_dropout 0.*--model\.class-dropout 0\.1"):
+        next(draw(model, spec, num_samples=1))
+    next(draw(model, spec, num_samples=1, guide=SmallNet()))
+    next(draw(model, dataclasses.replace(spec, cfg_scale=1.0), num_samples=1))

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -43,9 +44,9 @@ M = TypeVar("M", bound=nn.Module)
 class Origin:
     """What the training of weights leaves to know; kept in the metadata of an exported model.safetensors."""
 
-    ema: float = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the average that they are; 0 for plain weights."""
-    start_share: float = 0.0
+    start_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share that the weights of the start still have in that average."""
     classes: tuple[tuple[int, int], ...] | None = None
     """Classes that there were samples of, in ranges (first, last); None where nobody knows."""

@@ -82,10 +82,10 @@ def sample_labels(
 
 def trained_classes(model: Any) -> Tensor:
     """Labels (n,) int64 that a generator can be asked for: all, or those that its training had samples of."""
-    ranges = getattr(model, "origin", Origin()).classes or ()
-    inside = [range(max(first, 0), min(last + 1, model.num_classes)) for first, last in ranges]
-    known = torch.tensor([label for each in inside for label in each], dtype=torch.int64)
-    return known if len(known) else torch.arange(model.num_classes)
+    known = torch.zeros(model.num_classes, dtype=torch.bool)
+    for first, last in getattr(model, "origin", Origin()).classes or ():
+        known[max(first, 0) : max(min(last, model.num_classes) + 1, 0)] = True
+    return known.nonzero().flatten() if known.any() else torch.arange(model.num_classes)
 
 
 def draw(
