@@ -154,8 +154,7 @@ SOME_BAD = ("jpeg cut in the middle", "text", "huge jpeg", "png of damaged data"
 def test_raise_ends_with_the_name(tmp_path: Path, loader: str, kind: str) -> None:
     name, data = BAD[kind]
     images = image_set(write(tmp_path / "images", GOOD | {name: data}))
-    with pytest.raises(RunError, match=name):
-        list(ImageLoader(images, 4, decoder=decoder_of(loader, images)))
+    pytest.raises(RunError, list, ImageLoader(images, 4, decoder=decoder_of(loader, images))).match(name)
     with decoder_of(loader, images)() as decoder, pytest.raises(RunError, match=name):
         list(load_in_order(images, range(len(images)), 4, decoder))
 

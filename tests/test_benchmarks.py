@@ -201,8 +201,7 @@ def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> 
     harness.append(path, [One(2), One(3)])
     before = path.read_text()
     assert before == "speed\n1\n2\n3\n"
-    with pytest.raises(ValueError, match="columns"):
-        harness.append(path, [Other(4)])
+    pytest.raises(ValueError, harness.append, path, [Other(4)]).match("columns")
     assert path.read_text() == before
 
 

@@ -196,8 +196,7 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
             pytest.raises(ValueError, writer.append, image, 0).match("do not fit a page")
         pytest.raises(RunError, writer.finish).match("no samples")
         writer.append(encode_image(picture(0), "raw"), 0)
-        with pytest.raises(ValueError, match="max_samples"):
-            writer.append(encode_image(picture(0), "raw"), 0)
+        pytest.raises(ValueError, writer.append, encode_image(picture(0), "raw"), 0).match("max_samples")
 
 
 def test_every_changed_byte_of_the_tables_and_every_cut_is_found(beton: Path, tmp_path: Path) -> None:

@@ -262,14 +262,13 @@ def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: 
     assert "run.total_images 8, this command says 16" in message
 
 
-def test_full_disk_leaves_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_leaves_no_config_and_weights_have_usual_permissions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], house: Path
+) -> None:
     with room_for(100):
         message = refusal(capsys, [*DEBUG, "--run.out", str(tmp_path)], 1)
     assert f"{tmp_path / 'config.json'} cannot be written (" in message and "free some space" in message
     assert files(tmp_path) == []
-
-
-def test_weights_have_the_permissions_of_any_new_file(house: Path) -> None:
     for file in ("exported/model.safetensors", "run/checkpoints/step-00000002/model-00000-of-00001.safetensors"):
         assert (house / file).stat().st_mode == (house / "exported" / "config.json").stat().st_mode, file
 

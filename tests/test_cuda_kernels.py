@@ -238,5 +238,4 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
 def test_op_called_directly_refuses_what_it_cannot_read(ops, call: Callable, words: str, namespace: str) -> None:
     if namespace == "vadit" and (missing := dispatch.BACKENDS["cpp"].missing):
         pytest.skip(missing)
-    with pytest.raises(RuntimeError, match=re.escape(words)):
-        call(getattr(torch.ops, namespace))
+    pytest.raises(RuntimeError, call, getattr(torch.ops, namespace)).match(re.escape(words))

@@ -81,7 +81,7 @@ def test_on_a_gpu_other_kernels_take_the_place_of_what_is_missing(monkeypatch: p
 
 
 @needs_extension
-def test_choice_of_backend() -> None:
+def test_choice_of_backend_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 8)
     with dispatch.setting("cpp"):
         assert dispatch.kernels_for("rms_norm", x) is dispatch.kernels_for("rms_norm", x.bfloat16()) is torch.ops.vadit
@@ -97,10 +97,6 @@ def test_choice_of_backend() -> None:
         assert kernels.backends() == dispatch.AUTO["cpu"]
         assert set(kernels.backends("mps").values()) == {"reference"}
     assert set(kernels.reasons()) == set(kernels.backends()) == set(dispatch.OPS)
-
-
-@needs_extension
-def test_what_runs_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with dispatch.setting("auto"):
         monkeypatch.setattr(dispatch, "_backend_of", lambda *_: pytest.fail("decided again"))
         assert all(dispatch.kernels_for(op, torch.ones(2)) is torch.ops.vadit for op in dispatch.OPS)

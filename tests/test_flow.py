@@ -70,12 +70,6 @@ def test_conversions_agree_with_a_gaussian_in_closed_form(path):
         torch.testing.assert_close(flow.to_score(path, prediction, output, x, t), score)
 
 
-def test_score_from_velocity_is_finite_at_pure_noise():
-    x, velocity = _pair(2, 1, 2, 2)
-    score = flow.to_score("linear", "velocity", velocity, x, torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(score, -x)
-
-
 def test_velocity_loss_equals_a_naive_loop_and_is_taken_in_fp32():
     prediction, target = _pair(3, 4, 2, 5)
     mse, direction = flow.velocity_loss(prediction, target)
@@ -96,7 +90,7 @@ def test_velocity_loss_equals_a_naive_loop_and_is_taken_in_fp32():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_law_of_time():
+def test_law_of_time_and_scores_at_pure_noise():
     t = flow.sample_time(FlowSpec(), 40_000, 0, torch.Generator().manual_seed(1))
     normal = torch.distributions.Normal(0.0, 1.0)
     for level in (0.05, 0.25, 0.5, 0.75, 0.95):
@@ -113,6 +107,9 @@ def test_law_of_time():
     assert share_in_the_middle(999) == pytest.approx(logit_normal_share, abs=0.01)
     assert share_in_the_middle(1000) == pytest.approx(0.5, abs=0.01)
     assert flow.sample_time(FlowSpec(time_law="uniform"), 10_000, 0).mean().item() == pytest.approx(0.5, abs=0.02)
+    x, velocity = _pair(2, 1, 2, 2)
+    score = flow.to_score("linear", "velocity", velocity, x, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(score, -x)
 
 
 @pytest.mark.parametrize(

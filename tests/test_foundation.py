@@ -63,7 +63,7 @@ def test_any_timm_model_on_the_latents_grid(name: str, model_args: dict, latent_
     assert model(images(40)).shape == (2, feature_dim, latent_size, latent_size)
 
 
-def test_names_are_timms_and_torchvisions() -> None:
+def test_names_are_timms_and_torchvisions_and_all_is_frozen() -> None:
     assert list(TIMM_NAMES) == ["dinov2", "mae", "sam", "clip"]
     for name in TIMM_NAMES.values():
         assert name in timm.list_pretrained(name.split(".")[0] + ".*")
@@ -73,9 +73,6 @@ def test_names_are_timms_and_torchvisions() -> None:
         theirs = {name: tensor.shape for name, tensor in vgg16().features.state_dict().items()}
         ours = {name: tensor.shape for name, tensor in vgg_features().state_dict().items()}
     assert ours == theirs
-
-
-def test_is_frozen() -> None:
     model = build().train()
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())

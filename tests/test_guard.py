@@ -399,13 +399,10 @@ def test_all_processes_skip_what_one_cannot_take(zero_stage: int, launched: tupl
     assert all(value.isfinite().all() for value in newest(folder).values())
 
 
-def test_all_processes_go_back(launched: tuple[Path, Done]) -> None:
+def test_all_processes_go_back_and_stop_together(launched: tuple[Path, Done]) -> None:
     folder = launched[0] / "rollback"
     assert [event["event"] for event in events(folder)] == ["skipped", "skipped", "rollback"]
     assert logged(folder, "step") == [1, 2, 3, 4]
-
-
-def test_a_stop_of_one_process_is_one_of_all(launched: tuple[Path, Done]) -> None:
     for rank in range(2):
         assert (launched[0] / f"stop-{rank}").read_text() == (
             "0 stopped after 32 images and saved; resume with the same command"

@@ -169,8 +169,7 @@ def test_debug_images_need_no_files() -> None:
     assert [batch.images.shape for batch in batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
     assert sorted(ids_of(batches)) == list(range(6))
     assert batches[0].images.float().std() > 10
-    with pytest.raises(UsageError, match=r"debug:x"):
-        open_images(ImageDataSpec(path="debug:x"), 16)
+    pytest.raises(UsageError, open_images, ImageDataSpec(path="debug:x"), 16).match(r"debug:x")
 
 
 def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,13 +109,17 @@ def test_scaling_follows_pillow(size: tuple[int, int], as_float: bool) -> None:
         assert psnr(found.numpy(), np.asarray(apply_crop(image, crop))) >= MIN_PSNR
 
 
-def test_halving_is_pillows_for_every_odd_side() -> None:
+def test_halves_and_bounds_of_runs() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (3, 700, 3), dtype=np.uint8)
     for side in range(3, 700):
         image = Image.fromarray(np.ascontiguousarray(noise[:, :side]))
         expected = np.asarray(image.resize((side // 2, 1), Image.Resampling.BOX))
         found = dali._halve(torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
         assert np.array_equal(found.numpy(), expected), side
+    most = dali.MAX_AREA
+    areas = {0: most, 1: 5, 2: 0, 4: most - 5, 5: 1, 6: 0}
+    assert list(dali._groups(areas)) == [([0], True), ([1, 4], True), ([5], True), ([2, 6], False)]
+    assert list(dali._groups({})) == []
 
 
 # --- what DALI gets to see
@@ -145,13 +149,6 @@ def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
     assert jpeg_area(encode(PHOTOS[0].convert("CMYK"))) == 0
     assert jpeg_area(encode(PHOTOS[0], keep_rgb=True)) == 0
     assert jpeg_area(encode(PHOTOS[0], "PNG")) == jpeg_area(b"") == 0
-
-
-def test_runs_are_bounded_by_their_area() -> None:
-    most = dali.MAX_AREA
-    areas = {0: most, 1: 5, 2: 0, 4: most - 5, 5: 1, 6: 0}
-    assert list(dali._groups(areas)) == [([0], True), ([1, 4], True), ([5], True), ([2, 6], False)]
-    assert list(dali._groups({})) == []
 
 
 # --- failures

@@ -247,7 +247,7 @@ def windows_of(source: BetonSource, ids: np.ndarray) -> list[list[int]]:
     return stretches
 
 
-def test_an_epoch_takes_each_page_once_and_as_a_whole(paged: BetonSource) -> None:
+def test_an_epoch_takes_each_page_once_and_is_a_function_of_the_place(paged: BetonSource) -> None:
     order = page_order(paged)
     epochs = [order.ids(torch.arange(PAGED), epoch, seed=5).numpy() for epoch in range(3)]
     for ids in epochs:
@@ -260,9 +260,6 @@ def test_an_epoch_takes_each_page_once_and_as_a_whole(paged: BetonSource) -> Non
     assert max(steps) > 2
     others = [*epochs, order.ids(torch.arange(PAGED), 0, seed=6).numpy()]
     assert len({tuple(ids) for ids in others}) == 4 and len({tuple(ids - ids // 3 * 3) for ids in others}) == 4
-
-
-def test_it_is_a_function_of_the_place(paged: BetonSource) -> None:
     order, other = page_order(paged), page_order(paged)
     whole = order.ids(torch.arange(PAGED), 4, seed=5)
     for rank in range(3):

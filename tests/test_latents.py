@@ -163,8 +163,7 @@ def test_open_latents_checks_the_model(tmp_path: Path) -> None:
     fitting: dict = {"input_size": SIDE, "in_channels": CHANNELS, "num_classes": CLASSES}
     assert isinstance(open_latents(spec, DiTSpec(**fitting)), LatentDataset)
     for change, setting in (({"input_size": 16}, "input_size"), ({"in_channels": 32}, "in_channels")):
-        with pytest.raises(UsageError, match=f"model.{setting} is"):
-            open_latents(spec, DiTSpec(**(fitting | change)))
+        pytest.raises(UsageError, open_latents, spec, DiTSpec(**(fitting | change))).match(f"model.{setting} is")
     with pytest.raises(UsageError, match=r"has 5 classes but model.num_classes is 4; set --model.num-classes 5"):
         open_latents(spec, DiTSpec(**(fitting | {"num_classes": 4})))
 

@@ -91,15 +91,12 @@ def known_flags() -> set[str]:
     return {flag for options in OPTIONS for flag in flags_of(options)} | COMMON
 
 
-def test_every_flag_that_a_message_names_is_one_of_a_command() -> None:
+def test_flags_in_messages_are_those_of_a_command_and_others_would_be_found() -> None:
     known = known_flags() | EXAMPLES | OF_OTHERS
     assert {"--data.no-flip", "--no-normalize", "--dry-run", "--cfg-scale", "--stats-only"} <= known
     assert "--source" not in known  # it is told by its place
     wrong = {str(file.relative_to(PACKAGE)): unknown_flags(file.read_text(), known) for file in PACKAGE.rglob("*.py")}
     assert {file: flags for file, flags in wrong.items() if flags} == {}
-
-
-def test_a_flag_that_is_not_there_would_be_found() -> None:
     source = r"""
 '''Set --data.path. Not a --flag.'''
 fail(f"{x} is on; set --no-data.flip, or (vadit train: --data.{name}), or --nowhere.{name} "

@@ -148,6 +148,7 @@ def test_features_that_are_none_are_refused() -> None:
         precision_recall(np.zeros((3, 2)), np.zeros((5, 2)))
     for wrong, message in ((np.zeros((5, 3)), "width 2 and sample features 3"), (np.full((5, 2), np.nan), "NaN")):
         pytest.raises(UsageError, precision_recall, np.zeros((5, 2)), wrong).match(message)
+    assert [count_name(count) for count in (999, 1000, 1797, 50_000)] == ["999", "1k", "1797", "50k"]
 
 
 def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -192,10 +193,6 @@ def test_kernel_distance_is_the_mean_over_subsets(monkeypatch: pytest.MonkeyPatc
     for settings, message in (({"subset_size": 3}, "subset_size 3"), ({"subset_size": 1}, "subset_size 1")):
         pytest.raises(UsageError, kernel_distance, zeros, twos, **settings).match(message)
     pytest.raises(UsageError, kernel_distance, zeros, twos, subset_size=2, num_subsets=0).match("num_subsets is 0")
-
-
-def test_counts_in_names() -> None:
-    assert [count_name(count) for count in (999, 1000, 1797, 50_000)] == ["999", "1k", "1797", "50k"]
 
 
 def test_closed_forms_of_the_densities() -> None:
@@ -274,7 +271,7 @@ def test_vectors_of_a_file_are_normalised_by_channel_and_a_dead_one_divides_noth
     assert len({tuple(row) for row in part} & {tuple(row) for row in found}) == 20
 
 
-def test_clustered_latents_are_less_uniform_than_spread_ones() -> None:
+def test_vectors_are_clustered_or_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(200, 2, generator=generator)
     centres = torch.tensor([[0.0, 0.0], [40.0, 0.0], [0.0, 90.0]])
@@ -288,9 +285,6 @@ def test_clustered_latents_are_less_uniform_than_spread_ones() -> None:
     assert even == evaluate(spread)
     assert uneven["density_cv"] > 1.2 * even["density_cv"] and uneven["gini"] > 1.2 * even["gini"]
     assert uneven["normalized_entropy"] < even["normalized_entropy"] <= 1
-
-
-def test_unusable_vectors_are_refused() -> None:
     vectors = np.random.default_rng(0).normal(size=(100, 3))
     with pytest.raises(UsageError, match=r"--num-vectors is 90; .* more than 90 latent vectors"):
         uniformity.embed(vectors[:90])

@@ -154,13 +154,12 @@ def test_a_run_does_not_go_on_with_another_optimizer(
         dit.train(config)
 
 
-def test_both_engines_of_a_tokenizer_have_it(tmp_path: Path, apex: type[FakeFusedAdam]) -> None:
+def test_both_engines_have_apex_unless_it_steps_wrongly(
+    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer.train(with_kind(tiny_tokenizer(tmp_path), "apex_fused"))
     assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 3, 1, 2]  # tried twice; the discriminator late
     assert chosen(tmp_path, "optimizer.kind")["name"] == "apex_fused"
-
-
-def test_an_optimizer_that_steps_wrongly_is_refused(apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apex, "scale", 0.5)
     weight = torch.nn.Parameter(torch.zeros(3))
     adam, choice = optimizers.build([weight], OptimizerSpec(kind="apex_fused"), device=CPU)

@@ -129,15 +129,6 @@ def test_released_tokenizer_trains_in_three_stages() -> None:
     assert change == first | {"run.total_images": 130 * EPOCH}
 
 
-def test_long_run_changes_length_guidance_and_the_time_law_at_600k_steps() -> None:
-    assert difference(HEADLINE, "lightningdit-xl-800ep") == {
-        "run.total_images": 1_000_000 * 1024,
-        "flow.uniform_after_images": 600_000 * 1024,
-        "sample.cfg_scale": 6.7,
-        "sample.cfg_interval": (0.125, 1.0),
-    }
-
-
 def test_sizes_are_the_papers() -> None:
     table = {name: (size["depth"], size["hidden_size"], size["num_heads"]) for name, size in DIT_SIZES.items()}
     assert table == {
@@ -211,10 +202,17 @@ def test_table_1_is_ten_recipes_each_one_change_from_the_last() -> None:
         assert config.run.total_images == 102_400_000  # 400,000 x 256 and 100,000 x 1024
 
 
-def test_table_1_ends_at_lightningdit() -> None:
+def test_table_1_ends_at_the_headline_and_its_switches() -> None:
     headline = difference("table1-09-vavae", "lightningdit-xl-64ep")
     assert {name.split(".")[0] for name in headline} == {"run", "sample"}
     assert headline["run.total_images"] == 80_000 * 1024
+    assert difference(HEADLINE, "lightningdit-xl-beyond") == settings(BEYOND)
+    assert difference(HEADLINE, "lightningdit-xl-800ep") == {
+        "run.total_images": 1_000_000 * 1024,
+        "flow.uniform_after_images": 600_000 * 1024,
+        "sample.cfg_scale": 6.7,
+        "sample.cfg_interval": (0.125, 1.0),
+    }
 
 
 @pytest.mark.parametrize("line", [*TABLE_2.split("\n")[1:-1], *TABLE_4_AND_5.split("\n")[1:-1]])
@@ -313,10 +311,6 @@ engine max_grad_norm=1.0 ema_decays=(0.9999,0.9998,0.9995) ema_warmup=True
 """
 
 
-def test_beyond_is_the_headline_run_with_switches() -> None:
-    assert difference(HEADLINE, "lightningdit-xl-beyond") == settings(BEYOND)
-
-
 def test_metrics_are_named_after_the_recipes_own_sampler() -> None:
     from vadit.sampling.draw import sampler_name
 
@@ -334,20 +328,19 @@ def test_metrics_are_named_after_the_recipes_own_sampler() -> None:
     assert unnamed == {"maskdit-xl2", "maskdit-xl2-unmasked", "fasterdit-xl2", "lightningdit-xl-beyond"}
 
 
-def test_short_names_stand_for_recipes() -> None:
+def test_short_names_and_words_find_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     for short, name in SHORT_NAMES.items():
         assert flat(get_recipe(short)) == flat(get_recipe(name))
         assert flat(get_recipe(f"{short}-debug")) == flat(get_recipe(f"{name}-debug"))
-
-
-# --- the list
-def test_recipes_can_be_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", "Table", "5,", "mcos"]) == 0
     text = capsys.readouterr().out
     names = re.findall(r"^│ ([a-z0-9-]+) ", text, re.MULTILINE)
     assert names == ["name", "vavae-f16d32-dinov2-no-mcos-50ep", "lightningdit-b-f16d32-dinov2-no-mcos"]
     assert cli.main(["recipes", "nonesuch"]) == 2
     assert "'nonesuch'" in capsys.readouterr().err
+
+
+# --- the list
 
 
 # --- debug twins

@@ -53,7 +53,7 @@ def means(x: Tensor) -> Tensor:
     return x.float().mean(dim=(2, 3))
 
 
-def test_psnr_and_ssim_by_hand() -> None:
+def test_psnr_and_ssim_by_hand_and_of_a_perfect_tokenizer() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_signed(pixels)), pixels)
     assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
@@ -72,9 +72,6 @@ def test_psnr_and_ssim_by_hand() -> None:
     assert found.tolist() == pytest.approx([expected], abs=1e-4)
     with pytest.raises(UsageError, match="11 pixels, the images are 8x8"):
         reconstruction.ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
-
-
-def test_a_perfect_tokenizer_is_perfect() -> None:
     count, found = reconstruction.evaluate_tokenizer(PixelCodec(), [images(4)], features=means)
     perfect = {"psnr": math.inf, "ssim": pytest.approx(1), "rfid4": pytest.approx(0, abs=1e-6)}
     assert count == 4 and found == perfect
@@ -113,8 +110,7 @@ def test_unusable_input_is_refused() -> None:
         def decode(self, z: Tensor) -> Tensor:
             return z[..., :8]
 
-    with pytest.raises(UsageError, match="downsample ratio"):
-        reconstruction.evaluate_tokenizer(Cropping(), [images(1)])
+    pytest.raises(UsageError, reconstruction.evaluate_tokenizer, Cropping(), [images(1)]).match("downsample ratio")
 
 
 def test_the_command_takes_a_folder_and_gives_means_over_seeds(

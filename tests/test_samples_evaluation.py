@@ -142,12 +142,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_missing_and_wrong_weights_name_the_file_and_the_setting(tmp_path: Path) -> None:
+def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (None, tmp_path / "nowhere.pth"):
         with pytest.raises(UsageError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception-weights"):
             Inception(path)
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     pytest.raises(UsageError, Inception, tmp_path / "other.pth").match("is not torch-fidelity's Inception")
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    monkeypatch.setattr(port, "FeatureExtractorInceptionV3", lambda *_args: nn.Linear(8, 8))  # draws its weights, too
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    inception._build({}, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_inception_takes_the_three_layers_of_the_protocol(
@@ -174,19 +182,7 @@ def test_inception_takes_the_three_layers_of_the_protocol(
     spatial = torch.relu(branch.bn(branch.conv(inputs[0])))
     # NHWC order: the 7 channels of position (0, 0) come first, then those of (0, 1)
     torch.testing.assert_close(found.spatial, spatial.permute(0, 2, 3, 1)[..., :7].flatten(1))
-    with pytest.raises(UsageError, match="uint8"):
-        Inception(weights)(pixels.float())
-
-
-def test_building_inception_leaves_the_random_state_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from torch_fidelity import feature_extractor_inceptionv3 as port
-
-    monkeypatch.setattr(port, "FeatureExtractorInceptionV3", lambda *_args: nn.Linear(8, 8))  # draws its weights, too
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    inception._build({}, tmp_path)
-    assert torch.equal(torch.rand(3), expected)
+    pytest.raises(UsageError, Inception(weights), pixels.float()).match("uint8")
 
 
 def test_a_summary_is_the_class_token_of_images_scaled_by_pillow() -> None:

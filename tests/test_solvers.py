@@ -120,16 +120,7 @@ def test_dopri5_ends_where_it_gets_nowhere(slope, settings, words, monkeypatch):
     monkeypatch.setattr(solvers, "MAX_ADAPTIVE_STEPS", 100)
     model = GaussianVelocity()
     model.forward = lambda x, t, labels: slope(x, t[:, None, None, None])
-    with pytest.raises(RunError, match=f"dopri5 ends: {words}"):
-        sample_ode(model, *_batch(), method="dopri5", **settings)
-
-
-def test_dopri5_passes_on_a_fault_of_the_network():
-    def broken(x, t, labels):
-        raise AssertionError("of the network")
-
-    with pytest.raises(AssertionError, match="of the network"):
-        sample_ode(broken, *_batch(), method="dopri5")
+    pytest.raises(RunError, sample_ode, model, *_batch(), method="dopri5", **settings).match(f"dopri5 ends: {words}")
 
 
 def test_dopri5_takes_plain_torch_ops():
@@ -273,12 +264,17 @@ def test_autoguidance_asks_the_weaker_network_for_the_same_class():
     torch.testing.assert_close(found, expected.detach())
 
 
-def test_sampling_turns_dropout_off_and_restores_the_mode():
+def test_sampling_restores_the_mode_and_passes_faults_on():
     noise, labels = _batch()
     model = SmallNet()
     first = sample_ode(model, noise, labels, num_steps=5)
     assert model.training and model.dropout.training and not first.requires_grad
     torch.testing.assert_close(sample_ode(model, noise, labels, num_steps=5), first)
+
+    def broken(x, t, labels):
+        raise AssertionError("of the network")
+
+    pytest.raises(AssertionError, sample_ode, broken, *_batch(), method="dopri5").match("of the network")
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,20 @@ def expected(start: int, stop: int, seed: int = SEED) -> list[tuple[int, int]]:
     ]
 
 
-def test_positions_are_cut_at_the_ends_of_epochs() -> None:
+def test_positions_are_cut_and_handed_out_in_order() -> None:
     found = [(epoch, places.tolist()) for epoch, places in split_epochs(torch.tensor([4, 7, 10, 13, 25]), 5)]
     assert found == [(0, [4]), (1, [2]), (2, [0, 3]), (5, [0])]
     ids = [(epoch, index) for epoch, ids in sample_ids(torch.arange(8, 24), N, SEED) for index in ids.tolist()]
     assert ids == expected(8, 24)
     # A golden value: another order would go on with other samples where a run was interrupted.
     assert [int(ids[0]) for _, ids in sample_ids(torch.tensor([0, 1_000_003]), 1_000_003, 5)] == [575127, 407537]
+    loader = Ids(2)
+    stream = loader.stream()
+    for step in range(1, 4):
+        next(stream)
+        assert len(loader.begun) == step - 1 + PREFETCH_BATCHES and loader.images_seen == 2 * step
+    stream.close()
+    assert loader.state_dict()["images_seen"] == 6
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -164,16 +171,6 @@ def test_an_iterator_follows_its_loader_to_another_position_and_seed() -> None:
             assert next(running) == expected(
                 seen, seen + 3 if endless else min(seen + 3, -(-(seen + 1) // N) * N), seed
             )
-
-
-def test_batches_are_begun_ahead_and_counted_when_they_are_handed_out() -> None:
-    loader = Ids(2)
-    stream = loader.stream()
-    for step in range(1, 4):
-        next(stream)
-        assert len(loader.begun) == step - 1 + PREFETCH_BATCHES and loader.images_seen == 2 * step
-    stream.close()
-    assert loader.state_dict()["images_seen"] == 6
 
 
 def test_samples_between_two_states() -> None:

@@ -33,16 +33,13 @@ def batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # --- time and contrast
-def test_time_shift_moves_the_share_of_noise_as_the_formula_says() -> None:
+def test_time_shift_and_contrastive_loss_by_hand() -> None:
     plain, shifted = (
         flow.sample_time(FlowSpec(time_shift=s), 1000, 0, torch.Generator().manual_seed(3)) for s in (1.0, 1.5)
     )
     noise = 1 - plain.double()
     torch.testing.assert_close(1 - shifted.double(), 1.5 * noise / (1 + 0.5 * noise), rtol=1e-5, atol=1e-6)
     assert shifted.mean() < plain.mean()
-
-
-def test_contrastive_loss_by_hand() -> None:
     x, _, labels = batch()
     seen: dict[str, Tensor] = {}
 

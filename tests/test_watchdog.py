@@ -157,11 +157,15 @@ def test_no_message_ends_the_watchdog(message: bytes) -> None:
     assert Standing.parse(1, message) is None
 
 
-def test_a_message_is_read_as_it_was_meant() -> None:
+def test_settings_and_messages_mean_what_they_say() -> None:
     own = Standing(1, 7, "saving", 3.5, "flush (save.py:9)", waits=True, accuses=True, done=True)
     assert Standing.parse(1, json.dumps(dataclasses.asdict(own)).encode()) == own
     never = Standing.parse(1, json.dumps(dataclasses.asdict(own) | {"idle_s": math.nan}).encode())
     assert never is not None and never.idle_s == 0
+    pytest.raises(UsageError, Watchdog, -1).match(r"run\.hang_timeout_s is -1")
+    with Watchdog(0) as dog:
+        dog.beat(1)
+        assert not any(thread.name == "watchdog" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("case", ["watchdog_fails", "messenger_fails"])
@@ -171,10 +175,3 @@ def test_a_watchdog_that_fails_ends_the_run(case: str, pairs: tuple[dict[str, in
     assert "[rank 1] error: the watchdog itself has failed (TypeError: " in (out / f"{case}-1.txt").read_text()
     text = (out / f"{case}-0.txt").read_text()
     assert "the watchdog itself has failed" in text or "rank 1 is gone" in text
-
-
-def test_the_setting_is_checked_and_0_guards_nothing() -> None:
-    pytest.raises(UsageError, Watchdog, -1).match(r"run\.hang_timeout_s is -1")
-    with Watchdog(0) as dog:
-        dog.beat(1)
-        assert not any(thread.name == "watchdog" for thread in threading.enumerate())
