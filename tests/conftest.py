@@ -44,7 +44,7 @@ def resolve(backend: str) -> str:
 
 
 @pytest.fixture(params=KERNEL_BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
     """Each backend of the ops in turn; results start as NaN, and Triton's kernels have fences around their tensors."""
     from vadit.kernels import dispatch
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -51,7 +50,7 @@ def spoiled(loss: Any, factor: float = math.nan) -> Any:
     return loss | {"loss": loss["loss"] * factor}
 
 
-def faulty(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+def faulty(monkeypatch, bad: Callable[[int], bool]) -> None:
     """Let the loss of some calls, counted from 1, be NaN."""
     broken = counted(dit.flow.loss, after=lambda number, loss: spoiled(loss) if bad(number) else loss)
     monkeypatch.setattr(dit.flow, "loss", broken)

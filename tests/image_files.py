@@ -95,7 +95,6 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-# --- files that decode
 def odd_files() -> dict[str, OddFile]:
     """Files out of the ordinary that show an image, by kind."""
     image = photo(0)
@@ -197,7 +196,6 @@ def without_adobe(data: bytes) -> bytes:
     return data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4], "big") :]
 
 
-# --- files that do not
 def bad_files() -> dict[str, tuple[str, bytes]]:
     """Files of whatever bytes that show no image: kind to (file name, content)."""
     data = jpeg(3)

@@ -77,7 +77,7 @@ def test_what_a_cpu_has_not_falls_back_with_its_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])
-def test_a_kernel_with_wrong_numbers_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_with_wrong_numbers_is_refused(what: str, monkeypatch) -> None:
     named = attention.named
 
     def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_kernel_with_wrong_numbers_is_refused(what: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("returns_pair", [False, True])
 @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3"])
-def test_flash_attn_is_called_in_its_layout(name: str, returns_pair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_called_in_its_layout(name: str, returns_pair: bool, monkeypatch) -> None:
     calls: list[dict[str, Any]] = []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:

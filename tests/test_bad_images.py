@@ -119,7 +119,7 @@ def test_what_files_show_and_what_is_refused_with_its_name(tmp_path: Path, loade
     ],
 )
 def test_what_is_no_picture_is_named_and_starts_no_program(
-    tmp_path: Path, kind: str, start: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, start: bytes, monkeypatch
 ) -> None:
     started, gs = tmp_path / "started", tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {started}\n")
@@ -172,7 +172,7 @@ def ids_of(batches: list[ImageBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("loader", DECODERS)
-def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_keeps_the_order_of_the_rest(tmp_path: Path, loader: str, caplog) -> None:
     root = write(tmp_path / "images", GOOD | dict(BAD.values()), list(PLACES))
     settings: dict = {"on_error": "skip", "max_bad_share": 0.75}
     images = image_set(root, **settings)
@@ -230,7 +230,6 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path: Path, loader: str) -> N
     assert list(images.bad) == [last]
 
 
-# --- odd folders
 def test_a_folder_named_like_an_image_is_no_image(tmp_path: Path) -> None:
     root = write(tmp_path / "images", GOOD)
     (root / "folder.jpg").mkdir()
@@ -274,9 +273,7 @@ def test_bad_labels_files_are_refused(tmp_path: Path, content: str | bytes, prob
     pytest.raises(UsageError, FolderSource, root, tmp_path / "gone.txt").match(r"labels_file .*gone.txt cannot be read")
 
 
-def test_a_missing_image_and_one_without_label_permute_no_labels(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_image_and_one_without_label_permute_no_labels(tmp_path: Path, caplog) -> None:
     root, file = write(tmp_path / "images", GOOD), tmp_path / "labels.txt"
     file.write_text("gone.jpg ant\ngood-03.jpg bee\ngood-01.jpg cat\n")
     images = ImageSet(FolderSource(root, file, on_error="skip"), SIZE, on_error="skip", max_bad_share=0.5)
@@ -362,7 +359,6 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     root.chmod(0o755)
 
 
-# --- passing faults
 def readers(root: Path) -> dict[str, Callable[[], object]]:
     """What reads each kind of file that holds data, to be compared with itself."""
     write(root / "images", {"x.jpg": jpeg(0), "y.png": image_files.encode(Image.new("RGB", (9, 9)), "PNG")})
@@ -389,14 +385,14 @@ def readers(root: Path) -> dict[str, Callable[[], object]]:
 class Faults:
     """A system whose calls fail for a while, with one error."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def __init__(self, monkeypatch, number: int) -> None:
         self.left, self.number = 0, number
         self._fail(monkeypatch, os, "open", "pread", "preadv")
         for module in (builtins, io):
             self._fail(monkeypatch, module, "open")
         self._fail(monkeypatch, np, "fromfile")
 
-    def _fail(self, monkeypatch: pytest.MonkeyPatch, module: Any, *names: str) -> None:
+    def _fail(self, monkeypatch, module: Any, *names: str) -> None:
         for name in names:
             monkeypatch.setattr(module, name, functools.partial(self._call, getattr(module, name)))
 
@@ -411,9 +407,7 @@ KINDS = ("folder", "tar", "beton", "latents", "latent header", "statistics", "in
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_passes_is_waited_for_and_no_bad_data(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_that_passes_is_waited_for_and_no_bad_data(tmp_path: Path, kind: str, monkeypatch) -> None:
     read = readers(tmp_path)[kind]
     for number in (errno.ESTALE, errno.EMFILE):
         with monkeypatch.context() as patched:
@@ -430,7 +424,7 @@ def test_a_fault_that_passes_is_waited_for_and_no_bad_data(
             assert read() == expected
 
 
-def test_a_fault_that_stays_ends_the_run_and_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stays_ends_the_run_and_is_not_noted(tmp_path: Path, monkeypatch) -> None:
     images = image_set(write(tmp_path / "images", GOOD), on_error="skip", max_bad_share=1.0)
     name = images.source.describe(3)
     real = os.open

@@ -26,7 +26,7 @@ MODULES = ("bench_step", "step_timing", "plain_engine", "convergence", "scaling"
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def load(monkeypatch) -> Iterator[Any]:
     """A benchmark's module by name, as its script finds it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield __import__
@@ -55,7 +55,6 @@ def step_row(**changes: Any) -> dict[str, str]:
     return {name: str(value) for name, value in (values | changes).items()}
 
 
-# --- bench_step.py
 class Clock:
     """A clock that stands still but for what it is set to."""
 
@@ -71,9 +70,7 @@ class Clock:
 
 @pytest.mark.parametrize("scale", [1.0, 0.1], ids=["a step a round", "four steps a round"])
 @pytest.mark.parametrize("data", ["resident", "loader"])
-def test_parts_of_a_step_are_where_its_time_went(
-    load: Any, monkeypatch: pytest.MonkeyPatch, data: str, scale: float
-) -> None:
+def test_parts_of_a_step_are_where_its_time_went(load: Any, monkeypatch, data: str, scale: float) -> None:
     timing = load("step_timing")
     clock = Clock(scale)
     monkeypatch.setattr(timing.time, "perf_counter", clock)
@@ -192,7 +189,6 @@ def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_gra
     assert norms[1] == pytest.approx(norms[0], rel=1e-4 if precision == "fp32" else 0.05)
 
 
-# --- rows
 def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> None:
     harness = load("harness")
     One, Other = (dataclasses.make_dataclass("Row", [name]) for name in ("speed", "pace"))
@@ -205,7 +201,6 @@ def test_rows_with_other_columns_are_not_appended(load: Any, tmp_path: Path) -> 
     assert path.read_text() == before
 
 
-# --- convergence.py
 def test_published_rates_are_those_of_their_sources(load: Any) -> None:
     convergence = load("convergence")
     lines = {row.system: convergence.of_published(row) for row in convergence.PUBLISHED}
@@ -271,7 +266,6 @@ def test_the_table_has_the_newest_rows_and_the_origin_of_every_number(load: Any,
             assert bool(line[f"hours_{gpus}"]) == (line[f"hours_{gpus}_origin"] in convergence.MARKS)
 
 
-# --- scaling.py
 @pytest.mark.parametrize(
     ("stage", "accumulation"),
     [

@@ -33,7 +33,7 @@ from vadit.train.engine import Engine
 from vadit.train.layout import gaps
 
 
-def stop_in_step(module: ModuleType, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_in_step(module: ModuleType, number: int, monkeypatch) -> None:
     """Let SIGTERM arrive in the middle of a step."""
     stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == number else None  # noqa: E731
     monkeypatch.setattr(module, "train_step", counted(module.train_step, stop))
@@ -65,9 +65,7 @@ LONG: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("network", "engine"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG)]
 )
-def test_a_run_goes_on_after_a_stop(
-    network: str, engine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_after_a_stop(network: str, engine: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
     """A run that is stopped in its third step and one that is not are the same in the end."""
     trainers: dict[str, Any] = {"dit": (dit, tiny_dit), "tokenizer": (tokenizer, tiny_tokenizer)}
     module, make = trainers[network]
@@ -84,7 +82,6 @@ def test_a_run_goes_on_after_a_stop(
     assert log(tmp_path / "stopped") == before
 
 
-# --- damage
 def rewrite_state(path: Path, **changes: Any) -> None:
     """Change what a state.json says, and the manifest with it."""
     state = json.loads((path / "state.json").read_text()) | changes
@@ -112,9 +109,7 @@ DAMAGE: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "fault"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    damage: Any, fault: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage: Any, fault: str, folder: Path, capsys) -> None:
     assert publish.newest(folder) == folder / "step-00000003"
     damage(folder / "step-00000003")
     capsys.readouterr()
@@ -142,7 +137,7 @@ def test_where_all_are_damaged_nothing_starts_anew(folder: Path) -> None:
         worker.Run(folder, 1).restore()
 
 
-def test_files_are_hashed_once_and_only_to_restore(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_hashed_once_and_only_to_restore(folder: Path, monkeypatch) -> None:
     hashed: list[Path] = []
 
     def digest(path: Path) -> str:
@@ -178,7 +173,6 @@ def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
     assert not (folder / "step-00000004" / "junk").exists()
 
 
-# --- refusals
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     dit.train(tiny_dit(tmp_path, steps=1))
     with pytest.raises(
@@ -207,7 +201,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     assert publish.newest(tmp_path / "nothing") is None
 
 
-def test_an_average_that_was_not_kept_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_average_that_was_not_kept_is_refused(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(worker, "DECAYS", (0.9, 0.25))
     pytest.raises(UsageError, worker.Run(folder, 1).restore).match(r"has no average with decay 0\.25")
 

@@ -17,7 +17,6 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.train.loop import Stopped
 
 
-# --- help
 @pytest.mark.parametrize("command", ["help", "recipes", "train"])
 def test_help_and_recipes_need_no_torch(command: str) -> None:
     arguments = {"help": ["--help"], "recipes": ["recipes"], "train": ["train", "lightningdit-b", "--help"]}[command]
@@ -30,14 +29,12 @@ def test_help_and_recipes_need_no_torch(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [*cli.COMMANDS, "evaluate"])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself(command: str, capsys) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"usage: vadit {command.split()[0]}" in capsys.readouterr().out
 
 
-def test_help_of_a_recipe_gives_meaning_unit_and_default(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_of_a_recipe_gives_meaning_unit_and_default(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
     assert cli.main(["train", "vavae-f16d32-dinov2", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -68,7 +65,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("command", REFUSALS)
-def test_refusal_is_one_sentence_that_names_the_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_is_one_sentence_that_names_the_setting(command: str, capsys) -> None:
     assert cli.main(command.split()) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and all(part in line for part in REFUSALS[command]), line
@@ -89,9 +86,7 @@ def test_refusal_is_one_sentence_that_names_the_setting(command: str, capsys: py
         "encode --stats-only nowhere",
     ],
 )
-def test_missing_input_is_named_and_nothing_is_written(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_input_is_named_and_nothing_is_written(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(command.split()) in (1, 2)
     *notes, error = capsys.readouterr().err.strip().splitlines()
@@ -109,9 +104,7 @@ def test_missing_input_is_named_and_nothing_is_written(
         *("export x --out", "export x --format reference --out", "import x --out"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(command: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (f"{tmp_path}/file/out", "/proc/none/out", f"{tmp_path}/{'x' * 300}/out"):
         out = f"{place}.beton" if command.startswith("prepare") else place
@@ -162,7 +155,7 @@ RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR":
     ],
 )
 def test_a_launchers_environment_is_whole_or_refused(
-    given: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    given: dict[str, str], named: str, monkeypatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -173,9 +166,7 @@ def test_a_launchers_environment_is_whole_or_refused(
         assert error[:-1].isprintable()
 
 
-def test_the_first_process_of_a_machine_reports_a_mistake_in_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_first_process_of_a_machine_reports_a_mistake_in_the_settings(monkeypatch, capsys, tmp_path: Path) -> None:
     for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
     for local, reported in (("0", "[rank 1] error: unknown recipe"), ("1", "")):
@@ -186,9 +177,7 @@ def test_the_first_process_of_a_machine_reports_a_mistake_in_the_settings(
         assert "unknown recipe" in (tmp_path / local).read_text()
 
 
-def test_a_process_alone_opens_no_port_and_leaves_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_alone_opens_no_port_and_leaves_the_environment(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")  # no name of torch's: a shell inside a job
     before = set(psutil.Process().net_connections())
     arguments = ["train", "lightningdit-b-f16d32-dinov2-debug", "--engine.zero-stage", "3"]
@@ -246,8 +235,8 @@ def test_failures_become_exit_codes_and_one_sentence_but_our_mistakes(
     error: BaseException,
     code: int,
     words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+    capsys,
 ) -> None:
     def fail(arguments: list[str]) -> None:
         raise error
@@ -259,8 +248,7 @@ def test_failures_become_exit_codes_and_one_sentence_but_our_mistakes(
     assert printed.startswith(words) and (printed.count("\n") > 1) == (words == "Traceback")
 
 
-# --- dry run
-def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict, str]:
+def dry_run(capsys, *arguments: str) -> tuple[dict, str]:
     """The resolved config and the text behind it."""
     assert cli.main(["train", *arguments, "--dry-run"]) == 0
     config, _, rest = capsys.readouterr().out.partition("\n}\n")
@@ -268,13 +256,13 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict, 
 
 
 @pytest.mark.parametrize(("recipe", "millions"), [("lightningdit-xl-64ep", 675), ("lightningdit-b", 130)])
-def test_dry_run_counts_parameters(recipe: str, millions: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_counts_parameters(recipe: str, millions: int, capsys) -> None:
     _, text = dry_run(capsys, recipe)
     match = re.search(r"([\d,]+) trained parameters", text)
     assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(millions, abs=1)
 
 
-def test_dry_run_prints_what_the_overrides_resolve_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_what_the_overrides_resolve_to(capsys) -> None:
     config, text = dry_run(
         capsys,
         "lightningdit-b-debug",
@@ -288,6 +276,6 @@ def test_dry_run_prints_what_the_overrides_resolve_to(capsys: pytest.CaptureFixt
     assert "2 *" in text
 
 
-def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys) -> None:
     config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank=1")
     assert config["run"]["seed"] == 7

@@ -67,7 +67,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+def refusal(capsys, arguments: list[str], code: int) -> str:
     """The one sentence that the command ends with."""
     capsys.readouterr()
     assert cli.main(arguments) == code
@@ -77,9 +77,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int)
     return last
 
 
-def test_encode_leaves_shards_statistics_and_a_second_call_that_does_nothing(
-    house: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_encode_leaves_shards_statistics_and_a_second_call_that_does_nothing(house: Path, capsys) -> None:
     statistics = torch.load(house / "latents" / "latents_stats.pt", weights_only=True)
     assert statistics["mean"].shape == (1, 32, 1, 1)
     before = {path: path.stat().st_mtime_ns for path in (house / "latents").iterdir()}
@@ -106,9 +104,7 @@ def test_sample_has_the_runs_settings_and_those_that_are_typed(house: Path, tmp_
     assert found == json.loads(json.dumps(dataclasses.asdict(run))) and run.method == "dopri5"
 
 
-def test_what_a_run_did_not_train_is_said_and_not_sampled(
-    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_run_did_not_train_is_said_and_not_sampled(house: Path, tmp_path: Path, capsys) -> None:
     run = ["--run.out", str(tmp_path / "run"), "--data.path", str(house / "latents"), "--sample.cfg-scale", "2"]
     averages = ["--engine.ema-decays", "0.9", "0.5", "0.001", "--engine.no-ema-warmup"]
     assert cli.main([*DEBUG, *run, *averages, "--model.class-dropout", "0"]) == 0
@@ -139,9 +135,7 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(
     assert "5% of the average with decay 0.9999" in said and "class 7 of --classes was not trained" in said
 
 
-def test_a_guide_changes_the_samples_is_named_and_must_fit(
-    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_guide_changes_the_samples_is_named_and_must_fit(house: Path, tmp_path: Path, capsys) -> None:
     guide = ["--guide", str(house / "run"), "--guide-ema", "0"]
     said = refusal(capsys, sample(house, tmp_path / "none", *guide, "--cfg-scale", "1"), 2)
     assert "no effect at --cfg-scale 1" in said
@@ -167,7 +161,7 @@ def test_export_and_import_give_the_same_weights_back(house: Path, tmp_path: Pat
     assert any(not torch.equal(first[name], plain[name]) for name in plain)
 
 
-def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys) -> None:
     assert "--image-size 60" in refusal(capsys, encode(house, "--image-size", "60"), 2)
     assert "label 99" in refusal(capsys, sample(house, tmp_path / "x", "--classes", "99"), 2)
     assert "latents_stats.pt" in refusal(capsys, sample(house, tmp_path / "x", "--latents", str(tmp_path)), 2)
@@ -178,7 +172,6 @@ def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: py
     assert "tokenizer" in refusal(capsys, wrong_kind, 2)
 
 
-# --- bad input
 @pytest.mark.parametrize(
     ("command", "target"),
     [
@@ -187,9 +180,7 @@ def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys: py
         (["import", "reference.pt", "--out"], "model.safetensors"),
     ],
 )
-def test_full_disk_leaves_no_weights(
-    command: list[str], target: str, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_leaves_no_weights(command: list[str], target: str, house: Path, tmp_path: Path, capsys) -> None:
     arguments = [command[0], str(house / command[1]), *command[2:], str(tmp_path / "out")]
     with room_for(100_000):
         message = refusal(capsys, arguments, 1)
@@ -199,9 +190,7 @@ def test_full_disk_leaves_no_weights(
 
 
 @pytest.mark.parametrize("num_bytes", [5_000, 10_000, 400_000])
-def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(
-    num_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_leaves_no_checkpoint_and_the_run_goes_on_later(num_bytes: int, tmp_path: Path, capsys) -> None:
     arguments = [*DEBUG, "--run.out", str(tmp_path)]
     with room_for(num_bytes):
         message = refusal(capsys, arguments, 1)
@@ -226,7 +215,7 @@ def test_a_run_folder_that_was_moved_is_the_same_run(recipe: str, tmp_path: Path
 
 @pytest.mark.parametrize("content", [b"", b"{", bytes(3000), b"[]", b"{}", None])
 def test_a_config_that_is_damaged_is_that_of_a_checkpoint(
-    content: bytes | None, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes | None, house: Path, tmp_path: Path, capsys
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(house / "run", run)
@@ -245,7 +234,7 @@ def test_a_config_that_is_damaged_is_that_of_a_checkpoint(
     pytest.raises(UsageError, load_run_config, staged, stages=False).match("staged is no run folder")
 
 
-def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys) -> None:
     def train(out: str, images: int, *more: str) -> list[str]:
         return [*DEBUG, "--run.out", str(tmp_path / out), "--run.total-images", str(images), *more]
 
@@ -262,9 +251,7 @@ def test_a_longer_run_on_data_elsewhere_is_the_same_run(tmp_path: Path, capsys: 
     assert "run.total_images 8, this command says 16" in message
 
 
-def test_full_disk_leaves_no_config_and_weights_have_usual_permissions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], house: Path
-) -> None:
+def test_full_disk_leaves_no_config_and_weights_have_usual_permissions(tmp_path: Path, capsys, house: Path) -> None:
     with room_for(100):
         message = refusal(capsys, [*DEBUG, "--run.out", str(tmp_path)], 1)
     assert f"{tmp_path / 'config.json'} cannot be written (" in message and "free some space" in message
@@ -274,9 +261,7 @@ def test_full_disk_leaves_no_config_and_weights_have_usual_permissions(
 
 
 @pytest.mark.parametrize("length", [0, 10, 40_000])
-def test_truncated_weights_are_named(
-    length: int, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_weights_are_named(length: int, house: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "cut.pt").write_bytes((house / "reference.pt").read_bytes()[:length])
     message = refusal(capsys, ["import", str(tmp_path / "cut.pt"), "--out", str(tmp_path / "out")], 1)
     assert f"{tmp_path / 'cut.pt'} cannot be read" in message and "truncated or damaged" in message
@@ -288,7 +273,7 @@ def test_truncated_weights_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys) -> None:
     content = torch.load(house / "reference.pt", weights_only=True)
     name = "blocks.0.attn.qkv.weight"
     content["ema"][name] = content["ema"][name][:-1]
@@ -308,7 +293,7 @@ def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys: pytest
     assert "model.hidden_size 64" in refusal(capsys, [*DEBUG, "--run.out", run, "--model.hidden-size", "96"], 2)
 
 
-def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, capsys) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     arguments = ["train", "vavae-f16d32-dinov2-debug", "--data.path", str(tmp_path / "images")]
@@ -317,9 +302,7 @@ def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, caps
     assert not list(tmp_path.rglob("checkpoints/*"))
 
 
-def test_names_that_are_no_utf8(
-    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Classes, images and all folders, at a terminal of ASCII, from encode to report."""
     here = tmp_path / os.fsdecode(b"r\xe9[red]\x1b[45m\n$\\frac")
     shutil.copytree(house / "tokenizer", here / "tokenizer")

@@ -15,12 +15,12 @@ TINY = run.Sizes(foundation=2, judge=2, tokenizer=4, generator=4, samples=64)
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch) -> None:
     monkeypatch.setattr(run, "QUICK", TINY)
     monkeypatch.setattr(run, "UNIFORMITY_VECTORS", 100)
 
 
-def test_goes_on_after_a_stop(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_after_a_stop(tiny: None, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "demo"
 
     def stop(*_: object, **__: object) -> None:

@@ -49,7 +49,7 @@ def test_unknown_setting_names_the_variable() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
-def test_missing_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_backend(monkeypatch, name: str) -> None:
     place = dispatch.BACKENDS[name].device
     for each in {"cuda", "triton"} if place == "cuda" else {name}:
         monkeypatch.setitem(dispatch.BACKENDS, each, dispatch.Backend("vadit", place, "it is not there"))
@@ -63,7 +63,7 @@ def test_missing_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             call()
 
 
-def test_on_a_gpu_other_kernels_take_the_place_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_other_kernels_take_the_place_of_what_is_missing(monkeypatch) -> None:
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", dispatch.Backend("vadit", "cuda", None))
     monkeypatch.setitem(dispatch.BACKENDS, "triton", dispatch.Backend("vadit_triton", "cuda", None))
     monkeypatch.setattr(dispatch, "_distrusted", {})
@@ -81,7 +81,7 @@ def test_on_a_gpu_other_kernels_take_the_place_of_what_is_missing(monkeypatch: p
 
 
 @needs_extension
-def test_choice_of_backend_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_backend_is_made_once(monkeypatch) -> None:
     x = torch.ones(2, 8)
     with dispatch.setting("cpp"):
         assert dispatch.kernels_for("rms_norm", x) is dispatch.kernels_for("rms_norm", x.bfloat16()) is torch.ops.vadit
@@ -114,7 +114,7 @@ def test_exact_takes_plain_torch_and_any_layout() -> None:
 
 
 @needs_extension
-def test_schemas_are_the_librarys_and_an_older_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schemas_are_the_librarys_and_an_older_one_is_refused(monkeypatch) -> None:
     for op in dispatch.OPS:
         module = sys.modules[f"vadit.kernels.{op}"]
         for name, schema in module.SCHEMAS.items():
@@ -125,11 +125,10 @@ def test_schemas_are_the_librarys_and_an_older_one_is_refused(monkeypatch: pytes
     assert "older than this source" in (dispatch._load_library() or "")
 
 
-# --- self-check
 @pytest.mark.parametrize("op", dispatch.OPS)
 @pytest.mark.parametrize("fault", ["wrong", "raises", "nan"])
 @needs_extension
-def test_self_check_leaves_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch, op: str, fault: str) -> None:
+def test_self_check_leaves_out_what_is_wrong(monkeypatch, op: str, fault: str) -> None:
     monkeypatch.setattr(dispatch, "_distrusted", {})
     name = {"vf_loss": "vf_distmat"}.get(op, op)
 
@@ -162,7 +161,7 @@ def test_self_check_leaves_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch, op
 
 
 @needs_extension
-def test_a_kernel_that_breaks_the_device_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_breaks_the_device_ends_the_run_by_name(monkeypatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -179,7 +178,6 @@ def test_self_check_passes(backend: str) -> None:
     assert self_check(torch.device(device())) == {}
 
 
-# --- committed rows
 def newest_medians(path: Path) -> dict[tuple[str, ...], dict[str, float]]:
     """(op, shape, dtype) to the medians of forward+backward per contender, from the newest rows of a file."""
     found: dict[tuple[str, ...], dict[str, float]] = {}

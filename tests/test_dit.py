@@ -32,7 +32,6 @@ def inputs(spec: DiTSpec, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(batch, generator=generator), torch.tensor([0, 4, 5])[:batch]
 
 
-# --- the naive form
 def naive_forward(spec: DiTSpec, state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     w = {name: tensor.double() for name, tensor in state.items()}
     x, t = x.double(), t.double()
@@ -116,7 +115,6 @@ def naive_rope(q_BNHK: Tensor, grid: int) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
-# --- tests
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_equals_naive_form(name: str) -> None:
     spec = SPECS[name]

@@ -20,13 +20,13 @@ def install(folder: Path, name: str, version: str, packages: tuple[str, ...] = (
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """A folder that is searched for packages first."""
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
 
 
-def test_report_covers_every_acceleration_with_version_or_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_covers_every_acceleration_with_version_or_reason(capsys) -> None:
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     for part in ("torch", "CUDA", "Triton", "vadit._C", "flash-attn", "apex", "DALI", "FFCV", "torchao", "DeepSpeed"):

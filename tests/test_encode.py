@@ -73,7 +73,7 @@ def test_moments_are_the_autoencoders_own(autoencoder: Autoencoder, images: Imag
 
 @pytest.mark.parametrize("store", ["moments", "sample"])
 def test_result_depends_on_neither_batch_nor_world_size(
-    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, store: str, monkeypatch
 ) -> None:
     run(autoencoder, images, tmp_path / "one", store=store, seed=3)
     num_images, out = 0, tmp_path / "three"
@@ -104,9 +104,7 @@ def test_bf16_without_mirror_images(autoencoder: Autoencoder, images: ImageSet, 
     torch.testing.assert_close(contents(tmp_path / "bf16")["plain"], rounded, rtol=2**-7, atol=1e-5)
 
 
-def test_resume_after_a_full_disk(
-    autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_after_a_full_disk(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path, monkeypatch) -> None:
     run(autoencoder, images, tmp_path / "whole")
     out = tmp_path / "out"
     real, calls = files.os.replace, []

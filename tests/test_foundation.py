@@ -95,7 +95,7 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
         build(VIT, weights=str(path))
 
 
-def test_what_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_built(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UsageError, match=r"foundation\.weights \S+ is no file.*vit_large_patch14_dinov2\.lvd142m"):
         build("dinov2", weights=str(tmp_path / "absent.pth"))
     with pytest.raises(UsageError, match=r"foundation\.name vit_tinny_patch16_224 .*did you mean vit_tiny_patch16_224"):
@@ -167,9 +167,7 @@ def test_is_frozen_and_lets_gradients_through(ours: LPIPS) -> None:
     assert torch.isfinite(same.grad).all()
 
 
-def test_a_file_that_is_not_the_published_one_is_said(
-    vgg_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_not_the_published_one_is_said(vgg_file: Path, monkeypatch, capsys) -> None:
     LPIPS(str(vgg_file))
     (said,) = capsys.readouterr().err.splitlines()  # of the heads, which are the published ones, there is none
     assert f"{vgg_file} is not the published file" in said and "published is 397923af..." in said

@@ -118,7 +118,6 @@ def test_payloads_of_latents(tmp_path: Path, start: int) -> None:
     assert noticed < BLOCK
 
 
-# --- tar shards
 def write_shard(folder: Path) -> Path:
     """A shard of five small JPEGs of four classes; names of two members are too long for one header."""
     members: list[tuple[str, bytes]] = []
@@ -231,7 +230,6 @@ def test_pngs_show_what_they_did(tmp_path: Path, start: int) -> None:
             assert np.array_equal(decoded.pixels[place], shown(data)), f"{name} ({found[name].change})"
 
 
-# --- DALI and FFCV
 def native_cases(mode: str) -> list[Case]:
     """Changes of JPEGs, most of them in the entropy-coded data and the tables that decode it."""
     found: list[Case] = []

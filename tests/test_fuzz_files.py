@@ -4,8 +4,6 @@ What may come of each is one sentence (UsageError, RunError) or an answer: no ot
 and no hang. A case is a function of its name alone; a failure names it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import faulthandler
 import functools
@@ -101,8 +99,7 @@ def try_all(cases: Iterator[Case], put: Callable[[bytes], object], read: Read, n
     assert refused > 0
 
 
-# ------------------------------------------------------------------------------------------------ JSON
-
+# --- JSON
 ODD_VALUES = (
     "null", "true", "-5", "0", "1000000000", "9" * 5000, "1" * 40, "NaN", "-Infinity", "1e999", "0.5", '"x"', '""',
     '"\\ud800"', '"\\u0000"', '"../../x"', "[]", "{}", "[[1]]", "[" * 100_000, '{"a":' * 70 + "1" + "}" * 70,
@@ -253,7 +250,7 @@ SHARE = file_name("model", 0, 1)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", SHARE])
-def test_parts_of_checkpoints(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_of_checkpoints(name: str, tmp_path: Path, capsys) -> None:
     """A manifest or state that makes no sense: the checkpoint before it is taken; a share's header: an error."""
     path = checkpoints(tmp_path)
     data, expected = (path / name).read_bytes(), Shares(path, "model").whole("master.{}")
@@ -292,8 +289,7 @@ def with_metadata(data: bytes, text: bytes) -> bytes:
     return struct.pack("<Q", len(changed)) + changed + data[8 + size :]
 
 
-# ------------------------------------------------------------------------------------------------ .npz
-
+# --- .npz
 HEADERS = (
     "{'descr': %s, 'fortran_order': %s, 'shape': %s, }",
     "{'descr': %s, 'fortran_order': %s, 'shape': %s, 'more': 1}",
@@ -388,9 +384,6 @@ def test_a_small_npz_does_not_become_large(tmp_path: Path) -> None:
     assert [len(batch) for batch in open_images(path).batches(64)] == [1, 1]
 
 
-# ------------------------------------------------------------------------------------------------ indices
-
-
 def test_indices_of_tars(tmp_path: Path) -> None:
     """A cache: whatever it says, what is read is what the shard holds."""
     path = write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes([number]) * 700) for number in range(4)])
@@ -444,8 +437,7 @@ def test_notes_of_betons(tmp_path: Path) -> None:
     header["num_samples"], header["allocations"] = 10**9, 41 * 10**9
     path.write_bytes(header.tobytes() + data[HEADER.itemsize : rows_end])
     os.truncate(path, 41 * 10**9 + 24 * 10**9)
-    with pytest.raises(RunError, match=r"a\.beton is damaged.*hole"):
-        BetonSource(path)
+    pytest.raises(RunError, BetonSource, path).match(r"a\.beton is damaged.*hole")
 
 
 def test_a_journal_of_a_beton(tmp_path: Path) -> None:
@@ -478,8 +470,7 @@ def test_a_journal_of_a_beton(tmp_path: Path) -> None:
     assert {0, 1} <= set(done)
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
+# --- weights
 WEIGHT_CASES = 40
 
 

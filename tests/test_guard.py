@@ -32,7 +32,6 @@ CPU = torch.device("cpu")
 EVERY_STEP = {"save_every_images": BATCH, "keep_checkpoints": 9}
 
 
-# --- verdicts
 class Norms:
     """An engine as far as a guard sees it: it takes the norms it is given."""
 
@@ -146,7 +145,6 @@ def test_a_loss_jump_that_stays_is_told_from_noise(tmp_path: Path) -> None:
     assert losses(Guard(GuardSpec(), tmp_path), [1.0, math.nan]) == [1]
 
 
-# --- engines
 def optimizer_state(engine: Engine) -> list[Tensor]:
     """Every tensor of an optimizer's state: moments and step counts."""
     outer = engine._engine.optimizer
@@ -217,8 +215,7 @@ def test_a_step_left_out_changes_no_bit(zero_stage: Any, precision: Any, offload
     assert all(torch.equal(one, other) for one, other in zip(expected, everything(run[0], run[1]), strict=True))
 
 
-# --- runs
-def test_a_bad_batch_is_left_out_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_batch_is_left_out_and_recorded(tmp_path: Path, monkeypatch) -> None:
     config = tiny_dit(tmp_path, run=EVERY_STEP)
     faulty(monkeypatch, lambda call: call == 3)
     dit.train(config)
@@ -234,7 +231,7 @@ def test_a_bad_batch_is_left_out_and_recorded(tmp_path: Path, monkeypatch: pytes
     assert logged(tmp_path, "skipped") == [0, 0, 1, 1]
 
 
-def test_a_run_that_goes_wrong_goes_back_and_past_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_goes_wrong_goes_back_and_past_the_data(tmp_path: Path, monkeypatch) -> None:
     guard = GuardSpec(max_skips_in_row=2, rollback_lr_factor=0.5)
     config = dataclasses.replace(tiny_dit(tmp_path, steps=6, run={"save_every_images": 2 * BATCH}), guard=guard)
     seen: list[tuple[int, int, float]] = []
@@ -269,9 +266,7 @@ def test_a_run_that_goes_wrong_goes_back_and_past_the_data(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_run_that_stays_wrong_ends_with_advice(
-    steps_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_stays_wrong_ends_with_advice(steps_before: int, tmp_path: Path, monkeypatch) -> None:
     guard = GuardSpec(max_skips_in_row=2, max_rollbacks=2)
     config = dataclasses.replace(tiny_dit(tmp_path, run=EVERY_STEP), guard=guard)
     faulty(monkeypatch, lambda call: call > steps_before)
@@ -288,7 +283,7 @@ def test_a_run_that_stays_wrong_ends_with_advice(
         assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_may_end_at_the_first_bad_step_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_may_end_at_the_first_bad_step_instead(tmp_path: Path, monkeypatch) -> None:
     config = tiny_dit(tmp_path, run=EVERY_STEP)
     faulty(monkeypatch, lambda call: call == 3)
     with pytest.raises(RunError, match=r"step 3 left out: the loss or a gradient of the model is not finite"):
@@ -296,7 +291,7 @@ def test_a_run_may_end_at_the_first_bad_step_instead(tmp_path: Path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch) -> None:
     config = tiny_dit(tmp_path, run=EVERY_STEP)
     faulty(monkeypatch, lambda call: call == 2)
     stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None  # noqa: E731
@@ -316,7 +311,7 @@ def test_guard_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(guards[0].state_dict()["norms"]["model"]) == 4
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch) -> None:
     config = dataclasses.replace(tiny_dit(tmp_path, run=EVERY_STEP), guard=GuardSpec(max_rollbacks=1))
     original, steps = dit.train_step, itertools.count(1)
 
@@ -337,9 +332,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("network", ["model", "discriminator"])
-def test_both_networks_of_the_tokenizer_skip_alike(
-    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_networks_of_the_tokenizer_skip_alike(network: str, tmp_path: Path, monkeypatch) -> None:
     config = tiny_tokenizer(tmp_path, zero_stage=1, loss={"disc_start_step": 1})
     states: list[list[Tensor]] = []
     original = tokenizer.train_step
@@ -409,9 +402,7 @@ def test_all_processes_go_back_and_stop_together(launched: tuple[Path, Done]) ->
         )
 
 
-def test_a_damaged_shard_on_one_process_ends_all_and_is_told(
-    launched: tuple[Path, Done],
-) -> None:
+def test_a_damaged_shard_on_one_process_ends_all_and_is_told(launched: tuple[Path, Done]) -> None:
     out, done = launched
     assert done.returncode == 1
     assert "[rank 1] error: the shard latents-00007.safetensors is damaged" in done.stderr
@@ -419,7 +410,6 @@ def test_a_damaged_shard_on_one_process_ends_all_and_is_told(
     assert saved is not None and saved.name == "step-00000002"
 
 
-# --- signals
 @pytest.mark.parametrize(
     ("number", "code"),
     [

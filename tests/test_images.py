@@ -172,7 +172,7 @@ def test_debug_images_need_no_files() -> None:
     pytest.raises(UsageError, open_images, ImageDataSpec(path="debug:x"), 16).match(r"debug:x")
 
 
-def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_image_known_from_before_is_not_tried_again(folder: Path, monkeypatch) -> None:
     path = damage(folder)
     dataset = image_set(folder, on_error="skip", max_bad_share=0.1)
     bad = dataset.source.paths.index(str(path))
@@ -219,7 +219,7 @@ def test_names_in_a_labels_file_may_hold_what_parts_others(tmp_path: Path) -> No
         assert [Path(path).name for path in source.paths] == list(names) and set(source.labels.tolist()) == {3}
 
 
-def test_a_labels_file_is_read_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_labels_file_is_read_in_linear_time(tmp_path: Path, monkeypatch) -> None:
     save_picture(tmp_path / "images" / "00000.png", 0)
     asked: list[object] = []
     exists = os.path.exists
@@ -248,7 +248,6 @@ def test_folders_named_by_numbers_keep_their_order(tmp_path: Path, names: list[s
     assert source.classes == names and describe_classes(source.classes, source.labels) == told
 
 
-# --- which loader
 class Broken:
     """A stand-in for DALI on a machine where it imports and does not work."""
 
@@ -269,7 +268,7 @@ class Broken:
         return lambda: Decoded(pixels, {})
 
 
-def with_dali(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+def with_dali(monkeypatch, fault: str | None) -> None:
     """DALI as it is where it is not installed (None), where it works ("none"), or has a fault."""
     if fault is None:
         monkeypatch.setitem(sys.modules, "nvidia.dali", None)
@@ -291,9 +290,7 @@ def with_dali(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
         ("shifts", "torch", "its pixels are not Pillow's here"),
     ],
 )
-def test_auto_takes_what_works(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None, name: str, reason: str
-) -> None:
+def test_auto_takes_what_works(folder: Path, monkeypatch, fault: str | None, name: str, reason: str) -> None:
     with_dali(monkeypatch, fault)
     spec = ImageDataSpec(path=str(folder))
     _, choice = open_loader(spec, open_images(spec, SIZE), 2)
@@ -306,7 +303,7 @@ def test_auto_takes_what_works(
             open_loader(wanted, open_images(wanted, SIZE), 2)
 
 
-def test_a_run_stays_with_the_loader_that_it_began_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stays_with_the_loader_that_it_began_with(folder: Path, monkeypatch) -> None:
     with_dali(monkeypatch, "none")
     spec = ImageDataSpec(path=str(folder))
     images = open_images(spec, SIZE)

@@ -67,7 +67,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return image_set(tmp_path_factory.mktemp("photos"), [encode(image) for image in PHOTOS])
 
 
-# --- pixels
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("kind", CROPS)
 def test_photographs_are_cropped_as_by_pillow(photos: ImageSet, kind: CropKind, mirror: bool) -> None:
@@ -122,7 +121,6 @@ def test_halves_and_bounds_of_runs() -> None:
     assert list(dali._groups({})) == []
 
 
-# --- what DALI gets to see
 def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
     data = jpeg(0)
     scan = data.index(b"\xff\xda")
@@ -151,7 +149,6 @@ def test_only_whole_and_ordinary_jpegs_are_shown_to_dali() -> None:
     assert jpeg_area(encode(PHOTOS[0], "PNG")) == jpeg_area(b"") == 0
 
 
-# --- failures
 def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
     contents = [jpeg(number) for number in range(12)]
     contents[4] = damaged(contents[4])
@@ -172,9 +169,7 @@ def test_a_damaged_image_is_named_and_costs_no_other(tmp_path: Path) -> None:
         assert not again.failures and torch.equal(again.pixels, decoded.pixels[:2])
 
 
-def test_pillow_takes_over_where_dali_fails_for_no_reason(
-    photos: ImageSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pillow_takes_over_where_dali_fails_for_no_reason(photos: ImageSet, monkeypatch, caplog) -> None:
     requests = [Request(index) for index in range(len(photos))]
     expected = decode_all(photos, requests)
 
@@ -188,7 +183,6 @@ def test_pillow_takes_over_where_dali_fails_for_no_reason(
     assert len(caplog.messages) == 1 and "out of some resource" in caplog.text and "00.jpg" in caplog.text
 
 
-# --- batches and position
 def test_pixels_depend_on_the_request_alone(photos: ImageSet) -> None:
     requests = [Request(place % 5, CROPS[place // 2 % 2], place, bool(place % 2)) for place in range(37)]
     whole = decode_all(photos, requests).pixels

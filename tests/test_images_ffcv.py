@@ -200,7 +200,7 @@ def test_pillow_judges_what_turbojpeg_does_not_like(tmp_path: Path) -> None:
     pytest.raises(RunError, next, iter(loader)).match("cut short while it was in use")
 
 
-def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch) -> None:
     source = BetonSource(beton)
     for images, reason in (
         (ImageSet(DebugSource(4, SIZE), SIZE), "debug:4 is none"),
@@ -267,9 +267,7 @@ def test_an_epoch_takes_each_page_once_and_is_a_function_of_the_place(paged: Bet
     assert [int(order.ids(torch.tensor([place]), 4, seed=5)[0]) for place in range(PAGED)] == whole.tolist()
 
 
-def test_reading_ahead_asks_for_the_window_and_the_next_one(
-    paged: BetonSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_ahead_asks_for_the_window_and_the_next_one(paged: BetonSource, monkeypatch) -> None:
     order = page_order(paged)
     asked: list[int] = []
 

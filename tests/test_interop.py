@@ -56,7 +56,6 @@ def autoencoder_checkpoint(spec: AutoencoderSpec = AUTOENCODER) -> tuple[Autoenc
     return model, {"state_dict": {**model.state_dict(), **extra}, "global_step": 7}
 
 
-# --- generator
 @pytest.mark.parametrize("name", DIT_SPECS)
 def test_every_hyper_parameter_is_inferred(name: str) -> None:
     spec = DIT_SPECS[name]
@@ -76,7 +75,7 @@ def test_any_mlp_width_is_reproduced(swiglu: bool) -> None:
         assert mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == width
 
 
-def test_wrappers_precedence_and_copies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrappers_precedence_and_copies(capsys) -> None:
     model, other = dit(), dit()
     with torch.no_grad():
         other.final_layer.linear.bias.add_(1.0)
@@ -149,7 +148,6 @@ def test_the_first_bad_tensor_is_named(damage: Callable[[dict], None], message: 
     assert "\n" not in str(error.value)
 
 
-# --- tokenizer
 @pytest.mark.parametrize(
     ("spec", "attention_resolution"),
     [
@@ -186,7 +184,6 @@ def test_bad_autoencoder_is_named(damage: Callable[[dict], None], message: str) 
     pytest.raises(UsageError, interop.load_reference_autoencoder, checkpoint).match(message)
 
 
-# --- files
 def test_import_and_export(tmp_path: Path) -> None:
     model = dit(DIT_SPECS["plain"])
     tokenizer, checkpoint = autoencoder_checkpoint()

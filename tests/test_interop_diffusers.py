@@ -123,9 +123,7 @@ def test_attention_as_convolutions_and_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16.safetensors", "non_ema.bin", "safetensors.index.json", "bin.index.fp16.json"])
-def test_weights_of_other_kinds_and_in_several_files(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_of_other_kinds_and_in_several_files(tmp_path: Path, name: str, capsys) -> None:
     model, index = network().bfloat16().float(), "index" in name
     state, weights = (
         {key: value.bfloat16() for key, value in state_of(model).items()},
@@ -163,7 +161,7 @@ def test_without_quantisation_convolutions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "pipeline", "bin", "file", "renamed"])
-def test_every_form_is_a_tokenizer(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_form_is_a_tokenizer(tmp_path: Path, form: str, capsys) -> None:
     model = network()
     state, path, folder = state_of(model), tmp_path / "download", tmp_path / "download"
     if form == "pipeline":

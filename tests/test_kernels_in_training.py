@@ -25,7 +25,7 @@ STEPS = 50
 needs_extension = pytest.mark.skipif(dispatch.BACKENDS["cpp"].missing is not None, reason="vadit/_C.abi3.so")
 
 
-def calls_of_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def calls_of_kernels(monkeypatch) -> set[str]:
     """Names of the ops that find kernels from now on, so that a comparison of torch with itself shows."""
     seen: set[str] = set()
     find = dispatch.kernels_for
@@ -65,7 +65,7 @@ def generator_losses(qk_norm: bool) -> list[float]:
 
 @needs_extension
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_generator(monkeypatch: pytest.MonkeyPatch, qk_norm: bool) -> None:
+def test_generator(monkeypatch, qk_norm: bool) -> None:
     seen = calls_of_kernels(monkeypatch)
     with dispatch.setting("reference"):
         plain = generator_losses(qk_norm)
@@ -98,7 +98,7 @@ def tokenizer_losses(out: Path) -> list[list[float]]:
 
 
 @needs_extension
-def test_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer(tmp_path: Path, monkeypatch) -> None:
     seen = calls_of_kernels(monkeypatch)
     with dispatch.setting("reference"):
         plain = torch.tensor(tokenizer_losses(tmp_path))
@@ -128,7 +128,7 @@ def test_a_deterministic_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
         assert same(newest(one), newest(other))
 
 
-def compiled(monkeypatch: pytest.MonkeyPatch, train: Callable[[], object]) -> tuple[int, list[int]]:
+def compiled(monkeypatch, train: Callable[[], object]) -> tuple[int, list[int]]:
     """Blocks that were compiled while `train` ran, and the graphs that dynamo had made after each of its steps."""
     torch._dynamo.reset()
     blocks, graphs, after = 0, 0, []
@@ -162,9 +162,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, train: Callable[[], object]) -> tu
 @pytest.mark.parametrize(
     ("network", "zero_stage"), [("dit", 1), pytest.param("dit", 3, marks=pytest.mark.faults), ("tokenizer", 2)]
 )
-def test_blocks_are_compiled_once(
-    network: str, zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_compiled_once(network: str, zero_stage: int, tmp_path: Path, monkeypatch) -> None:
     engine: dict[str, Any] = {"zero_stage": zero_stage, "compile": True}
     if network == "dit":
         faulty(monkeypatch, lambda call: call == 3)
@@ -179,7 +177,7 @@ def test_blocks_are_compiled_once(
     assert len(events(tmp_path / "compiled")) == 1
 
 
-def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch) -> None:
     found = []
     for name in ("plain", "compiled"):
         config = tiny_dit(tmp_path / name, zero_stage=3, compile=name == "compiled")
@@ -188,7 +186,7 @@ def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def faulty_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def faulty_images(monkeypatch) -> None:
     original, calls = tokenizer.generator_step, 0
 
     def broken(networks: Any, loss: Any, images: Tensor, *, adversarial: bool) -> Any:

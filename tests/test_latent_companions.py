@@ -60,7 +60,6 @@ def which(batch: tuple[Tensor, ...]) -> list[float]:
     return batch[0][:, 0, 0, 0].tolist()
 
 
-# --- cached features
 def test_features_are_those_of_the_latent_and_mirrored_with_it(tmp_path: Path) -> None:
     write_folder(tmp_path / "l")
     dataset = open_latents(spec_of(tmp_path / "l"), MODEL, CACHED)
@@ -106,7 +105,6 @@ def test_shards_with_and_without_features_do_not_mix(tmp_path: Path) -> None:
         open_folder(tmp_path / "l")
 
 
-# --- images
 def with_images(spec: LatentDataSpec, model: DiTSpec) -> LatentDataset | DebugLatents:
     """As the trainer does."""
     dataset = open_latents(spec, model, ONLINE)
@@ -181,7 +179,6 @@ def test_debug_latents_have_companions() -> None:
     assert batch[2].shape == (4, 3, 32, 32) and batch[2].dtype == torch.uint8
 
 
-# --- encoding
 def test_encode_stores_the_models_features(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     torch.manual_seed(0)
@@ -204,7 +201,7 @@ def test_encode_stores_the_models_features(tmp_path: Path) -> None:
             encode(autoencoder, images, tmp_path / "with", features=changed, **options)
 
 
-def test_encode_command_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_command_with_features(tmp_path: Path, capsys) -> None:
     Autoencoder(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
     arguments = ["encode", "--tokenizer", str(tmp_path / "tokenizer"), "--images", "debug:3", "--no-flip"]
     arguments += ["--device", "cpu", "--image-size", "32"]

@@ -46,7 +46,7 @@ def test_reads_the_authors_folder_as_it_is(tmp_path: Path, dtype: torch.dtype) -
     assert torch.equal(plain.mean, torch.zeros_like(mean)) and torch.equal(plain.std, torch.ones_like(std))
 
 
-def test_flip_and_noise_are_functions_of_seed_id_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flip_and_noise_are_functions_of_seed_id_and_epoch(tmp_path: Path, monkeypatch) -> None:
     """By the definition, bit by bit: a run that is resumed sees the same samples."""
     monkeypatch.setattr("vadit.latents.dataset.BLOCK", 2)
     plain, flipped = moments_folder(tmp_path / "m")
@@ -105,7 +105,7 @@ def test_posterior_noise_is_a_function_of_seed_id_and_place() -> None:
     torch.testing.assert_close(posterior_noise(5, torch.tensor([0, 7]), 5), golden, rtol=0, atol=5e-5)
 
 
-def test_statistics_are_those_of_all_latents_and_posteriors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_those_of_all_latents_and_posteriors(tmp_path: Path, monkeypatch) -> None:
     latents, flipped, _ = reference_folder(tmp_path, stats=False)
     monkeypatch.setattr("vadit.latents.statistics.READ_AT_ONCE", 3)
     statistics = compute_statistics(tmp_path)
@@ -168,7 +168,7 @@ def test_open_latents_checks_the_model(tmp_path: Path) -> None:
         open_latents(spec, DiTSpec(**(fitting | {"num_classes": 4})))
 
 
-def test_statistics_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_by_the_command(tmp_path: Path, capsys) -> None:
     reference_folder(tmp_path, stats=False)
     for options, samples in (([], 0), (["--stats-samples", "5", "--seed", "2"], 5)):
         assert cli.main(["encode", "--stats-only", str(tmp_path), *options]) == 0
@@ -303,7 +303,6 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
         LatentDataset(tmp_path, normalize=False, flip=False)
 
 
-# --- as they are read
 @pytest.mark.parametrize("layout", ["latents fp32", "moments bf16", "moments_flip fp32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, layout: str, value: float) -> None:
@@ -363,7 +362,7 @@ def test_a_shard_that_shrinks_or_goes_is_named(tmp_path: Path) -> None:
     pytest.raises(RunError, dataset.shards[1].rows, 0, 10, flipped=False).match(r"s01.safetensors is cut short")
 
 
-def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch) -> None:
     latents = many_shards(tmp_path)
     monkeypatch.setattr("vadit.runtime.reading.MAX_OPEN", 2)
     dataset = LatentDataset(tmp_path, normalize=False, flip=False)

@@ -142,7 +142,7 @@ def test_train_starts_again_after_failures_only(
     assert said.count("from the last checkpoint") == starts - 1
 
 
-def test_torchrun_ends_its_report_with_the_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torchrun_ends_its_report_with_the_sentence(monkeypatch, tmp_path: Path) -> None:
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     assert cli.main(["train", "lightningdit-b-debug", "--run.batch-size", "0.5"]) == 2
@@ -150,7 +150,6 @@ def test_torchrun_ends_its_report_with_the_sentence(monkeypatch: pytest.MonkeyPa
     assert left["message"].startswith("error: --run.batch-size") and isinstance(left["timestamp"], int)
 
 
-# --- SLURM
 def slurm(fakes: dict[str, str], **own: str) -> subprocess.Popen[str]:
     """slurm.sbatch as SLURM runs it: a copy, elsewhere, of which two nodes have two tasks each."""
     copy = Path(fakes["STARTS"]).with_name("slurm_script")
@@ -202,7 +201,6 @@ def test_slurm_starts_again_after_failures_only(codes: str, starts: int, code: i
     assert (job.wait(timeout=LIMIT_S), len(lines_of(fakes, 0))) == (code, 4 * starts)
 
 
-# --- for real
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes train without a fault."""

@@ -62,7 +62,6 @@ def same_mask(model: MaskedDiT, batch: int, seed: int = 7) -> tuple[Tensor, Tens
     return visible, mask
 
 
-# --- naive forms
 def naive_attention(attention: Any, x: Tensor, rope: Any, hidden: Tensor | None) -> Tensor:
     """All tokens by einsum, the columns of hidden tokens (B, N) at minus infinity; a bias by its two offsets."""
     heads, width, grid = attention.num_heads, attention.head_dim, math.isqrt(TOKENS)
@@ -234,7 +233,6 @@ def test_start_is_the_papers() -> None:
     assert MDT(SPEC, MDT_MASK).blocks[0].attn.relative_bias is None
 
 
-# --- the loss
 @pytest.mark.parametrize("direction_loss", [True, False])
 def test_maskdit_loss_is_the_papers(direction_loss: bool) -> None:
     """Number by number: patches cut out by hand, each an own mean."""

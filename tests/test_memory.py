@@ -188,7 +188,7 @@ LONG = [
 @pytest.mark.parametrize(
     "case", [*SHORT, *(pytest.param(case, marks=pytest.mark.faults, id=str(case)) for case in LONG)], ids=str
 )
-def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(launcher, "_place", launcher.Place(world_size=case.processes))
     stage = memory.estimate(case.config(tmp_path), case.processes).stages[case.zero_stage]
     # Gloo lets go of what it has sent when a thread of its own gets to run: on a busy machine that adds to the peak.
@@ -253,7 +253,7 @@ def test_activations_come_and_go_beside_gradients() -> None:
     assert (row.moment, row.gradients, row.buffers) == ("evaluation", 0, 4 << 32)
 
 
-def test_what_is_held_is_counted_where_it_is_fullest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_held_is_counted_where_it_is_fullest(monkeypatch) -> None:
     """Two layers of 100 weights on 8 rows: they keep their inputs, and tanh its output, which is one of them."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # a ZeRO 3 run leaves DeepSpeed's there
     with FakeTensorMode():
@@ -270,7 +270,6 @@ def test_what_is_held_is_counted_where_it_is_fullest(monkeypatch: pytest.MonkeyP
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-# --- in own processes
 def measured(case: Case, folder: Path) -> int:
     """Bytes at the peak, in the first of the case's processes."""
     from launched import run_ranks  # not where this file is a process of its own

@@ -59,7 +59,6 @@ HOLE = "\0"
 """Where an f-string puts something in."""
 
 
-# --- flags in messages
 def literals(source: str) -> Iterator[str]:
     """Every string of a module, those in pieces put together."""
     tree = ast.parse(source)
@@ -106,7 +105,6 @@ re.match(r"--local[_-]rank", "var(--ink) --ink:#123 a--b ---c --{x}")
     assert sorted(unknown_flags(source, known_flags())) == ["--flag", "--no-data.flip", "--nowhere." + HOLE]
 
 
-# --- documents
 def documented_commands(document: Path) -> Iterator[list[str]]:
     """The arguments of every `vadit ...` in a document's blocks of code, those behind launchers, too."""
     for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
@@ -119,9 +117,7 @@ def documented_commands(document: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_of_a_document_is_understood(
-    document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_of_a_document_is_understood(document: Path, monkeypatch, capsys) -> None:
     def only_parse(*args: Any, **settings: Any) -> NoReturn:
         parse(*args, **settings)
         raise SystemExit(99)
@@ -151,7 +147,6 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
         pkgutil.resolve_name(name)
 
 
-# --- settings of a run
 @pytest.mark.parametrize(
     ("recipe", "name", "old", "new", "typed"),
     [
@@ -167,7 +162,7 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
     ],
 )
 def test_the_old_value_can_be_typed(
-    recipe: str, name: str, old: Any, new: Any, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, name: str, old: Any, new: Any, typed: str, tmp_path: Path, monkeypatch
 ) -> None:
     group, _, last = name.rpartition(".")
 
@@ -190,7 +185,7 @@ def test_the_old_value_can_be_typed(
     assert parse(kind, shlex.split(typed), command="train", default=kind(config=now)).config == before  # type: ignore
 
 
-def test_a_run_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_another_kind_is_refused(tmp_path: Path, monkeypatch) -> None:
     save_config(get_recipe("vavae-f16d32-dinov2"), tmp_path / "config.json")
     monkeypatch.setattr(runs, "has_checkpoint", lambda folder: True)
     with pytest.raises(UsageError, match=r"kind tokenizer.* --run\.out"):
@@ -209,9 +204,7 @@ SHOWN = r"r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\xe9 é"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_strangers_words_are_shown_and_never_obeyed(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_strangers_words_are_shown_and_never_obeyed(terminal: bool, monkeypatch, capsys) -> None:
     """As results, notes, cells, titles and tracebacks; above a bar, in it and without one."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
@@ -239,9 +232,7 @@ def test_strangers_words_are_shown_and_never_obeyed(
     assert not re.search("\x1b(?!\\[[\\d;?]*[a-zA-Z])|\x1b\\[45m|\r(?!\x1b\\[2K)", out)
 
 
-def test_a_stranger_s_name_in_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stranger_s_name_in_an_error(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert cli.main(["evaluate", "latents", "--latents", f"{HOSTILE}\nerror: more"]) == 2
     told = capsys.readouterr().err

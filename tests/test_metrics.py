@@ -120,7 +120,7 @@ def test_precision_and_recall_on_a_line() -> None:
     assert precision_recall(real, fake, k=2)[0] == 0.0
 
 
-def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_are_the_same_in_chunks_and_by_brute_force(monkeypatch) -> None:
     generator = np.random.default_rng(5)
     real, fake = generator.normal(size=(150, 4)), generator.normal(size=(130, 4)) * 0.7 + 0.5
 
@@ -160,7 +160,7 @@ def unbiased(x: np.ndarray, y: np.ndarray) -> float:
     return within[0] + within[1] - 2 * kernel(x, y).mean()
 
 
-def test_squared_mmd_is_the_mean_over_all_pairs_in_any_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squared_mmd_is_the_mean_over_all_pairs_in_any_blocks(monkeypatch) -> None:
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(23, 6)), generator.normal(size=(17, 6)) + 0.4
     for block in (4096, 5):
@@ -171,7 +171,7 @@ def test_squared_mmd_is_the_mean_over_all_pairs_in_any_blocks(monkeypatch: pytes
     pytest.raises(UsageError, squared_mmd, x, y[:1]).match("at least 2 images")
 
 
-def test_kernel_distance_is_the_mean_over_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_distance_is_the_mean_over_subsets(monkeypatch) -> None:
     features = np.random.default_rng(2).normal(size=(250, 3))
     real, fake = features[:120], features[120:] + 0.3
     draw = np.random.default_rng(0)
@@ -247,7 +247,7 @@ class Latents:
         return self.values[ids], torch.zeros(len(ids))
 
 
-def test_vectors_are_one_position_of_distinct_images_which_alone_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_one_position_of_distinct_images_which_alone_are_read(monkeypatch) -> None:
     latents = Latents()
     whole = uniformity.folder_vectors(latents, 24, 5)
     monkeypatch.setattr(uniformity, "READ_AT_ONCE", 7)
@@ -307,9 +307,7 @@ def test_vectors_are_read_from_any_tensor_file(tmp_path: Path) -> None:
     pytest.raises(RunError, uniformity.read_vectors, tmp_path / "damaged.pt").match(r"damaged\.pt cannot be read")
 
 
-def test_seeds_give_a_mean_with_its_spread_and_the_first_one_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_give_a_mean_with_its_spread_and_the_first_one_a_picture(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(uniformity, "embed", lambda vectors, seed: vectors[:, :2] ** seed)  # t-SNE takes seconds
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(130, 3)))
     out, picture = tmp_path / "numbers.json", tmp_path / "points.png"

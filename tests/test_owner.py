@@ -24,7 +24,7 @@ from vadit.runtime.owner import NAME, Claim, owned
 
 
 @pytest.fixture(params=["locks", errno.ENOLCK, errno.EOPNOTSUPP])
-def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def locks(request: pytest.FixtureRequest, monkeypatch) -> bool:
     """Whether the file system has locks."""
     monkeypatch.setattr(owner, "SETTLE_S", 0.01)
     if request.param != "locks":
@@ -82,7 +82,7 @@ OTHER = Claim("node7", 4711, "another kernel", "pid:[1] 1")
 
 @pytest.mark.parametrize("claim", [b"", b"\0\0\0", b"{", b'{"pid": {}}', asdict(OTHER), "here"])
 def test_a_process_out_of_sight_lives_as_long_as_its_file_moves(
-    claim: bytes | dict[str, object] | str, locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    claim: bytes | dict[str, object] | str, locks: bool, tmp_path: Path, monkeypatch
 ) -> None:
     """On another machine, in another container, or of a damaged claim."""
     monkeypatch.setattr(owner, "SILENCE_S", 0.3)
@@ -106,7 +106,7 @@ def test_a_process_out_of_sight_lives_as_long_as_its_file_moves(
         assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
-def test_who_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch) -> None:
     """It stood still for longer than the others waited."""
     codes: queue.Queue[int] = queue.Queue()
     monkeypatch.setattr(owner, "BEAT_S", 0.05)
@@ -134,9 +134,7 @@ def test_what_can_be_no_folder_of_ours(tmp_path: Path) -> None:
         ["demo", "--out"],
     ],
 )
-def test_commands_leave_anothers_folder_alone(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_leave_anothers_folder_alone(command: list[str], tmp_path: Path, capsys) -> None:
     partial = tmp_path / "checkpoints" / "step-00000001.partial"
     partial.mkdir(parents=True)
     with owned(tmp_path, ""):
@@ -146,7 +144,6 @@ def test_commands_leave_anothers_folder_alone(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- whole files
 def test_whole_files_replace_links_and_follow_none(tmp_path: Path) -> None:
     victim, target = tmp_path / "victim", tmp_path / "report.html"
     victim.write_text("mine")
@@ -167,9 +164,7 @@ def test_whole_files_replace_links_and_follow_none(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_swept", set())
     old = [tmp_path / f"{files._PREFIX}{start}-x" for start in (files.kernel()[:8], "anothers")]
     with whole_file(tmp_path / "slow") as slow:

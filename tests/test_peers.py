@@ -54,7 +54,7 @@ class FakeFusedAdam(torch.optim.Optimizer):
 
 
 @pytest.fixture
-def apex(monkeypatch: pytest.MonkeyPatch) -> type[FakeFusedAdam]:
+def apex(monkeypatch) -> type[FakeFusedAdam]:
     """An apex that is installed."""
     package, module = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
     package.__path__ = []  # type: ignore[attr-defined]
@@ -103,8 +103,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_cannot_be_had_is_one_line_and_changes_nothing(
-    setting: str, wish: str, instead: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    setting: str, wish: str, instead: str, plain: Path, tmp_path: Path, monkeypatch,
+    capsys,
 ) -> None:  # fmt: skip
     for module in ("apex", "apex.optimizers"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
@@ -116,18 +116,15 @@ def test_what_cannot_be_had_is_one_line_and_changes_nothing(
     assert logged(tmp_path) == logged(plain)
 
 
-def test_attention_that_is_there_is_taken(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_that_is_there_is_taken(plain: Path, tmp_path: Path, capsys) -> None:
     dit.train(tiny_dit(tmp_path, precision="bf16", attention="math"))
     assert "engine.attention" not in capsys.readouterr().err
     assert [chosen(run, "engine.attention")["name"] for run in (plain, tmp_path)] == ["torch", "math"]
     assert logged(tmp_path) == pytest.approx(logged(plain), rel=1e-2) and logged(tmp_path) != logged(plain)
 
 
-# --- optimizers
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_apex_is_really_called(
-    zero_stage: int, tmp_path: Path, apex: type[FakeFusedAdam], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_apex_is_really_called(zero_stage: int, tmp_path: Path, apex: type[FakeFusedAdam], capsys) -> None:
     dit.train(tiny_dit(tmp_path / "plain", zero_stage=zero_stage))
     assert not apex.made
     capsys.readouterr()
@@ -141,9 +138,7 @@ def test_apex_is_really_called(
     assert logged(tmp_path / "apex") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
 
 
-def test_a_run_does_not_go_on_with_another_optimizer(
-    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_does_not_go_on_with_another_optimizer(tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch) -> None:
     config = with_kind(tiny_dit(tmp_path), "apex_fused")
     dit.train(config)
     assert apex.made
@@ -154,9 +149,7 @@ def test_a_run_does_not_go_on_with_another_optimizer(
         dit.train(config)
 
 
-def test_both_engines_have_apex_unless_it_steps_wrongly(
-    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_engines_have_apex_unless_it_steps_wrongly(tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch) -> None:
     tokenizer.train(with_kind(tiny_tokenizer(tmp_path), "apex_fused"))
     assert [adam.param_groups[0]["step"] for adam in apex.made] == [1, 3, 1, 2]  # tried twice; the discriminator late
     assert chosen(tmp_path, "optimizer.kind")["name"] == "apex_fused"
@@ -167,9 +160,7 @@ def test_both_engines_have_apex_unless_it_steps_wrongly(
     assert "its first step is 0.05 instead of 0.1" in choice.refused
 
 
-def test_resume_goes_on_with_apex_and_refuses_without(
-    tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_goes_on_with_apex_and_refuses_without(tmp_path: Path, apex: type[FakeFusedAdam], monkeypatch) -> None:
     straight, resumed = (
         with_kind(tiny_dit(tmp_path / name, zero_stage=1), "apex_fused") for name in ("straight", "resumed")
     )
@@ -186,7 +177,6 @@ def test_resume_goes_on_with_apex_and_refuses_without(
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
-# --- float8
 def float8_dit(out: Path, recipe: str | None, *, mlp_ratio: float = 3.0, precision: str = "bf16") -> DiTConfig:
     """Hidden width 64, MLP 128: all multiples of 16 (with mlp_ratio 4 the MLP has 170)."""
     return vary(tiny_dit(out, precision=precision, float8=recipe), model={"mlp_ratio": mlp_ratio})
@@ -210,7 +200,7 @@ def test_float8_changes_blocks_and_no_name(recipe: str, torchao: Any) -> None:
     assert {name: id(value) for name, value in model.named_parameters()} == parameters
 
 
-def test_float8_names_what_it_leaves_out_or_refuses(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float8_names_what_it_leaves_out_or_refuses(torchao: Any, monkeypatch) -> None:
     model = LightningDiT(float8_dit(Path("unused"), None, mlp_ratio=4.0).model)
     choice = float8.convert(model.blocks, "rowwise", rows=64, device=CPU, emulate=True)
     assert converted(model) == {f"blocks.{index}.attn.{layer}" for index in (0, 1) for layer in ("qkv", "proj")}
@@ -223,7 +213,7 @@ def test_float8_names_what_it_leaves_out_or_refuses(torchao: Any, monkeypatch: p
 
 @pytest.mark.parametrize(("recipe", "precision"), [("rowwise", "autocast"), ("tensorwise", "bf16")])
 def test_float8_trains_near_bf16_and_exports_alike(
-    recipe: str, precision: str, tmp_path: Path, torchao: Any, monkeypatch: pytest.MonkeyPatch
+    recipe: str, precision: str, tmp_path: Path, torchao: Any, monkeypatch
 ) -> None:
     plain = float8_dit(tmp_path / "plain", None, precision=precision)
     dit.train(plain)
@@ -245,9 +235,7 @@ def test_float8_trains_near_bf16_and_exports_alike(
 @pytest.mark.parametrize(
     ("capability", "rows", "told"), [((8, 0), 64, "needs a GPU of sm_89, this is sm_80"), ((9, 0), 72, "has 72 tokens")]
 )
-def test_float8_says_what_is_in_the_way(
-    capability: tuple[int, int], rows: int, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float8_says_what_is_in_the_way(capability: tuple[int, int], rows: int, told: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = LightningDiT(float8_dit(Path("unused"), None).model)
     choice = float8.convert(model.blocks, "rowwise", rows=rows, device=torch.device("cuda", 0))

@@ -72,7 +72,6 @@ def squares(source: ImageSource, crop: Any) -> list[np.ndarray]:
     return [decode(images, request) for request in images.requests(range(len(source)), seed=1, epoch=2)]
 
 
-# --- pixels
 def test_crops_of_what_is_prepared_are_those_of_the_source(folder: Path, tmp_path: Path) -> None:
     source = FolderSource(folder)
     summary = prepare(folder, tmp_path / "a.beton")
@@ -139,7 +138,6 @@ def test_other_sources(tmp_path: Path) -> None:
         assert again.classes == classes and again.labels.tolist() == [0, 1, 0]
 
 
-# --- the same bytes
 def test_bytes_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     prepare(folder, tmp_path / "one" / "a.beton")
@@ -196,7 +194,7 @@ def test_a_second_call_changes_nothing_and_verifies(folder: Path, tmp_path: Path
     assert content(out) == before
 
 
-def test_what_was_written_is_looked_through(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_written_is_looked_through(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Verification finds what a bug of the writer would do."""
     original = BetonWriter.append
     half = encode_image(photo(0, 40, 32), "jpg")
@@ -210,7 +208,6 @@ def test_what_was_written_is_looked_through(folder: Path, tmp_path: Path, monkey
         pytest.raises(RunError, prepare, folder, tmp_path / f"{number}.beton").match(message)
 
 
-# --- bad images
 def test_bad_images_are_listed_and_left_out(tmp_path: Path) -> None:
     source = fill(tmp_path / "src", 23)
     for file, (_, data) in enumerate(bad_files().values()):
@@ -242,7 +239,6 @@ def test_what_a_shard_of_the_source_lacks_is_listed_too(tmp_path: Path) -> None:
         prepare(tmp_path / "src", tmp_path / "b.beton", on_error="raise")
 
 
-# --- what is refused
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_in_the_same_place_are_refused(finished: bool, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.beton"
@@ -265,7 +261,7 @@ def test_other_settings_in_the_same_place_are_refused(finished: bool, folder: Pa
     assert prepare(tmp_path / "moved", out).num_new == 0
 
 
-def test_shards_of_a_pattern_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_a_pattern_may_move(tmp_path: Path, monkeypatch) -> None:
     for number in range(2):
         data = jpeg(number)
         for place in ("one", "two"):
@@ -305,7 +301,7 @@ def test_a_full_disk_is_reported_and_the_same_command_goes_on(num_bytes: int, fo
     assert content(tmp_path / "a.beton") == content(tmp_path / "straight" / "a.beton")
 
 
-def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("vadit.images.prepare.encode_part", lambda *_: os._exit(1))
     with pytest.raises(RunError, match=r"a process of vadit prepare was killed.*lower --num-workers"):
         prepare(folder, tmp_path / "a.beton", num_workers=2)
@@ -313,8 +309,7 @@ def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path, monkeypatc
     assert prepare(folder, tmp_path / "a.beton").num_images == 23
 
 
-# --- the command
-def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(folder: Path, tmp_path: Path, capsys) -> None:
     source = fill(tmp_path / "src", 24)
     (source / "owl" / "000.png").write_bytes(b"")
     arguments = ["prepare", str(source), str(tmp_path / "a.beton"), "--size", "32", "--num-workers", "1"]

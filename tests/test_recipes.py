@@ -328,7 +328,7 @@ def test_metrics_are_named_after_the_recipes_own_sampler() -> None:
     assert unnamed == {"maskdit-xl2", "maskdit-xl2-unmasked", "fasterdit-xl2", "lightningdit-xl-beyond"}
 
 
-def test_short_names_and_words_find_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_names_and_words_find_recipes(capsys) -> None:
     for short, name in SHORT_NAMES.items():
         assert flat(get_recipe(short)) == flat(get_recipe(name))
         assert flat(get_recipe(f"{short}-debug")) == flat(get_recipe(f"{name}-debug"))
@@ -343,7 +343,6 @@ def test_short_names_and_words_find_recipes(capsys: pytest.CaptureFixture[str]) 
 # --- the list
 
 
-# --- debug twins
 @pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_debug_twin_keeps_every_switch(name: str) -> None:
     original, twin = to_dict(get_recipe(name)), to_dict(get_recipe(f"{name}-debug"))

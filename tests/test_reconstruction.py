@@ -113,9 +113,7 @@ def test_unusable_input_is_refused() -> None:
     pytest.raises(UsageError, reconstruction.evaluate_tokenizer, Cropping(), [images(1)]).match("downsample ratio")
 
 
-def test_the_command_takes_a_folder_and_gives_means_over_seeds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_takes_a_folder_and_gives_means_over_seeds(tmp_path: Path, capsys) -> None:
     spec = AutoencoderSpec(image_size=16, latent_channels=2, base_channels=32, channel_multipliers=(1, 1))
     torch.manual_seed(0)
     tokenizer = Autoencoder(spec).eval()
@@ -165,7 +163,7 @@ class UnevenCodec(PixelCodec):
         return Posterior(x * (1 + 1e-3 * len(x)), torch.full_like(x, 0.1))
 
 
-def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_those_of_any_batch_and_any_number_of_processes(monkeypatch) -> None:
     pixels = images(75, size=12)
 
     def features(x: Tensor) -> Tensor:

@@ -232,7 +232,6 @@ def make_run(
     return folder
 
 
-# --- one run
 def test_the_projection_of_a_run_is_arithmetic(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", headline())
     (run,) = read_runs([folder])
@@ -322,7 +321,6 @@ def test_the_stages_of_a_tokenizer_are_one_run(tmp_path: Path) -> None:
     assert now.hours_left * 3600 == pytest.approx(10)  # at the median of the last five points
 
 
-# --- several runs
 def test_the_speed_up_at_an_equal_value() -> None:
     fast = Curve(np.array([1e6, 2e6, 3e6]), np.array([50.0, 30.0, 20.0]))
     slow = Curve(np.array([1e6, 2e6, 3e6, 6e6]), np.array([90.0, 70.0, 60.0, 40.0]))
@@ -419,8 +417,7 @@ def test_runs_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
     assert len(files) == len(set(files))  # no PNG overwrites another
 
 
-# --- damaged, empty, absent
-def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys) -> None:
     folder = make_run(tmp_path / "run", headline(), fids=(60.0, 30.0, 20.0))
     with (folder / "log.jsonl").open("ab") as stream:
         bad = (b'{"images": 1', b"[1, 2]", b"null", b'{"images": "many"}', b'{"images": true}', b'{"images": NaN}',
@@ -455,7 +452,7 @@ def test_a_config_of_another_version_does_not_stop_the_report(tmp_path: Path, co
     assert read_runs([folder])[0].kind == "dit"  # by its config or by what it logged
 
 
-def test_runs_with_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_with_nothing_to_show(tmp_path: Path, capsys) -> None:
     full = make_run(tmp_path / "full", headline())
     empty = make_run(tmp_path / "empty", headline(), steps=())
     (tmp_path / "bare").mkdir()

@@ -41,7 +41,6 @@ class TinyDecoder(nn.Module):
         return torch.tanh(self.scale * nn.functional.interpolate(z[:, :3], scale_factor=2))
 
 
-# --- draw
 def _draw(num_samples=37, **settings):
     spec = SampleSpec(**{"num_steps": 5, "cfg_scale": 2.0, **settings})
     return {
@@ -133,7 +132,6 @@ def test_sampler_names_tell_settings_apart(settings, name):
     assert sampler_name(SampleSpec(**settings)) == name
 
 
-# --- files
 def _write(out, num_samples=20, **settings):
     spec = settings.pop("spec", SampleSpec(num_steps=4, cfg_scale=2.0))
     model = settings.pop("model", None) or SmallNet()

@@ -61,7 +61,7 @@ def extract(images: np.ndarray) -> InceptionFeatures:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def small(monkeypatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(samples, "Inception", SmallExtractor)
     (tmp_path / "weights.pth").write_bytes(b"not read")
     return tmp_path
@@ -72,7 +72,6 @@ def evaluate(drawn: Path, reference: Path, num_samples: int | None = None, **opt
     return evaluator.evaluate(drawn, num_samples=num_samples)[1]
 
 
-# --- sets of images
 def test_pngs_and_npz_give_the_same_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     images = pictures(11)
     folder = write_pngs(tmp_path / "png", images, digits=1)  # 10.png sorts before 2.png by name
@@ -126,7 +125,6 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
     refuse(tmp_path / "short.npz", "truncated", RunError)
 
 
-# --- networks
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of the published one's layout, with random weights."""
@@ -142,7 +140,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, monkeypatch) -> None:
     for path in (None, tmp_path / "nowhere.pth"):
         with pytest.raises(UsageError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception-weights"):
             Inception(path)
@@ -158,9 +156,7 @@ def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, mo
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_inception_takes_the_three_layers_of_the_protocol(
-    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inception_takes_the_three_layers_of_the_protocol(weights: Path, monkeypatch, capsys) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     pixels = torch.from_numpy(pictures(2, side=20)).permute(0, 3, 1, 2)
@@ -226,7 +222,6 @@ def test_position_embeddings_are_resized_as_dinov2_does() -> None:
     assert summary(image).shape == (1, 4)  # timm takes the table as it is
 
 
-# --- the evaluation
 def test_evaluation_against_images_and_against_stored_statistics(small: Path) -> None:
     drawn, real = pictures(8, 1), pictures(6, 2) // 2
     folder = write_pngs(small / "drawn", drawn)
@@ -294,7 +289,7 @@ def test_names_carry_count_and_sampler() -> None:
     assert samples.named(numbers, 50_000, "euler249") == {"fid50k_euler249": 2.0, "fd_dinov2_50k_euler249": 3.0}
 
 
-def test_splits_of_the_inception_score_that_are_not_alike_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_of_the_inception_score_that_are_not_alike_are_said(capsys) -> None:
     def said(labels: np.ndarray) -> str:
         probabilities = np.eye(10)[labels]
         samples._warn_of_splits(probabilities, inception_score(probabilities), "drawn.npz")
@@ -308,8 +303,7 @@ def test_splits_of_the_inception_score_that_are_not_alike_are_said(capsys: pytes
     assert not said(drawn[:10_000]) and not said(in_order[:4_000])
 
 
-# --- the command
-def test_seeds_give_means_and_their_spread(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_give_means_and_their_spread(small: Path, capsys) -> None:
     np.savez(small / "real.npz", arr_0=pictures(12, 9))
     for seed in range(3):
         np.savez(small / f"drawn-{seed}.npz", arr_0=pictures(8, seed))
@@ -369,7 +363,6 @@ def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) 
     assert not (small / "short.npz").exists()
 
 
-# --- during training
 def test_a_scorer_gives_the_numbers_of_the_files_and_keeps_its_reference(small: Path) -> None:
     reference, cache = small / "real.npz", small / "cache"
     np.savez(reference, arr_0=pictures(9, 1))

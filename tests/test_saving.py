@@ -34,7 +34,6 @@ def state_json(images_seen: int) -> str:
 EVERY = {"save_every_images": BATCH, "keep_checkpoints": 3}
 
 
-# --- which ones stay
 @pytest.mark.parametrize(
     ("keep", "every", "kept"),
     [
@@ -57,7 +56,7 @@ def test_the_newest_and_every_so_many_images_stay(
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
-def test_room_is_needed_for_the_parts_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_needed_for_the_parts_of_all_processes(tmp_path: Path, monkeypatch) -> None:
     free = shutil.disk_usage(tmp_path).free
     (tmp_path / "step-00000001.partial").mkdir()
     (tmp_path / "step-00000001.partial" / "another").write_bytes(bytes(100))
@@ -74,9 +73,7 @@ def test_room_is_needed_for_the_parts_of_all_processes(tmp_path: Path, monkeypat
             (tmp_path / "step-00000001.partial" / "another").write_bytes(bytes(100))
 
 
-def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(tmp_path: Path, monkeypatch) -> None:
     before: list[list[str]] = []
     original = publish.prune
 
@@ -92,11 +89,10 @@ def test_a_run_deletes_old_checkpoints_after_the_new_one_is_there(
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
-# --- in the background
 class Gate:
     """Holds writers up until it is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
         original = publish.write_tensors
 
@@ -109,9 +105,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_training_goes_on_while_a_checkpoint_is_written(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(stage: int, tmp_path: Path, monkeypatch) -> None:
     expected = worker.Run(tmp_path / "expected", stage)
     expected.train(2)
     expected.save(wait=True)
@@ -142,7 +136,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert again.step == 5 and again.train(7) == pytest.approx(worker.plain(7)[0][5:], rel=1e-5)
 
 
-def test_a_next_save_waits_for_the_former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_next_save_waits_for_the_former(tmp_path: Path, monkeypatch) -> None:
     gate = Gate(monkeypatch)
     run = worker.Run(tmp_path, 1)
     run.train(1)
@@ -185,7 +179,7 @@ def test_any_tensor_is_written_as_it_is(tmp_path: Path) -> None:
     assert entry == {"bytes": (tmp_path / "file").stat().st_size, "sha256": publish._digest(tmp_path / "file")}
 
 
-def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(launcher, "_place", launcher.Place(world_size=2))
     partial = tmp_path / "step-00000001.partial"
     partial.mkdir()
@@ -203,7 +197,6 @@ def test_a_part_of_a_former_save_does_not_count(tmp_path: Path, monkeypatch: pyt
     assert faults == [] and (tmp_path / "step-00000001" / SHARE).exists()
 
 
-# --- kill -9
 def test_no_kill_publishes_half(folder: Path) -> None:
     """At each call that touches the disk in turn the process is killed; what counts is whole in every case."""
     points = 0
@@ -264,11 +257,10 @@ def _save_and_die(folder: Path, point: int) -> None:
     os._exit(0)
 
 
-# --- disks that fail
 class Failing:
     """Lets the disk fail while it is `on`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def __init__(self, monkeypatch, number: int) -> None:
         self.on = False
         original = os.fsync
 
@@ -294,8 +286,8 @@ def test_a_run_outlives_a_disk_that_fails(
     advice: str,
     background: bool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+    capsys,
 ) -> None:
     disk = Failing(monkeypatch, number)
     run = worker.Run(tmp_path, 1)

@@ -53,7 +53,6 @@ def _exact_transport(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return MEAN * (labels + 1).reshape(-1, 1, 1, 1) + STD * noise
 
 
-# --- solvers
 def test_time_grid_and_shift():
     times = time_grid(250, shift=0.3)
     assert len(times) == 250 and times.dtype == torch.float32
@@ -177,7 +176,6 @@ def test_sde_has_the_marginals_of_the_data(form):
     torch.testing.assert_close(samples[3:6], part)
 
 
-# --- guidance
 def test_unconditional_pass_runs_only_where_guidance_acts():
     noise, labels = _batch()
     for scale, interval, expected in (

@@ -32,7 +32,6 @@ def batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(count, generator=generator), torch.arange(count) % 5
 
 
-# --- time and contrast
 def test_time_shift_and_contrastive_loss_by_hand() -> None:
     plain, shifted = (
         flow.sample_time(FlowSpec(time_shift=s), 1000, 0, torch.Generator().manual_seed(3)) for s in (1.0, 1.5)
@@ -60,7 +59,6 @@ def test_time_shift_and_contrastive_loss_by_hand() -> None:
     pytest.raises(UsageError, flow_terms, spec, model, x[:1], labels[:1], 0).match("micro-batch, which holds 1")
 
 
-# --- inside the network
 def test_dispersive_and_alignment_loss_by_hand() -> None:
     hidden = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)) * 2 + 3
     rows = hidden.double().flatten(1)
@@ -211,7 +209,6 @@ def test_several_averages_train_at_once_and_each_can_be_had(tmp_path: Path) -> N
     assert torch.equal(export.load_generator(tmp_path / "run").state_dict()[name], fast[name])
 
 
-# --- Muon
 def test_muon_trains_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     optimizer, engine = {"kind": "muon", "lr": 1e-2}, {"zero_stage": 0, "ema_decays": ()}
     trained_in_two_parts(config(tmp_path / "whole", optimizer=optimizer, engine=engine), tmp_path / "half")

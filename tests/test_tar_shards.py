@@ -19,7 +19,6 @@ from vadit.images.sources.tar_index import BLOCK
 from vadit.runtime.errors import RunError, UsageError
 
 
-# --- what is read
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_samples_of_a_folder_of_shards(kind: int, tmp_path: Path) -> None:
     for number in (2, 0, 1):
@@ -101,9 +100,7 @@ def test_harmless_members_are_passed_over(tmp_path: Path) -> None:
     assert bytes_of(source) == [b"J"] and source.labels.tolist() == [4] and source.describe(0) == f"{path}:./0.jpg"
 
 
-def test_shards_without_any_label_are_one_class_and_say_what_they_hold(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shards_without_any_label_are_one_class_and_say_what_they_hold(tmp_path: Path, caplog) -> None:
     write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("0.json", b'{"class_id": 7}'), ("0.txt", b"3"), ("README", b"")])
     write_tar(tmp_path / "b.tar", [("1.jpg", b"1"), ("1.label", b"3")])
     for _ in range(2):  # the second time from the index
@@ -134,7 +131,7 @@ def test_patterns_and_places_without_shards(tmp_path: Path) -> None:
         TarSource(write_tar(tmp_path / "odd.tar", [("0.txt", b"text")]))
 
 
-def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch) -> None:
     for number in range(6):
         write_tar(tmp_path / f"t-{number}.tar", samples(40 * number, 40))
     monkeypatch.setattr("vadit.runtime.reading.MAX_OPEN", 2)
@@ -148,10 +145,7 @@ def test_many_threads_few_descriptors(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len([name for name in here if name.startswith(str(tmp_path))]) <= 2
 
 
-# --- the index
-def test_headers_are_read_once_and_again_where_the_shard_is_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_are_read_once_and_again_where_the_shard_is_another(tmp_path: Path, monkeypatch) -> None:
     calls: list[BinaryIO] = []
     original = tar_index.walk
     monkeypatch.setattr(tar_index, "walk", lambda file: calls.append(file) or original(file))

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def clock(monkeypatch) -> Callable[[float], None]:
     """A clock that only goes on when it is told to: clock(seconds)."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -46,7 +46,6 @@ def slow(clock: Callable[[float], None], seconds: float) -> Iterator[int]:
         number += 1
 
 
-# --- log points
 def test_a_log_point_tells_pace_shares_and_distances(clock: Callable[[float], None]) -> None:
     tracker = Tracker(
         CPU,
@@ -112,7 +111,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert tracker.read(1).keys().isdisjoint({"mfu", "comm_share", "epochs", "hours_to_64_epochs"})
 
 
-def test_a_gpu_is_asked_by_events_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_asked_by_events_and_not_waited_for(monkeypatch) -> None:
     """A stand-in for CUDA: events get the time at which the device reaches them, which is behind the host's."""
     device_time, waited, made = [0.0], [0], [0]
 
@@ -165,7 +164,6 @@ def test_a_term_that_begins_late_is_a_mean_of_its_own_steps() -> None:
     assert terms(5) == {"loss": 2.0}
 
 
-# --- events
 class Full(io.RawIOBase):
     """A file whose disk takes `room` bytes more."""
 
@@ -187,7 +185,7 @@ class Full(io.RawIOBase):
         super().close()
 
 
-def test_a_log_outlives_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_outlives_a_full_disk(tmp_path: Path, capsys) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog(tmp_path)
@@ -223,7 +221,7 @@ DAMAGED = (
 
 
 @pytest.mark.parametrize("kind", ["damaged", "link", "dead link"])
-def test_a_log_that_is_damaged_ends_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_is_damaged_ends_nothing(kind: str, tmp_path: Path, capsys) -> None:
     path, victim = tmp_path / "log.jsonl", tmp_path / "victim"
     if kind == "damaged":
         path.write_bytes(DAMAGED)
@@ -241,7 +239,6 @@ def test_a_log_that_is_damaged_ends_nothing(kind: str, tmp_path: Path, capsys: p
     assert not victim.exists() or victim.read_bytes() == DAMAGED
 
 
-# --- looks
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of both networks without looks: FOLDER/tokenizer, FOLDER/dit."""
@@ -277,9 +274,7 @@ class Colours:
         return {f"fid{len(features)}_{sampler}": float(features.mean())}
 
 
-def test_looks_change_no_bit_of_a_generators_training(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_looks_change_no_bit_of_a_generators_training(straight: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(evaluation, "SampleScorer", Colours)
     scored = {"num_samples": 70, "reference": "reference.npz", "inception_weights": "weights.pth"}
     dit.train(looked_at(straight, tmp_path, **scored))
@@ -319,7 +314,7 @@ def test_looks_change_no_bit_of_a_tokenizers_training(straight: Path, tmp_path: 
 
 @pytest.mark.parametrize("where", ["network", "make", "finish", "disk"])
 def test_a_look_that_fails_does_not_end_the_run(
-    where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, straight: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     def fail(*_: Any) -> Any:
         torch.randn(5)

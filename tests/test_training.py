@@ -44,7 +44,6 @@ def newest(folder: Path) -> Path:
     return path
 
 
-# --- against torch
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_generator_trains_as_plain_adamw_does(zero_stage: int, tmp_path: Path) -> None:
     config = tiny_dit(tmp_path, steps=5, zero_stage=zero_stage)
@@ -101,7 +100,6 @@ def test_half_precision_stays_near(precision: Any, zero_stage: int, tmp_path: Pa
     assert any((value != value.bfloat16()).any() for value in state.values())  # the fp32 weights, not their copies
 
 
-# --- parts
 def test_learning_rate_schedules() -> None:
     def rates(total: int, *points: int, **spec: Any) -> list[float]:
         made = OptimizerSpec(lr=1.0, **spec)
@@ -162,8 +160,7 @@ def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
         assert start_share(12, decay, warmup) == pytest.approx(shares[decay], rel=1e-6, abs=1e-9)
 
 
-# --- stages
-def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch) -> None:
     config = get_recipe("vavae-f16d32-dinov2-debug")
     assert isinstance(config, TokenizerConfig) and len(config.stages) == 3
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(tmp_path)))
@@ -197,10 +194,7 @@ def _state(engine: Engine) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
 
 
-# --- quiet
-def test_a_loader_that_counts_otherwise_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loader_that_counts_otherwise_ends_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
     loader = dit.LatentLoader
     monkeypatch.setattr(dit, "LatentLoader", lambda dataset, size, **rest: loader(dataset, size // 2, **rest))
     assert cli.main(["train", *GENERATOR, "--run.out", str(tmp_path)]) == 1
@@ -263,7 +257,6 @@ def test_many_buckets_are_as_one(zero_stage: int, ranks: Path) -> None:
     assert few == 5_000 and many > 10 * few
 
 
-# --- going on
 @pytest.mark.parametrize("network", ["dit", "tokenizer"])
 def test_two_processes_go_on_to_the_bit(network: str, ranks: Path) -> None:
     assert_same_end(ranks / f"{network}-resumed" / "killed", ranks / f"{network}-resumed" / "straight")

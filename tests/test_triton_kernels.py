@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_several_tiles_per_program(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_per_program(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(common, "PROGRAMS", 2)
     tables = normal(40, 64, seed=1), normal(40, 64, seed=2)
     inputs = [*(normal(2, 3, 40, 64, seed=s) for s in (3, 4)), *(normal(64, seed=s) for s in (5, 6))]

@@ -110,7 +110,6 @@ def disk_state(out: Path) -> str | None:
     return None
 
 
-# --- inside a process
 def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
     """A byte in `marks` at the start of every step, and the hook."""
     handle = os.open(marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -146,7 +145,6 @@ def slow_disk() -> None:
     publish.save_tensors, publish._flush_folder = slow_save, slow_flush
 
 
-# --- a pair
 class Pair:
     """Both processes of one start of a run: its life. What they say goes to OUT-LIFE-RANK.txt, or beside `beside`.
 
@@ -262,7 +260,6 @@ class Pair:
             path.unlink()
 
 
-# --- many at a time
 def in_forks(tasks: Sequence[Callable[[], T]], lanes: int, scratch: Path) -> Iterator[tuple[int, T | str]]:
     """Results of the tasks, each in a fork of this process, `lanes` at a time; of one that fails its traceback."""
     waiting = list(enumerate(tasks))

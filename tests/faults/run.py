@@ -159,7 +159,6 @@ def _check_survivor(pair: Pair, found: Killed) -> str:
     return ""
 
 
-# --- the table
 def kill_rows(results: list[Killed]) -> list[Row]:
     """A line for the kills in each phase, and one for all runs."""
     rows = []

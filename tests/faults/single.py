@@ -70,7 +70,6 @@ def finish(config: Config, reference: Path, *, before: int | None = None) -> Pai
     return pair
 
 
-# --- steps that harm
 def _break_loss(kind: str, rank: int) -> None:
     """Let the loss of step AT, of process 1, be one that must not be trained on."""
 
@@ -126,7 +125,6 @@ def bad_steps(reference: Path, folder: Path) -> list[Row]:
     return [judged(fault, "1 batch", ended, partial(check, kind)) for kind, fault in names.items()]
 
 
-# --- files that change
 def _damaged(fault: str, words: str, damage: Callable[[Path], None], reference: Path, folder: Path) -> list[Row]:
     """Kill both processes in step AT, damage the share of process 1 in the newest checkpoint, start again."""
 
@@ -213,7 +211,6 @@ def full_disk(reference: Path, folder: Path) -> list[Row]:
         return [judged(fault, "nothing but those saves", "training went on, loudly; bit-equal", check)]
 
 
-# --- processes
 def sigterm(reference: Path, folder: Path) -> list[Row]:
     """One process is asked to stop in its third step; all agree on the eighth."""
 
