@@ -179,7 +179,7 @@ def test_loss_weights_are_sits():
 def test_direction_loss_can_be_left_out():
     x1, labels = torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.long)
 
-    def loss(direction: bool) -> flow.FlowLoss:
+    def loss(direction: bool) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(3)
         spec = FlowSpec(direction_loss=direction)
         return flow_terms(spec, lambda x, t, y: x, x1, labels, 0, generator)
