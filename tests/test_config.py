@@ -63,6 +63,12 @@ def changed(base: str, settings: dict[str, Any]) -> Any:
         ("repa.weight", -0.1, 0.0),
         ("repa.projector_width", 0, 1),
         ("mask.decoder_depth", 0, 1),
+        ("model.class_dropout", 1.5, 1),
+        ("optimizer.betas", (0.9, 1.0), (0.0, 0.999)),
+        ("sample.timestep_shift", -0.3, 0.3),
+        ("model.depth", 1001, 1000),
+        ("model.depth", 2.0, 2),
+        ("model.depth", True, 1),
     ],
 )
 def test_the_nearest_value_that_is_refused_and_the_one_beside_it(name: str, refused: Any, taken: Any) -> None:
@@ -127,6 +133,9 @@ TOKENIZER_CLASHES: dict[str, Any] = {
     "set --engine.attention auto": {"engine.attention": "flash"},
     "set --engine.zero-stage 2": {"engine.compile": True, "engine.zero_stage": 3},
     "set --loss.vf-weight 0, or --foundation.name dinov2": {"foundation.name": "none"},
+    "autoencoder.in_channels is 1; images to train on have 3": {"autoencoder.in_channels": 1},
+    "loss.disc_layers is 7, which leaves nothing of autoencoder.image_size 256": {"loss.disc_layers": 7},
+    "no level has a side of 7": {"autoencoder.attention_resolutions": (16, 7)},
     "choose a multiple of 16": {"autoencoder.image_size": 250},
     "norm_groups 48 does not divide the level width 128": {"autoencoder.norm_groups": 48},
 }

@@ -59,7 +59,7 @@ Width = Annotated[int, Range(1, 65_536)]
 """Channels, attention heads, hidden units."""
 Side = Annotated[int, Range(1, 16_384)]
 """Pixels or positions."""
-Batch = Annotated[int, Range(1, 1_048_576)]
+Batch = Annotated[int, Range(1, 65_536)]
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]
 Images = Annotated[int, Range(1, 10**15)]

@@ -135,7 +135,7 @@ class RunSpec(Checked, group="run"):
     """Checkpoints that reach a multiple of this many images stay on disk for ever; left out: none does."""
     background_saves: bool = True
     """Write checkpoints while training goes on; the last one, and one at a stop request, are waited for."""
-    hang_timeout_s: Annotated[float, Range(0, 100_000_000)] = 1800.0
+    hang_timeout_s: Annotated[float, Range(1, 100_000_000, or_zero=True)] = 1800.0
     """Seconds without a finished step after which a process ends the run with a message; 0: never."""
     init_from: PathName | None = None
     """Weights to start from: a run (its plain weights, not its average), an exported or imported folder, or a
