@@ -66,7 +66,7 @@ def changed(base: str, settings: dict[str, Any]) -> Any:
         ("model.class_dropout", 1.5, 1),
         ("optimizer.betas", (0.9, 1.0), (0.0, 0.999)),
         ("sample.timestep_shift", -0.3, 0.3),
-        ("model.depth", 1001, 1000),
+        ("model.depth", 257, 256),
         ("model.depth", 2.0, 2),
         ("model.depth", True, 1),
     ],

@@ -1,4 +1,4 @@
-"""What a setting may be, said once with its type: `depth: Annotated[int, Range(1, 1_000)]`, `out: PathName`.
+"""What a setting may be, said once with its type: `depth: Annotated[int, Range(1, 256)]`, `out: PathName`.
 
 `Checked` refuses everything else wherever its settings come from (command line, config.json, Python), and `--help`
 shows the ranges. Upper limits lie far above what anybody trains: they keep a slip from hanging or filling the memory.
@@ -54,7 +54,7 @@ Weight = Annotated[float, Range(0, 1_000_000)]
 Margin = Annotated[float, Range(0, 2)]
 Factor = Annotated[float, Range(0, 1_000_000, above=True)]
 Seed = Annotated[int, Range(-(10**30), 10**30)]
-Blocks = Annotated[int, Range(1, 1_000)]
+Blocks = Annotated[int, Range(1, 256)]
 Width = Annotated[int, Range(1, 65_536)]
 """Channels, attention heads, hidden units."""
 Side = Annotated[int, Range(1, 16_384)]
