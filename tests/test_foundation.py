@@ -100,6 +100,11 @@ def test_what_cannot_be_built(tmp_path: Path, monkeypatch) -> None:
         build("dinov2", weights=str(tmp_path / "absent.pth"))
     with pytest.raises(UsageError, match=r"foundation\.name vit_tinny_patch16_224 .*did you mean vit_tiny_patch16_224"):
         build("vit_tinny_patch16_224")
+    for wrong in ({"depth": 0}, {"num_heads": 0}, {"embed_dim": 33, "num_heads": 2}):
+        with pytest.raises(UsageError, match=r"foundation\.model_args \{.*\} do not suit vit_tiny_patch16_224: "):
+            build(VIT, model_args=wrong)
+    with pytest.raises(UsageError, match=r"foundation\.model_args\.depth is -1; it must be at least 0"):
+        build(VIT, model_args={"depth": -1})
     with pytest.raises(UsageError, match=r"foundation\.model_args \{'no_such': 1\} do not suit vit_tiny_patch16_224"):
         build(VIT, model_args={"no_such": 1})
 
@@ -108,7 +113,7 @@ def test_what_cannot_be_built(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(foundation.timm, "create_model", refuse)
     with pytest.raises(RunError) as error:
-        build("mae", weights="hub")
+        build("mae", weights="hub", model_args={})
     assert "timm/vit_large_patch16_224.mae" in str(error.value)
     assert "--foundation.weights" in str(error.value)
     assert "\n" not in str(error.value)

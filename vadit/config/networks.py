@@ -136,3 +136,9 @@ class FoundationSpec(Checked, group="foundation"):
     """normalized: the model's own mean and std; minus_one_one: images in [-1, 1] as the authors fed them."""
     model_args: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Extra keyword arguments of timm.create_model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in self.model_args.items():
+            if isinstance(value, (int, float)) and value not in (limits := Range(0, 65_536)):
+                raise UsageError(f"foundation.model_args.{name} is {value}; it must be {limits}")

@@ -161,6 +161,12 @@ def _create(spec: FoundationSpec) -> Any:
         near = difflib.get_close_matches(name, [*TIMM_NAMES, *timm.list_models()], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"foundation.name {spec.name} is neither {', '.join(TIMM_NAMES)} nor a timm model{hint}")
+    if spec.model_args:
+        try:
+            _stride(_create_sized(spec, name, pretrained=False))
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:  # each model's own
+            words = f"foundation.model_args {spec.model_args} do not suit {spec.name}: {first_line(error)}"
+            raise error if isinstance(error, UsageError) else UsageError(words) from None
     if spec.weights == "random":
         return _create_sized(spec, name, pretrained=False)
     if spec.weights == "hub":
