@@ -52,6 +52,7 @@ REFUSALS = {
     f"{B} --optimizer.lrr 1": ["unknown setting --optimizer.lrr", "did you mean --optimizer.lr?"],
     f"{B} --optimizer.lr fast": ["--optimizer.lr", "'fast'"],
     f"{B} --engine.precision fp8": ["--engine.precision is 'fp8'", "fp32, bf16, autocast"],
+    f"{B} --optimizer.kind sgd": ["error: --optimizer.kind is 'sgd'", "adamw, apex_fused, muon"],
     f"{B} --optimizer.betas 0.9": ["--optimizer.betas needs FLOAT FLOAT"],
     f"{B} --no-data.normalize": ["unknown setting --no-data.normalize", "did you mean --data.no-normalize?"],
     f"{B} faster": ["'faster'", "--name value"],

@@ -111,6 +111,8 @@ def _misread(message: str, metavar: str) -> str:
 def _with_flag(kind: type, message: str) -> str:
     """A message of a Spec, which begins with the setting's name, with the flag that sets it here."""
     name, _, rest = message.partition(" ")
+    if name.startswith("-"):
+        return message
     flags = list(flags_of(kind))
     flag = f"--{name.replace('_', '-')}"
     # Specs do not know where they stand: `vadit sample` takes those of the sampler without their group.
