@@ -326,6 +326,6 @@ def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys
         assert cli.main(command) == 0, capsys.readouterr().err
     stdout.flush()
     told = stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
-    assert r"3 classes (0 caf\xe9, 1 caf" in told and r"r\xe9[red]\x1b[45m\n$\frac/report.html" in told
+    assert r"3 classes (0 caf\xe9: 7 images, 1 caf" in told and r"r\xe9[red]\x1b[45m\n$\frac/report.html" in told
     page = (Path(run) / "report.html").read_text(encoding="utf-8")
     assert r"<h1>r\xe9[red]\x1b[45m" in page and "\x1b" not in page and (here / "s" / "samples.npz").is_file()
