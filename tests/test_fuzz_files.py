@@ -50,6 +50,7 @@ from vadit.images.sources.beton_writer import BetonWriter
 from vadit.images.sources.tar import TarSource
 from vadit.images.sources.tar_index import index_path
 from vadit.latents.shards import open_finished_folder
+from vadit.latents.statistics import load_statistics
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.models.interop import load_diffusers_autoencoder, load_reference_dit
@@ -515,3 +516,29 @@ def test_weights_of_strangers(kind: str, tmp_path: Path) -> None:
     torch.save(state, path)
     read()
     try_all(weight_cases(kind, state), path.write_bytes, read, path.name)
+
+
+def test_files_that_would_grow_are_refused(tmp_path: Path) -> None:
+    """Compressed members (mapped as they are, their numbers would be wrong), and a bytearray of 10 GB in 30 bytes."""
+    plain, odd = tmp_path / "plain.pt", tmp_path / "odd.pt"
+    torch.save({"x": torch.ones(8, 4)}, plain)
+    assert read_vectors(plain).sum() == 32
+    with zipfile.ZipFile(plain) as kept, zipfile.ZipFile(odd, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in kept.namelist():
+            archive.writestr(name, kept.read(name))
+    with pytest.raises(RunError, match=r"odd\.pt cannot be read"):
+        read_vectors(odd)
+    odd.write_bytes(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.")
+    with pytest.raises((RunError, UsageError), match=r"odd\.pt"):
+        read_vectors(odd)
+    torch.save({"mean": torch.ones(1).expand(1 << 36), "std": torch.ones(4)}, tmp_path / "latents_stats.pt")
+    with pytest.raises(RunError, match="does not hold the tensors mean and std"):
+        load_statistics(tmp_path, 4)
+    rows, size = 1 << 27, 8 << 27
+    latents = {"dtype": "F32", "shape": [rows, 1, 0, 0], "data_offsets": [0, 0]}
+    header = {"latents": latents, "labels": {"dtype": "I64", "shape": [rows], "data_offsets": [0, size]}}
+    path, text = tmp_path / "a.safetensors", json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + size)
+    with pytest.raises(RunError, match=r"a\.safetensors.*a shard may hold 16,777,216 rows"):
+        open_finished_folder(tmp_path)

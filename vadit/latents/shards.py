@@ -45,6 +45,7 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+MAX_ROWS, MAX_ROW_BYTES = 1 << 24, 1 << 26
 REMEDY = "fetch or encode the file anew"
 NAME_FOLDER = "name a folder that `vadit encode` wrote (vadit train: --data.path)"
 
@@ -251,6 +252,10 @@ def open_shard(path: Path) -> LatentShard:
     plain = tensors[key]
     if len(plain.shape) != 4 or not plain.dtype.is_floating_point or (key == "moments" and plain.shape[1] % 2):
         raise RunError(f"{path}: {key} is {plain}; needed: floating point (N, channels, h, w); {REMEDY}")
+    if plain.shape[0] > MAX_ROWS or any(entry.row_bytes > MAX_ROW_BYTES for entry in tensors.values()):
+        raise RunError(
+            f"{path}: {key} is {plain}; a shard may hold {MAX_ROWS:,} rows, and each {MAX_ROW_BYTES:,} bytes; {REMEDY}"
+        )
     needed = {
         f"{key}_flip": (plain.shape, {plain.dtype}),
         "labels": (plain.shape[:1], {torch.int64, torch.int32}),

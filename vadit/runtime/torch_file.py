@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import pickle
 import pickletools
 import re
@@ -27,6 +28,7 @@ def load_torch(path: Path, remedy: str = "") -> Any:
     """
 
     def load() -> Any:
+        _refuse_growth(path)
         with openable(path) as name:
             return torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
@@ -44,6 +46,24 @@ def load_torch(path: Path, remedy: str = "") -> Any:
             f"{path} cannot be read as a torch checkpoint; it is truncated or damaged: "
             f"{remedy or 'fetch or export it anew'}"
         ) from None
+
+
+def _refuse_growth(path: Path) -> None:
+    """ValueError for what takes more memory than its file, or other numbers: torch.save never does either.
+
+    torch maps compressed members as if they were none, and lets a pickle make a bytearray of any size.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(each.compress_type != zipfile.ZIP_STORED for each in members):
+                raise ValueError("its members are compressed")
+            grows = any(b"bytearray" in archive.read(each) for each in members if each.filename.endswith(".pkl"))
+    else:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            grows = content.find(b"bytearray") >= 0
+    if grows:
+        raise ValueError("it makes a bytearray")
 
 
 def is_plain(value: object) -> TypeGuard[torch.Tensor]:
