@@ -97,18 +97,13 @@ def openable(path: str | Path) -> Iterator[str]:
 
 def read_all(descriptor: int, start: int, size: int) -> bytes:
     """Up to `size` bytes from `start` on; fewer only where the file ends."""
-    data = os.pread(descriptor, size, start)
-    while len(data) < size:  # network file systems may hand out less at a time
-        more = os.pread(descriptor, size - len(data), start + len(data))
-        if not more:
-            break
-        data += more
-    return data
+    data = memoryview(bytearray(size))
+    return bytes(data[: fill(descriptor, start, data)])
 
 
 def fill(descriptor: int, start: int, buffer: memoryview) -> int:
     """`read_all` into a buffer of bytes: how many there were."""
-    done = 0
+    done = 0  # network file systems may hand out less at a time
     while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
         done += count
     return done

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from vadit.runtime.errors import UsageError
 from vadit.runtime.reading import patiently
 
+T = TypeVar("T")
 _SYSTEM = {
     *("__macosx", "__pycache__", "network trash folder", "temporary items", "lost+found"),
     *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -78,20 +81,20 @@ def visible(folder: Path, ending: str) -> list[Path]:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with patiently(lambda: os.scandir(folder), folder) as found:
-            entries = patiently(lambda: list(found), folder)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be read ({error.strerror}); give read permission, or name another") from None
+    entries = _read(lambda: list(os.scandir(folder)), folder)
     return sorted((each for each in entries if not is_hidden(each.name)), key=lambda entry: entry.name)
 
 
 def _identity(place: str | Path) -> tuple[int, int]:
+    status = _read(lambda: os.stat(place), place)
+    return status.st_dev, status.st_ino
+
+
+def _read(action: Callable[[], T], place: str | Path) -> T:
     try:
-        status = patiently(lambda: os.stat(place), place)
+        return patiently(action, place)
     except OSError as error:
         raise UsageError(f"{place} cannot be read ({error.strerror}); give read permission, or name another") from None
-    return status.st_dev, status.st_ino
 
 
 def _leads_to_folder(link: str, *, may_be_broken: bool) -> bool:
