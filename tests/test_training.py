@@ -209,7 +209,11 @@ def test_a_start_is_quiet(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    told = [line for line in done.stderr.splitlines() if line and not line.startswith(("train ", "  run folder "))]
+    told = [
+        line
+        for line in done.stderr.splitlines()
+        if line and not line.startswith(("train ", "  run folder ", "  latents of "))
+    ]
     assert told == []
 
 
