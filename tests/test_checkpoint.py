@@ -160,14 +160,15 @@ def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
     (folder / "step-00000004.partial").mkdir()
     (folder / "step-00000004.partial" / "junk").write_text("half a checkpoint")
     (folder / "step-00000001.old.partial").mkdir()
-    (folder / "step-00000005.partial").symlink_to(folder / "elsewhere")
+    (folder / "step-00000005.partial").symlink_to(folder / "step-00000002")
+    (folder / "step-00000004").symlink_to(folder.parent / "nowhere")
     # Killed between the two renames that replace a checkpoint: the old one counts.
     os.replace(folder / "step-00000003", folder / "step-00000003.replaced.partial")
     assert publish.newest(folder) == folder / "step-00000002"
     run = worker.Run(folder, 1)
     run.restore()
     assert run.step == 3
-    assert sorted(path.name for path in folder.iterdir()) == [f"step-0000000{number}" for number in (1, 2, 3)]
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-0000000{number}" for number in (1, 2, 3, 4)]
     run.train(4)
     run.save(wait=True)
     assert not (folder / "step-00000004" / "junk").exists()

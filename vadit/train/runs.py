@@ -6,6 +6,7 @@ RUN/backends.json     what computes attention, linear layers and optimizer steps
 RUN/log.jsonl, tensorboard/
 RUN/evaluations.jsonl, evaluations/   numbers and pictures of the looks during training
 RUN/checkpoints/step-N/
+RUN/.owner            the process that writes there just now
 RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
 """
 

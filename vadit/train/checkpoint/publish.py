@@ -96,11 +96,11 @@ def publish(partial: Path, final: Path, marks: list[Path]) -> None:
         mark.unlink()
     write_text(partial / MANIFEST, json.dumps(manifest, default=vars, indent=1, sort_keys=True))
     flush_to_disk(partial)
-    if final.exists():  # saved once more, after a rollback: never neither of the two
+    if os.path.lexists(final):  # saved once more, after a rollback: never neither of the two
         replaced = final.with_name(final.name + ".replaced.partial")
         os.replace(final, replaced)
         os.replace(partial, final)
-        shutil.rmtree(replaced)
+        _remove(replaced)
     else:
         os.replace(partial, final)
     flush_to_disk(final.parent)
@@ -196,7 +196,7 @@ def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last
         doomed = path.with_name(path.name + ".old.partial")  # one that is half deleted must not look damaged
         try:
             os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
         except OSError as error:
             note(f"the old checkpoint {path} could not be deleted ({write_fault(error)})")
 
@@ -205,9 +205,16 @@ def clear_up(folder: Path) -> None:
     """Remove what interrupted saves have left; put back a checkpoint that was about to be replaced."""
     for path in folder.glob("step-*.partial"):
         before = folder / path.name.removesuffix(".replaced.partial")
-        if path.is_symlink():  # not ours: a save would write where it leads
-            path.unlink()
-        elif path.name.endswith(".replaced.partial") and not before.exists():
+        if path.name.endswith(".replaced.partial") and not before.exists():
             os.replace(path, before)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, but only the link where it is one: a save would write where it leads."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
