@@ -232,12 +232,7 @@ KERNELS = "VADIT_KERNELS is 'turbo'; set it to one of auto, reference"
     ids=str,
 )
 def test_failures_become_exit_codes_and_one_sentence_but_our_mistakes(
-    command: str,
-    error: BaseException,
-    code: int,
-    words: str,
-    monkeypatch,
-    capsys,
+    command: str, error: BaseException, code: int, words: str, monkeypatch, capsys
 ) -> None:
     def fail(arguments: list[str]) -> None:
         raise error

@@ -115,10 +115,7 @@ DIT_CLASHES: dict[str, Any] = {
     "set --engine.precision autocast or bf16": FLOAT8 | {"engine.precision": "fp32"},
     "set --engine.zero-stage 2": FLOAT8 | {"engine.zero_stage": 3},
     "found ddpm; set it to 1": {"flow.time_shift": 2.0, "flow.objective": "ddpm", "model.learn_sigma": True},
-    "flow.prediction noise; it needs flow and velocity": {
-        "flow.contrastive_weight": 0.1,
-        "flow.prediction": "noise",
-    },
+    "flow.prediction noise; it needs flow and velocity": {"flow.contrastive_weight": 0.1, "flow.prediction": "noise"},
     "set --model.learn-sigma": {"flow.objective": "ddpm"},
     "repa.block is 29; the generator has blocks 1 to 28": {"repa.weight": 0.5, "repa.block": 29},
     "repa.block is 0": {"repa.weight": 0.5, "repa.block": 0},

@@ -98,10 +98,7 @@ def test_wrappers_precedence_and_copies(capsys) -> None:
     averaged = {f"ema_model.module.{name}": tensor for name, tensor in own.items()}
     projectors = {"projectors.0.0.weight": torch.zeros(2, 2), "projectors.0.0.bias": torch.zeros(2)}
     repa = {"ema": {f"net.{name}": tensor for name, tensor in (own | projectors).items()}}
-    for source, said in (
-        (raw | averaged, "39 of online_model, 1 of initted"),
-        (repa, "2 of projectors"),
-    ):
+    for source, said in ((raw | averaged, "39 of online_model, 1 of initted"), (repa, "2 of projectors")):
         assert torch.equal(predict(interop.load_reference_dit(source)), predict(model))
         assert said in capsys.readouterr().err
     state = dit().state_dict()

@@ -157,10 +157,7 @@ def _small_tokenizer(case: Case, config: TokenizerConfig, folder: Path) -> Token
 TINY_VIT = FoundationSpec(name="vit_tiny_patch16_224", weights="random", input_range="minus_one_one")
 
 
-SHORT = [
-    Case(0, batch=4),
-    Case(3, batch=2, processes=2),
-]
+SHORT = [Case(0, batch=4), Case(3, batch=2, processes=2)]
 LONG = [
     Case(2, batch=1, gradient_checkpointing=True),
     Case(1, batch=4),

@@ -168,9 +168,7 @@ def test_strided_inputs() -> None:
         return lambda z, weight: function(z.transpose(0, 1)[..., 1:-3], weight.T, F.pad(features, (2, 1))[..., 2:-1])
 
     assert_as_exact_as_torch(
-        through_views(op),
-        through_views(lambda z, weight, f: definition(z, weight, f.to(z))),
-        inputs,
+        through_views(op), through_views(lambda z, weight, f: definition(z, weight, f.to(z))), inputs
     )
 
 

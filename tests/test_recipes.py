@@ -150,10 +150,7 @@ TABLE_1 = {
     "table1-06-swiglu": ("10.10", "model swiglu=True"),
     "table1-07-rmsnorm": ("9.25", "model rmsnorm=True"),
     "table1-08-rope": ("7.13", "model rope=True"),
-    "table1-09-vavae": (
-        "4.29",
-        "model patch_size=1 in_channels=32 input_size=16\ndata normalize=True multiplier=1.0",
-    ),
+    "table1-09-vavae": ("4.29", "model patch_size=1 in_channels=32 input_size=16\ndata normalize=True multiplier=1.0"),
 }
 """FID and what the row changes in the row before it."""
 
@@ -246,10 +243,7 @@ def test_row_of_tables_2_4_and_5_has_a_tokenizer_and_its_generators(line: str) -
 PEERS = {
     "dit-xl2": (DIT, "run total_images=1792000000\nsample cfg_scale=1.5 cfg_channels=3"),
     "sit-xl2": ("dit-xl2", "model learn_sigma=False\nflow objective='flow'\nsample method='euler_maruyama'"),
-    "fasterdit-xl2": (
-        "sit-xl2",
-        "flow time_law='logit_normal' direction_loss=True\nrun total_images=512000000",
-    ),
+    "fasterdit-xl2": ("sit-xl2", "flow time_law='logit_normal' direction_loss=True\nrun total_images=512000000"),
     "repa-xl2": (
         "sit-xl2",
         """

@@ -281,13 +281,7 @@ class Failing:
     ],
 )
 def test_a_run_outlives_a_disk_that_fails(
-    number: int,
-    words: str,
-    advice: str,
-    background: bool,
-    tmp_path: Path,
-    monkeypatch,
-    capsys,
+    number: int, words: str, advice: str, background: bool, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     disk = Failing(monkeypatch, number)
     run = worker.Run(tmp_path, 1)

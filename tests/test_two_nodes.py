@@ -73,12 +73,7 @@ class Nodes:
         started = []
         for rank, (name, card) in enumerate(zip(self.names, self.cards, strict=True)):
             variables = environment(
-                GLOO_SOCKET_IFNAME=card,
-                NODES="2",
-                NODE_RANK=str(rank),
-                MASTER_ADDR="10.9.0.1",
-                PROCESSES="1",
-                **own,
+                GLOO_SOCKET_IFNAME=card, NODES="2", NODE_RANK=str(rank), MASTER_ADDR="10.9.0.1", PROCESSES="1", **own
             )
             command = [
                 "ip",
