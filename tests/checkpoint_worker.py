@@ -79,7 +79,7 @@ def plain(last: int) -> tuple[list[float], dict[str, dict[str, torch.Tensor]]]:
         losses.append(loss.item())
         for decay, average in averages.items():
             for name, value in net.named_parameters():
-                average[name].lerp_(value.detach(), 1 - decay)
+                average[name].lerp_(value.detach(), 1 - min(decay, (1 + step) / (10 + step)))
     weights = {name: value.detach() for name, value in net.named_parameters()}
     return losses, {"master": weights} | {f"ema-{decay!r}": averages[decay] for decay in DECAYS}
 

@@ -127,7 +127,7 @@ def _hook_steps(marks: Path, rank: int, out: Path, hook: Hook | None) -> None:
 
 def slow_disk() -> None:
     """Let this process write its checkpoints slowly, piece by piece, and flush slowly."""
-    save, flush = publish.save_tensors, publish._flush_folder
+    save, flush = publish.save_tensors, publish.flush_to_disk
 
     def slow_save(path: Path, *content: Any) -> None:
         save(path, *content)
@@ -142,7 +142,7 @@ def slow_disk() -> None:
         flush(folder)
         time.sleep(FLUSH_S)
 
-    publish.save_tensors, publish._flush_folder = slow_save, slow_flush
+    publish.save_tensors, publish.flush_to_disk = slow_save, slow_flush
 
 
 class Pair:
