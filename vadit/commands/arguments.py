@@ -85,26 +85,20 @@ def _one_sentence(kind: type) -> Iterator[None]:
 @functools.cache
 def _show_ranges(kind: Any) -> None:
     """Have --help say the range of each setting beside its default."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    ranges = {name: note for name, _, note in notes(kind) if isinstance(note, Range)}
-    for field in dataclasses.fields(kind):
-        plain = _unwrapped(hints[field.name])
-        part: Any
-        for part in (plain, *typing.get_args(plain)):
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for part in (_unwrapped(hint), *typing.get_args(_unwrapped(hint))):
             if dataclasses.is_dataclass(part):
                 _show_ranges(typing.cast(Any, part))
-        if limits := ranges.get(field.name):
+        for limits in (note for each, _, note in notes(kind) if each == name and isinstance(note, Range)):
             words = functools.partial("(default: {1}) ({0})".format, limits)
-            kind.__annotations__[field.name] = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=words)]
+            kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=words)]
 
 
 def _misread(message: str, metavar: str) -> str:
-    """What Python or tyro says of a text that is no value of its setting, in words for people."""
+    """Python's or tyro's words on a text that is no value of its setting, in words for people."""
     if message.startswith("Exceeds the limit"):
         return "a number of so many digits is none that could be meant"
-    message = re.sub(r"^invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", message)
-    message = re.sub(r"^could not convert string to float: (.*)", r"\1 is no number", message)
-    found = re.match(r"(?:no type matching|Could not ).*?\[(.*?)\] ?", message)
+    found = re.search(r"(?:base 10: |to float: |\[)('.*?')(?:$|\])", message)
     return f"{found[1]} is not {metavar}" if found else message
 
 

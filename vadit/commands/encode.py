@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from vadit.commands.common import Device, image_size, load_tokenizer, print_once, processes
 from vadit.config import FoundationSpec, ImageDataSpec
-from vadit.config.ranges import Batch, Checked, Count, CountOrZero, PathName, Seed, Share, Side, Workers
+from vadit.config.ranges import Batch, Checked, Count, PathName, Range, Seed, Share, Side, Workers
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -68,7 +68,7 @@ class EncodeOptions(Checked):
     """Device of the tokenizer."""
     stats_only: PathName | None = None
     """Only compute the statistics of this folder of latents."""
-    stats_samples: CountOrZero = 0
+    stats_samples: Annotated[int, Range(0, 10**9)] = 0
     """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 
 

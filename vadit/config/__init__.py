@@ -14,7 +14,7 @@ from vadit.config.data import ImageDataSpec, LatentDataSpec
 from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec
-from vadit.config.ranges import Checked, Images, ImagesOrZero, Margin, Weight
+from vadit.config.ranges import AnyImages, Checked, Images, Margin, Weight
 from vadit.config.training import MAX_BUCKET, EngineSpec, EvaluationSpec, GuardSpec, OptimizerSpec, RunSpec
 from vadit.runtime.errors import UsageError
 
@@ -43,7 +43,7 @@ class StageSpec(Checked, group="stages"):
     """TokenizerLossSpec.cos_margin in this stage."""
     distmat_margin: Margin | None = None
     """TokenizerLossSpec.distmat_margin in this stage."""
-    disc_start_step: ImagesOrZero | None = None
+    disc_start_step: AnyImages | None = None
     """TokenizerLossSpec.disc_start_step in this stage, counted from its start."""
 
     def loss(self, whole: TokenizerLossSpec) -> TokenizerLossSpec:

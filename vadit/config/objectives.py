@@ -6,19 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vadit.config.networks import FoundationSpec
-from vadit.config.ranges import (
-    Blocks,
-    Checked,
-    Decay,
-    ImagesOrZero,
-    Margin,
-    PathName,
-    Range,
-    Seed,
-    Share,
-    Weight,
-    Width,
-)
+from vadit.config.ranges import AnyImages, Blocks, Checked, Decay, Margin, PathName, Range, Seed, Share, Weight, Width
 from vadit.runtime.errors import UsageError
 
 DDPM_STEPS = 1000
@@ -37,7 +25,7 @@ class TokenizerLossSpec(Checked, group="loss"):
     """Weight of the KL term."""
     disc_weight: Weight = 0.5
     """Weight of the adversarial term before the adaptive factor; 0 trains without a discriminator."""
-    disc_start_step: ImagesOrZero = 5001
+    disc_start_step: AnyImages = 5001
     """First optimizer step at which the discriminator counts (1 for a fine-tuning stage)."""
     disc_channels: Width = 64
     """Width of the PatchGAN discriminator's first layer."""
@@ -69,7 +57,7 @@ class FlowSpec(Checked, group="flow"):
     """What the network's output stands for."""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of t in training."""
-    uniform_after_images: ImagesOrZero | None = None
+    uniform_after_images: AnyImages | None = None
     """Switch time_law to uniform after this many images (the authors: 600k of 1M steps of the 800-epoch run)."""
     direction_loss: bool = True
     """Add 1 - cos(prediction, velocity) along channels."""
@@ -127,7 +115,7 @@ class MaskSpec(Checked, group="mask"):
     """Attention heads of MaskDiT's decoder."""
     reconstruction_weight: Weight = 0.1
     """Weight of MaskDiT's reconstruction of masked patches."""
-    unmasked_after_images: ImagesOrZero | None = None
+    unmasked_after_images: AnyImages | None = None
     """From so many images on MaskDiT sees all tokens: the fine-tuning stage (0 with run.init_from: a run that is
     nothing else); left out: never."""
 
@@ -170,4 +158,4 @@ class SampleSpec(Checked, group="sample"):
         if self.method == "ddpm" and self.num_steps > DDPM_STEPS:
             raise UsageError(f"sample.num_steps is {self.num_steps}; sample.method ddpm has at most {DDPM_STEPS}")
         if self.method == "dopri5" and self.atol == self.rtol == 0:
-            raise UsageError("sample.atol and sample.rtol are 0, which no step of dopri5 meets; set --sample.rtol 1e-3")
+            raise UsageError("sample.atol and rtol are both 0, which no step of dopri5 meets; raise one of them")

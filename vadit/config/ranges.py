@@ -23,12 +23,9 @@ class Range:
 
     low: float
     high: float
-    above: bool = False
-    """`low` itself lies outside."""
-    below: bool = False
-    """`high` itself lies outside."""
-    or_zero: bool = False
-    """0, which switches off, lies inside, too."""
+    above: bool = False  # `low` itself lies outside
+    below: bool = False  # `high` itself lies outside
+    or_zero: bool = False  # 0, which switches off, lies inside, too
 
     def __contains__(self, value: float) -> bool:
         inside = self.low <= value <= self.high and not (self.above and value == self.low)
@@ -40,11 +37,8 @@ class Range:
         return f"0, or {ends}" if self.or_zero else ends
 
 
-class _PathMark:
-    """Marks a string that names a file or folder."""
-
-
-PathName = Annotated[str, _PathMark()]
+PATH = object()
+PathName = Annotated[str, PATH]
 """A path as users write it: a leading ~ or ~user becomes the home folder."""
 
 Share = Annotated[float, Range(0, 1)]
@@ -61,10 +55,9 @@ Side = Annotated[int, Range(1, 16_384)]
 """Pixels or positions."""
 Batch = Annotated[int, Range(1, 65_536)]
 Count = Annotated[int, Range(1, 10**9)]
-CountOrZero = Annotated[int, Range(0, 10**9)]
 Images = Annotated[int, Range(1, 10**15)]
 """A length or a distance of a run, in images."""
-ImagesOrZero = Annotated[int, Range(0, 10**15)]
+AnyImages = Annotated[int, Range(0, 10**15)]
 Label = Annotated[int, Range(0, 999_999)]
 Seeds = Annotated[int, Range(1, 10_000)]
 """How many seeds."""
@@ -83,19 +76,17 @@ class Checked:
         own: Any = type(self)
         for name, kind, note in notes(own):
             value = getattr(self, name)
-            several = value if isinstance(value, (tuple, list)) else (value,)
-            if isinstance(note, _PathMark):
-                whole = [self._expanded(name, each) for each in several]
-                object.__setattr__(self, name, tuple(whole) if several is value else whole[0])
+            each_of = value if isinstance(value, (tuple, list)) else (value,)
+            if note is PATH:
+                whole = tuple(self._expanded(name, each) for each in each_of)
+                object.__setattr__(self, name, whole if each_of is value else whole[0])
                 continue
-            number = Integral if kind is int else Real
-            for each in several:
-                if each is not None and (isinstance(each, (bool, str)) or not isinstance(each, number)):
-                    kind_name = "whole numbers" if kind is int else "numbers"
-                    raise UsageError(f"{self._prefix}{name} is {value!r}; needed: {kind_name}, {note}")
-                if each is not None and each not in note:
-                    subject = "it" if several is not value else "every one"
-                    raise UsageError(f"{self._prefix}{name} is {value}; {subject} must be {note}")
+            for each in (each for each in each_of if each is not None):
+                right_kind = isinstance(each, Integral if kind is int else Real) and not isinstance(each, bool)
+                if not right_kind or each not in note:
+                    kinds = "" if right_kind else "a whole number, " if kind is int else "a number, "
+                    subject = "every one" if each_of is value else "it"
+                    raise UsageError(f"{self._prefix}{name} is {value!r}; {subject} must be {kinds}{note}")
 
     def _expanded(self, name: str, path: Any) -> Any:
         if not isinstance(path, str) or not path.startswith("~"):
@@ -116,7 +107,7 @@ def notes(kind: Any) -> tuple[tuple[str, type, Any], ...]:
 
 def _annotated(hint: Any) -> Iterator[tuple[type, Any]]:
     for note in getattr(hint, "__metadata__", ()):
-        if isinstance(note, (Range, _PathMark)):
+        if note is PATH or isinstance(note, Range):
             yield typing.get_args(hint)[0], note
     for part in typing.get_args(hint):
         yield from _annotated(part)

@@ -5,20 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from vadit.config.ranges import (
-    Batch,
-    Checked,
-    Count,
-    CountOrZero,
-    Decay,
-    Factor,
-    Images,
-    ImagesOrZero,
-    PathName,
-    Range,
-    Seed,
-    Weight,
-)
+from vadit.config.ranges import AnyImages, Batch, Checked, Count, Decay, Factor, Images, PathName, Range, Seed, Weight
 from vadit.runtime.errors import UsageError
 
 MAX_BUCKET = 500_000_000
@@ -44,7 +31,7 @@ class OptimizerSpec(Checked, group="optimizer"):
     """Decoupled weight decay."""
     schedule: Literal["constant", "one_cycle", "linear"] = "constant"
     """constant after the warm-up; one_cycle: cosine up over 30% of the run and down to 0; linear decay to 0."""
-    warmup_images: ImagesOrZero = 0
+    warmup_images: AnyImages = 0
     """Images over which the rate rises linearly from 0 (constant and linear)."""
 
 
@@ -107,7 +94,7 @@ class GuardSpec(Checked, group="guard"):
     """Steps left out in a row after which the run goes back to its last checkpoint, and on with the next data."""
     jump_factor: GuardFactor = 0.0
     """Go back too once the median loss of 5 log points is above this many times the lowest such median; 0: never."""
-    max_rollbacks: CountOrZero = 3
+    max_rollbacks: Annotated[int, Range(0, 10**9)] = 3
     """Times that a run goes back without reaching its next checkpoint before it stops with an error."""
     rollback_lr_factor: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning rate is multiplied by this at each going back."""
@@ -158,7 +145,7 @@ class EvaluationSpec(Checked, group="evaluation"):
     and the numbers go beside the loss.
     """
 
-    every_images: ImagesOrZero = 0
+    every_images: AnyImages = 0
     """Images between two evaluations, with one at the end; 0: none."""
     tokenizer: PathName | None = None
     """Tokenizer that decodes a generator's samples: a run folder, one from `vadit export` or `vadit import`, an
