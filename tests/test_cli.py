@@ -41,10 +41,12 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(capsys, monkeypatch) ->
     assert "--run.batch-size INT Images per optimizer step over all processes. (default: 256)" in text
     assert "--dry-run" in text
     assert "--stages.1.vf-weight" in text
+    assert "(default: 0.5 0.9) (at least 0 and below 1)" in text
 
 
 # --- refusals
 B, DEBUG = "train lightningdit-b", "train lightningdit-b-debug"
+VAVAE = "train vavae-f16d32-dinov2-debug"
 REFUSALS = {
     "trian": ["'trian'", "did you mean train"],
     "train lightningdit-x": ["'lightningdit-x'", "lightningdit-", "vadit recipes"],
@@ -59,6 +61,17 @@ REFUSALS = {
     f"{DEBUG} --dry-run --world-size 3": ["run.batch_size 4", "3 processes", "--run.batch-size 3"],
     f"{DEBUG} --world-size 2": ["--world-size 2", "--dry-run"],
     f"{B} --dry-run --world-size 0": ["--world-size is 0"],
+    f"{B} --run.keep-every-images 1.5": ["--run.keep-every-images: '1.5' is not {None}|INT"],
+    f"{B} --run.seed {'9' * 5000}": ["--run.seed: a number of so many digits"],
+    f"{VAVAE} --run.total-images 8": ["--run.total-images has no effect", "--stages.0.total-images"],
+    f"{VAVAE} --loss.vf-weight 0.3": ["--loss.vf-weight has no effect", "--stages.0.vf-weight"],
+    f"{VAVAE} --stages.2.vf-weight inf": ["stages.vf_weight is inf"],
+    f"{B} --run.out=~nobodys/x": ["--run.out is ~nobodys/x", "nobody's home"],
+    "demo --out ~nobodys/x": ["--out is ~nobodys/x"],
+    "report ~nobodys/x": ["runs is ~nobodys/x"],
+    "sample --out x --generator x --tokenizer x --cfg-scale nan": ["--cfg-scale is nan"],
+    "encode --num-workers 0": ["--num-workers is 0"],
+    "prepare x y.beton --quality 101": ["--quality is 101"],
     "sample --out x": ["--generator", "--tokenizer"],
     "evaluate": ["make-reference first, found nothing"],
     "doctor --all": ["unknown setting --all"],
@@ -258,7 +271,23 @@ def test_dry_run_counts_parameters(recipe: str, millions: int, capsys) -> None:
     assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(millions, abs=1)
 
 
-def test_dry_run_prints_what_the_overrides_resolve_to(capsys) -> None:
+def test_dry_run_prints_what_the_overrides_resolve_to(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/her")
+    arguments = [
+        "--run.out=~/x",
+        "--stages.1.total-images",
+        "80",
+        "--guard.spike-factor",
+        "0",
+        "--evaluation.steps",
+        "7",
+    ]
+    assert cli.main([*VAVAE.split(), "--dry-run", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert '"out": "/home/her/x"' in said and '"total_images": 96' in said
+    assert [line for line in said.splitlines() if line.startswith("note: ")] == [
+        "note: evaluation.steps has no effect with evaluation.every_images 0"
+    ]
     config, text = dry_run(
         capsys,
         "lightningdit-b-debug",
