@@ -329,3 +329,15 @@ def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys
     assert r"3 classes (0 caf\xe9: 7 images, 1 caf" in told and r"r\xe9[red]\x1b[45m\n$\frac/report.html" in told
     page = (Path(run) / "report.html").read_text(encoding="utf-8")
     assert r"<h1>r\xe9[red]\x1b[45m" in page and "\x1b" not in page and (here / "s" / "samples.npz").is_file()
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["recipes", "xl"], encode(house, "--out", str(tmp_path / "out"))):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w", buffering=1) as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert cli.main(command) == 0
+    assert (tmp_path / "out" / "index.json").is_file()

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             launcher.read()
             _dispatch(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return 0
         except BaseException as error:  # every way out of a command becomes an exit code here
             if debug and not isinstance(error, SystemExit):
@@ -135,10 +137,6 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
     if isinstance(error, KeyboardInterrupt):
         _print("stopped; the same command goes on from the last checkpoint")
         return STOP_CODE
-    if isinstance(error, BrokenPipeError):
-        # The reader of our output left (`vadit recipes | head`): point stdout elsewhere, or Python complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     # A wish that the kernels cannot meet is the user's mistake, too; they are below the package and its UsageError.
     is_usage = isinstance(error, UsageError) or str(error).startswith("VADIT_KERNELS is ")
     if is_usage or isinstance(error, RunError):

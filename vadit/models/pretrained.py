@@ -125,7 +125,7 @@ def read_weights(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path} does not exist or is no file; name a file of weights")
+        raise UsageError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; name a file of weights")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     return load_torch(path)

@@ -9,6 +9,7 @@ libraries print passes `guarded_streams`.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -20,6 +21,11 @@ from rich.segment import Segment
 from rich.text import Text
 
 from vadit.runtime.errors import escaped, one_line
+
+
+def _to_nobody(descriptor: int) -> None:
+    """Lose what is printed from now on: its reader has left, and the work is not the reader's to end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class _Terminal(Console):
@@ -36,6 +42,10 @@ class _Terminal(Console):
         """The pieces that rich makes of anything that it prints; those for the cursor have no text of others."""
         for piece in super().render(renderable, options):
             yield piece if piece.control else Segment(escaped(piece.text), piece.style)
+
+    def on_broken_pipe(self) -> None:
+        """The reader has left (`vadit recipes | head`)."""
+        _to_nobody(self.file.fileno())
 
 
 _console = _Terminal(stderr=True)
@@ -92,16 +102,22 @@ class _Guarded(FileProxy):
 
     def write(self, text: str) -> int:
         """Write with nothing in it that a terminal obeys."""
-        if _bars:
-            super().write(escaped(text))
-        else:
-            self.rich_proxied_file.write(escaped(text))
+        try:
+            if _bars:
+                super().write(escaped(text))
+            else:
+                self.rich_proxied_file.write(escaped(text))
+        except BrokenPipeError:
+            _to_nobody(self.fileno())
         return len(text)
 
     def flush(self) -> None:
         """Write what waits."""
-        super().flush()
-        self.rich_proxied_file.flush()
+        try:
+            super().flush()
+            self.rich_proxied_file.flush()
+        except BrokenPipeError:
+            _to_nobody(self.fileno())
 
     def close(self) -> None:
         """Left to its owner."""
