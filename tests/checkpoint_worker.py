@@ -1,8 +1,7 @@
 """Small networks under DeepSpeed whose checkpoints are written and read at every ZeRO stage.
 
-As a process of its own, under a launcher: `checkpoint_worker.py FOLDER SCRIPT`, the script being JSON, a list of
-[function, arguments] of this module. All processes run the same data, each its part of a batch, so that the plain
-run of one process, `plain`, is what every arrangement of processes must give, up to rounding.
+As a process of its own: `checkpoint_worker.py SCRIPT`, a file of JSON, a list of [function, arguments] of this module.
+All processes run the same data, so that `plain` is what every arrangement of them must give, up to rounding.
 """
 
 import errno

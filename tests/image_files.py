@@ -1,8 +1,7 @@
 """Image files for tests: photographs, and every odd or damaged file that a folder of images may hold.
 
-The photographs are those of the demo (scikit-learn's and scikit-image's), made small. What the pixels of an odd file
-are is worked out here by other means than reading the file back: a palette is looked up by hand, a 16-bit value loses
-its low byte, a progressive file shows what its sequential twin shows.
+What the pixels of an odd file are is worked out here by other means than reading the file back: a palette is looked up
+by hand, a 16-bit value loses its low byte, a progressive file shows what its sequential twin shows.
 """
 
 import functools

@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,14 @@ def wait_until(condition: Callable[[], bool], started: list[subprocess.Popen[Any
         assert not ended, f"ended before {what}"
         assert time.monotonic() < end, f"no {what}"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """No file grows beyond `num_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

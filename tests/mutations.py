@@ -1,8 +1,7 @@
 """Seeded changes of files for the fuzz tests, and what may come of them.
 
-Each case changes a whole file in one way: bits, bytes or numbers in one of the format's regions, a cut, a piece put
-in, taken out, exchanged or written twice. It is a function of its name alone. What then may happen is that the reader
-refuses with an error that names the file, or that every sample is what it was.
+Each case changes a whole file in one way, a function of its name alone. What then may happen is that the reader refuses
+with an error that names the file, or that every sample is what it was.
 """
 
 import random

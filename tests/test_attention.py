@@ -52,7 +52,7 @@ def test_kernels_compile_as_one_graph(name: str) -> None:
     assert_compiles(attention.named(name), inputs(torch.float32))
 
 
-def test_default_is_torch_bit_by_bit_and_trying_moves_no_random_numbers() -> None:
+def test_default_is_torch_and_the_order_on_gpus() -> None:
     assert EngineSpec().attention == "auto"
     choice = attention.choose("auto", head_dim=HEAD_DIM, dtype=torch.bfloat16, device=CPU)
     assert (choice.name, choice.refused) == ("torch", "")
@@ -65,6 +65,12 @@ def test_default_is_torch_bit_by_bit_and_trying_moves_no_random_numbers() -> Non
     torch.manual_seed(7)
     attention.choose("math", head_dim=HEAD_DIM, dtype=torch.float32, device=CPU)
     assert torch.equal(torch.rand(3), expected)
+    assert attention.preference(72, (9, 0))[0][0] == "cudnn"  # XL: flash-attn pads 72 to 96
+    assert attention.preference(64, (9, 0))[0][0] == "flash_attn_3"
+    assert attention.preference(64, (8, 0))[0][0] == "flash_attn_2"
+    assert "flash_attn_3" not in attention.preference(64, (10, 0))[0]
+    order, reason = attention.preference(36, (9, 0))
+    assert order == () and "multiple of 8" in reason
 
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient", "flash_attn_2", "flash_attn_3"])
@@ -107,12 +113,3 @@ def test_flash_attn_is_called_in_its_layout(name: str, returns_pair: bool, monke
     assert torch.equal(out, attention.torch_attention(*owner))
     assert out.transpose(1, 2).is_contiguous()  # the model's reshape to (B, N, D) copies nothing
     assert calls == [{"deterministic": False}]
-
-
-def test_order_on_gpus() -> None:
-    assert attention.preference(72, (9, 0))[0][0] == "cudnn"  # XL: flash-attn pads 72 to 96
-    assert attention.preference(64, (9, 0))[0][0] == "flash_attn_3"
-    assert attention.preference(64, (8, 0))[0][0] == "flash_attn_2"
-    assert "flash_attn_3" not in attention.preference(64, (10, 0))[0]
-    order, reason = attention.preference(36, (9, 0))
-    assert order == () and "multiple of 8" in reason

@@ -131,7 +131,7 @@ def test_equals_naive_form(change: dict) -> None:
     assert len(used) == len(model.spec.attention_resolutions) * (2 * model.spec.num_res_blocks + 1)
 
 
-def test_posterior() -> None:
+def test_posterior_of_sizes_that_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     moments = 3 * torch.randn(2, 8, 5, 5, generator=generator)
     posterior = DiagonalGaussian(moments)
@@ -150,9 +150,6 @@ def test_posterior() -> None:
     assert abs(drawn.std() - 0.6065) < 0.02
     moments = torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1)
     assert DiagonalGaussian(moments).logvar.flatten().tolist() == [-30.0, 20.0]
-
-
-def test_image_size_that_the_ratio_does_not_divide() -> None:
     with pytest.raises(UsageError, match=r"18x16 is not divisible by the autoencoder's downsample ratio 4"):
         randomised(BASE).encode(torch.zeros(1, 3, 18, 16))
 

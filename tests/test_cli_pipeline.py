@@ -1,7 +1,6 @@
 """encode, train, sample, export and import as a user types them, on tiny networks, and what bad input makes of them.
 
-Bad input gives one sentence that names value and remedy, the exit code, and nothing half written. A limit on the size
-of files (RLIMIT_FSIZE) stands for the full disk: the writes themselves fail, in whatever library.
+A limit on the size of files (RLIMIT_FSIZE) stands for the full disk: the writes themselves fail, in whatever library.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from full_disk import room_for
+from launched import room_for
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -204,16 +204,7 @@ def test_blocks_are_computed_twice_only_where_that_saves_memory() -> None:
         calls[0] = 0
 
 
-def test_rotary_table_stays_float32_when_the_model_is_cast() -> None:
-    model = randomised(LightningDiT(BASE))
-    exact = model.feat_rope.freqs_cos.clone()
-    model.bfloat16()
-    assert model.dtype == torch.bfloat16
-    assert torch.equal(model.feat_rope.freqs_cos, exact)
-    assert model(*inputs(BASE)).dtype == torch.bfloat16
-
-
-def test_save_and_load(tmp_path) -> None:
+def test_save_load_and_cast(tmp_path) -> None:
     model = randomised(LightningDiT(SPECS["qk_norm_patch2"]))
     model.save_pretrained(tmp_path / "new" / "folder")
     loaded = LightningDiT.from_pretrained(tmp_path / "new" / "folder")
@@ -223,6 +214,12 @@ def test_save_and_load(tmp_path) -> None:
     assert loaded.final_layer.linear.weight.requires_grad
     assert torch.equal(loaded(*inputs(model.spec)), model(*inputs(model.spec)))
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
+    model = randomised(LightningDiT(BASE))
+    exact = model.feat_rope.freqs_cos.clone()
+    model.bfloat16()
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.feat_rope.freqs_cos, exact)
+    assert model(*inputs(BASE)).dtype == torch.bfloat16
 
 
 def test_what_does_not_fit_is_refused(tmp_path) -> None:

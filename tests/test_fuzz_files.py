@@ -27,8 +27,8 @@ from mutations import mutate
 from tar_files import write_tar
 from test_beton import FRONT
 from test_beton import write as write_beton
-from test_interop_diffusers import network, state_of
-from test_interop_diffusers import write as write_diffusers
+from test_interop import network, state_of
+from test_interop import write as write_diffusers
 
 from vadit.config import DiTConfig, DiTSpec, MaskSpec, SampleSpec
 from vadit.config.files import load_run_config, save_config
@@ -517,19 +517,15 @@ def test_files_that_would_grow_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(plain) as kept, zipfile.ZipFile(odd, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in kept.namelist():
             archive.writestr(name, kept.read(name))
-    with pytest.raises(RunError, match=r"odd\.pt cannot be read"):
-        read_vectors(odd)
+    pytest.raises(RunError, read_vectors, odd).match(r"odd\.pt cannot be read")
     odd.write_bytes(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.")
-    with pytest.raises((RunError, UsageError), match=r"odd\.pt"):
-        read_vectors(odd)
+    pytest.raises((RunError, UsageError), read_vectors, odd).match(r"odd\.pt")
     torch.save({"mean": torch.ones(1).expand(1 << 36), "std": torch.ones(4)}, tmp_path / "latents_stats.pt")
-    with pytest.raises(RunError, match="does not hold the tensors mean and std"):
-        load_statistics(tmp_path, 4)
+    pytest.raises(RunError, load_statistics, tmp_path, 4).match("does not hold the tensors mean and std")
     rows, size = 1 << 27, 8 << 27
     latents = {"dtype": "F32", "shape": [rows, 1, 0, 0], "data_offsets": [0, 0]}
     header = {"latents": latents, "labels": {"dtype": "I64", "shape": [rows], "data_offsets": [0, size]}}
     path, text = tmp_path / "a.safetensors", json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + size)
-    with pytest.raises(RunError, match=r"a\.safetensors.*a shard may hold 16,777,216 rows"):
-        open_finished_folder(tmp_path)
+    pytest.raises(RunError, open_finished_folder, tmp_path).match(r"a\.safetensors.*a shard may hold 16,777,216 rows")

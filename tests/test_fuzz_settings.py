@@ -1,7 +1,5 @@
 """Every number that the command line takes, with values that cannot be meant: one sentence, or a run that trains."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import typing
@@ -53,9 +51,7 @@ def test_every_number_of_every_command_has_its_range() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_number_that_cannot_be_meant_is_refused_by_name(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_number_that_cannot_be_meant_is_refused_by_name(recipe: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """All values by the Specs, which read config.json, too; one of each setting by the command line as well."""
     monkeypatch.chdir(tmp_path)
     config = get_recipe(recipe)

@@ -392,7 +392,7 @@ def test_all_processes_skip_what_one_cannot_take(zero_stage: int, launched: tupl
     assert all(value.isfinite().all() for value in newest(folder).values())
 
 
-def test_all_processes_go_back_and_stop_together(launched: tuple[Path, Done]) -> None:
+def test_all_processes_go_back_stop_and_end_together(launched: tuple[Path, Done]) -> None:
     folder = launched[0] / "rollback"
     assert [event["event"] for event in events(folder)] == ["skipped", "skipped", "rollback"]
     assert logged(folder, "step") == [1, 2, 3, 4]
@@ -400,9 +400,6 @@ def test_all_processes_go_back_and_stop_together(launched: tuple[Path, Done]) ->
         assert (launched[0] / f"stop-{rank}").read_text() == (
             "0 stopped after 32 images and saved; resume with the same command"
         )
-
-
-def test_a_damaged_shard_on_one_process_ends_all_and_is_told(launched: tuple[Path, Done]) -> None:
     out, done = launched
     assert done.returncode == 1
     assert "[rank 1] error: the shard latents-00007.safetensors is damaged" in done.stderr

@@ -1,7 +1,4 @@
-"""MaskDiT and MDT against slower forms of the same: all tokens computed and masked ones hidden from attention.
-
-Then masked runs under DeepSpeed: against plain torch, tuned without masks, exported and drawn from.
-"""
+"""MaskDiT and MDT against slower forms of the same: all tokens computed and masked ones hidden from attention."""
 
 import dataclasses
 import json

@@ -1,9 +1,7 @@
 """FLOPs of training steps, and the memory that --dry-run tells, against what processes really allocate: within 10%.
 
-Each case trains a LightningDiT of some ten million weights, or a small VA-VAE with all its critics, in processes of its
-own, with the trainer's own networks, loader and step. Torch's profiler tells of every allocation and release of the CPU
-allocator, temporaries in backward and optimizer included: the peak of their sum is what
-torch.cuda.max_memory_allocated tells on a GPU. (Resident memory rises alike, but with the libraries' own.)
+Each case trains a small network in processes of its own. Torch's profiler tells of every allocation and release of the
+CPU allocator: the peak of their sum is what torch.cuda.max_memory_allocated tells on a GPU.
 """
 
 import json

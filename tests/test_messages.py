@@ -185,14 +185,11 @@ def test_the_old_value_can_be_typed(
     assert parse(kind, shlex.split(typed), command="train", default=kind(config=now)).config == before  # type: ignore
 
 
-def test_a_run_of_another_kind_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_runs_of_another_kind_and_files_of_the_authors_are_told(tmp_path: Path, monkeypatch) -> None:
     save_config(get_recipe("vavae-f16d32-dinov2"), tmp_path / "config.json")
     monkeypatch.setattr(runs, "has_checkpoint", lambda folder: True)
     with pytest.raises(UsageError, match=r"kind tokenizer.* --run\.out"):
         runs.open_folder(vary(get_recipe("lightningdit-b"), run={"out": str(tmp_path)}))
-
-
-def test_a_file_of_the_authors_is_no_damaged_one(tmp_path: Path) -> None:
     torch.save({"ema": {}}, tmp_path / "theirs.pt")
     with pytest.raises(UsageError, match=r"is a file of \.pt; needed: a run, .* `vadit import .*theirs\.pt --out"):
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))

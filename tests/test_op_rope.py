@@ -110,12 +110,14 @@ def test_packed(shape: tuple[int, ...], normed: str, dtype: torch.dtype) -> None
     assert_as_exact_as_torch(op, formula, [normal(*shape).to(dtype), *weights])
 
 
-def test_packed_feeds_attention_without_a_copy() -> None:
+def test_packed_feeds_attention_without_a_copy_and_is_checked() -> None:
     qkv = normal(2, 16, 3, 5, 24)
     q, k, v = rope_qkv(qkv, *angles(16, 24))
     assert v.data_ptr() == qkv[:, :, 2].data_ptr() and v.stride() == split(qkv)[2].stride()
     if dispatch.kernels_for("rope", qkv):
         assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
+    with pytest.raises(ValueError, match=r"^rope: found qkv \(2, 5, 2, 3, 12\); needed qkv \(B, N, 3, H, K\)"):
+        rope_qkv(torch.ones(2, 5, 2, 3, 12), *(t.cpu() for t in angles(5, 12)))
 
 
 def test_packed_gradient_where_values_are_not_used() -> None:
@@ -198,8 +200,3 @@ def test_wrong_calls_are_named(change: dict[str, Tensor], words: list[str]) -> N
     with pytest.raises(ValueError, match=r"^rope: found") as error:
         rope(**right | change)
     assert all(word in str(error.value) for word in words)
-
-
-def test_wrong_packed_call_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^rope: found qkv \(2, 5, 2, 3, 12\); needed qkv \(B, N, 3, H, K\)"):
-        rope_qkv(torch.ones(2, 5, 2, 3, 12), *(t.cpu() for t in angles(5, 12)))

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from full_disk import room_for
 from image_files import bad_files, jpeg, odd_files, photo
-from launched import LIMIT_S
+from launched import LIMIT_S, room_for
 from PIL import Image
 from tar_files import write_tar
 

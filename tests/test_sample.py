@@ -9,8 +9,8 @@ import os
 import numpy as np
 import pytest
 import torch
+from model_help import SmallNet
 from PIL import Image
-from small_networks import SmallNet
 from torch import nn
 
 from vadit.config import SampleSpec

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_networks import SmallNet
+from model_help import SmallNet
 from torch import nn
 
 from vadit import kernels

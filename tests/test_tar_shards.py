@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from full_disk import room_for
+from launched import room_for
 from tar_files import Members, blob, bytes_of, samples, with_checksum, write_tar
 
 from vadit.images.sources import tar_index

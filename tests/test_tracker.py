@@ -105,10 +105,20 @@ def test_a_log_point_tells_pace_shares_and_distances(clock: Callable[[float], No
     assert values["loss"] == 9.0 and values["images_per_s"] == 4.0 and values["data_wait_share"] == 0.25 / 2
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_what_is_not_known_is_left_out_and_a_late_term_is_a_mean_of_its_own() -> None:
     tracker = Tracker(CPU, batch_size=1, total_images=2, flops_per_image=1.0, communication_known=False)
     tracker.add({"loss": torch.tensor(1.0)})
     assert tracker.read(1).keys().isdisjoint({"mfu", "comm_share", "epochs", "hours_to_64_epochs"})
+    tracker = Tracker(CPU, batch_size=1, total_images=9)
+
+    def terms(images_seen: int) -> dict[str, float]:
+        return {name: value for name, value in tracker.read(images_seen).items() if name in ("loss", "gan")}
+
+    for step in range(4):
+        tracker.add({"loss": torch.tensor(float(step))} | ({"gan": torch.tensor(5.0)} if step == 3 else {}))
+    assert terms(4) == {"loss": 1.5, "gan": 5.0}
+    tracker.add({"loss": torch.tensor(2.0)})
+    assert terms(5) == {"loss": 2.0}
 
 
 def test_a_gpu_is_asked_by_events_and_not_waited_for(monkeypatch) -> None:
@@ -149,19 +159,6 @@ def test_a_gpu_is_asked_by_events_and_not_waited_for(monkeypatch) -> None:
         device_time[0] += 5.0
     assert watch.read() == pytest.approx(125.0) and waited[0] > 0
     assert watch.read() == 0.0
-
-
-def test_a_term_that_begins_late_is_a_mean_of_its_own_steps() -> None:
-    tracker = Tracker(CPU, batch_size=1, total_images=9)
-
-    def terms(images_seen: int) -> dict[str, float]:
-        return {name: value for name, value in tracker.read(images_seen).items() if name in ("loss", "gan")}
-
-    for step in range(4):
-        tracker.add({"loss": torch.tensor(float(step))} | ({"gan": torch.tensor(5.0)} if step == 3 else {}))
-    assert terms(4) == {"loss": 1.5, "gan": 5.0}
-    tracker.add({"loss": torch.tensor(2.0)})
-    assert terms(5) == {"loss": 2.0}
 
 
 class Full(io.RawIOBase):

@@ -1,8 +1,7 @@
 """Every Triton kernel that is launched at the models' shapes compiles for three generations of GPUs, without one.
 
-The launchers run on tensors without data, and what they would launch is compiled instead: by a process for each
-architecture (this file as a script), since the other tests have Triton interpret its kernels. Registers must not spill
-to memory, and the loads of aligned bfloat16 rows must be 128 bits wide.
+What the launchers would launch is compiled, by a process for each architecture (this file as a script), since the other
+tests have Triton interpret its kernels. Registers must not spill, and loads of aligned bfloat16 rows are 128 bits wide.
 """
 
 import json

@@ -1,7 +1,6 @@
 """The two trainers once more, in plain PyTorch: torch.optim.AdamW, whole weights, one process that plays all ranks.
 
-Ranks are played one after the other, each with its own random state and its own share of the data, and their
-gradients averaged: what DeepSpeed must give, at any ZeRO stage, up to rounding.
+Ranks are played one after the other, each with its own random state and share of the data, and gradients averaged.
 """
 
 import json
