@@ -145,7 +145,6 @@ def test_the_size_of_a_picture_is_limited_before_it_is_decoded() -> None:
     pytest.raises(ValueError, open_image, BAD["huge png"][1]).match(r"3600000000 pixels")
 
 
-# --- raise and skip
 SOME_BAD = ("jpeg cut in the middle", "text", "huge jpeg", "png of damaged data")
 
 

@@ -39,7 +39,6 @@ def stop_in_step(module: ModuleType, number: int, monkeypatch) -> None:
     monkeypatch.setattr(module, "train_step", counted(module.train_step, stop))
 
 
-# --- going on
 OFFLOADED = {"offload_optimizer": True, "precision": "bf16"}
 SHORT: list[tuple[str, dict[str, Any]]] = [
     ("dit", {"zero_stage": 0}),

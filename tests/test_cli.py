@@ -44,7 +44,6 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(capsys, monkeypatch) ->
     assert "(default: 0.5 0.9) (at least 0 and below 1)" in text
 
 
-# --- refusals
 B, DEBUG = "train lightningdit-b", "train lightningdit-b-debug"
 VAVAE = "train vavae-f16d32-dinov2-debug"
 REFUSALS = {
@@ -138,7 +137,6 @@ def test_a_process_of_its_own_ends_with_code_2_and_debug_adds_the_traceback() ->
     assert debug.stderr.startswith("Traceback") and debug.stderr.endswith(plain.stderr)
 
 
-# --- the launcher's environment
 RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 

@@ -330,9 +330,7 @@ def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys
     assert r"<h1>r\xe9[red]\x1b[45m" in page and "\x1b" not in page and (here / "s" / "samples.npz").is_file()
 
 
-def test_a_reader_that_leaves_does_not_end_the_work(
-    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_leaves_does_not_end_the_work(house: Path, tmp_path: Path, monkeypatch) -> None:
     for command in (["recipes", "xl"], encode(house, "--out", str(tmp_path / "out"))):
         reading, writing = os.pipe()
         os.close(reading)

@@ -100,7 +100,6 @@ def try_all(cases: Iterator[Case], put: Callable[[bytes], object], read: Read, n
     assert refused > 0
 
 
-# --- JSON
 ODD_VALUES = (
     "null", "true", "-5", "0", "1000000000", "9" * 5000, "1" * 40, "NaN", "-Infinity", "1e999", "0.5", '"x"', '""',
     '"\\ud800"', '"\\u0000"', '"../../x"', "[]", "{}", "[[1]]", "[" * 100_000, '{"a":' * 70 + "1" + "}" * 70,
@@ -281,7 +280,6 @@ def test_parts_of_checkpoints(name: str, tmp_path: Path, capsys) -> None:
     assert taken == ({path.name} if name == SHARE else {path.name, "step-00000001"})
 
 
-# --- .npz
 HEADERS = (
     "{'descr': %s, 'fortran_order': %s, 'shape': %s, }",
     "{'descr': %s, 'fortran_order': %s, 'shape': %s, 'more': 1}",
@@ -462,7 +460,6 @@ def test_a_journal_of_a_beton(tmp_path: Path) -> None:
     assert {0, 1} <= set(done)
 
 
-# --- weights
 WEIGHT_CASES = 40
 
 

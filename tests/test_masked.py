@@ -285,7 +285,6 @@ def test_passes_and_patches_of_a_step() -> None:
     assert differs[:, 6].all() and differs.sum() == len(x)
 
 
-# --- training
 SMALL_MASKDIT = dataclasses.replace(MASKDIT, decoder_depth=1)
 
 

@@ -195,7 +195,6 @@ def test_runs_of_another_kind_and_files_of_the_authors_are_told(tmp_path: Path, 
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))
 
 
-# --- strangers' words
 HOSTILE = "r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\udce9 é"
 SHOWN = r"r[exp1]x[/red] \x1b[45mA\x1b]0;B\x07\rC\u202e\x9b\xe9 é"
 

@@ -140,7 +140,6 @@ def test_sizes_are_the_papers() -> None:
     }
 
 
-# --- the paper's tables
 TABLE_1 = {
     "table1-01-rectified-flow": ("17.20", "flow objective='flow'\nmodel learn_sigma=False\nsample method='dopri5'"),
     "table1-02-batch-1024": ("16.59", "run batch_size=1024\noptimizer lr=2e-4"),

@@ -134,7 +134,6 @@ def test_the_command_takes_a_folder_and_gives_means_over_seeds(tmp_path: Path, c
     assert "set --seeds 1" in capsys.readouterr().err
 
 
-# --- processes
 WORKER = """
 import torch
 from vadit.eval.tokenizer import _all_rows

@@ -130,7 +130,6 @@ def test_the_projector_sees_the_aligned_block() -> None:
     assert model.forward_features(x, t, y, taps=(1,)).projected is None
 
 
-# --- training
 RUN = {"total_images": 16, "save_every_images": 8}
 ALIGNED = RepaSpec(weight=0.5, block=1, projector_width=16, foundation=FoundationSpec(name="dinov2"))
 
