@@ -196,20 +196,16 @@ def test_kernel_distance_is_the_mean_over_subsets(monkeypatch) -> None:
 
 
 def test_closed_forms_of_the_densities() -> None:
-    equal = np.full(64, 0.3)
-    assert uniformity.coefficient_of_variation(equal) == pytest.approx(0, abs=1e-12)
-    assert uniformity.gini_coefficient(equal) == pytest.approx(0, abs=1e-12)
-    assert uniformity.normalized_entropy(equal) == pytest.approx(1)
+    numbers = ("density_cv", "gini", "normalized_entropy")
+    equal = uniformity.unevenness(np.full(64, 0.3))
+    assert equal == pytest.approx(dict(zip(numbers, (0, 0, 1), strict=True)), abs=1e-12)
     # 1, 3: mean 2, std 1; Gini (|1-3| * 2) / (2 * 4 * 2); entropy of (1/4, 3/4) in bits over log2 2.
-    values = np.array([3.0, 1.0])
-    assert uniformity.coefficient_of_variation(values) == pytest.approx(0.5)
-    assert uniformity.gini_coefficient(values) == pytest.approx(0.25)
-    assert uniformity.normalized_entropy(values) == pytest.approx(0.25 * 2 + 0.75 * np.log2(4 / 3))
+    two = uniformity.unevenness(np.array([3.0, 1.0]))
+    assert two == pytest.approx(dict(zip(numbers, (0.5, 0.25, 0.25 * 2 + 0.75 * np.log2(4 / 3)), strict=True)))
     # 1..n: Gini (n - 1) / (3 n); all in one of n: (n - 1) / n, entropy 0.
-    assert uniformity.gini_coefficient(np.arange(100.0, 0, -1)) == pytest.approx(99 / 300)
-    single = np.eye(8)[0]
-    assert uniformity.gini_coefficient(single) == pytest.approx(7 / 8)
-    assert uniformity.normalized_entropy(single) == 0
+    assert uniformity.unevenness(np.arange(100.0, 0, -1))["gini"] == pytest.approx(99 / 300)
+    single = uniformity.unevenness(np.eye(8)[0])
+    assert single["gini"] == pytest.approx(7 / 8) and single["normalized_entropy"] == 0
 
 
 def test_densities_are_scotts_gaussian_mixture_at_the_points() -> None:
@@ -219,13 +215,7 @@ def test_densities_are_scotts_gaussian_mixture_at_the_points() -> None:
     exponent = np.einsum("ijk,kl,ijl->ij", difference, np.linalg.inv(covariance), difference)
     expected = np.exp(-exponent / 2).mean(axis=1) / (2 * np.pi * np.sqrt(np.linalg.det(covariance)))
     np.testing.assert_allclose(uniformity.point_densities(points), expected, rtol=1e-10)
-    assert uniformity.uniformity(points) == pytest.approx(
-        {
-            "density_cv": uniformity.coefficient_of_variation(expected),
-            "gini": uniformity.gini_coefficient(expected),
-            "normalized_entropy": uniformity.normalized_entropy(expected),
-        }
-    )
+    assert uniformity.uniformity(points) == pytest.approx(uniformity.unevenness(expected))
 
 
 class Latents:

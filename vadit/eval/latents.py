@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import gaussian_kde
+from scipy.stats import entropy, gaussian_kde
 from torch import Tensor
 
 from vadit.latents.dataset import LatentDataset
@@ -27,9 +27,9 @@ from vadit.runtime.torch_file import is_plain
 PERPLEXITY = 30.0
 ITERATIONS = 1000
 READ_AT_ONCE = 256
+"""Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
 MAX_NUMBERS = 1 << 27
 """Of a file of latent vectors: 4 million of 32 channels."""
-"""Latents in memory at once: 8 MiB of 32 x 16 x 16 in float32."""
 
 Draw = Callable[[int, int], np.ndarray]
 """(num_vectors, seed) to latent vectors (num_vectors, C), normalised by channel."""
@@ -52,34 +52,23 @@ def evaluate_latents(
 
 
 def uniformity(points: np.ndarray) -> dict[str, float]:
-    """The three numbers of points (n, 2), n > 2 and not on a line, from their densities there.
+    """The three numbers of points (n, 2), n > 2 and not on a line, from their densities there."""
+    return unevenness(point_densities(points))
 
-    Lower density_cv and gini, higher normalized_entropy (1 for equal densities): more uniform.
+
+def unevenness(values: np.ndarray) -> dict[str, float]:
+    """The three numbers of densities >= 0 (n,): 0, 0 and 1 where they are equal.
+
+    density_cv: standard deviation over mean. gini: mean absolute difference of all pairs over twice the mean, (n-1)/n
+    where all is in one. normalized_entropy: that of the densities scaled to sum 1, over log2 n; 0 where all is in one.
     """
-    densities = point_densities(points)
-    return {
-        "density_cv": coefficient_of_variation(densities),
-        "gini": gini_coefficient(densities),
-        "normalized_entropy": normalized_entropy(densities),
-    }
-
-
-def coefficient_of_variation(values: np.ndarray) -> float:
-    """Standard deviation over mean of positive values (n,)."""
-    return float(values.std() / values.mean())
-
-
-def gini_coefficient(values: np.ndarray) -> float:
-    """Mean absolute difference of all pairs over twice the mean, of values >= 0 (n,): 0 equal, (n-1)/n all in one."""
     n = len(values)
     ranks = np.arange(1, n + 1)
-    return float(2 * (ranks * np.sort(values)).sum() / (n * values.sum()) - (n + 1) / n)
-
-
-def normalized_entropy(values: np.ndarray) -> float:
-    """Entropy of values >= 0 (n,), scaled to sum 1, over log2 n: 1 equal, 0 all in one."""
-    shares = values / values.sum()
-    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum() / np.log2(len(values)))
+    return {
+        "density_cv": float(values.std() / values.mean()),
+        "gini": float(2 * (ranks * np.sort(values)).sum() / (n * values.sum()) - (n + 1) / n),
+        "normalized_entropy": float(entropy(values) / np.log(n)),
+    }
 
 
 def point_densities(points: np.ndarray) -> np.ndarray:
