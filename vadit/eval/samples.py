@@ -64,7 +64,7 @@ class _Reference:
 
     pool: tuple[np.ndarray, np.ndarray]
     spatial: tuple[np.ndarray, np.ndarray] | None
-    features: np.ndarray | None
+    features: np.ndarray | None = None
     own_kernel: float | None = None
     """KID's kernel's mean over pairs of the features, where it is known."""
 
@@ -152,7 +152,7 @@ class SampleEvaluator:
             )
         if count < 2:
             raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
-        if self._dinov2 is not None and not _has_images(self._path):
+        if self._dinov2 is not None and not _load_statistics(self._path)[1]:
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
         extractor, reference = self._extractor, self._reference
         pool, probabilities, spatial = _extract(source.batches(self._batch_size, count, first), extractor)
@@ -276,7 +276,7 @@ def _read_kept(file: Path) -> _Reference | None:
         mu = kept.array("mu", (None,))
         moments = (mu, kept.array("sigma", (len(mu), len(mu))))
         if "features" not in kept.entries:
-            return _Reference(moments, None, None)
+            return _Reference(moments, None)
         return _Reference(moments, None, kept.array("features", (None, len(mu))), float(kept.array("own_kernel", ())))
     except (UsageError, RunError):
         return None
@@ -317,12 +317,12 @@ def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> tuple[np.nd
 
 def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Reference:
     """Stored statistics go before those of the images: ADM's files hold statistics of the whole data set."""
-    stored = _load_statistics(path)
+    stored, has_images = _load_statistics(path)
     if path.name == ADM_REFERENCE:
         compare_published(path, ADM_SHA256)
     # Features of a million images would take tens of gigabytes: sums, and the few that are needed one by one.
     pool_moments, spatial_moments, features = FeatureMoments(), FeatureMoments(), None
-    if stored is None or "arr_0" in stored:
+    if has_images:
         source = open_images(path)
         if stored is None and len(source) < 2:
             raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
@@ -338,31 +338,20 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
         features = np.concatenate(rows)
     if stored is None:
         return _Reference(pool_moments.result(), spatial_moments.result(), features)
+    return dataclasses.replace(stored, features=features)
+
+
+def _load_statistics(path: Path) -> tuple[_Reference | None, bool]:
+    """The statistics that an .npz stores, None where it has none; and whether the reference has images."""
+    npz = Npz(path) if path.suffix == ".npz" and path.is_file() else None
+    if npz is None or "mu" not in npz.entries:
+        return None, True
     # Without mu_s there is no sFID: that of the images alone would be of another set than the FID beside it.
-    return _Reference(_pair(stored, ""), _pair(stored, "_s") if "mu_s" in stored else None, features)
+    spatial = _stored_moments(npz, "_s") if "mu_s" in npz.entries else None
+    return _Reference(_stored_moments(npz, ""), spatial), "arr_0" in npz.entries
 
 
-def _has_images(path: Path) -> bool:
-    stored = _load_statistics(path)
-    return stored is None or "arr_0" in stored
-
-
-def _load_statistics(path: Path) -> dict[str, np.ndarray | None] | None:
-    """mu, sigma, mu_s, sigma_s of an .npz (and the key arr_0, unread, where it has images); None without mu."""
-    if path.suffix != ".npz" or not path.is_file():
-        return None
-    npz = Npz(path)
-    if "mu" not in npz.entries:
-        return None
-    found: dict[str, np.ndarray | None] = {}
-    for name, axes in (("mu", 1), ("sigma", 2), ("mu_s", 1), ("sigma_s", 2)):
-        if name in npz.entries:
-            found[name] = npz.array(name, (None,) * axes)
-    return found | ({"arr_0": None} if "arr_0" in npz.entries else {})
-
-
-def _pair(stored: dict[str, np.ndarray | None], ending: str) -> tuple[np.ndarray, np.ndarray]:
-    mu, sigma = stored.get(f"mu{ending}"), stored.get(f"sigma{ending}")
-    if mu is None or sigma is None:
-        raise UsageError(f"the reference holds mu{ending} without sigma{ending}; both are needed")
-    return mu, sigma
+def _stored_moments(npz: Npz, ending: str) -> tuple[np.ndarray, np.ndarray]:
+    if f"sigma{ending}" not in npz.entries:
+        raise UsageError(f"{npz.path} holds mu{ending} without sigma{ending}; both are needed")
+    return npz.array(f"mu{ending}", (None,)), npz.array(f"sigma{ending}", (None, None))
