@@ -140,7 +140,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, monkeypatch) -> None:
+def test_inception_is_named_and_leaves_the_random_state_alone(weights: Path, tmp_path: Path, monkeypatch) -> None:
     for path in (None, tmp_path / "nowhere.pth"):
         with pytest.raises(UsageError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception-weights"):
             Inception(path)
@@ -152,7 +152,7 @@ def test_inception_is_named_and_leaves_the_random_state_alone(tmp_path: Path, mo
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    inception._build({}, tmp_path)
+    inception._load(weights)
     assert torch.equal(torch.rand(3), expected)
 
 

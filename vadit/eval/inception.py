@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vadit.models.pretrained import compare_published, read_weights
 from vadit.runtime.errors import UsageError, first_line
@@ -44,7 +44,7 @@ class Inception:
 
     def __init__(self, weights: str | Path | None, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
-        self._network = _build(*_checked_weights(weights)).to(self.device)
+        self._network = _load(weights).to(self.device)
         self._spatial: list[Tensor] = []
         # TF names the 17x17 blocks mixed_4 .. mixed_7, torch Mixed_6b .. Mixed_6e, and the first convolution of a
         # block is its 1x1 branch: mixed_6/conv is the output (after ReLU) of Mixed_6d.branch1x1, 192 channels.
@@ -81,8 +81,10 @@ def provenance(weights: str | Path | None) -> dict[str, Any]:
     }
 
 
-def _checked_weights(weights: str | Path | None) -> tuple[dict[str, Tensor], Path]:
-    """What the file holds, and its path."""
+def _load(weights: str | Path | None) -> Any:
+    """torch-fidelity's network with the weights of its file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     if weights is None or not Path(weights).is_file():
         found = "no file was given" if weights is None else f"{weights} does not exist"
         raise UsageError(
@@ -94,26 +96,17 @@ def _checked_weights(weights: str | Path | None) -> tuple[dict[str, Tensor], Pat
     if not isinstance(state, dict) or "Mixed_6d.branch1x1.conv.weight" not in state:
         raise UsageError(f"{path} is not torch-fidelity's Inception; name {WEIGHTS_FILE} with --inception-weights")
     compare_published(path, PUBLISHED_SHA256)
-    return state, path
-
-
-def _build(state: dict[str, Tensor], path: Path) -> Any:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UsageError("evaluation needs torch-fidelity: pip install torch-fidelity") from None
     own = io.BytesIO()  # torch-fidelity unpickles freely what it is given: not the file, but these tensors
     torch.save(state, own)
     own.seek(0)
     try:
         # Weights are drawn before they are loaded: not from the random state of a training run that evaluates samples.
         with torch.random.fork_rng(devices=[]):
-            network: nn.Module = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], own)
+            return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], own)
     except RuntimeError as error:
         raise UsageError(
             f"{path} does not fit the Inception of 2015 ({first_line(error)}); take {WEIGHTS_FILE}"
         ) from None
-    return network
 
 
 @contextmanager
