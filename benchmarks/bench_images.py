@@ -83,9 +83,9 @@ class Row(harness.Stamp):
 
 def make_photographs(name: str, folder: Path, count: int) -> None:
     """The pictures that show one photograph, of `count` in all; a function of their number alone."""
-    photo = Image.fromarray(photograph(name)).convert("RGB")
+    photo = photograph(name)
     (folder / name).mkdir(parents=True)
-    for number in range(PHOTOS.index(name), count, len(PHOTOS)):
+    for number in range(list(PHOTOS).index(name), count, len(PHOTOS)):
         draw = random.Random(number)
         width = min(photo.width, photo.height * WIDTH / HEIGHT) * draw.uniform(0.6, 1.0)
         height = width * HEIGHT / WIDTH

@@ -52,7 +52,7 @@ def photo(number: int, width: int = 120, height: int = 90) -> Image.Image:
 
 @functools.cache
 def _photo(name: str) -> Image.Image:
-    return Image.fromarray(photograph(name)).convert("RGB").resize((320, 240), Image.Resampling.LANCZOS)
+    return photograph(name).resize((320, 240), Image.Resampling.LANCZOS)
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:

@@ -7,6 +7,7 @@ photos: 32x32 crops of the photographs in scikit-image and scikit-learn; the cla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,14 @@ from vadit.runtime.reading import read_file
 
 SIZE = 32
 """Side of the demo's images in pixels."""
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "ihc", "hubble", "retina", "china", "flower")
+PHOTOS = {
+    "astronaut": ("skimage.data", "astronaut.png"), "chelsea": ("skimage.data", "chelsea.png"),
+    "coffee": ("skimage.data", "coffee.png"), "rocket": ("skimage.data", "rocket.jpg"),
+    "motorcycle": ("skimage.data", "motorcycle_left.png"), "ihc": ("skimage.data", "ihc.png"),
+    "hubble": ("skimage.data", "hubble_deep_field.jpg"), "retina": ("skimage.data", "retina.jpg"),
+    "china": ("sklearn.datasets", "images/china.jpg"), "flower": ("sklearn.datasets", "images/flower.jpg"),
+}  # fmt: skip
+"""Package and file of each photograph."""
 CROPS_PER_PHOTO = 300
 HELD_OUT = 0.2
 """Share of the images that no network trains on."""
@@ -72,7 +80,7 @@ def _photos() -> tuple[np.ndarray, np.ndarray, list[str]]:
     generator = np.random.default_rng(1)
     crops, labels = [], []
     for label, name in enumerate(PHOTOS):
-        photo = Image.fromarray(photograph(name)).convert("RGB")
+        photo = photograph(name)
         # A crop of a quarter of the photograph's short side shows something that can be told apart.
         side = min(photo.size) // 4
         for _ in range(CROPS_PER_PHOTO):
@@ -88,15 +96,7 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def photograph(name: str) -> np.ndarray:
-    """uint8 (H, W, 3) from the wheels; none of these is a download."""
-    if name in ("china", "flower"):
-        from sklearn.datasets import load_sample_image
-
-        return load_sample_image(f"{name}.jpg")
-    import skimage.data
-
-    files = {"motorcycle": "motorcycle_left.png", "ihc": "ihc.png", "hubble": "hubble_deep_field.jpg",
-             "retina": "retina.jpg", "chelsea": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg",
-             "astronaut": "astronaut.png"}  # fmt: skip
-    return np.asarray(open_image(read_file(Path(skimage.data.__file__).parent / files[name])))[..., :3]
+def photograph(name: str) -> Image.Image:
+    """One of PHOTOS in RGB, from the wheels: none of these is a download."""
+    package, file = PHOTOS[name]
+    return open_image(read_file(Path(str(resources.files(package))) / file)).convert("RGB")

@@ -25,13 +25,7 @@ LEAD = (
 
 
 def write(
-    out: Path,
-    data: DemoData,
-    metrics: dict[str, Any],
-    *,
-    plain: Path,
-    guided: Path,
-    reconstructions: np.ndarray,
+    out: Path, data: DemoData, metrics: dict[str, Any], *, plain: Path, guided: Path, reconstructions: np.ndarray
 ) -> None:
     """Write samples.png, samples-plain.png, reconstructions.png and report.html into `out`.
 
