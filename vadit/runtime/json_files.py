@@ -56,9 +56,9 @@ def parse_json(
         if len(text) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         words = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        constant = float if allow_nan else _not_finite
+        constant = float if allow_nan else _finite
         values = json.loads(
-            words, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=constant
+            words, object_pairs_hook=_object, parse_int=_integer, parse_float=_finite, parse_constant=constant
         )
         level = [values]
         for _ in range(MAX_DEPTH + 1):
@@ -115,11 +115,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _number(digits: str) -> float:
-    if math.isinf(value := float(digits)):
-        raise ValueError(f"the number {digits[:20]} is too large")
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is no finite number")
     return value
-
-
-def _not_finite(word: str) -> float:
-    raise ValueError(f"a number is {word}")
