@@ -66,7 +66,7 @@ def first_line(error: Exception) -> str:
 
 
 def write_fault(error: Exception) -> str:
-    """Why a file could not be written, in words for people."""
+    """Why a file could not be written, or read, in words for people."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = first_line(error)

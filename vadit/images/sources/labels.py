@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import UsageError, write_fault
 from vadit.runtime.reading import read_file
 
 MAX_CLASSES = 1_000_000
@@ -46,7 +46,7 @@ class LabelsFile:
         try:
             text = read_file(path).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise self.refusal(f"cannot be read ({error})") from None
+            raise self.refusal(f"cannot be read ({write_fault(error)})") from None
         self._is_image = is_image
         lines = [(number, line) for number, line in enumerate(re.split("\r\n?|\n", text), start=1) if line.strip()]
         lines = [line for line in lines if not _is_comment(line[1], is_image)]

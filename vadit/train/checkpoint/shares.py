@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vadit.runtime import distributed
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.json_files import Count, parse_json
 from vadit.runtime.reading import openable, patiently
 from vadit.train.engine import Engine
@@ -122,7 +122,8 @@ class _File:
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, RunError):
                 raise
-            raise RunError(f"{path} cannot be read as a part of a checkpoint ({error}); {REMEDY}") from error
+            fault = write_fault(error)
+            raise RunError(f"{path} cannot be read as a part of a checkpoint ({fault}); {REMEDY}") from error
         header = self.header
         held = [(WEIGHTS.format(index), piece) for index, group in enumerate(header.groups) for piece in group]
         held += [(f"frozen.{name}", piece._replace(offset=0)) for name, piece in header.frozen.items()]
