@@ -16,21 +16,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from vadit.images.sources.beton import (
-    ALLOCATION,
-    FIELD,
-    FOOTER,
-    HEADER,
-    JPG,
-    KINDS,
-    MAGIC,
-    OUR_FIELDS,
-    RAW,
-    VERSION,
-    EncodedImage,
-    row_crc32,
-    row_type,
-)
+from vadit.images.sources import beton
+from vadit.images.sources.beton import OUR_FIELDS, EncodedImage
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import no_link, refuse_other_settings
 from vadit.runtime.json_files import Count, parse_json
@@ -41,7 +28,7 @@ MAX_SIDE = (1 << 16) - 1
 ALIGNMENT = 64
 """Payloads begin at multiples of it."""
 GOES_ON = "make room or give permission, then start again: it goes on where it was"
-_ROW = row_type(OUR_FIELDS)
+_ROW = beton.row_type(OUR_FIELDS)
 
 _Short = Annotated[int, Field(strict=True, ge=0, lt=1 << 16)]
 
@@ -98,7 +85,7 @@ class BetonWriter:
         """Name of each item that `skip` noted, with the reason."""
         self._page_size = page_size
         self._max_samples = max_samples
-        front = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize + max_samples * _ROW.itemsize
+        front = beton.HEADER.itemsize + len(OUR_FIELDS) * beton.FIELD.itemsize + max_samples * _ROW.itemsize
         self._rows, self._allocations = bytearray(), bytearray()  # as in the file: tuples would take a kilobyte each
         self._page = bytearray()
         self._page_start = _round_up(front, page_size)
@@ -138,8 +125,8 @@ class BetonWriter:
         ptr = self._page_start + len(self._page)
         self._page += image.data
         self._page += bytes(need - num_bytes)
-        mode = JPG if image.mode == "jpg" else RAW
-        row = [[mode, image.width, image.height, ptr], label, row_crc32(image, label)]
+        mode = beton.JPG if image.mode == "jpg" else beton.RAW
+        row = [[mode, image.width, image.height, ptr], label, beton.row_crc32(image, label)]
         self._record(row, num_bytes)
         self._news["rows"].append((row, num_bytes))
 
@@ -155,14 +142,18 @@ class BetonWriter:
         if not self._rows:
             raise RunError(f"{self.path} would hold no samples; nothing was written")
         self._flush_page()
-        fields, header, footer = np.zeros(len(OUR_FIELDS), FIELD), np.zeros(1, HEADER), np.zeros(1, FOOTER)
-        fields["kind"] = [KINDS.index(field.kind) for field in OUR_FIELDS]
+        fields, header, footer = (
+            np.zeros(len(OUR_FIELDS), beton.FIELD),
+            np.zeros(1, beton.HEADER),
+            np.zeros(1, beton.FOOTER),
+        )
+        fields["kind"] = [beton.KINDS.index(field.kind) for field in OUR_FIELDS]
         fields["name"] = [field.name.encode() for field in OUR_FIELDS]
         text = json.dumps(notes or {}).encode()
-        table = self._page_start + len(text) + FOOTER.itemsize
-        header[0] = (VERSION, len(OUR_FIELDS), self._page_size, self.num_samples, table)
+        table = self._page_start + len(text) + beton.FOOTER.itemsize
+        header[0] = (beton.VERSION, len(OUR_FIELDS), self._page_size, self.num_samples, table)
         front = header.tobytes() + fields.tobytes() + self._rows
-        footer[0] = (MAGIC, len(text), zlib.crc32(text), zlib.crc32(self._allocations, zlib.crc32(front)), 0)
+        footer[0] = (beton.MAGIC, len(text), zlib.crc32(text), zlib.crc32(self._allocations, zlib.crc32(front)), 0)
         with self._disk():
             self._data.seek(self._page_start)
             self._data.write(text + footer.tobytes() + self._allocations)
@@ -174,15 +165,11 @@ class BetonWriter:
             os.replace(self._partial, self.path)
             self._journal_path.unlink()
 
-    def close(self) -> None:
-        """Leave the parts as they are, for another writer to go on from."""
-        self._open.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._open.close()
 
     def _resume(self, head: dict[str, Any]) -> None:
         """Take over what the journal records, up to the first line that is not whole or whose payload is missing."""
@@ -215,7 +202,7 @@ class BetonWriter:
     def _record(self, row: Sequence[Any], num_bytes: int) -> None:
         entry = np.zeros(1, _ROW)  # zeros: the bytes between the columns count in the tables' checksum
         entry[0] = (tuple(row[0]), *row[1:])
-        self._allocations += np.array([(self.num_samples, row[0][-1], num_bytes)], ALLOCATION).tobytes()
+        self._allocations += np.array([(self.num_samples, row[0][-1], num_bytes)], beton.ALLOCATION).tobytes()
         self._rows += entry.tobytes()
 
     def _flush_page(self) -> None:
