@@ -17,13 +17,13 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
@@ -44,7 +44,6 @@ VERIFY_IMAGES = 64
 
 Progress = Callable[[str, int, int], object]
 """Called with "prepare" or "verify", the images done and their number."""
-In = TypeVar("In")
 Out = TypeVar("Out")
 
 
@@ -99,7 +98,8 @@ def prepare_images(
     many of them, a full disk, or what was written does not read back.
     """
     out = Path(out)
-    _check_settings(out, size, quality, num_workers)
+    if out.suffix != ".beton":
+        raise UsageError(f"{out} is no name for the result; it must end in .beton")
     job = Job(size, encode, quality if encode == "jpeg" else 0)
     num_workers = num_workers or len(os.sched_getaffinity(0))
     source = open_images(spec, max(size, 1)).source
@@ -144,11 +144,6 @@ def prepare_images(
     images_per_s = num_new / max(seconds, 1e-9)
     labels = source.labels[[index for index in range(len(source)) if str(index) not in bad]]
     return PrepareSummary(count, num_new, out.stat().st_size, source.classes, labels, left_out, bad_file, images_per_s)
-
-
-def _check_settings(out: Path, size: int, quality: int, num_workers: int | None) -> None:
-    if out.suffix != ".beton":
-        raise UsageError(f"{out} is no name for the result; it must end in .beton")
 
 
 def _settings(job: Job, source: ImageSource) -> dict[str, Any]:
@@ -275,28 +270,17 @@ def _cut(ids: range, count: int) -> list[range]:
     return [ids[start : start + count] for start in range(0, len(ids), count)]
 
 
-class _Mapped(Dataset[Out], Generic[In, Out]):
-    """What a function makes of each item, for a DataLoader whose sampler has the items."""
-
-    def __init__(self, function: Callable[[In], Out]) -> None:
-        self.function = function
-
-    def __getitem__(self, item: In) -> Out:
-        return self.function(item)
-
-
-def _in_order(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Generator[Out, None, None]:
+def _in_order(function: Callable[[range], Out], parts: list[range], num_workers: int) -> Generator[Out, None, None]:
     """A map over so many processes (1: none besides this one) that keeps the order and runs a little ahead."""
     if num_workers == 1:
-        yield from map(function, items)
+        yield from map(function, parts)
         return
-    loader = DataLoader(
-        _Mapped(function),
+    loader: DataLoader[Out] = DataLoader(
+        parts,  # type: ignore[arg-type]  # a list is a data set, too
         batch_size=None,
-        sampler=items,
         num_workers=num_workers,
         prefetch_factor=PARTS_AHEAD,
-        collate_fn=lambda result: result,  # the default one looks for numbers to convert
+        collate_fn=function,  # type: ignore[arg-type]  # called in the workers
         multiprocessing_context="fork",  # they share the source, whose paths may be millions
         worker_init_fn=_start_worker,
     )
