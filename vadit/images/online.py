@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -11,8 +9,8 @@ from torch import Tensor
 
 from vadit.config import ImageDataSpec, LatentDataSpec
 from vadit.images.backends import open_images
-from vadit.images.loader import ImageDecoder, ImageSet, Request
-from vadit.images.pillow import pillow_decoder
+from vadit.images.loader import ImageSet, Request
+from vadit.images.pillow import ThreadedDecoder
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.reading import ReadFault
 
@@ -36,17 +34,14 @@ class OnlineImages:
 
     has_features = False
 
-    def __init__(self, images: ImageSet, image_ids: Tensor) -> None:
+    def __init__(self, images: ImageSet, image_ids: Tensor, device: str | torch.device) -> None:
         self.shape: tuple[int, ...] = (3, images.size, images.size)
         self._images = images
         self._image_ids = image_ids
-        self._decoder: ImageDecoder | None = None
+        self._decoder = ThreadedDecoder(images, ImageDataSpec.num_workers, pinned=torch.device(device).type == "cuda")
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """Images (B, 3, H, W) of the latents `ids`, mirrored where `flips`; RunError names one that does not decode."""
-        if self._decoder is None:
-            with self.session(device):
-                return self.batch(ids, flips, device)
         indices = self._image_ids[ids].tolist()
         requests = [Request(index, mirror=mirror) for index, mirror in zip(indices, flips.tolist(), strict=True)]
         decoded = self._decoder.submit(requests)()
@@ -59,21 +54,14 @@ class OnlineImages:
             ) from error
         return decoded.pixels.to(device, non_blocking=decoded.pixels.is_pinned()).permute(0, 3, 1, 2)
 
-    @contextlib.contextmanager
-    def session(self, device: str | torch.device) -> Iterator[None]:
-        """While it lives, images are decoded in threads."""
-        with pillow_decoder(self._images, ImageDataSpec.num_workers, device)() as decoder:
-            before, self._decoder = self._decoder, decoder
-            try:
-                yield
-            finally:
-                self._decoder = before
 
-
-def open_online_images(spec: LatentDataSpec, latents: Latents, grid: int) -> OnlineImages:
+def open_online_images(
+    spec: LatentDataSpec, latents: Latents, grid: int, device: str | torch.device = "cpu"
+) -> OnlineImages:
     """The images of `data.images`; UsageError where number or classes show that the latents are of other images.
 
-    grid: tokens of the generator along a side. Debug latents take any images, by default debug images.
+    grid: tokens of the generator along a side. device: where batches are wanted. Debug latents take any images, by
+    default debug images.
     """
     made_up = spec.path.startswith("debug:")
     path = spec.images or (spec.path if made_up else "")
@@ -85,7 +73,7 @@ def open_online_images(spec: LatentDataSpec, latents: Latents, grid: int) -> Onl
     images = open_images(ImageDataSpec(path=path), latents.image_size or PIXELS_PER_TOKEN * grid)
     ids, expected = latents.image_ids()
     if made_up:
-        return OnlineImages(images, ids % len(images))
+        return OnlineImages(images, ids % len(images), device)
     remedy = "set data.images to the images that the latents were encoded from, in the same order"
     if len(images) != expected or int(ids.max()) >= len(images):
         raise UsageError(
@@ -100,4 +88,4 @@ def open_online_images(spec: LatentDataSpec, latents: Latents, grid: int) -> Onl
             f"{images.source.describe(image)} is of class {int(images.source.labels[image])} but its latent {index} in "
             f"{spec.path} is of class {int(latents.labels[index])}; {remedy}"
         )
-    return OnlineImages(images, ids)
+    return OnlineImages(images, ids, device)

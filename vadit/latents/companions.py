@@ -6,9 +6,7 @@ part of the picture.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -35,12 +33,8 @@ class Companion(Protocol):
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """Those of the latents `ids`, (B, *shape); RunError names one that cannot be used. From any thread."""
 
-    def session(self, device: str | torch.device) -> AbstractContextManager[None]:
-        """While it lives, batches are made with threads: those of the loader, unless it has its own."""
-        return contextlib.nullcontext()
 
-
-class CachedFeatures(Companion):
+class CachedFeatures:
     """Features that `vadit encode --features` wrote beside the latents, bfloat16."""
 
     has_features = True
@@ -55,13 +49,13 @@ class CachedFeatures(Companion):
         return self._rows.read(ids, flips, pin=pin).to(device, non_blocking=pin)
 
 
-class DebugFeatures(Companion):
+class DebugFeatures:
     """Made-up features of debug latents, a function of their index."""
 
     has_features = True
 
     def __init__(self, grid: int) -> None:
-        self.shape = (DEBUG_WIDTH, grid, grid)
+        self.shape: tuple[int, ...] = (DEBUG_WIDTH, grid, grid)
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """See Companion."""

@@ -52,13 +52,11 @@ class LatentLoader(PositionedLoader[tuple[Tensor, ...]]):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Callable[[Tensor], Callable[[], tuple[Tensor, ...]]]]:
-        companion = self.dataset.companion
-        with contextlib.nullcontext() if companion is None else companion.session(self.device):
-            pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="vadit-data")
-            try:
-                yield lambda positions: pool.submit(self._load, positions, self.seed).result
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="vadit-data")
+        try:
+            yield lambda positions: pool.submit(self._load, positions, self.seed).result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, positions: Tensor, seed: int) -> tuple[Tensor, ...]:
         parts = [

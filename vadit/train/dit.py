@@ -52,7 +52,7 @@ def _train(config: DiTConfig, title: str) -> Path:
     dataset = open_latents(config.data, config.model, config.repa)
     if config.repa.weight > 0 and config.repa.features == "online":
         grid = config.model.input_size // config.model.patch_size
-        dataset.companion = open_online_images(config.data, dataset, grid)
+        dataset.companion = open_online_images(config.data, dataset, grid, device)
     folder = runs.open_folder(config)
     if distributed.is_main():
         classes = [str(label) for label in range(dataset.num_classes)]
