@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
@@ -18,14 +17,15 @@ from vadit.images.transforms import apply_crop, plan_crop, to_rgb
 from vadit.runtime.errors import RunError
 
 
-class ThreadedDecoder(ABC):
+class ThreadedDecoder:
     """An ImageDecoder whose threads decode parts of a batch straight into it, and the context that ends them.
 
-    A part holds at most `part` images, and fewer where a batch would else give less than `num_parts` parts. Batches for
-    a GPU lie in pinned memory (`pinned`).
+    Its pixels are exactly those of vadit.images.transforms; subclasses come to them in other ways. A part holds at most
+    `part` images, and fewer where a batch would else give less than `num_parts` parts. Batches for a GPU lie in pinned
+    memory (`pinned`).
     """
 
-    def __init__(self, images: ImageSet, num_threads: int, *, part: int, num_parts: int, pinned: bool) -> None:
+    def __init__(self, images: ImageSet, num_threads: int, *, part: int = 1, num_parts: int = 1, pinned: bool) -> None:
         Image.init()  # register all of Pillow's formats before threads need them
         self._images = images
         self._part, self._num_parts, self._pinned = part, num_parts, pinned
@@ -59,19 +59,8 @@ class ThreadedDecoder(ABC):
         """A batch when all of it is decoded."""
         return pixels
 
-    @abstractmethod
     def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
         """Some images into uint8 (n, size, size, 3); returned is place -> why it does not decode."""
-
-
-class PillowDecoder(ThreadedDecoder):
-    """An ImageDecoder whose pixels are exactly those of vadit.images.transforms."""
-
-    def __init__(self, images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> None:
-        pinned = torch.device(device).type == "cuda"
-        super().__init__(images, max(1, num_workers), part=1, num_parts=1, pinned=pinned)
-
-    def _decode(self, requests: Sequence[Request], pixels: Tensor) -> dict[int, RunError]:
         failures: dict[int, RunError] = {}
         for place, request in enumerate(requests):
             try:
@@ -82,8 +71,8 @@ class PillowDecoder(ThreadedDecoder):
 
 
 def pillow_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
-    """Starts PillowDecoders with so many threads."""
-    return lambda: PillowDecoder(images, num_workers, device)
+    """Starts Pillow's decoders with so many threads."""
+    return lambda: ThreadedDecoder(images, max(1, num_workers), pinned=torch.device(device).type == "cuda")
 
 
 def decode(images: ImageSet, request: Request) -> np.ndarray:
