@@ -108,7 +108,13 @@ def _pick(wanted: str, images: ImageSet, device: torch.device, begun_with: str |
     else:
         name = "ffcv" if images.source.name.endswith(".beton") else "dali"
         reason = f"it is here, and it reads {images.source.name}"
-    problem = _problem(name, images, device)
+    problem = ""
+    if name == "dali":
+        problem = _trial(images, device)
+    elif name == "ffcv":
+        from vadit.images.ffcv import why_not
+
+        problem = why_not(images)
     if not problem:
         return Choice(SETTING, name, reason)
     if wanted != "auto":
@@ -118,17 +124,6 @@ def _pick(wanted: str, images: ImageSet, device: torch.device, begun_with: str |
     if begun_with is not None:
         return Choice(SETTING, "torch", "always there", refused=f"the run began with {begun_with}, but {problem}")
     return Choice(SETTING, "torch", f"not {name}: {problem}")
-
-
-def _problem(name: str, images: ImageSet, device: torch.device) -> str:
-    """Why a loader cannot be had here; empty where it can."""
-    if name == "torch":
-        return ""
-    if name == "dali":
-        return _trial(images, device)
-    from vadit.images.ffcv import why_not
-
-    return why_not(images)
 
 
 def _trial(images: ImageSet, device: torch.device) -> str:

@@ -7,6 +7,7 @@ of transforms (pillow: the rule itself; dali; ffcv). `ImageLoader` puts them in 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -245,16 +246,13 @@ def load_in_order(images: ImageSet, ids: Sequence[int], batch_size: int, decoder
 
     Images that do not decode are left out (on_error="skip") or end the iteration with a RunError ("raise").
     """
-    pending: deque[tuple[Sequence[int], Callable[[], Decoded]]] = deque()
-    starts = iter(range(0, len(ids), batch_size))
-    while True:
-        for start in starts:
-            part = ids[start : start + batch_size]
-            pending.append((part, decoder.submit([Request(index) for index in part])))
-            if len(pending) == PREFETCH_BATCHES:
-                break
-        if not pending:
-            return
+
+    def begin(part: Sequence[int]) -> tuple[Sequence[int], Callable[[], Decoded]]:
+        return part, decoder.submit([Request(index) for index in part])
+
+    parts = (ids[start : start + batch_size] for start in range(0, len(ids), batch_size))
+    pending = deque(map(begin, itertools.islice(parts, PREFETCH_BATCHES)))
+    while pending:
         part, wait = pending.popleft()
         decoded = wait()
         for place, error in sorted(decoded.failures.items()):
@@ -263,6 +261,7 @@ def load_in_order(images: ImageSet, ids: Sequence[int], batch_size: int, decoder
         if good:
             pixels = decoded.pixels if len(good) == len(part) else decoded.pixels[good]
             yield assemble(images, pixels, [part[place] for place in good])
+        pending.extend(map(begin, itertools.islice(parts, 1)))
 
 
 def assemble(images: ImageSet, pixels: Tensor, ids: Sequence[int]) -> ImageBatch:

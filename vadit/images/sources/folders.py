@@ -31,11 +31,7 @@ class FolderSource:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        labels_file: str | Path | None = None,
-        *,
-        on_error: Literal["raise", "skip"] = "raise",
+        self, path: str | Path, labels_file: str | Path | None = None, *, on_error: Literal["raise", "skip"] = "raise"
     ) -> None:
         self.name = str(path)
         root = Path(path)

@@ -42,14 +42,13 @@ class LabelsFile:
     """
 
     def __init__(self, path: Path, is_image: Callable[[str], bool]) -> None:
-        self._path = path
+        self._path, self._is_image = path, is_image
         try:
             text = read_file(path).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise self.refusal(f"cannot be read ({write_fault(error)})") from None
-        self._is_image = is_image
-        lines = [(number, line) for number, line in enumerate(re.split("\r\n?|\n", text), start=1) if line.strip()]
-        lines = [line for line in lines if not _is_comment(line[1], is_image)]
+        numbered = enumerate(re.split("\r\n?|\n", text), start=1)
+        lines = [(number, line) for number, line in numbered if line.strip() and not self._is_comment(line.strip())]
         self.lines: dict[str, int] = {}
         """Name of each image -> number of its line."""
         words: list[str] = []
@@ -67,6 +66,9 @@ class LabelsFile:
 
     def _fail(self, number: int, problem: str) -> NoReturn:
         raise self.refusal(f"is wrong in line {number}: {problem}")
+
+    def _is_comment(self, line: str) -> bool:
+        return line.startswith("#") and not self._is_image(re.split(r"[\s;,]", line)[0])
 
     def _pairs(self, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
         """Line, name and label."""
@@ -111,21 +113,18 @@ class LabelsFile:
 
     def _numbered(self, words: list[str]) -> tuple[list[str], list[int]]:
         """The classes, and the label of each word."""
-        numbers = list(self.lines.values())
-        kinds = {word: _NUMBER.fullmatch(word) is not None for word in set(words)}
-        if not any(kinds.values()):
-            classes = sorted(kinds)
+        classes = sorted(set(words))
+        numeric = set(filter(_NUMBER.fullmatch, classes))
+        if not numeric:
             rank = {word: label for label, word in enumerate(classes)}
             return classes, [rank[word] for word in words]
-        for number, word in zip(numbers, words, strict=True):
-            if not kinds[word]:
-                first = next(each for each in words if kinds[each])
-                self._fail(
-                    number, f"the label {word[:40]!r} is a name, and {first!r} is a number; give all of one kind"
-                )
+        for number, word in zip(self.lines.values(), words, strict=True):
+            shown = f"{word[:40]!r}"
+            if word not in numeric:
+                first = next(each for each in words if each in numeric)
+                self._fail(number, f"the label {shown} is a name, and {first!r} is a number; give all of one kind")
             if not (float(word).is_integer() and 0 <= float(word) < MAX_CLASSES):
-                what = f"the label is {word[:40]!r}"
-                self._fail(number, f"{what}; numbers are whole ones from 0 to {MAX_CLASSES - 1}")
+                self._fail(number, f"the label is {shown}; numbers are whole ones from 0 to {MAX_CLASSES - 1}")
         labels = [int(float(word)) for word in words]
         return [str(label) for label in range(max(labels) + 1)], labels
 
@@ -142,7 +141,3 @@ def _parted(lines: list[tuple[int, str]], separator: str, is_image: Callable[[st
         elif " " in columns[0] and is_image(line.split()[0]) and not is_image(columns[0]):
             columns = line.split()
         yield number, columns if separator == " " else [column.strip() for column in columns]
-
-
-def _is_comment(line: str, is_image: Callable[[str], bool]) -> bool:
-    return line.lstrip().startswith("#") and not is_image(re.split(r"[\s;,]", line.strip())[0])

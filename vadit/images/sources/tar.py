@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 
 from vadit.images.sources.folders import SET_FOLDER
-from vadit.images.sources.tar_index import (
-    IMAGE_EXTENSIONS,
-    NO_LABEL,
-    Damaged,
-    members,
-    shard_index,
-    stamp_of,
-    text,
-)
+from vadit.images.sources.tar_index import IMAGE_EXTENSIONS, NO_LABEL, Damaged, members, shard_index, stamp_of, text
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.reading import OpenFiles
 from vadit.runtime.walk import visible
