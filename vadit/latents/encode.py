@@ -101,12 +101,13 @@ def encode(
     kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}
     settings = _settings(autoencoder, images, features, **kept)
     started = time.monotonic()
-    num_shards = -(-len(images) // shard_size)
+    parts = [range(len(images))[start : start + shard_size] for start in range(0, len(images), shard_size)]
+    paths = [out / f"shard-{number:05d}.safetensors" for number in range(len(parts))]
     with owned(out, "set --out to another one"):
-        finished = _finished_shards(out, settings, num_shards)
+        finished = _finished_shards(out, settings, paths)
         distributed.barrier()  # every process has seen the folder before one of them changes it
-        mine = range(distributed.rank(), num_shards, distributed.world_size())
-        share = sum(len(_shard_ids(number, settings)) for number in mine)
+        mine = list(zip(paths, parts, strict=True))[distributed.rank() :: distributed.world_size()]
+        share = sum(len(ids) for _, ids in mine)
         num_done = num_encoded = num_written = 0
 
         def report(num_more: int) -> None:
@@ -117,14 +118,16 @@ def encode(
         autoencoder.eval()
         try:
             with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-                for number in mine:
-                    ids = _shard_ids(number, settings)
-                    if number not in finished or not _is_intact(shard_path(out, number)):
-                        writer = LatentShardWriter(shard_path(out, number), settings)
+                for path, ids in mine:
+                    if path not in finished or not _is_intact(path):
+                        writer = LatentShardWriter(path, settings)
                         for batch in load_in_order(images, ids, batch_size, active):
                             writer.add(_rows(autoencoder, features, batch, settings))
                             report(writer.count)
-                        num_encoded += _close(writer, images, ids)
+                        if writer.count == 0:
+                            some = f"none of the images {ids.start} to {ids.stop - 1} of {settings.source}"
+                            raise RunError(f"{some} decodes; replace them")
+                        num_encoded += writer.close()
                         num_written += 1
                     num_done += len(ids)
                     report(0)
@@ -134,7 +137,7 @@ def encode(
         encoding_s = time.monotonic() - started
         distributed.barrier()
         if distributed.is_main():
-            _complete(out, settings, images, num_shards, stats_samples, seed)
+            _complete(out, settings, images.source.classes, paths, stats_samples, seed)
         distributed.barrier()
     if joined:
         dist.destroy_process_group()
@@ -152,17 +155,12 @@ def _settings(
         num_images=len(images),
         num_classes=len(images.source.classes),
         size=images.size,
-        features=None if features is None else describe_features(features),
+        features=None if features is None else _about_features(features),
         **choices,
     )
 
 
-def shard_path(out: Path, number: int) -> Path:
-    """File of a shard."""
-    return out / f"shard-{number:05d}.safetensors"
-
-
-def describe_features(model: FoundationModel) -> dict[str, Any]:
+def _about_features(model: FoundationModel) -> dict[str, Any]:
     """What a foundation model's features depend on: readers compare name, size and range with a run's."""
     from vadit.models.foundation import TIMM_NAMES
 
@@ -198,23 +196,9 @@ def _rows(
     return rows
 
 
-def _shard_ids(number: int, settings: LatentSettings) -> range:
-    start = number * settings.shard_size
-    return range(start, min(start + settings.shard_size, settings.num_images))
-
-
-def _close(writer: LatentShardWriter, images: ImageSet, ids: range) -> int:
-    if writer.count == 0:
-        raise RunError(
-            f"none of the images {ids.start} to {ids.stop - 1} of {images.source.name} decodes; replace them"
-        )
-    return writer.close()
-
-
-def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> set[int]:
-    """Numbers of the shards whose headers are sound; refuses a folder that holds anything else."""
-    expected = {shard_path(out, number): number for number in range(num_shards)}
-    finished: set[int] = set()
+def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path]) -> set[Path]:
+    """The shards whose headers are sound; refuses a folder that holds any besides `paths`."""
+    expected, finished = set(paths), set()
     for path in visible(out, ".safetensors") if out.is_dir() else ():
         try:
             found = open_shard(path).settings
@@ -228,30 +212,28 @@ def _finished_shards(out: Path, settings: LatentSettings, num_shards: int) -> se
         remedy = "set --out to an empty folder, or remove this one"
         refuse_other_settings(out, "latents", asdict(found), asdict(settings), remedy)
         if path not in expected:
-            raise UsageError(f"{path} is none of this folder's {num_shards} shards; remove it")
-        finished.add(expected[path])
+            raise UsageError(f"{path} is none of this folder's {len(paths)} shards; remove it")
+        finished.add(path)
     return finished
 
 
 def _is_intact(path: Path) -> bool:
     """Whether a shard's content is still that of its checksum."""
-    shard = open_shard(path)
-    if shard.is_intact():
+    if open_shard(path).is_intact():
         return True
     logger.warning("%s has another checksum than its header says; it is encoded anew", path)
     return False
 
 
 def _complete(
-    out: Path, settings: LatentSettings, images: ImageSet, num_shards: int, stats_samples: int, seed: int
+    out: Path, settings: LatentSettings, classes: list[str], paths: list[Path], stats_samples: int, seed: int
 ) -> None:
     """Write statistics and index once all shards are there, where they are not those of these shards already."""
-    missing = [number for number in range(num_shards) if not shard_path(out, number).exists()]
-    if missing:
-        raise RunError(f"{shard_path(out, missing[0])} is missing; run the same command again to encode it")
+    if missing := [path for path in paths if not path.exists()]:
+        raise RunError(f"{missing[0]} is missing; run the same command again to encode it")
     with contextlib.suppress(UsageError, RunError):
         open_finished_folder(out)
         if (out / STATISTICS_FILE).exists():
             return
     compute_statistics(out, samples=stats_samples, seed=seed)
-    save_index(out, settings, images.source.classes)
+    save_index(out, settings, classes)
