@@ -285,16 +285,12 @@ def _label_points(plot: Axes, drawn: Sequence[Series]) -> None:
         text = plot.annotate(
             one_line(label), (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=9, color=_SOFT
         )
-
-        def extent(place: tuple[int, int, str], text: Any = text) -> Bbox:
-            text.set(position=place[:2], ha=place[2])
-            return text.get_window_extent(renderer)
-
-        def covered(place: tuple[int, int, str], extent: Any = extent) -> tuple[bool, int]:
-            box = extent(place)
-            return box.x0 < plot.bbox.x0 or box.x1 > plot.bbox.x1, box.count_overlaps(taken)
-
-        taken.append(extent(min(_BESIDE, key=covered)))
+        for right, up, side in _BESIDE:
+            text.set(position=(right, up), ha=side)
+            box = text.get_window_extent(renderer)
+            if plot.bbox.x0 <= box.x0 and box.x1 <= plot.bbox.x1 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
 
 
 def _for_page(drawing: str, title: str) -> str:
