@@ -37,11 +37,7 @@ class FeatureMoments:
 
     def update(self, features: Array) -> None:
         """Take in a batch (B, D)."""
-        batch = _matrix(features, "features")
-        if self.count > 0 and batch.shape[1] != len(self._mean):
-            raise UsageError(
-                f"features have width {batch.shape[1]}, the earlier ones {len(self._mean)}; use one feature extractor"
-            )
+        batch = _points(features, "features").double().numpy()
         mean = batch.mean(axis=0)
         centred, shift = batch - mean, mean - self._mean
         total = self.count + len(batch)
@@ -104,7 +100,7 @@ def inception_score(probabilities: Array, split_size: int = IS_SPLIT) -> float:
 
     Mean of exp(mean KL(p || mean p)) over consecutive splits of `split_size` (ADM's; the last split may be shorter).
     """
-    values = _matrix(probabilities, "probabilities")
+    values = _points(probabilities, "probabilities").double().numpy()
     if values.min() < 0 or np.abs(values.sum(axis=1) - 1).max() > 1e-3:
         raise UsageError("inception score needs probabilities whose rows sum to 1; pass a softmax of logits")
     scores = []
@@ -236,13 +232,6 @@ def _finite(values: Array, name: str) -> np.ndarray:
             f"{name} holds {num_bad} NaN or infinite values of {array.size}; a covariance of fewer than 2 images gives "
             "them, or samples that are NaN: evaluate more images, or look at the samples"
         )
-    return array
-
-
-def _matrix(values: Array, name: str) -> np.ndarray:
-    array = _finite(values, name)
-    if array.ndim != 2 or len(array) == 0:
-        raise UsageError(f"{name} must have shape (N, D) with N >= 1, found {array.shape}")
     return array
 
 
