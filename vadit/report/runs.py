@@ -51,13 +51,8 @@ class Run:
 
     def scored(self, kind: str, name: str) -> dict[str, float]:
         """Numbers of its metrics*.json of one kind whose names begin so."""
-        return {
-            key: value
-            for scores in self.scores
-            if scores.kind == kind
-            for key, value in scores.metrics.items()
-            if key.startswith(name)
-        }
+        found = [scores.metrics for scores in self.scores if scores.kind == kind]
+        return {key: value for metrics in found for key, value in metrics.items() if key.startswith(name)}
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
