@@ -154,7 +154,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
     from vadit.models.lpips import LPIPS
 
     _check_outputs(options)
-    seeds = results.seed_range(options.seed, options.seeds)
+    seeds = range(options.seed, options.seed + options.seeds)
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
@@ -189,7 +189,7 @@ def latents(options: EvaluateLatentsOptions) -> None:
     from vadit.eval.latents import evaluate_latents, open_vectors
 
     _check_outputs(options)
-    seeds = results.seed_range(options.seed, options.seeds)
+    seeds = range(options.seed, options.seed + options.seeds)
     found = evaluate_latents(open_vectors(options.latents), options.num_vectors, seeds, options.picture)
     inputs = {
         "latents": options.latents,

@@ -145,7 +145,7 @@ def file_vectors(vectors: Tensor, num_vectors: int, seed: int) -> np.ndarray:
 
 def _random_places(num_images: int, num_positions: int, num_vectors: int, seed: int) -> tuple[Tensor, Tensor]:
     """Different images and a position in each, int64 (num_vectors,)."""
-    if not 1 <= num_vectors <= num_images:
+    if num_vectors > num_images:
         raise UsageError(
             f"--num-vectors is {num_vectors}, and there are latents of {num_images} images, one vector from each; set "
             f"--num-vectors {num_images} or less (t-SNE needs more than {3 * PERPLEXITY:g})"

@@ -8,15 +8,7 @@ from typing import Any
 
 from vadit.runtime import distributed
 from vadit.runtime.console import say
-from vadit.runtime.errors import UsageError
 from vadit.runtime.files import save_json
-
-
-def seed_range(first: int, count: int) -> range:
-    """`count` seeds from `first` on."""
-    if count < 1:
-        raise UsageError(f"--seeds is {count}; it must be at least 1")
-    return range(first, first + count)
 
 
 def report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out: str | None) -> None:

@@ -91,7 +91,7 @@ def evaluate_image_set(
     found = []
     for seed in seeds:
         with pillow_decoder(images, num_workers, device)() as decoder:
-            batches = load_in_order(images, ids, max(batch_size, 1), decoder)
+            batches = load_in_order(images, ids, batch_size, decoder)
             count, metrics = evaluate_tokenizer(
                 autoencoder,
                 (batch.images.contiguous() for batch in batches),
