@@ -22,15 +22,7 @@ from torch import Tensor, nn
 from vadit.config import DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
 from vadit.config.masks import check_masks
-from vadit.models.dit import (
-    Attention,
-    Block,
-    FinalLayer,
-    LightningDiT,
-    Places,
-    RotaryTable,
-    sincos_positions,
-)
+from vadit.models.dit import Attention, Block, FinalLayer, LightningDiT, Places, RotaryTable, sincos_positions
 from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_origin, read_safetensors, read_spec
 from vadit.runtime.errors import UsageError, naming
 

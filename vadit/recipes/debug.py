@@ -43,11 +43,7 @@ def _tokenizer(config: TokenizerConfig) -> TokenizerConfig:
             "attention_resolutions": (side,),
         },
         foundation=config.foundation if config.foundation.name == "none" else _tiny_vit(config.foundation),
-        loss={
-            "perceptual_weight": 0.0,
-            "disc_channels": 8,
-            "disc_start_step": min(config.loss.disc_start_step, STEPS),
-        },
+        loss={"perceptual_weight": 0.0, "disc_channels": 8, "disc_start_step": min(config.loss.disc_start_step, STEPS)},
         data={"num_workers": 1},
         stages=tuple(
             replace(

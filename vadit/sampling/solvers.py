@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from vadit.config import FlowSpec, SampleSpec
 from vadit.kernels import exact
 from vadit.objectives import ddpm
-from vadit.objectives.flow import (
-    path_point,
-    sampling_interval,
-    sde_diffusion,
-    sde_interval,
-    to_score,
-    to_velocity,
-)
+from vadit.objectives.flow import path_point, sampling_interval, sde_diffusion, sde_interval, to_score, to_velocity
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 
