@@ -30,10 +30,6 @@ TIMM_NAMES = {
     "sam": "samvit_large_patch16.sa1b",
     "clip": "vit_large_patch14_clip_224.openai",
 }
-DINOV2_POSITION_OFFSET = 0.1
-"""What DINOv2 adds to the new side before it interpolates position embeddings (its `interpolate_offset`)."""
-MISFIT = "Error(s) in loading state_dict"
-"""How torch's own message begins where names or shapes of weights do not fit."""
 
 
 class FoundationModel(nn.Module):
@@ -148,7 +144,7 @@ def _fit_positions(model: Any, grid: int) -> None:
     if side == grid:
         return
     table = old_1TD[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    scale = (grid + DINOV2_POSITION_OFFSET) / side
+    scale = (grid + 0.1) / side  # DINOv2's `interpolate_offset`
     table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic").flatten(2).transpose(1, 2)
     model.pos_embed = nn.Parameter(torch.cat([old_1TD[:, :prefix], table.to(old_1TD)], dim=1), requires_grad=False)
     model.patch_embed.grid_size = (grid, grid)  # what timm compares with: it interpolates no more
@@ -161,30 +157,27 @@ def _create(spec: FoundationSpec) -> Any:
         near = difflib.get_close_matches(name, [*TIMM_NAMES, *timm.list_models()], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"foundation.name {spec.name} is neither {', '.join(TIMM_NAMES)} nor a timm model{hint}")
-    if spec.model_args:
+    if spec.weights == "random" or spec.model_args:
         try:
-            _stride(_create_sized(spec, name, pretrained=False))
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:  # each model's own
+            model = _create_sized(spec, name, pretrained=False)
+            _stride(model)
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             words = f"foundation.model_args {spec.model_args} do not suit {spec.name}: {first_line(error)}"
-            raise error if isinstance(error, UsageError) else UsageError(words) from None
-    if spec.weights == "random":
-        return _create_sized(spec, name, pretrained=False)
-    if spec.weights == "hub":
-        return _create_from_hub(spec, name)
-    return _create_from_file(spec, name)
+            raise UsageError(words) from None
+        if spec.weights == "random":
+            return model
+    return _create_from_hub(spec, name) if spec.weights == "hub" else _create_from_file(spec, name)
 
 
 def _create_sized(spec: FoundationSpec, name: str, **arguments: Any) -> Any:
     """With dynamic_img_size where the model knows it: other image sizes by interpolated position embeddings."""
     arguments = {**spec.model_args, **arguments}
-    for dynamic in ({"dynamic_img_size": True}, {}):
-        try:
-            return timm.create_model(name, **{**dynamic, **arguments})
-        except TypeError as error:
-            if not dynamic or "dynamic_img_size" not in str(error):
-                words = f"foundation.model_args {spec.model_args} do not suit {spec.name}: {first_line(error)}"
-                raise UsageError(words) from None
-    raise AssertionError("the last try returns or raises")
+    try:
+        return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+    return timm.create_model(name, **arguments)
 
 
 def _create_from_file(spec: FoundationSpec, name: str) -> Any:
@@ -203,10 +196,8 @@ def _create_from_file(spec: FoundationSpec, name: str) -> Any:
         overlay["num_classes"] = spec.model_args["num_classes"]
     try:
         return _create_sized(spec, name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except UsageError:
-        raise
     except Exception as error:  # safetensors, pickle, zip and torch each fail in their own way on damaged bytes
-        if str(error).startswith(MISFIT):
+        if str(error).startswith("Error(s) in loading state_dict"):  # torch's words where names or shapes do not fit
             detail = str(error).splitlines()[-1].strip()
             raise UsageError(f"foundation.weights {spec.weights} do not fit {name}: {detail}") from None
         raise RunError(
@@ -217,18 +208,13 @@ def _create_from_file(spec: FoundationSpec, name: str) -> Any:
 def _create_from_hub(spec: FoundationSpec, name: str) -> Any:
     try:
         return _create_sized(spec, name, pretrained=True)
-    except UsageError:
-        raise
     except Exception as error:  # the hub's client, its HTTP library and the socket each have their own kinds
+        config = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
         raise RunError(
-            f"the weights of {_hub_id(name)} could not be had from the hub ({first_line(error)}); check the network, "
-            "or download them elsewhere and set --foundation.weights to the file"
+            f"the weights of {(config and config.hf_hub_id) or name} could not be had from the hub "
+            f"({first_line(error)}); check the network, or download them elsewhere and set --foundation.weights to the "
+            "file"
         ) from None
-
-
-def _hub_id(name: str) -> str:
-    config = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return (config and config.hf_hub_id) or name
 
 
 def _stride(model: Any) -> int:

@@ -33,8 +33,6 @@ Source = str | Path | Mapping[str, Any]
 State = dict[str, Tensor]
 Model = LightningDiT | Autoencoder
 
-REFERENCE_IMAGE_SIZE = 256
-"""Image side at which the authors count attention resolutions."""
 DIT_MARK = "x_embedder.proj.weight"
 AUTOENCODER_MARK = "encoder.conv_in.weight"
 
@@ -51,7 +49,7 @@ def load_reference_dit(source: Source, *, num_heads: int | None = None) -> Light
     """
     state, origin = _read(source, DIT_MARK)
     with naming(origin):
-        spec = infer_dit_spec(state, origin, num_heads)
+        spec = infer_dit_spec(state, num_heads)
     return build_model(lambda: LightningDiT(spec), state, origin)
 
 
@@ -63,7 +61,7 @@ def load_reference_autoencoder(source: Source, *, attention_resolution: int | No
     """
     state, origin = _read(source, AUTOENCODER_MARK)
     with naming(origin):
-        spec = infer_autoencoder_spec(state, origin, attention_resolution)
+        spec = infer_autoencoder_spec(state, attention_resolution)
     return build_model(lambda: Autoencoder(spec), state, origin)
 
 
@@ -76,9 +74,7 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     file = interop_diffusers.find(path) or Path(path)
     state, settings = interop_diffusers.read(file)
     with naming(file):
-        spec = infer_autoencoder_spec(
-            state, str(file), norm_groups=settings.norm_groups, image_size=settings.image_size
-        )
+        spec = infer_autoencoder_spec(state, norm_groups=settings.norm_groups, image_size=settings.image_size)
     return build_model(lambda: Autoencoder(spec), state, str(file)), settings
 
 
@@ -88,13 +84,13 @@ def load_foreign(source: str | Path, *, num_heads: int | None = None, attention_
         state, _ = bare_state(read_mapping(source), DIT_MARK, AUTOENCODER_MARK, interop_diffusers.MARK)
         if DIT_MARK in state:
             return load_reference_dit(source, num_heads=num_heads)
-        if AUTOENCODER_MARK in state and interop_diffusers.MARK not in state:
-            return load_reference_autoencoder(source, attention_resolution=attention_resolution)
-        if interop_diffusers.MARK not in state:
+        if AUTOENCODER_MARK not in state:
             raise UsageError(
                 f"{source} is neither a generator (it has no tensor {DIT_MARK}) nor a tokenizer (no "
                 f"{AUTOENCODER_MARK}); name a checkpoint of the authors, or an AutoencoderKL of diffusers"
             )
+        if interop_diffusers.MARK not in state:
+            return load_reference_autoencoder(source, attention_resolution=attention_resolution)
     return load_diffusers_autoencoder(source)[0]
 
 
@@ -137,53 +133,52 @@ def _read(source: Source, mark: str) -> tuple[State, str]:
     return state, origin
 
 
-def _shape(state: State, name: str, dimensions: int, origin: str) -> tuple[int, ...]:
+def _shape(state: State, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
-        raise UsageError(f"{origin}: tensor {name} is missing; use a checkpoint of a matching model")
+        raise UsageError(f"tensor {name} is missing; use a checkpoint of a matching model")
     shape = tuple(state[name].shape)
     if len(shape) != dimensions:
-        raise UsageError(f"{origin}: tensor {name} has shape {shape}, needed are {dimensions} dimensions")
+        raise UsageError(f"tensor {name} has shape {shape}, needed are {dimensions} dimensions")
     return shape
 
 
-def _count(state: State, pattern: str, origin: str) -> int:
+def _count(state: State, pattern: str) -> int:
     """How many different numbers stand where `pattern` has its group; they have to be 0, 1, 2, ..."""
     numbers = {int(found.group(1)[:6]) for name in state if (found := re.match(pattern, name))}
     missing = next(index for index in range(len(numbers) + 1) if index not in numbers)
     if not numbers or missing < len(numbers):
         where = pattern.replace("\\", "").replace("(d+)", str(missing))
-        raise UsageError(f"{origin}: tensors {where}... are missing; use a checkpoint of a matching model")
+        raise UsageError(f"tensors {where}... are missing; use a checkpoint of a matching model")
     return len(numbers)
 
 
 # ------------------------------------------------------------------------------------------------ inference
 
 
-def infer_dit_spec(state: State, origin: str, num_heads: int | None = None) -> DiTSpec:
+def infer_dit_spec(state: State, num_heads: int | None = None) -> DiTSpec:
     """Every hyper-parameter of a generator from its tensors (class dropout leaves no trace and keeps its default)."""
-    hidden, channels, patch, _ = _shape(state, DIT_MARK, 4, origin)
-    num_tokens = _shape(state, "pos_embed", 3, origin)[1]
+    hidden, channels, patch, _ = _shape(state, DIT_MARK, 4)
+    num_tokens = _shape(state, "pos_embed", 3)[1]
     grid = math.isqrt(num_tokens)
     if grid * grid != num_tokens:
-        raise UsageError(f"{origin}: tensor pos_embed has {num_tokens} positions, needed is a square number")
-    outputs = _shape(state, "final_layer.linear.weight", 2, origin)[0]
+        raise UsageError(f"tensor pos_embed has {num_tokens} positions, needed is a square number")
+    outputs = _shape(state, "final_layer.linear.weight", 2)[0]
     if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
         raise UsageError(
-            f"{origin}: tensor final_layer.linear.weight has {outputs} rows, needed are {patch**2 * channels} "
+            f"tensor final_layer.linear.weight has {outputs} rows, needed are {patch**2 * channels} "
             f"(or {2 * patch**2 * channels} with learned variance)"
         )
-    modulation = _shape(state, "blocks.0.adaLN_modulation.1.weight", 2, origin)[0]
+    modulation = _shape(state, "blocks.0.adaLN_modulation.1.weight", 2)[0]
     swiglu = "blocks.0.mlp.w12.weight" in state
-    mlp_hidden = _shape(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2, origin)[1]
-
+    mlp_hidden = _shape(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1]
     spec = DiTSpec(
         input_size=grid * patch,
         patch_size=patch,
         in_channels=channels,
         hidden_size=hidden,
-        depth=_count(state, r"blocks\.(\d+)\.", origin),
-        num_heads=_infer_heads(state, origin, hidden, num_heads),
-        num_classes=_shape(state, "y_embedder.embedding_table.weight", 2, origin)[0] - 1,
+        depth=_count(state, r"blocks\.(\d+)\."),
+        num_heads=_infer_heads(state, hidden, num_heads),
+        num_classes=_shape(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
         learn_sigma=outputs == 2 * patch**2 * channels,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
         swiglu=swiglu,
@@ -191,68 +186,65 @@ def infer_dit_spec(state: State, origin: str, num_heads: int | None = None) -> D
         rmsnorm="blocks.0.norm1.weight" in state,
         shift_free=modulation == 4 * hidden,
     )
-    return dataclasses.replace(spec, mlp_ratio=_infer_mlp_ratio(spec, mlp_hidden, origin))
+    return dataclasses.replace(spec, mlp_ratio=_infer_mlp_ratio(spec, mlp_hidden))
 
 
-def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int, origin: str = "checkpoint") -> float:
+def _infer_mlp_ratio(spec: DiTSpec, mlp_hidden: int) -> float:
     """A ratio whose MLP has exactly `mlp_hidden` units: the shortest decimal first, the two roundings by trial."""
     units = mlp_hidden * 1.5 if spec.swiglu else float(mlp_hidden)
     exact = [(units + slack) / spec.hidden_size for slack in (0.0, 0.5, 1.0, 1.5)]
-    candidates = [round(exact[0], 1), round(exact[0], 2), *exact]
-    for ratio in candidates:
+    for ratio in (round(exact[0], 1), round(exact[0], 2), *exact):
         if ratio > 0 and mlp_width(dataclasses.replace(spec, mlp_ratio=ratio)) == mlp_hidden:
             return ratio
-    raise UsageError(f"{origin}: its MLP has {mlp_hidden} units, which no ratio to its width {spec.hidden_size} gives")
+    raise UsageError(f"its MLP has {mlp_hidden} units, which no ratio to its width {spec.hidden_size} gives")
 
 
-def _infer_heads(state: State, origin: str, hidden: int, num_heads: int | None) -> int:
-    sources = [name for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight") if name in state]
-    if not sources:
+def _infer_heads(state: State, hidden: int, num_heads: int | None) -> int:
+    known = (("feat_rope.freqs_cos", 2), ("blocks.0.attn.q_norm.weight", 1))
+    source, dimensions = next((each for each in known if each[0] in state), ("", 0))
+    if not source:
         if num_heads is None:
             raise UsageError(
-                f"{origin} has neither RoPE nor QK-norm, so its tensors do not give the number of heads; give "
-                "--num-heads (the paper: B 12, L 16, XL 16)"
+                "it has neither RoPE nor QK-norm, so its tensors do not give the number of heads; give --num-heads "
+                "(the paper: B 12, L 16, XL 16)"
             )
         return num_heads
-    head_dim = _shape(state, sources[0], 2 if sources[0].endswith("cos") else 1, origin)[-1]
+    head_dim = _shape(state, source, dimensions)[-1]
     if head_dim == 0 or hidden % head_dim:
-        raise UsageError(f"{origin}: tensor {sources[0]} is {head_dim} wide, which does not divide the width {hidden}")
-    if num_heads is not None and num_heads != hidden // head_dim:
-        raise UsageError(
-            f"--num-heads is {num_heads}, but {sources[0]} of {origin} says {hidden // head_dim}; leave it out"
-        )
+        raise UsageError(f"tensor {source} is {head_dim} wide, which does not divide the width {hidden}")
+    if num_heads not in (None, hidden // head_dim):
+        raise UsageError(f"--num-heads is {num_heads}, but {source} in it says {hidden // head_dim}; leave it out")
     return hidden // head_dim
 
 
 def infer_autoencoder_spec(
     state: State,
-    origin: str,
     attention_resolution: int | None = None,
     *,
     norm_groups: int = AutoencoderSpec.norm_groups,
     image_size: int | None = None,
 ) -> AutoencoderSpec:
     """Every hyper-parameter of a tokenizer from its tensors, but for the number of groups of its GroupNorms."""
-    base, in_channels, _, _ = _shape(state, AUTOENCODER_MARK, 4, origin)
-    num_levels = _count(state, r"encoder\.down\.(\d+)\.", origin)
+    base, in_channels, _, _ = _shape(state, AUTOENCODER_MARK, 4)
+    num_levels = _count(state, r"encoder\.down\.(\d+)\.")
     multipliers = []
     for level in range(num_levels):
         name = f"encoder.down.{level}.block.0.conv1.weight"
-        width = _shape(state, name, 4, origin)[0]
+        width = _shape(state, name, 4)[0]
         if base == 0 or width % base:
-            raise UsageError(f"{origin}: tensor {name} is {width} wide, needed is a multiple of {base}")
+            raise UsageError(f"tensor {name} is {width} wide, needed is a multiple of {base}")
         multipliers.append(width // base)
     attending = [level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in state]
-    image_size = image_size or REFERENCE_IMAGE_SIZE
+    image_size = image_size or 256  # the side at which the authors count attention resolutions
     if attention_resolution is not None and attending:
         image_size = attention_resolution << attending[-1]
     return AutoencoderSpec(
         image_size=image_size,
         in_channels=in_channels,
-        latent_channels=_shape(state, "post_quant_conv.weight", 4, origin)[0],
+        latent_channels=_shape(state, "post_quant_conv.weight", 4)[0],
         base_channels=base,
         channel_multipliers=tuple(multipliers),
-        num_res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\.", origin),
+        num_res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_resolutions=tuple(image_size >> level for level in attending),
         norm_groups=norm_groups,
     )
