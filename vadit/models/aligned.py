@@ -73,7 +73,7 @@ class AlignedAutoencoder(Autoencoder):
 
         KL is the mean over images of the sum over the latent; the last two are zero without features.
         """
-        moments = self.encoder(x_BCHW.to(self.dtype))
+        moments = self.encoder(x_BCHW.to(self.dtype), self.gradient_checkpointing)
         if self.recompute_tail:
             outputs = checkpoint(self._tail, moments, features_BDhw, use_reentrant=False)
         else:

@@ -147,11 +147,8 @@ class Level(nn.Module):
             x_BEhw = block(x_BEhw)
             if len(self.attn):
                 x_BEhw = self.attn[index](x_BEhw)
-        if self.downsample is not None:
-            x_BEhw = self.downsample(x_BEhw)
-        if self.upsample is not None:
-            x_BEhw = self.upsample(x_BEhw)
-        return x_BEhw
+        resize = self.downsample or self.upsample
+        return x_BEhw if resize is None else resize(x_BEhw)
 
 
 class Middle(nn.Module):
@@ -190,7 +187,6 @@ class Encoder(nn.Module):
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         widths = _level_widths(spec)
-        self.gradient_checkpointing = False
         self.conv_in = nn.Conv2d(spec.in_channels, spec.base_channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, (before, width) in enumerate(pairwise([spec.base_channels, *widths])):
@@ -202,11 +198,10 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(spec.norm_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * spec.latent_channels, 3, padding=1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, recompute: bool = False) -> Tensor:
         h = self.conv_in(x_BCHW)
-        for level in self.down:
-            h = _run(level, h, self.gradient_checkpointing)
-        h = _run(self.mid, h, self.gradient_checkpointing)
+        for part in (*self.down, self.mid):
+            h = _run(part, h, recompute)
         return self.conv_out(_norm_silu(self.norm_out, h))
 
 
@@ -216,7 +211,6 @@ class Decoder(nn.Module):
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         widths = _level_widths(spec)
-        self.gradient_checkpointing = False
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(spec, widths[-1])
         self.up = nn.ModuleList()
@@ -228,10 +222,10 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(spec.norm_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], spec.in_channels, 3, padding=1)
 
-    def forward(self, z_Bdhw: Tensor) -> Tensor:
-        h = _run(self.mid, self.conv_in(z_Bdhw), self.gradient_checkpointing)
-        for level in reversed(self.up):
-            h = _run(level, h, self.gradient_checkpointing)
+    def forward(self, z_Bdhw: Tensor, recompute: bool = False) -> Tensor:
+        h = self.conv_in(z_Bdhw)
+        for part in (self.mid, *reversed(self.up)):
+            h = _run(part, h, recompute)
         return self.conv_out(_norm_silu(self.norm_out, h))
 
 
@@ -242,6 +236,7 @@ class Autoencoder(Pretrained):
     """Images (B, C, H, W) in [-1, 1] to a posterior over latents (B, d, H/f, W/f), and back.
 
     Any H and W that the downsample ratio f divides will do; the levels that attend stay those of `spec.image_size`.
+    `gradient_checkpointing` recomputes each level in the backward pass; it can be set at any time.
     """
 
     Spec = AutoencoderSpec
@@ -254,16 +249,6 @@ class Autoencoder(Pretrained):
         self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
         self.gradient_checkpointing = gradient_checkpointing
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether each level is recomputed in the backward pass."""
-        return self.encoder.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.encoder.gradient_checkpointing = value
-        self.decoder.gradient_checkpointing = value
 
     @property
     def dtype(self) -> torch.dtype:
@@ -279,7 +264,7 @@ class Autoencoder(Pretrained):
                 f"image size {height}x{width} is not divisible by the autoencoder's downsample ratio {ratio}; "
                 f"resize the images to multiples of {ratio}"
             )
-        return self.quant_conv(self.encoder(x_BCHW.to(self.dtype)))
+        return self.quant_conv(self.encoder(x_BCHW.to(self.dtype), self.gradient_checkpointing))
 
     def encode(self, x_BCHW: Tensor) -> DiagonalGaussian:
         """Posterior over the latents of images in [-1, 1]."""
@@ -287,7 +272,7 @@ class Autoencoder(Pretrained):
 
     def decode(self, z_Bdhw: Tensor) -> Tensor:
         """Images (B, C, H, W), in [-1, 1] up to overshoot."""
-        return self.decoder(self.post_quant_conv(z_Bdhw.to(self.dtype)))
+        return self.decoder(self.post_quant_conv(z_Bdhw.to(self.dtype)), self.gradient_checkpointing)
 
     def forward(self, x_BCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction from a posterior sample, and the posterior."""

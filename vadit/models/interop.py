@@ -74,7 +74,7 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     file = interop_diffusers.find(path) or Path(path)
     state, settings = interop_diffusers.read(file)
     with naming(file):
-        spec = infer_autoencoder_spec(state, norm_groups=settings.norm_groups, image_size=settings.image_size)
+        spec = infer_autoencoder_spec(state, norm_groups=settings.norm_num_groups, image_size=settings.image_size)
     return build_model(lambda: Autoencoder(spec), state, str(file)), settings
 
 

@@ -41,18 +41,26 @@ _ATTENTION_NAMES = {
 _ATTENTION = re.compile(rf"attentions\.(\d+)\.({'|'.join(map(re.escape, _ATTENTION_NAMES))})\.(weight|bias)$")
 
 
+_Side = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+
+
 @dataclass(frozen=True)
 class DiffusersSettings:
-    """What the tensors of an AutoencoderKL do not say; defaults are those of diffusers and of released VAEs."""
+    """What config.json says that the tensors do not; names and defaults are those of diffusers and of released VAEs."""
 
-    norm_groups: int = 32
+    norm_num_groups: _Side = 32
     """Groups of GroupNorm."""
-    image_size: int | None = None
-    """Side of the training images, in pixels (`sample_size`)."""
-    scaling_factor: float | None = None
+    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None
+    """Side of the training images, in pixels."""
+    scaling_factor: FiniteFloat | None = None
     """What latents are multiplied with before a generator sees them (0.18215 for Stable Diffusion 1)."""
-    shift_factor: float | None = None
+    shift_factor: FiniteFloat | None = None
     """What is subtracted from latents before that (Stable Diffusion 3, FLUX)."""
+
+    @property
+    def image_size(self) -> int | None:
+        """`sample_size` as one number."""
+        return self.sample_size[0] if isinstance(self.sample_size, list) else self.sample_size
 
     def advice(self) -> str:
         """How a generator's run gets the scale that its publishers used, in one line; empty where nothing is known."""
@@ -186,18 +194,6 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ config.json
 
-_Side = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What is read of diffusers' config.json."""
-
-    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None
-    norm_num_groups: _Side = DiffusersSettings.norm_groups
-    scaling_factor: FiniteFloat | None = None
-    shift_factor: FiniteFloat | None = None
-
 
 @dataclass(frozen=True)
 class _Index:
@@ -219,6 +215,4 @@ def _settings(path: Path) -> DiffusersSettings:
     for name, needed in (("act_fn", "silu"), ("mid_block_add_attention", True)):
         if config.get(name, needed) != needed:
             raise UsageError(f"{path}: {name} is {config[name]!r}; LDM's autoencoder has {needed!r} and no other")
-    found = checked(_Config, config, str(path), error=UsageError)
-    size = found.sample_size[0] if isinstance(found.sample_size, list) else found.sample_size
-    return DiffusersSettings(found.norm_num_groups, size, found.scaling_factor, found.shift_factor)
+    return checked(DiffusersSettings, config, str(path), error=UsageError)

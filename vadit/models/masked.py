@@ -23,7 +23,7 @@ from vadit.config import DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
 from vadit.config.masks import check_masks
 from vadit.models.dit import Attention, Block, FinalLayer, LightningDiT, Places, RotaryTable, sincos_positions
-from vadit.models.pretrained import WEIGHTS_NAME, build_model, read_origin, read_safetensors, read_spec
+from vadit.models.pretrained import read_model, read_spec
 from vadit.runtime.errors import UsageError, naming
 
 MASK_NAME = "mask.json"
@@ -57,10 +57,7 @@ def load_exported(folder: str | Path) -> LightningDiT:
     if mask.kind != "none":
         with naming(folder / MASK_NAME):
             check_masks(mask, spec, FlowSpec(), RepaSpec(), EngineSpec())
-    path = folder / WEIGHTS_NAME
-    model = build_model(lambda: build_generator(spec, mask), read_safetensors(path), origin=str(path))
-    model.origin = read_origin(path)
-    return model
+    return read_model(folder, lambda: build_generator(spec, mask))
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -120,19 +117,20 @@ class MaskedDiT(LightningDiT):
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__(spec, gradient_checkpointing)
         self.mask = mask
-        self.num_tokens = (spec.input_size // spec.patch_size) ** 2
+        grid = spec.input_size // spec.patch_size
+        self.num_tokens = grid**2
         self.num_visible = int(self.num_tokens * (1 - mask.ratio))
         assert 0 < self.num_visible < self.num_tokens, f"mask.ratio {mask.ratio} of {self.num_tokens} tokens"
-        self.register_buffer("entries_NN", None, persistent=False)
+        # rotary tables take the place of MDT's relative bias: they are relative, too
+        self.relative_grid = grid if mask.kind == "mdt" and not spec.rope else None
+        entries_NN = None if self.relative_grid is None else relative_entries(self.relative_grid)
+        self.register_buffer("entries_NN", entries_NN, persistent=False)
         for block in self.blocks:
             self._place(block)
 
-    def _relative_grid(self) -> int | None:
-        return None
-
     def _place(self, block: nn.Module) -> None:
         assert isinstance(block, Block), "blocks of a generator are Blocks"
-        block.attn = PlacedAttention(self.spec, self._relative_grid())
+        block.attn = PlacedAttention(self.spec, self.relative_grid)
 
     def trunk(
         self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
@@ -141,7 +139,8 @@ class MaskedDiT(LightningDiT):
         if not masked:
             return self._through_all(x_BND, c_BD, None), None
         visible_BV = self.draw_visible(len(x_BND))
-        return self._through_all(_take(x_BND, visible_BV), c_BD, visible_BV), self._mask(visible_BV)
+        x_BVD = x_BND.gather(1, visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1]))
+        return self._through_all(x_BVD, c_BD, visible_BV), self._mask(visible_BV)
 
     def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
         """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
@@ -170,11 +169,6 @@ class MaskedDiT(LightningDiT):
         """Write config.json, mask.json and model.safetensors; the masks' settings first, so that none lacks them."""
         save_config(self.mask, Path(folder) / MASK_NAME)
         super().save_pretrained(folder)
-
-
-def _take(x_BND: Tensor, visible_BV: Tensor) -> Tensor:
-    """The visible tokens (B, V, D)."""
-    return x_BND.gather(1, visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1]))
 
 
 def _fill(x_BVD: Tensor, visible_BV: Tensor, token: Tensor, num_tokens: int) -> Tensor:
@@ -221,21 +215,19 @@ class MaskDiT(MaskedDiT):
 class MDT(MaskedDiT):
     """MDT: the first blocks see the visible tokens; a side block fills in the others before the last blocks see all.
 
-    Positions as in the paper: both embeddings are learnt, and attention has a learnt relative bias. Where the model
-    has rotary tables these take the place of that bias: they are relative, too.
+    Positions as in the paper: both embeddings are learnt, and attention has a learnt relative bias, but for a model
+    with rotary tables.
     """
 
     def __init__(self, spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> None:
-        super().__init__(spec, mask, gradient_checkpointing)
         grid = spec.input_size // spec.patch_size
+        if not spec.rope and grid > MAX_RELATIVE_GRID:
+            raise UsageError(
+                f"model.input_size and model.patch_size give {grid} x {grid} tokens; without model.rope mdt takes at "
+                f"most {MAX_RELATIVE_GRID} x {MAX_RELATIVE_GRID}"
+            )
         assert 0 < mask.decoder_depth < spec.depth, f"mask.decoder_depth {mask.decoder_depth} of {spec.depth} blocks"
-        if self._relative_grid() is not None:
-            if grid > MAX_RELATIVE_GRID:
-                raise UsageError(
-                    f"model.input_size and model.patch_size give {grid} x {grid} tokens; without model.rope mdt takes "
-                    f"at most {MAX_RELATIVE_GRID} x {MAX_RELATIVE_GRID}"
-                )
-            self.register_buffer("entries_NN", relative_entries(grid), persistent=False)
+        super().__init__(spec, mask, gradient_checkpointing)
         self.pos_embed.requires_grad_(True)
         self.decoder_pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.hidden_size))
@@ -246,9 +238,6 @@ class MDT(MaskedDiT):
         for module in self.modules():
             if isinstance(module, PlacedAttention) and module.relative_bias is not None:
                 nn.init.normal_(module.relative_bias, std=INIT_STD)
-
-    def _relative_grid(self) -> int | None:
-        return None if self.spec.rope else self.spec.input_size // self.spec.patch_size
 
     @property
     def compiled_blocks(self) -> list[nn.Module]:

@@ -38,6 +38,7 @@ TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.", "pr
 
 S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
+P = TypeVar("P", bound="Pretrained")
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,7 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read what `save_pretrained` wrote; float32, on the CPU, in evaluation mode."""
         spec = read_spec(cls.Spec, folder)
-        path = Path(folder) / WEIGHTS_NAME
-        model = build_model(lambda: cls(spec), read_safetensors(path), origin=str(path))
-        model.origin = read_origin(path)
-        return model
+        return read_model(folder, lambda: cls(spec))
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -89,19 +87,22 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[st
         save_tensors(partial, state, metadata)
 
 
-def read_origin(path: Path) -> Origin:
-    """What `save_pretrained` noted in a file that is whole; a file of others says nothing."""
-    with openable(path) as name, safe_open(name, "pt") as file:
-        text = (file.metadata() or {}).get("vadit", "{}")
-    return parse_json(text, Origin, f"the metadata of {path}", remedy="export it anew")
-
-
 def read_spec(kind: type[S], folder: str | Path) -> S:
     """The spec in `folder`; a folder without weights is refused before anything is built."""
     folder = Path(folder)
     if not (folder / WEIGHTS_NAME).is_file():
         raise UsageError(f"{folder} holds no {WEIGHTS_NAME}; name a folder written by save_pretrained or vadit import")
     return load_config(kind, folder / CONFIG_NAME)
+
+
+def read_model(folder: str | Path, make: Callable[[], P]) -> P:
+    """The model that `make` builds, with the weights of a folder and what `save_pretrained` noted of them."""
+    path = Path(folder) / WEIGHTS_NAME
+    model = build_model(make, read_safetensors(path), origin=str(path))
+    with openable(path) as name, safe_open(name, "pt") as file:
+        text = (file.metadata() or {}).get("vadit", "{}")  # a file of others says nothing
+    model.origin = parse_json(text, Origin, f"the metadata of {path}", remedy="export it anew")
+    return model
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ images of ImageNet's validation set.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vadit.config import (
     AutoencoderSpec,
@@ -78,15 +79,13 @@ TOKENIZERS = (
 """Every tokenizer of Tables 2, 4 and 5, once."""
 
 
-def ablated(loss: TokenizerLossSpec, without: str) -> TokenizerLossSpec:
-    """The losses of Table 5; w_hyper is halved where one of the two parts is left out, as section 6.3 says."""
-    if without == "mcos":
-        return replace(loss, cos_weight=0.0, vf_weight=0.05)
-    if without == "mdistmat":
-        return replace(loss, distmat_weight=0.0, vf_weight=0.05)
-    if without == "margin":
-        return replace(loss, cos_margin=0.0, distmat_margin=0.0)
-    return loss
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "mcos": {"cos_weight": 0.0, "vf_weight": 0.05},
+    "mdistmat": {"distmat_weight": 0.0, "vf_weight": 0.05},
+    "margin": {"cos_margin": 0.0, "distmat_margin": 0.0},
+}
+"""The losses of Table 5; w_hyper is halved where one of the two parts is left out, as section 6.3 says."""
 
 
 def tokenizer(row: Row) -> TokenizerConfig:
@@ -95,7 +94,7 @@ def tokenizer(row: Row) -> TokenizerConfig:
     return TokenizerConfig(
         autoencoder=AutoencoderSpec(latent_channels=row.channels),
         foundation=FoundationSpec(name=row.foundation, input_range="minus_one_one"),
-        loss=ablated(TokenizerLossSpec(vf_weight=0.0 if row.foundation == "none" else 0.1), row.without),
+        loss=replace(TokenizerLossSpec(vf_weight=0.0 if row.foundation == "none" else 0.1), **ABLATIONS[row.without]),
         run=_run(50 * IMAGENET_IMAGES),
         data=_data(),
         paper=Paper(

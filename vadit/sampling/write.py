@@ -106,7 +106,12 @@ def write_samples(
             wanted = [index for index in group if index < num_samples]
             missing = [index for index in wanted if not _is_whole(_png(out, index))]
             if missing:
-                latents = _finite(draw_group(model, spec, group, flow, guide, labels).latents, group)
+                latents = draw_group(model, spec, group, flow, guide, labels).latents
+                if not latents.isfinite().all():  # they would become black images, and a number
+                    raise RunError(
+                        f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the "
+                        "generator's log, and sample from an earlier checkpoint or an average (--ema)"
+                    )
                 pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
                 for index in missing:
                     # one that a power cut takes is drawn again; to wait for the disk 50,000 times takes minutes
@@ -149,16 +154,6 @@ class _Noted:
     autoguidance: bool
     label_list: list[int] | None
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _finite(latents: Tensor, group: range) -> Tensor:
-    """The latents of samples; RunError where they would become black images, and a number."""
-    if not latents.isfinite().all():
-        raise RunError(
-            f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's log, and "
-            "sample from an earlier checkpoint or an average (--ema)"
-        )
-    return latents
 
 
 def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int) -> None:
