@@ -10,10 +10,8 @@ from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
-from vadit.commands.common import print_once
-from vadit.config import DiTConfig, TokenizerConfig
+from vadit.config import Config, DiTConfig, TokenizerConfig, vary
 from vadit.config.files import to_dict
-from vadit.config.idle import changed_in_vain, whole_of_stages
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
@@ -58,11 +56,9 @@ def run(arguments: list[str]) -> None:
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
     kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
     options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
-    with reported_once():
-        if isinstance(options, TrainTokenizer) and options.config.stages:
-            options = replace(options, config=whole_of_stages(options.config, recipe))
-    for note in changed_in_vain(options.config, recipe):
-        print_once(f"note: {note}")
+    if isinstance(options, TrainTokenizer) and options.config.stages:
+        with reported_once():
+            options = replace(options, config=_whole_of_stages(options.config, recipe))
     if options.dry_run:
         _dry_run(options)
     elif options.world_size is not None:
@@ -99,6 +95,17 @@ def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
         raise UsageError("vadit train needs the name of a recipe first; `vadit recipes` lists them")
     position = arguments.index(name)
     return name, arguments[:position] + arguments[position + 1 :]
+
+
+def _whole_of_stages(config: TokenizerConfig, recipe: Config) -> TokenizerConfig:
+    """`config` with the length of its stages; a change of what every stage has for itself is refused."""
+    for name in vars(config.stages[0]):
+        group = "run" if name == "total_images" else "loss"
+        value, usual = (getattr(getattr(each, group), name) for each in (config, recipe))
+        if value != usual and all(getattr(stage, name) is not None for stage in config.stages):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{group}.{flag} has no effect: each stage has its own; set --stages.0.{flag} and so on")
+    return vary(config, run={"total_images": sum(stage.total_images for stage in config.stages)})
 
 
 def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
