@@ -36,6 +36,10 @@ class Range:
         ends = f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
         return f"0, or {ends}" if self.or_zero else ends
 
+    def __get_pydantic_core_schema__(self, kind: Any, schema_of: Any) -> Any:
+        """In JSON, numbers alone: neither true nor "5"."""
+        return {**schema_of(kind), "strict": True}
+
 
 PATH = object()
 PathName = Annotated[str, PATH]
