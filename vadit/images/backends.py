@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ from vadit.runtime.choices import Choice
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count
 from vadit.runtime.walk import visible
-
-logger = logging.getLogger(__name__)
 
 SETTING = "data.loader"
 TRIAL_IMAGES = 4
@@ -41,11 +38,7 @@ def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:
     if spec.path.endswith(".beton"):
         return BetonSource(spec.path)
     if spec.path.endswith(".tar") or (Path(spec.path).is_dir() and visible(Path(spec.path), ".tar")):
-        source = TarSource(spec.path, on_error=spec.on_error)
-        if source.bad_files:
-            names = "; ".join(f"{place} {why}" for place, why in list(source.bad_files.items())[:10])
-            logger.warning("%d damaged places of %s are left out: %s", len(source.bad_files), source.name, names)
-        return source
+        return TarSource(spec.path, on_error=spec.on_error)
     return FolderSource(spec.path)
 
 

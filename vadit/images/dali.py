@@ -31,11 +31,9 @@ from vadit.images.pillow import ThreadedDecoder
 from vadit.images.transforms import Crop, plan_crop, to_rgb
 from vadit.runtime.errors import RunError, UsageError
 
-CHUNK = 8
-"""Most images of one run of a pipeline on a CPU; where one is damaged, Pillow decodes them all."""
+CHUNK = 8  # most images of one run of a pipeline on a CPU; where one is damaged, Pillow decodes them all
 GPU_CHUNK = 64
-GPU_PIPELINES = 2
-"""One reads files while the other decodes."""
+GPU_PIPELINES = 2  # one reads files while the other decodes
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,8 @@ from vadit.images.sources.beton import BetonSource
 from vadit.images.transforms import plan_crop
 from vadit.runtime.errors import RunError, UsageError, first_line
 
-VERSION = "1.0.2"
-"""Of FFCV, whose inside `_Pipeline` uses."""
-CHUNK = 16
-"""Most images that a thread takes at a time."""
+VERSION = "1.0.2"  # of FFCV, whose inside `_Pipeline` uses
+CHUNK = 16  # most images that a thread takes at a time
 TJ_FLAGS = 0
 """Of turbojpeg, whose pixel format 0 is RGB: neither the fast inverse DCT nor the fast upsampling."""
 _PLAN = np.dtype("<i8")

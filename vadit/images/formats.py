@@ -16,8 +16,7 @@ EXTENSIONS = (
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow is asked to read, by the content, whatever a file is called."""
-MAX_PIXELS = 2 * (1 << 30) // 12
-"""Of a picture, as Pillow's own limit: 0.5 GB of RGB."""
+MAX_PIXELS = 2 * (1 << 30) // 12  # of a picture, as Pillow's own limit: 0.5 GB of RGB
 _OTHERS = {b"": "empty", b"%PDF": "PDF", b"<": "HTML, SVG or XML", b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-MAX_AREA = 1 << 25
-"""Pixels of the largest image that counts as ordinary."""
+MAX_AREA = 1 << 25  # pixels of the largest image that counts as ordinary
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

@@ -34,23 +34,17 @@ logger = logging.getLogger(__name__)
 class ImageBatch:
     """A batch as the loaders hand it out."""
 
-    images: Tensor
-    """uint8 (B, 3, H, W), stored channels last."""
-    labels: Tensor
-    """int64 (B,): index into `classes`."""
-    ids: Tensor
-    """int64 (B,): index of the image in its source."""
+    images: Tensor  # uint8 (B, 3, H, W), stored channels last
+    labels: Tensor  # int64 (B,): index into `classes`
+    ids: Tensor  # int64 (B,): index of the image in its source
 
 
 class ImageSource(Protocol):
     """Encoded images and their labels; decodes nothing."""
 
-    name: str
-    """The path that the user gave."""
-    classes: list[str]
-    """Names of the labels."""
-    labels: Tensor
-    """int64 (n,)."""
+    name: str  # the path that the user gave
+    classes: list[str]  # names of the labels
+    labels: Tensor  # int64 (n,)
 
     def __len__(self) -> int: ...
 
@@ -75,10 +69,8 @@ class Request:
 class Decoded:
     """What became of some requests."""
 
-    pixels: Tensor
-    """uint8 (B, size, size, 3); undefined where a request failed."""
-    failures: dict[int, RunError]
-    """Place in the batch -> why that image does not decode."""
+    pixels: Tensor  # uint8 (B, size, size, 3); undefined where a request failed
+    failures: dict[int, RunError]  # place in the batch -> why that image does not decode
 
 
 class ImageDecoder(Protocol):

@@ -22,8 +22,7 @@ class Latents(Protocol):
     """What a set of latents knows of its images."""
 
     labels: Tensor
-    image_size: int | None
-    """Side in pixels, where the latents' files have it."""
+    image_size: int | None  # side in pixels, where the latents' files have it
 
     def image_ids(self) -> tuple[Tensor, int]:
         """Index of each latent's image, int64 (N,), and the number of images."""

@@ -15,8 +15,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import SPACE, saved_file
 from vadit.runtime.reading import read_file
 
-_GAP = 2
-"""Pixels between tiles."""
+_GAP = 2  # pixels between tiles
 _WHITE = 255
 _INK = (90, 98, 110)
 

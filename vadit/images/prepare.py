@@ -36,10 +36,8 @@ from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
 from vadit.runtime.reading import ReadFault, no_memory
 
-PART_IMAGES = 8
-"""Images that a worker takes at a time; some MB of results."""
-PARTS_AHEAD = 3
-"""Parts per worker that may wait for the writer."""
+PART_IMAGES = 8  # images that a worker takes at a time; some MB of results
+PARTS_AHEAD = 3  # parts per worker that may wait for the writer
 VERIFY_IMAGES = 64
 
 Progress = Callable[[str, int, int], object]
@@ -51,31 +49,22 @@ Out = TypeVar("Out")
 class PrepareSummary:
     """What one call made."""
 
-    num_images: int
-    """Images in the result."""
-    num_new: int
-    """Those of them that this call made."""
-    num_bytes: int
-    """Size of the result."""
+    num_images: int  # images in the result
+    num_new: int  # those of them that this call made
+    num_bytes: int  # size of the result
     classes: list[str]
-    labels: Tensor
-    """Of the images in the result, int64 (num_images,)."""
-    bad: dict[str, str]
-    """Place of each image that is left out -> why."""
-    bad_file: Path | None
-    """Where `bad` is written down."""
-    images_per_s: float
-    """Images made per second, without verifying."""
+    labels: Tensor  # of the images in the result, int64 (num_images,)
+    bad: dict[str, str]  # place of each image that is left out -> why
+    bad_file: Path | None  # where `bad` is written down
+    images_per_s: float  # images made per second, without verifying
 
 
 class Job(NamedTuple):
     """What becomes of each image."""
 
-    size: int
-    """Short side in pixels; 0: as it is."""
+    size: int  # short side in pixels; 0: as it is
     encode: Literal["raw", "jpeg"]
-    quality: int
-    """Of JPEGs; 0 for raw pixels."""
+    quality: int  # of JPEGs; 0 for raw pixels
 
 
 def prepare_images(

@@ -15,8 +15,7 @@ from PIL import Image
 
 CropKind = Literal["center", "random"]
 
-MAX_ASPECT = 256
-"""Longer images are refused: scaled to the crop's height they would take gigabytes."""
+MAX_ASPECT = 256  # longer images are refused: scaled to the crop's height they would take gigabytes
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -35,14 +34,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class Crop:
     """How an image of a known size becomes size x size pixels; every loader follows the same three steps."""
 
-    halvings: int
-    """It is halved so many times, to (width // 2, height // 2), with a box filter."""
-    scaled: tuple[int, int]
-    """(width, height) that it then gets with Pillow's bicubic filter."""
-    window: tuple[int, int]
-    """(left, top) of the square that is cut out at last."""
-    size: int
-    """Side of that square."""
+    halvings: int  # it is halved so many times, to (width // 2, height // 2), with a box filter
+    scaled: tuple[int, int]  # (width, height) that it then gets with Pillow's bicubic filter
+    window: tuple[int, int]  # (left, top) of the square that is cut out at last
+    size: int  # side of that square
 
 
 def plan_crop(kind: CropKind, width: int, height: int, size: int, seed: int = 0) -> Crop:

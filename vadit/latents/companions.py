@@ -18,17 +18,14 @@ from vadit.latents.shards import LatentShard
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 
-DEBUG_WIDTH = 16
-"""Channels of made-up features."""
+DEBUG_WIDTH = 16  # channels of made-up features
 
 
 class Companion(Protocol):
     """A third part of each sample."""
 
-    shape: tuple[int, ...]
-    """Of one: (D, h, w) of features, (3, H, W) of an image."""
-    has_features: bool
-    """Features, bfloat16; else images, uint8."""
+    shape: tuple[int, ...]  # of one: (D, h, w) of features, (3, H, W) of an image
+    has_features: bool  # features, bfloat16; else images, uint8
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """Those of the latents `ids`, (B, *shape); RunError names one that cannot be used. From any thread."""

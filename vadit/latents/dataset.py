@@ -22,8 +22,7 @@ from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.runtime.stream import debug_count
 
-BLOCK = 64
-"""Latents that are worked on at a time: few enough for a core's cache."""
+BLOCK = 64  # latents that are worked on at a time: few enough for a core's cache
 
 
 class LatentDataset:
@@ -46,8 +45,7 @@ class LatentDataset:
         self.folder = Path(folder)
         self.flip = flip
         self.multiplier = multiplier
-        self.companion: Companion | None = None
-        """Third part of each batch, for REPA."""
+        self.companion: Companion | None = None  # third part of each batch, for REPA
         self.shards, self.num_classes = open_finished_folder(self.folder)
         first = self.shards[0]
         self.channels, self.size, width = first.shape

@@ -54,12 +54,9 @@ SHARD_SIZE, SHARD_SIZE_WITH_FEATURES = 10_000, 2_500
 class EncodeSummary:
     """What one call did in this process."""
 
-    num_images: int
-    """Images that this call encoded; those of shards that were there already are not counted."""
-    num_shards: int
-    """Shards that this call wrote."""
-    images_per_s: float
-    """num_images over the seconds spent encoding."""
+    num_images: int  # images that this call encoded; those of shards that were there already are not counted
+    num_shards: int  # shards that this call wrote
+    images_per_s: float  # num_images over the seconds spent encoding
 
 
 @torch.no_grad()

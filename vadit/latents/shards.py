@@ -48,28 +48,18 @@ NAME_FOLDER = "name a folder that `vadit encode` wrote (vadit train: --data.path
 class LatentSettings:
     """What the latents of a folder depend on; it stands in every shard's header and in the index."""
 
-    config: dict[str, Any]
-    """The autoencoder's spec."""
-    tokenizer: str
-    """Hash of the autoencoder's weights."""
-    source: str
-    """Where the images came from."""
-    num_images: int
-    """Images of the source."""
-    num_classes: int
-    """Classes of the source."""
-    size: int
-    """Side of the images in pixels."""
-    store: Literal["moments", "sample"]
-    """moments: mean and standard deviation; sample: one draw."""
-    dtype: Literal["bf16", "fp32"]
-    """Type of the stored numbers."""
-    flip: bool
-    """Whether the mirrored images are there, too."""
+    config: dict[str, Any]  # the autoencoder's spec
+    tokenizer: str  # hash of the autoencoder's weights
+    source: str  # where the images came from
+    num_images: int  # images of the source
+    num_classes: int  # classes of the source
+    size: int  # side of the images in pixels
+    store: Literal["moments", "sample"]  # moments: mean and standard deviation; sample: one draw
+    dtype: Literal["bf16", "fp32"]  # type of the stored numbers
+    flip: bool  # whether the mirrored images are there, too
     seed: int
     """Seed of the draw (store="sample")."""
-    shard_size: int
-    """Images per shard."""
+    shard_size: int  # images per shard
     features: dict[str, Any] | None = None
     """What the foundation features are of (`vadit.latents.encode`); None where there are none."""
 
@@ -105,8 +95,7 @@ class TensorEntry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    """First byte in the file."""
+    offset: int  # first byte in the file
 
     @property
     def row_bytes(self) -> int:
@@ -124,10 +113,8 @@ class LatentShard:
     path: Path
     tensors: dict[str, TensorEntry]
     key: Literal["latents", "moments"]
-    labels: Tensor
-    """int64 (N,)."""
-    settings: LatentSettings | None
-    """None for a shard that is not ours, as is the checksum."""
+    labels: Tensor  # int64 (N,)
+    settings: LatentSettings | None  # None for a shard that is not ours, as is the checksum
     sha256: str | None
 
     @property

@@ -15,10 +15,8 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.torch_file import is_plain, load_torch
 
-READ_AT_ONCE = 512
-"""Latents read at a time: 8 MiB of bfloat16 32 x 16 x 16."""
-BLOCK = 32
-"""Latents summed up at a time: small enough for a core's cache."""
+READ_AT_ONCE = 512  # latents read at a time: 8 MiB of bfloat16 32 x 16 x 16
+BLOCK = 32  # latents summed up at a time: small enough for a core's cache
 SMALLEST_STD = 1e-8
 
 

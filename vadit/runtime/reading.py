@@ -22,10 +22,8 @@ PASSING = {
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE),
 }
 """Faults of the machine, its disks and its network: they say nothing of what a file holds."""
-WAITS_S = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)
-"""Before each further try."""
-MAX_OPEN = 256
-"""Files that a reader keeps open, where the system lets a process have eight times as many."""
+WAITS_S = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)  # before each further try
+MAX_OPEN = 256  # files that a reader keeps open, where the system lets a process have eight times as many
 
 T = TypeVar("T")
 

@@ -47,10 +47,8 @@ def walk(root: Path, endings: tuple[str, ...]) -> Tree:
     link that leads nowhere, unless it is named like such a file: whoever reads that will name it.
     """
     tree, waiting = Tree(), [""]
-    seen: dict[tuple[int, int], str] = {}
     links: list[str] = []
-    for above in Path(os.path.realpath(root)).parents:
-        seen[_identity(above)] = ".."
+    seen = {_identity(above): ".." for above in Path(os.path.realpath(root)).parents}
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(links.index(min(links)))
         place = os.path.join(root, folder) if folder else str(root)
@@ -62,15 +60,12 @@ def walk(root: Path, endings: tuple[str, ...]) -> Tree:
         names = tree.folders[folder] = []
         for entry in _entries(place):
             inner = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_symlink():
-                is_file = entry.name.lower().endswith(endings)
-                if _leads_to_folder(entry.path, may_be_broken=is_file):
-                    links.append(inner)
-                elif is_file:
-                    names.append(entry.name)
-            elif entry.is_dir():
+            is_file = entry.name.lower().endswith(endings)
+            if entry.is_symlink() and _leads_to_folder(entry.path, may_be_broken=is_file):
+                links.append(inner)
+            elif entry.is_dir(follow_symlinks=False):
                 waiting.append(inner)
-            elif entry.name.lower().endswith(endings):
+            elif is_file:
                 names.append(entry.name)
     return tree
 

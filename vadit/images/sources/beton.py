@@ -76,8 +76,7 @@ class EncodedImage(NamedTuple):
     mode: Literal["jpg", "raw"]
     width: int
     height: int
-    data: bytes | memoryview
-    """The file of a JPEG, or height x width x 3 bytes of pixels."""
+    data: bytes | memoryview  # the file of a JPEG, or height x width x 3 bytes of pixels
 
 
 def row_type(fields: Sequence[Field]) -> np.dtype[Any]:
@@ -164,8 +163,7 @@ class BetonFile:
         allocations = np.frombuffer(self.read(table, self.size - table), ALLOCATION)
         tables = (self.read(0, rows_end), allocations.tobytes())
         self.notes, content_end = self._parse_notes(rows_end, table, tables)
-        self.sizes: dict[str, np.ndarray] = {}
-        """Bytes of each image field's payloads, uint64 (n,)."""
+        self.sizes: dict[str, np.ndarray] = {}  # bytes of each image field's payloads, uint64 (n,)
         self._place(allocations, rows_end, content_end)
 
     def _refuse_holes(self, start: int, end: int) -> None:

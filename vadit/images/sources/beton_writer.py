@@ -25,8 +25,7 @@ from vadit.runtime.owner import NAME, held
 
 PAGE_SIZE = 8 << 20
 MAX_SIDE = (1 << 16) - 1
-ALIGNMENT = 64
-"""Payloads begin at multiples of it."""
+ALIGNMENT = 64  # payloads begin at multiples of it
 GOES_ON = "make room or give permission, then start again: it goes on where it was"
 _ROW = beton.row_type(OUR_FIELDS)
 
@@ -81,8 +80,7 @@ class BetonWriter:
         page_size: int = PAGE_SIZE,
     ) -> None:
         self.path = Path(path)
-        self.skipped: dict[str, str] = {}
-        """Name of each item that `skip` noted, with the reason."""
+        self.skipped: dict[str, str] = {}  # name of each item that `skip` noted, with the reason
         self._page_size = page_size
         self._max_samples = max_samples
         front = beton.HEADER.itemsize + len(OUR_FIELDS) * beton.FIELD.itemsize + max_samples * _ROW.itemsize

@@ -25,11 +25,9 @@ _HEADER = _LABEL_COLUMNS | {
     *("imagepath", "imagefile", "img", "imgname", "imgpath", "id", "key", "photo", "picture"),
 }
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_SAMPLE = 200
-"""Lines by which the separator is found."""
+_SAMPLE = 200  # lines by which the separator is found
 
-Row = tuple[int, list[str]]
-"""A line's number, from 1, and its columns."""
+Row = tuple[int, list[str]]  # a line's number, from 1, and its columns
 
 
 class LabelsFile:
@@ -49,8 +47,7 @@ class LabelsFile:
             raise self.refusal(f"cannot be read ({write_fault(error)})") from None
         numbered = enumerate(re.split("\r\n?|\n", text), start=1)
         lines = [(number, line) for number, line in numbered if line.strip() and not self._is_comment(line.strip())]
-        self.lines: dict[str, int] = {}
-        """Name of each image -> number of its line."""
+        self.lines: dict[str, int] = {}  # name of each image -> number of its line
         words: list[str] = []
         for number, name, word in self._pairs(lines):
             if (first := self.lines.setdefault(name, number)) != number:

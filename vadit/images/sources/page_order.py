@@ -26,22 +26,17 @@ from torch import Tensor
 from vadit.images.sources.beton import BetonSource
 from vadit.runtime import rng
 
-WINDOW_BYTES = 512 << 20
-"""Pages that are shuffled at a time."""
+WINDOW_BYTES = 512 << 20  # pages that are shuffled at a time
 _EPOCHS_KEPT = 2
-WINDOWS_KNOWN = 4
-"""Windows that are remembered as asked for: those of two batches at an epoch's end."""
+WINDOWS_KNOWN = 4  # windows that are remembered as asked for: those of two batches at an epoch's end
 
 
 class _Layout(NamedTuple):
     """The pages of an epoch in their order."""
 
-    pages: np.ndarray
-    """Numbers into `PageOrder._pages`, int64 (P,)."""
-    ends: np.ndarray
-    """Samples in the first p + 1 pages, int64 (P,)."""
-    window_ends: np.ndarray
-    """Samples in the first w + 1 windows, int64."""
+    pages: np.ndarray  # numbers into `PageOrder._pages`, int64 (P,)
+    ends: np.ndarray  # samples in the first p + 1 pages, int64 (P,)
+    window_ends: np.ndarray  # samples in the first w + 1 windows, int64
 
 
 class PageOrder:

@@ -41,8 +41,7 @@ class TarSource:
 
     def __init__(self, path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> None:
         self.name = str(path)
-        self.bad_files: dict[str, str] = {}
-        """SHARD:MEMBER -> why it is left out."""
+        self.bad_files: dict[str, str] = {}  # SHARD:MEMBER -> why it is left out
         self._on_error = on_error
         self._shards = find_shards(self.name)
         with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="vadit-index") as pool:
@@ -62,6 +61,9 @@ class TarSource:
             )
         self.classes = self._label(sorted({other for index in indices for other in index.others}))
         self.labels: Tensor = torch.from_numpy(self._records["label"].astype(np.int64))
+        if self.bad_files:
+            names = "; ".join(f"{place} {why}" for place, why in list(self.bad_files.items())[:10])
+            logger.warning("%d damaged places of %s are left out: %s", len(self.bad_files), self.name, names)
 
     def __len__(self) -> int:
         return len(self._records)

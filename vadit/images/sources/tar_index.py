@@ -37,8 +37,7 @@ RECORD = np.dtype([("header", "<i8"), ("start", "<i8"), ("size", "<i8"), ("label
 BLOCK = tarfile.BLOCKSIZE
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _LONG_TYPES = (*_PAX_TYPES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-MAX_LONG = 1 << 20
-"""Bytes of a header of those types."""
+MAX_LONG = 1 << 20  # bytes of a header of those types
 
 
 class Member(NamedTuple):
