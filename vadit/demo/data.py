@@ -36,10 +36,9 @@ HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class DemoData:
-    """Folders of PNGs, one subfolder per class, and the same pictures in memory."""
+    """Pictures in memory, and those of training as a folder of PNGs, too, with one subfolder per class."""
 
     train: Path
-    held_out: Path
     classes: list[str]
     train_images: np.ndarray
     """uint8 (N, 32, 32, 3)."""
@@ -54,9 +53,7 @@ def prepare(folder: Path, kind: Literal["digits", "photos"]) -> DemoData:
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], labels[order]
     cut = int(len(images) * (1 - HELD_OUT))
-    data = DemoData(
-        folder / "train", folder / "held_out", classes, images[:cut], labels[:cut], images[cut:], labels[cut:]
-    )
+    data = DemoData(folder / "train", classes, images[:cut], labels[:cut], images[cut:], labels[cut:])
     if not folder.is_dir():
         with whole_file(folder) as partial:
             for part, start, stop in (("train", 0, cut), ("held_out", cut, len(images))):
