@@ -447,8 +447,8 @@ def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys) -> None
 def test_a_config_of_another_version_does_not_stop_the_report(tmp_path: Path, config: str) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "config.json").write_text(config)
-    written = write_runs_report([folder], tmp_path / "report.html", pngs=False)
-    assert "config.json could not be read" in written.notes[0]
+    _, notes = write_runs_report([folder], tmp_path / "report.html", pngs=False)
+    assert "config.json could not be read" in notes[0]
     assert read_runs([folder])[0].kind == "dit"  # by its config or by what it logged
 
 
@@ -470,6 +470,6 @@ def test_runs_with_nothing_to_show(tmp_path: Path, capsys) -> None:
         assert message in capsys.readouterr().err
     assert not (full / "report.html").exists() and not (empty / "report.html").exists()
     # beside a run that has points, an empty one is a note
-    written = write_runs_report([full, empty, tmp_path / "bare"], tmp_path / "r.html", pngs=False)
-    assert [note.split(":")[0] for note in written.notes] == ["empty", "bare"]
-    assert "its log.jsonl holds no points yet" in written.page.read_text()
+    _, notes = write_runs_report([full, empty, tmp_path / "bare"], tmp_path / "r.html", pngs=False)
+    assert [note.split(":")[0] for note in notes] == ["empty", "bare"]
+    assert "its log.jsonl holds no points yet" in (tmp_path / "r.html").read_text()

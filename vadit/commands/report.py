@@ -31,9 +31,9 @@ def run(options: ReportOptions) -> None:
     from vadit.report.sections import write_runs_report
     from vadit.runtime.console import say
 
-    out = options.out or ("report.html" if len(options.runs) != 1 else str(Path(options.runs[0]) / "report.html"))
-    written = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
-    for note in written.notes:
+    out = Path(options.out or (Path(options.runs[0], "report.html") if len(options.runs) == 1 else "report.html"))
+    pngs, notes = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
+    for note in notes:
         say(f"note: {note}")
-    pictures = f"; {len(written.pngs)} charts in {written.pngs[0].parent}" if written.pngs else ""
-    say(f"{written.page}: {written.page.stat().st_size / 1e6:.1f} MB{pictures}")
+    pictures = f"; {len(pngs)} charts in {pngs[0].parent}" if pngs else ""
+    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB{pictures}")

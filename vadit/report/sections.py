@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -91,17 +90,12 @@ def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
 # ------------------------------------------------------------------------------------------ the page
 
 
-class Written(NamedTuple):
-    """What a report left on disk."""
-
-    page: Path
-    pngs: list[Path]
-    notes: list[str]
-    """What could not be read, in sentences; they are on the page, too."""
-
-
-def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: str = "", pngs: bool = True) -> Written:
+def write_runs_report(
+    folders: Sequence[str | Path], out: str | Path, *, title: str = "", pngs: bool = True
+) -> tuple[list[Path], list[str]]:
     """The report of the runs under `folders` into the HTML file `out`, its charts as PNGs beside it.
+
+    Returns: the PNGs, and what could not be read, in sentences (they are on the page, too).
 
     Raises:
         UsageError: a folder is no run folder, none of them holds anything to show, or `out` is a folder.
@@ -120,7 +114,7 @@ def write_runs_report(folders: Sequence[str | Path], out: str | Path, *, title: 
               for section in sections for chart in section.charts if chart.file and pngs}  # fmt: skip
     paths = {out.with_name(f"{out.stem}-charts") / f"{name}.png": chart for name, chart in charts.items()}
     written = [path for path, chart in paths.items() if save_png(chart, path)]
-    return Written(out, written, [note for run in runs for note in run.notes])
+    return written, [note for run in runs for note in run.notes]
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
