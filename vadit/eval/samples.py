@@ -224,7 +224,7 @@ def write_reference(
     """
     extractor = Inception(inception_weights, device)
     places = {index: place for place, index in enumerate(spread(len(images), keep).tolist())}
-    pool, spatial, count = FeatureMoments(), FeatureMoments(), 0
+    pool, spatial = FeatureMoments(), FeatureMoments()
     kept = np.zeros((len(places), images.size, images.size, 3), np.uint8)  # 10,000 of 256 pixels are 2 GB
     with pillow_decoder(images, num_workers, device)() as decoder:
         for batch in load_in_order(images, range(len(images)), batch_size, decoder):
@@ -232,12 +232,11 @@ def write_reference(
             features = extractor(pixels)
             pool.update(features.pool)
             spatial.update(features.spatial)
-            for index, image in enumerate(pixels.permute(0, 2, 3, 1).numpy(), start=count):
+            for index, image in zip(batch.ids.tolist(), pixels.permute(0, 2, 3, 1).numpy(), strict=True):
                 if index in places:
                     kept[places[index]] = image
-            count += len(pixels)
-    if count != len(images):
-        raise RunError(f"{count} of {len(images)} images were read; the reference was not written")
+    if pool.count != len(images):
+        raise RunError(f"{pool.count} of {len(images)} images were read; the reference was not written")
     mu, sigma = pool.result()
     mu_s, sigma_s = spatial.result()
     with saved_file(Path(out), "set --out to a place with room") as partial, partial.open("wb") as stream:
