@@ -145,9 +145,6 @@ def _moments(
     }
 
 
-# ------------------------------------------------------------------------------------------------ the networks
-
-
 def trace(config: Config, images: int) -> tuple[list[Network], Activations]:
     """The networks of a run, and what passes over `images` hold."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode():

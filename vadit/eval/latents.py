@@ -48,9 +48,6 @@ def evaluate_latents(
     return found
 
 
-# ------------------------------------------------------------------------------------------ numbers of points
-
-
 def uniformity(points: np.ndarray) -> dict[str, float]:
     """The three numbers of points (n, 2), n > 2 and not on a line, from their densities there."""
     return unevenness(point_densities(points))
@@ -111,9 +108,6 @@ def draw_picture(points: np.ndarray, path: Path) -> None:
     axes.set(xticks=[], yticks=[], aspect="equal")
     with saved_file(path, "set --picture to a place with room") as partial:
         figure.savefig(partial, format="png", dpi=150)
-
-
-# ------------------------------------------------------------------------------------------ vectors of latents
 
 
 def open_vectors(path: str | Path) -> Draw:

@@ -22,9 +22,6 @@ _BLOCK = 1024
 """Rows of a matrix of distances that are in memory at once: 205 MB in fp32 against 50,000 points."""
 
 
-# ------------------------------------------------------------------------------------------ Frechet distance
-
-
 class FeatureMoments:
     """Mean and covariance of features that arrive in batches, merged after Chan, Golub & LeVeque (1979).
 
@@ -92,9 +89,6 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.tril(packed)[:, :rank], pivots - 1
 
 
-# ------------------------------------------------------------------------------------------ inception score
-
-
 def inception_score(probabilities: Array, split_size: int = IS_SPLIT) -> float:
     """Inception score (Salimans et al. 2016) of class probabilities (N, K) in file order.
 
@@ -111,9 +105,6 @@ def inception_score(probabilities: Array, split_size: int = IS_SPLIT) -> float:
         divergence = (xlogy(part, part) - xlogy(part, marginal)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
-
-
-# ------------------------------------------------------------------------------------------ precision and recall
 
 
 def precision_recall(
@@ -158,9 +149,6 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances (N, M) of rows (N, D) and (M, D)."""
     products = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
     return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
-
-
-# ------------------------------------------------------------------------------------------ kernel distance
 
 
 def kernel_distance(
@@ -215,9 +203,6 @@ def mean_kernel(features: Array) -> float:
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     gram = (a @ b.T).div_(a.shape[1]).add_(1)
     return gram.square().mul_(gram)
-
-
-# ------------------------------------------------------------------------------------------ names and checks
 
 
 def count_name(count: int) -> str:

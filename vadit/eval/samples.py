@@ -55,9 +55,6 @@ Summary = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) to one feature vector each, (B, D)."""
 
 
-# ------------------------------------------------------------------------------------------ the evaluation
-
-
 @dataclass(frozen=True)
 class _Reference:
     """Moments of the reference, and its pool features for precision and recall where it has images."""
@@ -241,9 +238,6 @@ def write_reference(
     mu_s, sigma_s = spatial.result()
     with saved_file(Path(out), "set --out to a place with room") as partial, partial.open("wb") as stream:
         np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-
-
-# ------------------------------------------------------------------------------------------ parts of it
 
 
 def _key(reference: Path, weights: Path) -> str:

@@ -174,9 +174,6 @@ def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figur
     return figure
 
 
-# ------------------------------------------------------------------------------------------ numbers
-
-
 class Reduced(NamedTuple):
     """Means and extremes of consecutive points, each (m,)."""
 
@@ -209,9 +206,6 @@ def short_number(value: float, _: Any = None) -> str:
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
     return f"{value:.2g}" if 0 < size < 1e-3 else f"{value:.4g}"
-
-
-# ------------------------------------------------------------------------------------------ parts of a drawing
 
 
 def _set_axes(plot: Axes, chart: Chart, drawn: Sequence[Reduced]) -> None:

@@ -65,9 +65,6 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
     return out
 
 
-# ------------------------------------------------------------------------------------------ parts of the page
-
-
 def _section(section: Section, anchor: str, budget: int) -> str:
     parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>']
     if section.text:

@@ -119,9 +119,6 @@ def _grids(part: Path, found: Log) -> list[tuple[float, Path]]:
     return [(images, path) for images, path in pictures if path.resolve().is_relative_to(part.resolve())]
 
 
-# ------------------------------------------------------------------------------------------ how far, how long
-
-
 @dataclass(frozen=True)
 class Progress:
     """How far a run is, and when it will be done if it goes on at its latest speed."""
@@ -208,9 +205,6 @@ def loss_at(run: Run, images: float) -> float | None:
         return None
     nearest = int(np.abs(curve.x - images).argmin())
     return float(curve.y[nearest]) if abs(curve.x[nearest] - images) <= 0.02 * images else None
-
-
-# ------------------------------------------------------------------------------------------ runs against each other
 
 
 def higher_is_better(metric: str) -> bool:

@@ -55,9 +55,8 @@ _QUANTITIES = {
 _SPEED = ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib")
 _SHOWN_ELSEWHERE = (*_SPEED, "loss", "mse", "epochs", "hours_left", "hours_to_64_epochs")
 _LINEAR = (*_SPEED, "lr")
-
-
-# ------------------------------------------------------------------------------------------ charts of one quantity
+TABLE_2 = [row for row in TOKENIZERS if "2" in row.tables]
+"""Tokenizers f16d16, f16d32 and f16d64, without and with alignment, and FID-10K of the generators on their latents."""
 
 
 def quantity_charts(
@@ -85,9 +84,6 @@ def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
     factor = 100 if _QUANTITIES.get(name, ("", ""))[1] == "%" else 1
     curves = ((run, run.log.curves[name]) for run in runs if name in run.log.curves)
     return tuple(Series(run.name, Curve(curve.x, curve.y * factor), run.color) for run, curve in curves)
-
-
-# ------------------------------------------------------------------------------------------ the page
 
 
 def write_runs_report(
@@ -266,14 +262,8 @@ def _scores_section(runs: Sequence[Run]) -> Section | None:
     return Section("Evaluation", table=rows, header=("metric", *(run.name for run in runs))) if rows else None
 
 
-# ------------------------------------------------------------------------------------------ the frontier (Figure 2)
-
-TABLE_2 = [row for row in TOKENIZERS if "2" in row.tables]
-"""Tokenizers f16d16, f16d32 and f16d64, without and with alignment, and FID-10K of the generators on their latents."""
-
-
 def _frontier_section(runs: Sequence[Run]) -> Section | None:
-    """rFID of the tokenizer against gFID of the generator, for runs whose folder holds both numbers.
+    """Figure 2: rFID of the tokenizer against gFID of the generator, for runs whose folder holds both numbers.
 
     gFID is the one that most runs have, without guidance before with it: numbers of two protocols share no axis.
     """
@@ -304,9 +294,6 @@ def _frontier_section(runs: Sequence[Run]) -> Section | None:
     return Section("Frontier of tokenizers", charts=[chart], notes=notes)
 
 
-# ------------------------------------------------------------------------------------------ pictures and the rest
-
-
 def _grids_section(runs: Sequence[Run]) -> Section | None:
     images, notes = [], []
     for run in runs:
@@ -329,9 +316,6 @@ def _rest_section(runs: Sequence[Run]) -> Section | None:
     header = ("setting that differs", *(run.name for run in runs)) if rows else ()
     title = "Everything else that was logged, and settings"
     return Section(title, charts=charts, table=rows, header=header, settings=files) if charts or files else None
-
-
-# ------------------------------------------------------------------------------------------ words
 
 
 def _last(run: Run, name: str, *, share: bool = False) -> str:
