@@ -83,9 +83,6 @@ def _by_flash_attn(module: str) -> Attend:
     return attend
 
 
-# ------------------------------------------------------------------------------------------------ which one
-
-
 def choose(requested: str, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """What computes attention of this width and dtype here: what was asked for where it works, else what auto takes."""
     if requested == "auto":

@@ -50,9 +50,6 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-# ------------------------------------------------------------------------------------------------ layers
-
-
 def _exact(module: nn.Module, x: Tensor) -> bool:
     """Whether to round exactly as LDM's code does, which released tokenizers were measured with.
 
@@ -178,9 +175,6 @@ def _run(module: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     return module(x)
 
 
-# ------------------------------------------------------------------------------------------------ encoder, decoder
-
-
 class Encoder(nn.Module):
     """Image to the features of the moments (B, 2d, h, w)."""
 
@@ -227,9 +221,6 @@ class Decoder(nn.Module):
         for part in (self.mid, *reversed(self.up)):
             h = _run(part, h, recompute)
         return self.conv_out(_norm_silu(self.norm_out, h))
-
-
-# ------------------------------------------------------------------------------------------------ model
 
 
 class Autoencoder(Pretrained):

@@ -45,9 +45,6 @@ class DiTOutput(NamedTuple):
     """bool, True where a token was not seen; None where all were."""
 
 
-# ------------------------------------------------------------------------------------------------ embeddings
-
-
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Fixed 2-D sin-cos embedding (1, grid*grid, width): first half the column, second half the row."""
     omega = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
@@ -132,9 +129,6 @@ class LabelEmbedder(nn.Module):
         if drop_B is not None:
             y_B = torch.where(drop_B, self.num_classes, y_B)
         return self.embedding_table(y_B)
-
-
-# ------------------------------------------------------------------------------------------------ block
 
 
 class RMSNorm(nn.Module):
@@ -292,9 +286,6 @@ class FinalLayer(nn.Module):
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
         return self.linear(self.norm_final(x_BND, scale, shift))
-
-
-# ------------------------------------------------------------------------------------------------ model
 
 
 class LightningDiT(Pretrained):

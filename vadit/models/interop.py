@@ -37,9 +37,6 @@ DIT_MARK = "x_embedder.proj.weight"
 AUTOENCODER_MARK = "encoder.conv_in.weight"
 
 
-# ------------------------------------------------------------------------------------------------ their files to ours
-
-
 def load_reference_dit(source: Source, *, num_heads: int | None = None) -> LightningDiT:
     """A generator from the authors' file (or what it holds): {"ema": ...} before {"model": ...} before bare tensors.
 
@@ -94,9 +91,6 @@ def load_foreign(source: str | Path, *, num_heads: int | None = None, attention_
     return load_diffusers_autoencoder(source)[0]
 
 
-# ------------------------------------------------------------------------------------------------ ours to theirs
-
-
 def save_reference(model: Model, path: str | Path) -> None:
     """Write a model as a file that the authors' code loads: {"ema": ...} or {"state_dict": ...}."""
     if isinstance(model, MaskedDiT):
@@ -116,9 +110,6 @@ def export_reference(folder: str | Path, out: str | Path) -> None:
     state = read_safetensors(Path(folder) / WEIGHTS_NAME) if (Path(folder) / WEIGHTS_NAME).is_file() else {}
     kind: type[LightningDiT] | type[Autoencoder] = LightningDiT if DIT_MARK in state else Autoencoder
     save_reference(kind.from_pretrained(folder), out)
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 def _read(source: Source, mark: str) -> tuple[State, str]:
@@ -150,9 +141,6 @@ def _count(state: State, pattern: str) -> int:
         where = pattern.replace("\\", "").replace("(d+)", str(missing))
         raise UsageError(f"tensors {where}... are missing; use a checkpoint of a matching model")
     return len(numbers)
-
-
-# ------------------------------------------------------------------------------------------------ inference
 
 
 def infer_dit_spec(state: State, num_heads: int | None = None) -> DiTSpec:

@@ -192,9 +192,6 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if is_linear else tensor
 
 
-# ------------------------------------------------------------------------------------------------ config.json
-
-
 @dataclass(frozen=True)
 class _Index:
     """What is read of an .index.json."""

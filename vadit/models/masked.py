@@ -60,9 +60,6 @@ def load_exported(folder: str | Path) -> LightningDiT:
     return read_model(folder, lambda: build_generator(spec, mask))
 
 
-# ------------------------------------------------------------------------------------------------ parts
-
-
 class PlacedAttention(Attention):
     """Attention of tokens at any places, each sample's its own.
 
@@ -104,9 +101,6 @@ def relative_entries(grid: int) -> Tensor:
     rows = row[:, None] - row[None, :] + grid - 1
     columns = column[:, None] - column[None, :] + grid - 1
     return rows * (2 * grid - 1) + columns
-
-
-# ------------------------------------------------------------------------------------------------ models
 
 
 class MaskedDiT(LightningDiT):

@@ -14,10 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vadit.config.objectives import DDPM_STEPS
-from vadit.runtime.errors import UsageError
+from vadit.config.objectives import DDPM_STEPS as NUM_STEPS
 
-NUM_STEPS = DDPM_STEPS
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 
 
@@ -56,18 +54,14 @@ class Drawn:
     eps: Tensor
 
 
-def spaced_timesteps(num_steps: int) -> list[int]:
-    """num_steps of 0..999, evenly spread, both ends included (Nichol & Dhariwal 2021, section 4)."""
-    if not 2 <= num_steps <= NUM_STEPS:
-        raise UsageError(f"num_steps is {num_steps}; the ddpm sampler needs 2 to {NUM_STEPS}")
-    stride = (NUM_STEPS - 1) / (num_steps - 1)
-    return [round(stride * number) for number in range(num_steps)]
-
-
 def make_schedule(num_steps: int = NUM_STEPS) -> Schedule:
-    """The schedule of the kept steps: betas are recomputed so that abar at those steps stays."""
+    """The schedule of `num_steps` of the steps, evenly spread, both ends included (Nichol & Dhariwal 2021, section 4).
+
+    Betas are recomputed so that abar at those steps stays.
+    """
     all_betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_STEPS, dtype=torch.float64)
-    timesteps = torch.tensor(spaced_timesteps(num_steps))
+    stride = (NUM_STEPS - 1) / (num_steps - 1)
+    timesteps = torch.tensor([round(stride * number) for number in range(num_steps)])
     kept = torch.cumprod(1 - all_betas, dim=0)[timesteps]
     before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     alphas = kept / before

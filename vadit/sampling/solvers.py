@@ -66,8 +66,6 @@ class Guidance:
 
 def time_grid(num_steps: int, low: float = 0.0, high: float = 1.0, shift: float = 0.0) -> Tensor:
     """linspace(low, high, num_steps) with t' = s t / (1 + (s - 1) t) where s > 0 (Esser et al. 2024, eq. 23); fp32."""
-    if num_steps < 2:
-        raise UsageError(f"num_steps is {num_steps}; it counts the points of the time grid and must be at least 2")
     times = torch.linspace(low, high, num_steps)
     return shift * times / (1 + (shift - 1) * times) if shift > 0 else times
 
@@ -135,7 +133,6 @@ def sample_sde(
     form, last_step = spec.sde_diffusion, spec.sde_last_step
     low, high = sde_interval(flow, form, 0.0 if last_step == "none" else LAST_STEP_SIZE)
     times = low + (high - low) * time_grid(spec.num_steps, shift=spec.timestep_shift)
-    indices = range(len(noise)) if indices is None else indices
     with evaluation(model, guide):
         field = _Field(model, labels, Guidance(spec, guide), flow)
         x = noise
@@ -171,11 +168,10 @@ def sample_ddpm(
     model has `forward_with_variance(x, t, labels) -> (B, 2C, h, w)` and `num_classes`. Guidance acts on the noise
     prediction, the variance is the conditional one's (DiT); its time is 1 - timestep / 1000 (MDT), so 1 is data.
     """
-    spec = _settings(noise, labels, spec, settings)
+    spec = _settings(noise, labels, spec, {**settings, "method": "ddpm"})
     guidance = Guidance(spec, guide)
     schedule = ddpm.make_schedule(spec.num_steps)
     timesteps, schedule = schedule.timesteps.tolist(), schedule.to(noise.device)
-    indices = range(len(noise)) if indices is None else indices
     predict = _with_variance(model)
     weak = None if guide is None else _with_variance(guide)
     with evaluation(model, guide):
@@ -193,14 +189,12 @@ def sample_ddpm(
         return x
 
 
-# ------------------------------------------------------------------------------------------------ the vector field
-
-
 class _Field:
-    """The guided velocity of one batch."""
+    """The guided velocity of one batch; torchdiffeq calls it and its `callback_step`."""
 
     def __init__(self, model: Any, labels: Tensor, guidance: Guidance, flow: FlowSpec) -> None:
         self.model, self.labels, self.guidance, self.flow = model, labels, guidance, flow
+        self._steps = 0
 
     def output(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's guided output; t an fp32 scalar."""
@@ -222,6 +216,23 @@ class _Field:
         path, prediction = self.flow.path, self.flow.prediction
         return to_velocity(path, prediction, output, x, times), to_score(path, prediction, output, x, times)
 
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.velocity(x, t.float())
+
+    def callback_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
+        """Before each step of dopri5: end an integration that gets nowhere (torchdiffeq itself only asserts)."""
+        self._steps += 1
+        tolerances = f"atol {self.guidance.spec.atol:g} and rtol {self.guidance.spec.rtol:g}"
+        if not x.isfinite().all():
+            what = f"the latents became infinite or NaN at t = {float(t):.4g}"
+        elif not t + dt > t:
+            what = f"no step at t = {float(t):.4g} meets {tolerances}, or the output is not finite there"
+        elif self._steps > MAX_ADAPTIVE_STEPS:
+            what = f"{MAX_ADAPTIVE_STEPS:,} steps with {tolerances} only lead to t = {float(t):.4g}"
+        else:
+            return
+        raise RunError(f"dopri5 ends: {what}; raise the tolerances, lower the guidance or take method euler")
+
 
 class _DoubledField(_Field):
     """The authors' doubled state [guided; shadow], (2B, C, h, w), for dopri5 that guides a part of the channels.
@@ -241,29 +252,6 @@ class _DoubledField(_Field):
         return to_velocity(self.flow.path, self.flow.prediction, output, x, _fill(x, t))
 
 
-class _Slope:
-    """What dopri5 integrates; ends an integration that gets nowhere, before each of its steps."""
-
-    def __init__(self, field: _Field, tolerances: str) -> None:
-        self._field, self._tolerances = field, tolerances
-        self._steps = 0
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self._field.velocity(x, t.float())
-
-    def callback_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self._steps += 1
-        if not x.isfinite().all():
-            what = f"the latents became infinite or NaN at t = {float(t):.4g}"
-        elif not t + dt > t:
-            what = f"no step at t = {float(t):.4g} meets {self._tolerances}, or the output is not finite there"
-        elif self._steps > MAX_ADAPTIVE_STEPS:
-            what = f"{MAX_ADAPTIVE_STEPS:,} steps with {self._tolerances} only lead to t = {float(t):.4g}"
-        else:
-            return
-        raise RunError(f"dopri5 ends: {what}; raise the tolerances, lower the guidance or take method euler")
-
-
 def _dopri5(model: Any, noise: Tensor, labels: Tensor, guidance: Guidance, flow: FlowSpec, times: Tensor) -> Tensor:
     from torchdiffeq import odeint
 
@@ -272,9 +260,6 @@ def _dopri5(model: Any, noise: Tensor, labels: Tensor, guidance: Guidance, flow:
     doubled = part and spec.cfg_scale != 1 and guidance.guide is None
     field = (_DoubledField if doubled else _Field)(model, labels, guidance, flow)
     state = torch.cat([noise, noise]) if doubled else noise
-
-    # torchdiffeq calls it like this; it looks for these things with asserts alone, which python -O leaves out
-    slope = _Slope(field, f"atol {spec.atol:g} and rtol {spec.rtol:g}")
     # points between the ends would only be interpolated and kept in memory: the steps do not depend on them
     ends = times[[0, -1]].to(noise.device)
     # dopri5 steps past the end and interpolates back; the vp path has no sigma past t = 1, so there a step ends with it
@@ -284,7 +269,7 @@ def _dopri5(model: Any, noise: Tensor, labels: Tensor, guidance: Guidance, flow:
     # by which the compiled ops round otherwise
     with exact():
         tolerances = {"atol": [spec.atol], "rtol": [spec.rtol]}
-        latents = odeint(slope, state, ends, method="dopri5", **tolerances, options=options)[-1]
+        latents = odeint(field, state, ends, method="dopri5", **tolerances, options=options)[-1]
     return latents[: len(noise)]
 
 
@@ -295,8 +280,8 @@ def _both(
     if weak is not None:
         return strong(x, times, labels), weak(x, times, labels)
     null = torch.full_like(labels, null_label)
-    output = strong(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null]))
-    return output.chunk(2)[0], output.chunk(2)[1]
+    conditional, other = strong(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null])).chunk(2)
+    return conditional, other
 
 
 def _with_variance(model: Any) -> Network:
@@ -313,7 +298,8 @@ def _fill(x: Tensor, t: Tensor | float) -> Tensor:
     return torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
 
 
-def _step_noise(seed: int, step: int, indices: Sequence[int], x: Tensor) -> Tensor:
+def _step_noise(seed: int, step: int, indices: Sequence[int] | None, x: Tensor) -> Tensor:
+    indices = range(len(x)) if indices is None else indices
     return rng.normal(rng.fold(seed, "step", step), indices, x.shape[1:]).to(x)
 
 
@@ -337,8 +323,6 @@ def _settings(noise: Tensor, labels: Tensor, spec: SampleSpec | None, changes: d
     spec = replace(spec or SampleSpec(), **changes)
     if labels.shape != noise.shape[:1]:
         raise UsageError(f"labels have shape {tuple(labels.shape)}; noise {tuple(noise.shape)} needs ({len(noise)},)")
-    if spec.cfg_channels is not None and not 1 <= spec.cfg_channels <= noise.shape[1]:
-        raise UsageError(
-            f"cfg_channels is {spec.cfg_channels}; it must be from 1 to the latent's {noise.shape[1]} channels"
-        )
+    if (spec.cfg_channels or 0) > noise.shape[1]:
+        raise UsageError(f"cfg_channels is {spec.cfg_channels}; the latent has {noise.shape[1]} channels")
     return spec
