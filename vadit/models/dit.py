@@ -21,7 +21,6 @@ from vadit.config import DiTSpec
 from vadit.kernels import is_exact, rms_norm, rope, rope_qkv, swiglu
 from vadit.models.attention import Attend, torch_attention
 from vadit.models.pretrained import Pretrained
-from vadit.runtime.errors import UsageError
 
 TIME_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -298,8 +297,6 @@ class LightningDiT(Pretrained):
 
     def __init__(self, spec: DiTSpec, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        if spec.hidden_size % 4:
-            raise UsageError(f"model.hidden_size {spec.hidden_size} is not divisible by 4, which 2-D positions need")
         self.spec = spec
         self.gradient_checkpointing = gradient_checkpointing
         self.num_classes = spec.num_classes

@@ -114,12 +114,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
 
     UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
     """
-    content: Mapping[str, Any] = {}
-    if path.suffix == ".json":
-        for file in _files(path):
-            content = {**content, **read_mapping(file)}
-    else:
-        content = read_mapping(path)
+    content: dict[str, Any] = {}
+    for file in _files(path) if path.suffix == ".json" else [path]:
+        content |= read_mapping(file)
     if (found := _WEIGHTS.fullmatch(path.name)) and (variant := found["first"] or found["second"]):
         note_once(f"{path} is read: weights of the kind {variant}")
     return to_ldm_names(bare_state(content, MARK)[0], str(path)), _settings(path.parent / CONFIG_NAME)
@@ -148,16 +145,17 @@ def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     Without quantisation convolutions (Stable Diffusion 3, FLUX) the identity takes their place, which changes no bit.
     """
     if MARK not in state:
-        found = next(iter(state), "none")
-        raise UsageError(f"{origin}: tensor {MARK} is missing (its first tensor is {found}); name an {CLASS_NAME}")
+        first = next(iter(state), "none")
+        raise UsageError(f"{origin}: tensor {MARK} is missing (its first tensor is {first}); name an {CLASS_NAME}")
     if not any(".mid_block.attentions." in name for name in state):
         raise UsageError(f"{origin} has no attention in the middle (mid_block_add_attention false), which is needed")
-    numbers = (re.match(r"decoder\.up_blocks\.(\d{1,3})\.", name) for name in state)
-    levels = [int(found[1]) for found in numbers if found]
+    levels = [int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d{1,3})\.", name))]
     if not levels:
         raise UsageError(f"{origin} has no tensors decoder.up_blocks.0; name an {CLASS_NAME} that is whole")
-    num_levels = 1 + max(levels)
-    renamed = {_ldm_name(name, num_levels): _as_convolution(name, tensor) for name, tensor in state.items()}
+    renamed = {}
+    for name, tensor in state.items():
+        is_linear = ".attentions." in name and name.endswith(".weight") and tensor.dim() == 2
+        renamed[_ldm_name(name, 1 + max(levels))] = tensor[:, :, None, None] if is_linear else tensor
     latent_channels = (*renamed.get("decoder.conv_in.weight", torch.empty(0)).shape, 0, 0)[1]
     for name, channels in (("quant_conv", 2 * latent_channels), ("post_quant_conv", latent_channels)):
         if f"{name}.weight" not in renamed:
@@ -184,12 +182,6 @@ def _ldm_name(name: str, num_levels: int) -> str:
     ):
         name = name.replace(theirs, ours)
     return name
-
-
-def _as_convolution(name: str, tensor: Tensor) -> Tensor:
-    """A linear layer of attention (E, E) as a 1x1 convolution (E, E, 1, 1)."""
-    is_linear = ".attentions." in name and name.endswith(".weight") and tensor.dim() == 2
-    return tensor[:, :, None, None] if is_linear else tensor
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.torch_file import is_plain
 
 VGG_FILE = "vgg16-397923af.pth"
-VGG_PUBLISHED_AT = "https://download.pytorch.org/models/"
 VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 """Of the heads' file in lpips, torchmetrics and taming-transformers (there MD5 d507d7349b931f0638a25a48a722f98a)."""
@@ -73,8 +72,8 @@ class LPIPS(nn.Module):
         return ((x_BEhw - y_BEhw).square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
     def _load_backbone(self, path: str | None) -> None:
-        flag = "--vgg-weights to its path (vadit train: --loss.vgg-weights)"
-        remedy = f"download {VGG_FILE} from {VGG_PUBLISHED_AT} and set {flag}"
+        where = f"{VGG_FILE} from https://download.pytorch.org/models/"
+        remedy = f"download {where} and set --vgg-weights to its path (vadit train: --loss.vgg-weights)"
         if path is None:
             raise UsageError(f"LPIPS needs torchvision's VGG16 weights and loss.vgg_weights is not set; {remedy}")
         if not Path(path).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import zipfile
@@ -163,16 +162,13 @@ def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], n
         _check_images(out, 0)
         save_json(file, settings | {"source": source}, _AGAIN)
         return
-    noted = None
-    with contextlib.suppress(RunError):
-        noted = read_json(file, dict[str, Any])
     remedy = "set --out to another folder, or delete this one"
-    if isinstance(noted, dict):
-        noted.pop("source", None)
-        weights = noted.get("weights")
-        for network, old in weights.items() if isinstance(weights, dict) else ():
-            if old != (now := settings["weights"].get(network, old)):
-                raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
+    noted = read_json(file, dict[str, Any], remedy=f"it is damaged: {remedy}")
+    noted.pop("source", None)
+    weights = noted.get("weights")
+    for network, old in weights.items() if isinstance(weights, dict) else ():
+        if old != (now := settings["weights"].get(network, old)):
+            raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
     refuse_other_settings(out, "samples", noted, settings, remedy)
     _check_images(out, num_samples)
 
