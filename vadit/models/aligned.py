@@ -24,10 +24,8 @@ from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
 class Inner:
     """Tensors of the last forward, with their graph."""
 
-    moments_BEhw: Tensor
-    """Output of encoder.conv_out."""
-    images_BCHW: Tensor
-    """Output of decoder.conv_out: the reconstruction."""
+    moments_BEhw: Tensor  # output of encoder.conv_out
+    images_BCHW: Tensor  # output of decoder.conv_out: the reconstruction
     cos_loss: Tensor
     distmat_loss: Tensor
 

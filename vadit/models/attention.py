@@ -22,12 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import first_line
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v to their attention, all (B, H, N, K)."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v to their attention, all (B, H, N, K)
 
 SETTING = "engine.attention"
-TORCH = "torch"
-"""Name of torch's own choice among its kernels: what runs on a CPU and in fp32."""
+TORCH = "torch"  # name of torch's own choice among its kernels: what runs on a CPU and in fp32
 
 _KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -34,14 +34,10 @@ Places = CosSin | Tensor | None
 class DiTOutput(NamedTuple):
     """What a pass through a generator gives a loss."""
 
-    prediction: Tensor
-    """(B, C, h, w), or (B, 2C, h, w) with the learned variance."""
-    hidden: dict[int, Tensor]
-    """Outputs (B, N, D) of the blocks asked for, by their number from 1."""
-    projected: Tensor | None = None
-    """(B, N, F): REPA's projection of the aligned block's output, where that is among them."""
-    mask_BN: Tensor | None = None
-    """bool, True where a token was not seen; None where all were."""
+    prediction: Tensor  # (B, C, h, w), or (B, 2C, h, w) with the learned variance
+    hidden: dict[int, Tensor]  # outputs (B, N, D) of the blocks asked for, by their number from 1
+    projected: Tensor | None = None  # (B, N, F): REPA's projection of the aligned block's output, where that is tapped
+    mask_BN: Tensor | None = None  # bool, True where a token was not seen; None where all were
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

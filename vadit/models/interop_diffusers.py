@@ -30,8 +30,7 @@ _WEIGHTS = re.compile(
 """Names of the weights, or of the index of several files of them; a variant stands in one of two places."""
 _VARIANTS = (None, "fp32", "fp16", "bf16", "non_ema")
 """In this order: whole precision first, and weights that are not averaged last."""
-MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"
-"""A tensor that every AutoencoderKL has."""
+MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a tensor that every AutoencoderKL has
 
 _ATTENTION_NAMES = {
     # those of today's diffusers, then those of its older files, which it still reads
@@ -48,14 +47,10 @@ _Side = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
 class DiffusersSettings:
     """What config.json says that the tensors do not; names and defaults are those of diffusers and of released VAEs."""
 
-    norm_num_groups: _Side = 32
-    """Groups of GroupNorm."""
-    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None
-    """Side of the training images, in pixels."""
-    scaling_factor: FiniteFloat | None = None
-    """What latents are multiplied with before a generator sees them (0.18215 for Stable Diffusion 1)."""
-    shift_factor: FiniteFloat | None = None
-    """What is subtracted from latents before that (Stable Diffusion 3, FLUX)."""
+    norm_num_groups: _Side = 32  # groups of GroupNorm
+    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None  # of the training images, in pixels
+    scaling_factor: FiniteFloat | None = None  # what a generator's latents are multiplied with (0.18215 for SD 1)
+    shift_factor: FiniteFloat | None = None  # what is subtracted from latents before that (Stable Diffusion 3, FLUX)
 
     @property
     def image_size(self) -> int | None:

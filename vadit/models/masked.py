@@ -28,10 +28,8 @@ from vadit.runtime.errors import UsageError, naming
 
 MASK_NAME = "mask.json"
 """File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
-MAX_RELATIVE_GRID = 64
-"""Side of the grid of tokens for which a table of all pairs fits the memory (0.5 GB)."""
-INIT_STD = 0.02
-"""Standard deviation of mask token and relative bias at the start (both papers' code)."""
+MAX_RELATIVE_GRID = 64  # side of the grid of tokens for which a table of all pairs fits the memory (0.5 GB)
+INIT_STD = 0.02  # standard deviation of mask token and relative bias at the start (both papers' code)
 
 
 def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> LightningDiT:

@@ -45,12 +45,9 @@ P = TypeVar("P", bound="Pretrained")
 class Origin:
     """What the training of weights leaves to know; kept in the metadata of an exported model.safetensors."""
 
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the average that they are; 0 for plain weights."""
-    start_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share that the weights of the start still have in that average."""
-    classes: tuple[tuple[int, int], ...] | None = None
-    """Classes that there were samples of, in ranges (first, last); None where nobody knows."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average that they are; 0 for plain weights
+    start_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the weights of the start in that average
+    classes: tuple[tuple[int, int], ...] | None = None  # ranges (first, last) of those that there were samples of
 
     def warn(self, what: str) -> None:
         """A line where an average is none of trained weights yet."""

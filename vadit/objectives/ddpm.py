@@ -23,20 +23,13 @@ BETA_FIRST, BETA_LAST = 1e-4, 0.02
 class Schedule:
     """Coefficients of N steps, each (N,) float64, entry 0 nearest to the data."""
 
-    timesteps: Tensor
-    """(N,) int64: which of the 1000 steps the network gets as its time."""
-    signal: Tensor
-    """sqrt(abar): share of the data in x_t."""
-    noise: Tensor
-    """sqrt(1 - abar): share of the noise in x_t."""
-    posterior_data: Tensor
-    """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
-    posterior_state: Tensor
-    """Coefficient of x_t in that mean."""
-    log_variance_low: Tensor
-    """log of that posterior's variance; entry 0, whose variance is 0, repeats entry 1."""
-    log_variance_high: Tensor
-    """log beta."""
+    timesteps: Tensor  # (N,) int64: which of the 1000 steps the network gets as its time
+    signal: Tensor  # sqrt(abar): share of the data in x_t
+    noise: Tensor  # sqrt(1 - abar): share of the noise in x_t
+    posterior_data: Tensor  # coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)
+    posterior_state: Tensor  # coefficient of x_t in that mean
+    log_variance_low: Tensor  # log of that posterior's variance; entry 0, whose variance is 0, repeats entry 1
+    log_variance_high: Tensor  # log beta
 
     def to(self, device: torch.device | str) -> Schedule:
         """The same on another device."""
@@ -48,8 +41,7 @@ class Drawn:
     """Noise and step drawn for data."""
 
     x_t: Tensor
-    t: Tensor
-    """(B,) steps 0..999 as floats, which the network is told."""
+    t: Tensor  # (B,) steps 0..999 as floats, which the network is told
     x1: Tensor
     eps: Tensor
 

@@ -30,18 +30,12 @@ VP_BETA_DATA, VP_BETA_NOISE = 0.1, 20.0
 class PathPoint:
     """The path at times t: each a tensor shaped like t (or broadcastable against x where `like` was given)."""
 
-    alpha: Tensor
-    """Share of the data."""
-    d_alpha: Tensor
-    """d alpha / dt."""
-    sigma: Tensor
-    """Share of the noise."""
-    d_sigma: Tensor
-    """d sigma / dt."""
-    drift: Tensor
-    """f = alpha' / alpha, of the forward SDE dx = f x dt + sqrt(2 g) dw whose marginals the path has."""
-    diffusion: Tensor
-    """g = f sigma^2 - sigma sigma', so that v = f x_t + g score."""
+    alpha: Tensor  # share of the data
+    d_alpha: Tensor  # d alpha / dt
+    sigma: Tensor  # share of the noise
+    d_sigma: Tensor  # d sigma / dt
+    drift: Tensor  # f = alpha' / alpha, of the forward SDE dx = f x dt + sqrt(2 g) dw whose marginals the path has
+    diffusion: Tensor  # g = f sigma^2 - sigma sigma', so that v = f x_t + g score
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,7 @@ class Drawn:
     """Noise and time drawn for data, and what a network is asked there."""
 
     x_t: Tensor
-    t: Tensor
-    """(B,) fp32."""
+    t: Tensor  # (B,) fp32
     x0: Tensor
     velocity: Tensor
 

@@ -10,8 +10,7 @@ from vadit.config import DiTConfig, DiTSpec, EngineSpec, Paper, RunSpec, SampleS
 from vadit.recipes.sizes import BATCH_SIZE, DIT_SIZES, EPOCHS_80
 from vadit.recipes.tokenizers import Row
 
-RELEASED = "vavae-f16d32-dinov2"
-"""Tokenizer of Table 3."""
+RELEASED = "vavae-f16d32-dinov2"  # tokenizer of Table 3
 
 
 def lightningdit_xl_64ep() -> DiTConfig:

@@ -15,14 +15,11 @@ DIT_SIZES: dict[str, dict[str, Any]] = {
 }
 """Keyword arguments of DiTSpec for each size of the paper; patch_size 1 or 2 goes with any."""
 
-IMAGENET_IMAGES = 1_281_167
-"""Training images of ImageNet-1k: one epoch."""
+IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k: one epoch
 
-BATCH_SIZE = 1024
-"""Of LightningDiT's runs."""
+BATCH_SIZE = 1024  # of LightningDiT's runs
 
-EPOCHS_80 = 100_000 * BATCH_SIZE
-"""What the paper calls 80 epochs, in images (79.9)."""
+EPOCHS_80 = 100_000 * BATCH_SIZE  # what the paper calls 80 epochs, in images (79.9)
 
 
 def dit_size(model: DiTSpec) -> str:

@@ -68,12 +68,9 @@ def on_vavae(config: DiTConfig) -> DiTConfig:
 class Row:
     """A row of the table: the row before it, changed."""
 
-    name: str
-    """As in table1-NN-NAME."""
-    label: str
-    """As the paper writes it."""
-    fid: float
-    """FID-50k without guidance."""
+    name: str  # as in table1-NN-NAME
+    label: str  # as the paper writes it
+    fid: float  # FID-50k without guidance
     change: Callable[[DiTConfig], DiTConfig]
 
 

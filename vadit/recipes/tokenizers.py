@@ -31,16 +31,12 @@ FOUNDATION_NAMES = {"none": "no VF loss", "mae": "MAE", "dinov2": "DINOv2", "sam
 class Row:
     """A tokenizer of Tables 2, 4 and 5, with the paper's numbers."""
 
-    channels: int
-    """Of the latent: 32 for f16d32."""
+    channels: int  # of the latent: 32 for f16d32
     foundation: str
-    scores: tuple[float, float, float, float]
-    """rFID, PSNR, LPIPS, SSIM."""
-    fid_10k: dict[str, float]
-    """FID-10K of LightningDiT of each size on its latents."""
+    scores: tuple[float, float, float, float]  # rFID, PSNR, LPIPS, SSIM
+    fid_10k: dict[str, float]  # FID-10K of LightningDiT of each size on its latents
     tables: str
-    without: str = ""
-    """Part of the VF loss that is left out (Table 5)."""
+    without: str = ""  # part of the VF loss that is left out (Table 5)
 
     @property
     def name(self) -> str:

@@ -22,8 +22,7 @@ from vadit.runtime import distributed, rng
 from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
-GROUP = 64
-"""Samples that are computed together: index i belongs to group i // 64."""
+GROUP = 64  # samples that are computed together: index i belongs to group i // 64
 DECODE_BATCH = 16
 """Latents that are decoded together: a decoder's activations are large, and the cut must not depend on anything."""
 
@@ -32,10 +31,8 @@ class Drawn(NamedTuple):
     """Some samples."""
 
     indices: list[int]
-    latents: Tensor
-    """(n, C, h, w), as the generator knows them (normalised)."""
-    labels: Tensor
-    """(n,) int64."""
+    latents: Tensor  # (n, C, h, w), as the generator knows them (normalised)
+    labels: Tensor  # (n,) int64
 
 
 def spare_points(spec: SampleSpec) -> int:

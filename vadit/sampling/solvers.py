@@ -25,10 +25,8 @@ from vadit.runtime.errors import RunError, UsageError
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-LAST_STEP_SIZE = 0.04
-"""Of an SDE's last step, where it has one (SiT)."""
-MAX_ADAPTIVE_STEPS = 2_000
-"""Of dopri5, those that it takes back included; a trained generator needs about a hundred."""
+LAST_STEP_SIZE = 0.04  # of an SDE's last step, where it has one (SiT)
+MAX_ADAPTIVE_STEPS = 2_000  # of dopri5, those that it takes back included; a trained generator needs about a hundred
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,8 @@ class Guidance:
     that network's at the same label (autoguidance: Karras et al. 2024). At a scale of 1 the weak network does not run.
     """
 
-    spec: SampleSpec
-    """The scale, its schedule (Gao et al. 2023), the interval (Kynkaanniemi et al. 2024) and the channels."""
-    guide: Any = None
-    """A weaker network to guide with, called as the sampled one is."""
+    spec: SampleSpec  # scale, its schedule (Gao et al. 2023), interval (Kynkaanniemi et al. 2024) and channels
+    guide: Any = None  # a weaker network to guide with, called as the sampled one is
 
     def active(self, t: Tensor) -> bool:
         """Whether guidance acts at t, an fp32 scalar (compared in fp32, as the authors' code does)."""

@@ -35,8 +35,7 @@ from vadit.sampling.draw import (
     trained_classes,
 )
 
-GRID_IMAGES = 64
-"""Images of the grid picture, at most."""
+GRID_IMAGES = 64  # images of the grid picture, at most
 SETTINGS = "settings.json"
 _AGAIN = "free space there or choose another folder, then run the same command again"
 
@@ -44,12 +43,9 @@ _AGAIN = "free space there or choose another folder, then run the same command a
 class SampleFiles(NamedTuple):
     """What `write_samples` wrote."""
 
-    images: Path
-    """Folder of PNGs: index with six digits."""
-    npz: Path
-    """ADM's file: arr_0 uint8 (N, H, W, 3), labels int64 (N,)."""
-    grid: Path
-    """The first images in one picture."""
+    images: Path  # folder of PNGs: index with six digits
+    npz: Path  # ADM's file: arr_0 uint8 (N, H, W, 3), labels int64 (N,)
+    grid: Path  # the first images in one picture
 
 
 def write_samples(
