@@ -1,4 +1,4 @@
-"""Whole runs of two processes that meet faults and end as if they had not: benchmarks/faults/run.py, in small."""
+"""Whole runs of two processes that meet faults and end as if they had not: tests/faults/run.py, in small."""
 
 import csv
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launched import environment
 
-RUNNER = Path(__file__).parents[1] / "benchmarks" / "faults" / "run.py"
+RUNNER = Path(__file__).parent / "faults" / "run.py"
 SINGLE = ["bad-steps", "truncated", "flipped", "full-disk", "sigterm", "hang", "bad-shard"]
 
 

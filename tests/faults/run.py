@@ -1,4 +1,4 @@
-"""Faults in real runs, and what is lost: python benchmarks/faults/run.py [--kills 50] [--seed 0] [--only KIND ...]
+"""Faults in real runs, and what is lost: python tests/faults/run.py [--kills 50] [--seed 0] [--only KIND ...]
 
 A run is the generator or the tokenizer, small, trained by two processes over gloo on a CPU: 12 steps, a checkpoint
 every second. Its undisturbed end is what each disturbed run has to reach, bit for bit: the log of every step, weights,
@@ -35,7 +35,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's: a process that is forked mu
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ["COLUMNS"] = "1000"  # of the messages that are searched
-sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((0, ""), (1, ""), (2, "tests")))
+sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((0, ""), (1, ""), (2, "benchmarks")))
 import harness
 from checkpoint_worker import assert_same_end
 from pairs import EVERY, FLUSH_S, STEPS, Pair, Variant, disk_state, import_all, in_forks, saved_steps
@@ -190,7 +190,7 @@ def save(rows: list[Row], path: Path, seed: int, seconds: float) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "safetensors"))
     stamp = {
         "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../vadit", "faults"),
+        "commit": harness.commit("../vadit", "../tests/faults"),
         "hardware": f"{harness.hardware('cpu')} x {os.cpu_count()}",
         "versions": f"Python {platform.python_version()}, {versions}",
         "seed": seed,
