@@ -45,32 +45,14 @@ class TrainGenerator(DryRun):
 
 def run(arguments: list[str]) -> None:
     """Train a recipe, or with --dry-run say what it would take."""
-    with reported_once():
-        name, rest = _recipe_name(arguments)
-        if name is None:
-            say("usage: vadit train RECIPE [--setting value ...] [--dry-run]", "")
-            show(recipe_table())
-            say("", "`vadit train RECIPE --help` explains every setting.")
-            return
-        recipe = get_recipe(name)
-    about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
-    kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
-    options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
-    if isinstance(options, TrainTokenizer) and options.config.stages:
-        with reported_once():
-            options = replace(options, config=_whole_of_stages(options.config, recipe))
-    if options.dry_run:
+    options = _options(arguments)
+    if options is None:
+        say("usage: vadit train RECIPE [--setting value ...] [--dry-run]", "")
+        show(recipe_table())
+        say("", "`vadit train RECIPE --help` explains every setting.")
+    elif options.dry_run:
         _dry_run(options)
-    elif options.world_size is not None:
-        raise UsageError(
-            f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
-        )
     else:
-        from vadit.runtime import distributed
-
-        with reported_once():
-            check_output("--run.out", options.config.run.out)
-            distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
         from vadit.train import dit, engine, tokenizer
         from vadit.train.loop import Stopped
 
@@ -83,6 +65,31 @@ def run(arguments: list[str]) -> None:
             engine.finish()
             raise
         engine.finish()  # not after a failure: with others in a collective, leaving the group could wait for ever
+
+
+@reported_once()
+def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
+    """The settings, known to be right as far as no data is needed for that; None asks for help."""
+    name, rest = _recipe_name(arguments)
+    if name is None:
+        return None
+    recipe = get_recipe(name)
+    about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
+    kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
+    options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
+    if isinstance(options, TrainTokenizer) and options.config.stages:
+        options = replace(options, config=_whole_of_stages(options.config, recipe))
+    if options.dry_run:
+        return options
+    if options.world_size is not None:
+        raise UsageError(
+            f"--world-size {options.world_size} belongs to --dry-run; a launcher starts processes (launch/README.md)"
+        )
+    from vadit.runtime import distributed
+
+    check_output("--run.out", options.config.run.out)
+    distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
+    return options
 
 
 def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
