@@ -138,7 +138,7 @@ class DiTConfig:
             )
         if self.flow.objective == "ddpm" and not self.model.learn_sigma:
             raise UsageError("flow.objective ddpm learns the variance; set --model.learn-sigma")
-        if self.repa.weight > 0 and not 1 <= self.repa.block <= self.model.depth:
+        if self.repa.weight > 0 and self.repa.block > self.model.depth:
             raise UsageError(f"repa.block is {self.repa.block}; the generator has blocks 1 to {self.model.depth}")
         if self.mask.kind != "none":
             check_masks(self.mask, self.model, self.flow, self.repa, self.engine)

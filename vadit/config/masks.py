@@ -11,7 +11,7 @@ from vadit.runtime.errors import UsageError
 def check_masks(mask: MaskSpec, model: DiTSpec, flow: FlowSpec, repa: RepaSpec, engine: EngineSpec) -> None:
     """Refuse what a masked run cannot be, or would silently not do."""
     tokens = (model.input_size // model.patch_size) ** 2
-    if not 0 < mask.ratio < 1 or not 0 < int(tokens * (1 - mask.ratio)) < tokens:
+    if not 0 < int(tokens * (1 - mask.ratio)) < tokens:
         raise UsageError(
             f"mask.ratio is {mask.ratio}; of {tokens} tokens some must be masked and some visible "
             "(MaskDiT: 0.5, MDT: 0.3)"
