@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def image_size(autoencoder: Autoencoder, size: int | None) -> int:
     """The side that images are cropped to: `size` where it fits the tokenizer, by default its training size."""
     spec = autoencoder.spec
     size = spec.image_size if size is None else size
-    if size < 1 or size % spec.downsample_ratio:
+    if size % spec.downsample_ratio:
         raise UsageError(
             f"--image-size {size} is not a multiple of the tokenizer's downsample ratio {spec.downsample_ratio}; "
             f"set it to {max(round(size / spec.downsample_ratio), 1) * spec.downsample_ratio}"
@@ -55,11 +54,3 @@ def processes(choice: str) -> Iterator[Any]:
         yield device
     finally:
         engine.finish()
-
-
-def print_once(text: str) -> None:
-    """Print from the first process alone."""
-    from vadit.runtime import distributed
-
-    if distributed.is_main():
-        say(text)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from vadit.commands.common import Device, image_size, load_tokenizer, print_once, processes
+from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Range, Seed, Share, Side, Workers
+from vadit.runtime.console import ProgressBar, say, say_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -77,7 +78,6 @@ def run(options: EncodeOptions) -> None:
     if options.stats_only is not None:
         from vadit.latents.shards import STATISTICS_FILE, open_folder
         from vadit.latents.statistics import compute_statistics
-        from vadit.runtime.console import say
         from vadit.runtime.owner import owned
 
         open_folder(Path(options.stats_only))  # a wrong path must not be made
@@ -93,23 +93,19 @@ def run(options: EncodeOptions) -> None:
     from vadit.images.loader import describe_classes
     from vadit.latents.encode import encode
     from vadit.runtime import choices
-    from vadit.runtime.console import ProgressBar
 
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         size = image_size(autoencoder, options.image_size)
         spec = ImageDataSpec(
-            path=options.images,
-            labels_file=options.labels_file,
-            on_error=options.on_error,
-            max_bad_share=options.max_bad_share,
+            options.images, options.labels_file, on_error=options.on_error, max_bad_share=options.max_bad_share
         )
         features = _load_features(options, size, device)
         images = open_images(spec, size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.report(chosen)
         classes = describe_classes(images.source.classes, images.source.labels)
-        print_once(f"{len(images):,} images by {chosen.name}; {classes}")
+        say_once(f"{len(images):,} images by {chosen.name}; {classes}")
         with ProgressBar("encode", len(images)) as bar:
             summary = encode(
                 autoencoder,
@@ -126,7 +122,7 @@ def run(options: EncodeOptions) -> None:
                 stats_samples=options.stats_samples,
                 progress=bar.update,
             )
-    print_once(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
+    say_once(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
 
 
 def _load_features(options: EncodeOptions, size: int, device: torch.device) -> FoundationModel | None:

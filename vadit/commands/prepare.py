@@ -51,10 +51,7 @@ def run(options: PrepareOptions) -> None:
 
     check_output("OUT", options.out, folder=False)
     spec = ImageDataSpec(
-        path=options.images,
-        labels_file=options.labels_file,
-        on_error=options.on_error,
-        max_bad_share=options.max_bad_share,
+        options.images, options.labels_file, on_error=options.on_error, max_bad_share=options.max_bad_share
     )
     bars: dict[str, ProgressBar] = {}
     with ExitStack() as stack:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from vadit.commands.arguments import parse
-from vadit.commands.common import Device, load_tokenizer, print_once, processes
+from vadit.commands.common import Device, load_tokenizer, processes
 from vadit.config import DiTConfig, FlowSpec, SampleSpec
 from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
+from vadit.runtime.console import ProgressBar, note_once, say_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -59,7 +60,6 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from vadit.latents.statistics import load_statistics
-    from vadit.runtime.console import ProgressBar, note_once
     from vadit.sampling.draw import own_groups, trained_classes
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
@@ -120,7 +120,7 @@ def run(arguments: list[str]) -> None:
                 | {"origin": asdict(generator.origin)},
                 progress=progress,
             )
-    print_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
+    say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
 
 
 def _settings_of_run(path: str) -> dict[str, Any]:

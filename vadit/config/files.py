@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vadit.config import DiTConfig, TokenizerConfig
-from vadit.runtime.console import note
+from vadit.config import Config, DiTConfig, TokenizerConfig
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import save_json
 from vadit.runtime.json_files import checked, read_json
@@ -43,7 +42,7 @@ def load_config(kind: type[T], path: str | Path) -> T:
     return from_dict(kind, read_json(path, dict[str, Any], error=UsageError), origin=str(path))
 
 
-def load_run_config(run: str | Path, *, stages: bool = True) -> TokenizerConfig | DiTConfig:
+def load_run_config(run: str | Path, *, stages: bool = True) -> Config:
     """The config of a run folder, tokenizer or generator.
 
     Where its file is lost or damaged, that of a checkpoint serves, the newest that is sound; with `stages` also one of
@@ -59,26 +58,21 @@ def load_run_config(run: str | Path, *, stages: bool = True) -> TokenizerConfig 
         for copy in copies:
             with contextlib.suppress(UsageError):
                 config = _read_run_config(copy)
-                if os.environ.get("RANK", "0") == "0":
-                    note(f"{error}; taking {copy} instead")
+                note_once(f"{error}; taking {copy} instead")
                 return config
         raise
 
 
-def _read_run_config(path: Path) -> TokenizerConfig | DiTConfig:
+def _read_run_config(path: Path) -> Config:
     if not path.is_file():
         raise UsageError(f"{path.parent} is no run folder: {path} does not exist")
     values = read_json(path, dict[str, Any], error=UsageError)
-    if (kind := values.get("kind")) not in ("tokenizer", "dit"):
-        raise UsageError(f"{path}: kind is {kind!r}; needed: tokenizer or dit")
+    if (name := values.get("kind")) not in ("tokenizer", "dit"):
+        raise UsageError(f"{path}: kind is {name!r}; needed: tokenizer or dit")
     if isinstance(engine := values.get("engine"), dict):
         engine.setdefault("ema_warmup", False)  # of runs before there was this setting
-    origin = str(path)
-    return (
-        from_dict(TokenizerConfig, values, origin=origin)
-        if kind == "tokenizer"
-        else from_dict(DiTConfig, values, origin=origin)
-    )
+    kind: type[Config] = TokenizerConfig if name == "tokenizer" else DiTConfig
+    return from_dict(kind, values, origin=str(path))
 
 
 def _refuse_unknown(kind: Any, values: Any, origin: str, prefix: str) -> None:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.segment import Segment
 from rich.text import Text
 
+from vadit.runtime import launcher
 from vadit.runtime.errors import escaped, one_line
 
 
@@ -59,6 +60,12 @@ def say(*lines: str) -> None:
         print(one_line(line))
 
 
+def say_once(text: str) -> None:
+    """`say` of the main process alone."""
+    if launcher.place().rank == 0:
+        say(text)
+
+
 def note(text: str, style: str = "yellow") -> None:
     """What happens meanwhile, one line on stderr, above the progress bar; `style` is one of rich."""
     _console.print(one_line(text), style=style, soft_wrap=True)
@@ -66,9 +73,7 @@ def note(text: str, style: str = "yellow") -> None:
 
 def note_once(text: str, style: str = "yellow") -> None:
     """`note` of the main process alone."""
-    from vadit.runtime import distributed  # torch, which `vadit --help` does without
-
-    if distributed.is_main():
+    if launcher.place().rank == 0:
         note(text, style)
 
 
@@ -146,8 +151,6 @@ class ProgressBar:
     """A bar with images/s and time left; silent on all processes but the main one."""
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
-        from vadit.runtime import distributed  # torch, which `vadit --help` does without
-
         columns = (
             TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=16),
@@ -156,7 +159,7 @@ class ProgressBar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        silent = not distributed.is_main()
+        silent = launcher.place().rank > 0
         self._progress = Progress(*columns, console=_console, disable=silent, speed_estimate_period=30)
         self._task = self._progress.add_task(one_line(title), total=total, completed=done, note="")
 
