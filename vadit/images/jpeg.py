@@ -40,7 +40,8 @@ def jpeg_area(data: bytes) -> int:
             return 0
         place = end
         if marker in _SEQUENTIAL or marker == _PROGRESSIVE:
-            if frame or not _is_ordinary_frame(body):
+            has_jfif_parts = len(body) >= 6 and len(body) == 6 + 3 * body[5] and body[6::3] in (b"\1", b"\1\2\3")
+            if frame or not has_jfif_parts or body[0] != 8:
                 return 0
             frame, area = marker, int.from_bytes(body[1:3]) * int.from_bytes(body[3:5])
         elif marker == _ADOBE and body.startswith(b"Adobe") and body[11:12] != b"\x01":
@@ -52,13 +53,6 @@ def jpeg_area(data: bytes) -> int:
             num_scans += 1
     is_whole = marker == _SCAN and data[place : place + 2] == _END
     return area if is_whole and area <= MAX_AREA else 0
-
-
-def _is_ordinary_frame(body: bytes) -> bool:
-    """Whether a frame header states 8 bits and the components that a JFIF file has."""
-    if len(body) < 6 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
-        return False
-    return body[6::3] in (b"\x01", b"\x01\x02\x03")
 
 
 def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, bytes, int]]:

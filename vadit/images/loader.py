@@ -112,10 +112,7 @@ class ImageSet:
         ]
 
     def note_bad(self, index: int, error: RunError) -> None:
-        """Count an image that does not decode; raises where that is not wanted, or where it is one too many.
-
-        So it does where the fault is not the image's.
-        """
+        """Count an image that does not decode; raises where that is unwanted, or one too many, or not its fault."""
         if self.on_error == "raise" or isinstance(error, ReadFault):
             raise error
         self.bad.setdefault(index, error)

@@ -3,8 +3,7 @@
 Images are decoded with Pillow and scaled so that their short side is `size` by ADM's rule, and not cropped: a centre
 crop or a random square of the result is a slice of it, with the very pixels that the source would give. The order is
 that of the source. The same command goes on where it was stopped, and what it makes does not depend on where that was
-or on the number of worker processes, which read, decode, scale and encode, and at the end read everything back. Only a
-few parts are under way at a time, so memory does not grow with the data set.
+or on the number of worker processes. Memory does not grow with the data set.
 """
 
 from __future__ import annotations

@@ -145,6 +145,18 @@ def _settings(
     autoencoder: Autoencoder, images: ImageSet, features: FoundationModel | None, **choices: Any
 ) -> LatentSettings:
     """What networks, images and the caller's choices (the other fields) make of the latents."""
+    about = None
+    if features is not None:  # readers compare name and range with a run's
+        from vadit.models.foundation import TIMM_NAMES
+
+        spec = features.spec
+        about = {
+            "name": spec.name,
+            "timm": TIMM_NAMES.get(spec.name, spec.name),
+            "weights": weights_hash(features.model),
+            "input_size": features.input_size,
+            "input_range": spec.input_range,
+        }
     return LatentSettings(
         config=asdict(autoencoder.spec),
         tokenizer=weights_hash(autoencoder),
@@ -152,23 +164,9 @@ def _settings(
         num_images=len(images),
         num_classes=len(images.source.classes),
         size=images.size,
-        features=None if features is None else _about_features(features),
+        features=about,
         **choices,
     )
-
-
-def _about_features(model: FoundationModel) -> dict[str, Any]:
-    """What a foundation model's features depend on: readers compare name, size and range with a run's."""
-    from vadit.models.foundation import TIMM_NAMES
-
-    spec = model.spec
-    return {
-        "name": spec.name,
-        "timm": TIMM_NAMES.get(spec.name, spec.name),
-        "weights": weights_hash(model.model),
-        "input_size": model.input_size,
-        "input_range": spec.input_range,
-    }
 
 
 def _rows(

@@ -2,9 +2,8 @@
 
 A window is WINDOW_BYTES of pages, drawn at random from the whole file without replacement; the samples of a window
 come in random order, then those of the next window. So an epoch reads every page once, as a whole, and keeps one
-window (at its end two) in the page cache, whatever the batch size and the number of processes on the machine, which
-share it. It is FFCV's QUASI_RANDOM as a function of (seed, epoch, place) alone: position, ranks and another number
-of processes are as exact as with the random order.
+window (at its end two) in the page cache, which the machine's processes share. It is FFCV's QUASI_RANDOM as a function
+of (seed, epoch, place) alone: position and ranks are as exact as with the random order.
 
 Neighbours in the file share a page, so a file in the order of its classes (`vadit prepare` keeps the source's order)
 shows about as many classes at a time as a window has pages: 64 of 8 MiB. Smaller steps towards the uniform order of

@@ -126,9 +126,8 @@ def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
     header, start, size, label = (records[name] for name in ("header", "start", "size", "label"))
     inside = (header >= 0) & (header < start) & (size >= 0) & (start <= stamp[0] - size)
     labelled = (label >= NO_LABEL) & (label < MAX_CLASSES)
-    return (
-        ShardIndex(records, bad, others, stamp) if (inside & labelled).all() and (np.diff(header) > 0).all() else None
-    )
+    is_sound = (inside & labelled).all() and (np.diff(header) > 0).all()
+    return ShardIndex(records, bad, others, stamp) if is_sound else None
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -177,9 +176,8 @@ def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int,
         raise ValueError(f"{text(twice.name)} is there twice; give every sample a name of its own")
     for member in by_extension.values():
         if member.kind:
-            raise ValueError(
-                f"{text(member.name)} is {member.kind}; make the shard with tar --dereference --hard-dereference"
-            )
+            remedy = "make the shard with tar --dereference --hard-dereference"
+            raise ValueError(f"{text(member.name)} is {member.kind}; {remedy}")
     content = by_extension.pop("json", None)
     labels = {name: by_extension.pop(name) for name in list(by_extension) if name.rpartition(".")[2] == "cls"}
     label = labels.get("cls") or next(iter(labels.values()), None)
@@ -199,7 +197,8 @@ def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int,
     if label is not None:
         number = _label(read_all(descriptor, label.start, min(label.size, 64)))
     elif content is not None:
-        values = _json(descriptor, content)
+        data = read_all(descriptor, content.start, min(content.size, MAX_BYTES + 1))
+        values = parse_json(data, dict[str, Any], text(content.name), error=ValueError, allow_nan=True)
         given = [values[name] for name in ("label", "cls") if name in values]
         number = _label(str(given[0]).encode()) if given else NO_LABEL
     return [(images[0].header, images[0].start, images[0].size, number)]
@@ -215,11 +214,6 @@ def _label(content: bytes) -> int:
     if not digits.isdigit() or len(digits) > 9 or int(digits) >= MAX_CLASSES:
         raise ValueError(f"the label is {shown!r}; it must be a whole number from 0 to {MAX_CLASSES - 1}")
     return int(digits)
-
-
-def _json(descriptor: int, member: Member) -> dict[str, Any]:
-    content = read_all(descriptor, member.start, min(member.size, MAX_BYTES + 1))
-    return parse_json(content, dict[str, Any], text(member.name), error=ValueError, allow_nan=True)
 
 
 # ------------------------------------------------------------------------------------------------ headers
@@ -242,9 +236,8 @@ def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
             if entry.size < 0 or end < entry.offset_data:
                 raise Damaged(position, f"the header of {text(entry.name)} at byte {position} states no size")
             if plain and end > num_bytes:
-                raise Damaged(
-                    position, f"{text(entry.name)} should end at byte {end}, the file at {num_bytes}: cut short"
-                )
+                why = f"{text(entry.name)} should end at byte {end}, the file at {num_bytes}: cut short"
+                raise Damaged(position, why)
             kind = "" if plain else "a link" if entry.islnk() or entry.issym() else "no plain file"
             if not entry.isdir():
                 yield Member(position, entry.offset_data, entry.size, entry.name, kind)
