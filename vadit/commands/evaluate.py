@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from tyro.conf import Positional
@@ -10,6 +11,7 @@ from tyro.conf import Positional
 from vadit.commands.common import Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
+from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
 
@@ -149,26 +151,28 @@ def samples(options: EvaluateSamplesOptions) -> None:
 def tokenizer(options: EvaluateTokenizerOptions) -> None:
     """Evaluate a tokenizer's reconstructions."""
     from vadit.eval import inception, results
-    from vadit.eval.tokenizer import evaluate_image_set
+    from vadit.eval.tokenizer import evaluate_image_set, evaluate_tokenizer
     from vadit.images.backends import open_images
     from vadit.models.lpips import LPIPS
 
     _check_outputs(options)
+    if options.seeds > 1 and options.posterior == "mode":
+        raise UsageError(f"--seeds {options.seeds} with --posterior mode gives one number so often; set --seeds 1")
     seeds = range(options.seed, options.seed + options.seeds)
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
         weights = options.inception_weights
-        found = evaluate_image_set(
+        evaluate = partial(
+            evaluate_tokenizer,
             autoencoder,
-            images,
-            seeds=seeds,
             posterior=options.posterior,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
             device=device,
             lpips=None if options.vgg_weights is None else LPIPS(options.vgg_weights).to(device),
             features=None if weights is None else inception.Inception(weights, device).pool,
+        )
+        found = evaluate_image_set(
+            evaluate, images, seeds=seeds, batch_size=options.batch_size, num_workers=options.num_workers, device=device
         )
     inputs = {
         "tokenizer": options.tokenizer,

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vadit.config import ImageDataSpec
 from vadit.eval.metrics import count_name, frechet_distance, mean_and_covariance
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
@@ -70,38 +69,25 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def evaluate_image_set(
-    autoencoder: Autoencoder,
+    evaluate: Callable[..., tuple[int, dict[str, float]]],
     images: ImageSet,
     *,
-    seeds: Sequence[int],
-    posterior: Literal["sample", "mode"] = "sample",
-    batch_size: int = GROUP,
-    num_workers: int = ImageDataSpec.num_workers,
+    seeds: Iterable[int],
+    batch_size: int,
+    num_workers: int,
     device: torch.device,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    features: Callable[[Tensor], Tensor] | None = None,
 ) -> list[dict[str, float]]:
-    """The numbers of all images, once for each seed of the posterior samples; `evaluate_tokenizer` has the rest.
+    """The numbers of all images, once for each seed of the posterior samples.
 
-    Pillow decodes, whatever else is installed: the numbers are compared with those of others.
+    `evaluate(batches, ids=, seed=)` is `evaluate_tokenizer` with the rest. Pillow decodes, whatever else is installed:
+    the numbers are compared with those of others.
     """
-    if len(seeds) > 1 and posterior == "mode":
-        raise UsageError(f"--seeds {len(seeds)} with --posterior mode gives one number so often; set --seeds 1")
     ids = share_of_images(len(images))
     found = []
     for seed in seeds:
         with pillow_decoder(images, num_workers, device)() as decoder:
-            batches = load_in_order(images, ids, batch_size, decoder)
-            count, metrics = evaluate_tokenizer(
-                autoencoder,
-                (batch.images.contiguous() for batch in batches),
-                ids=ids,
-                device=device,
-                lpips=lpips,
-                features=features,
-                posterior=posterior,
-                seed=seed,
-            )
+            batches = (batch.images.contiguous() for batch in load_in_order(images, ids, batch_size, decoder))
+            count, metrics = evaluate(batches, ids=ids, seed=seed)
         if count != len(images):
             raise RunError(f"{count} of {len(images)} images were read; a part of them gets no numbers")
         found.append(metrics)
