@@ -48,8 +48,7 @@ class Section:
 def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
     """Write the report to `out`, whole or not at all. Returns its path."""
     out = Path(out)
-    paths = [path for section in sections for _, path in section.images]
-    budget = MAX_PICTURE_BYTES // max(len(paths), 1)
+    budget = MAX_PICTURE_BYTES // max(sum(len(section.images) for section in sections), 1)
     style = (resources.files("vadit.report") / "page.css").read_text("utf-8")
     body = "".join(_section(section, f"s{number}", budget) for number, section in enumerate(sections))
     contents = "".join(f'<a href="#s{number}">{_text(section.title)}</a>' for number, section in enumerate(sections))

@@ -310,8 +310,7 @@ def _grids_section(runs: Sequence[Run]) -> Section | None:
 def _rest_section(runs: Sequence[Run]) -> Section | None:
     """Every other logged quantity, and the settings: all of them, and first what differs."""
     charts = [replace(chart, file="") for chart in quantity_charts(runs, without=_SHOWN_ELSEWHERE)]  # on the page alone
-    files = [(f"All settings of {run.name}", run.folder / "config.json") for run in runs]
-    files = [(name, path) for name, path in files if path.is_file()]
+    files = [(f"All settings of {run.name}", path) for run in runs if (path := run.folder / "config.json").is_file()]
     rows = different_settings(runs) if len(runs) > 1 else []
     header = ("setting that differs", *(run.name for run in runs)) if rows else ()
     title = "Everything else that was logged, and settings"
