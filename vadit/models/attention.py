@@ -33,8 +33,7 @@ _KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_FLASH_ATTN = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface"}
-"""Module of each version of the flash-attn package."""
+_FLASH_ATTN = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface"}  # modules of the package
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Largest relative error (2-norm) of output and gradient. Kernels round probabilities and outputs to the dtype (2^-8 in

@@ -9,6 +9,7 @@ N = h w, d latent channels.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -148,17 +149,11 @@ class Level(nn.Module):
         return x_BEhw if resize is None else resize(x_BEhw)
 
 
-class Middle(nn.Module):
+def _middle(spec: AutoencoderSpec, width: int) -> nn.Sequential:
     """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, spec: AutoencoderSpec, width: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(spec, width, width)
-        self.attn_1 = AttentionBlock(spec, width)
-        self.block_2 = ResBlock(spec, width, width)
-
-    def forward(self, x_BEhw: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x_BEhw)))
+    names = ("block_1", "attn_1", "block_2")
+    parts = (ResBlock(spec, width, width), AttentionBlock(spec, width), ResBlock(spec, width, width))
+    return nn.Sequential(OrderedDict(zip(names, parts, strict=True)))
 
 
 def _level_widths(spec: AutoencoderSpec) -> list[int]:
@@ -188,7 +183,7 @@ class Encoder(nn.Module):
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(spec, widths[-1])
+        self.mid = _middle(spec, widths[-1])
         self.norm_out = nn.GroupNorm(spec.norm_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * spec.latent_channels, 3, padding=1)
 
@@ -206,7 +201,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = _level_widths(spec)
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(spec, widths[-1])
+        self.mid = _middle(spec, widths[-1])
         self.up = nn.ModuleList()
         for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             level = Level(spec, before, width, spec.num_res_blocks + 1, _attends(spec, index))

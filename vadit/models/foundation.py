@@ -80,8 +80,8 @@ class FoundationModel(nn.Module):
 
     def _probe(self) -> list[int]:
         """Shape of the features of one image, by a run on the meta device: shapes without arithmetic."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         image = torch.empty(1, 3, self.input_size, self.input_size, device="meta")
         try:
             return list(functional_call(self, state, (image,)).shape)

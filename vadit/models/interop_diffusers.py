@@ -28,8 +28,7 @@ _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(\.(?P<first>\w+))?(?P<kind>\.safetensors|\.bin)(?P<index>\.index(\.(?P<second>\w+))?\.json)?"
 )
 """Names of the weights, or of the index of several files of them; a variant stands in one of two places."""
-_VARIANTS = (None, "fp32", "fp16", "bf16", "non_ema")
-"""In this order: whole precision first, and weights that are not averaged last."""
+_VARIANTS = (None, "fp32", "fp16", "bf16", "non_ema")  # whole precision first, weights that are not averaged last
 MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a tensor that every AutoencoderKL has
 
 _ATTENTION_NAMES = {

@@ -26,8 +26,7 @@ from vadit.models.dit import Attention, Block, FinalLayer, LightningDiT, Places,
 from vadit.models.pretrained import read_model, read_spec
 from vadit.runtime.errors import UsageError, naming
 
-MASK_NAME = "mask.json"
-"""File of an exported folder that holds the MaskSpec; a folder without one holds a plain LightningDiT."""
+MASK_NAME = "mask.json"  # holds the MaskSpec of an exported folder; one without it is a plain LightningDiT's
 MAX_RELATIVE_GRID = 64  # side of the grid of tokens for which a table of all pairs fits the memory (0.5 GB)
 INIT_STD = 0.02  # standard deviation of mask token and relative bias at the start (both papers' code)
 
@@ -44,9 +43,7 @@ def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool 
 def load_exported(folder: str | Path) -> LightningDiT:
     """The generator that `save_pretrained` wrote to a folder, masked or not; float32, on the CPU, in evaluation mode.
 
-    Raises:
-        UsageError: no such folder, or its weights and its specs do not fit each other.
-        RunError: a damaged file.
+    UsageError: no such folder, or its weights and its specs do not fit each other. RunError: a damaged file.
     """
     folder = Path(folder)
     if not (folder / MASK_NAME).is_file():

@@ -23,8 +23,7 @@ from vadit.runtime.errors import UsageError
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
 GROUP = 64  # samples that are computed together: index i belongs to group i // 64
-DECODE_BATCH = 16
-"""Latents that are decoded together: a decoder's activations are large, and the cut must not depend on anything."""
+DECODE_BATCH = 16  # latents decoded together: a decoder's activations are large; the cut must depend on nothing
 
 
 class Drawn(NamedTuple):

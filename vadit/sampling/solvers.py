@@ -302,16 +302,15 @@ def _step_noise(seed: int, step: int, indices: Sequence[int] | None, x: Tensor) 
 @contextmanager
 def evaluation(*models: Any) -> Iterator[None]:
     """No gradients, and every module in eval mode (label dropout off); the modes come back afterwards."""
-    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
-    training = [module.training for module in modules]
+    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules() if part.training]
     try:
         for module in modules:
             module.training = False
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
+        for module in modules:
+            module.training = True
 
 
 def _settings(noise: Tensor, labels: Tensor, spec: SampleSpec | None, changes: dict[str, Any]) -> SampleSpec:
