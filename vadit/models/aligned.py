@@ -9,6 +9,7 @@ Shape suffixes: B batch, C image channels, H W image sides, d latent channels, h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,11 +73,8 @@ class AlignedAutoencoder(Autoencoder):
         KL is the mean over images of the sum over the latent; the last two are zero without features.
         """
         moments = self.encoder(x_BCHW.to(self.dtype), self.gradient_checkpointing)
-        if self.recompute_tail:
-            outputs = checkpoint(self._tail, moments, features_BDhw, use_reentrant=False)
-        else:
-            outputs = self._tail(moments, features_BDhw)
-        images, kl, cos_loss, distmat_loss = outputs
+        tail = partial(checkpoint, self._tail, use_reentrant=False) if self.recompute_tail else self._tail
+        images, kl, cos_loss, distmat_loss = tail(moments, features_BDhw)
         self.inner = Inner(moments, images, cos_loss, distmat_loss)
         # Copies: an engine hooks what it returns, and any backward pass through a hooked tensor starts its reduction.
         return images.view_as(images), kl.view_as(kl), cos_loss.view_as(cos_loss), distmat_loss.view_as(distmat_loss)
@@ -85,8 +83,7 @@ class AlignedAutoencoder(Autoencoder):
         posterior = DiagonalGaussian(self.quant_conv(moments_BEhw))
         z_Bdhw = posterior.sample()
         kl = posterior.kl().mean()
-        zero = torch.zeros_like(kl)
-        cos_loss, distmat_loss = zero, zero
+        cos_loss = distmat_loss = torch.zeros_like(kl)
         if features_BDhw is not None:
             cos_loss, distmat_loss = self.linear_proj(z_Bdhw, features_BDhw, self.cos_margin, self.distmat_margin)
         return self.decode(z_Bdhw), kl, cos_loss, distmat_loss

@@ -82,9 +82,6 @@ def interpolate(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, 
     return point.alpha * x1 + point.sigma * x0, point.d_alpha * x1 + point.d_sigma * x0
 
 
-# ------------------------------------------------------------------------------------------------ time
-
-
 def training_interval(spec: FlowSpec) -> tuple[float, float]:
     """The range of t in training: vp avoids 1, noise and score prediction avoid both ends (SiT's settings)."""
     return _interval(spec, vp_end=1e-5)
@@ -137,16 +134,12 @@ def sample_time(
     return low + (high - low) * unit
 
 
-# ------------------------------------------------------------------------------------------------ losses
-
-
 def velocity_loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Errors (B,) of velocities (B, C, ...), in fp32 or wider (LightningDiT, section 4.2).
 
     The mean of squares over channels and positions, and the mean over positions of 1 - cos along channels.
     """
-    _check_same_shape(prediction, target)
-    prediction, target = _at_least_fp32(prediction), _at_least_fp32(target)
+    prediction, target = _comparable(prediction, target)
     cosine = F.cosine_similarity(prediction, target, dim=1)
     return _per_sample((prediction - target) ** 2), _per_sample(1 - cosine)
 
@@ -189,7 +182,7 @@ def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:
             "flow.contrastive_weight compares samples of a micro-batch, which holds 1; raise --run.batch-size or lower "
             "--engine.gradient-accumulation"
         )
-    prediction, velocity = _at_least_fp32(prediction), _at_least_fp32(velocity)
+    prediction, velocity = _comparable(prediction, velocity)
     return ((prediction - velocity.roll(1, dims=0)) ** 2).mean()
 
 
@@ -198,8 +191,7 @@ def denoising_loss(spec: FlowSpec, output: Tensor, x0: Tensor, t: Tensor) -> Ten
 
     The score's error is taken at the noise's scale: |sigma s + x0|^2.
     """
-    _check_same_shape(output, x0)
-    output, x0 = _at_least_fp32(output), _at_least_fp32(x0)
+    output, x0 = _comparable(output, x0)
     point = path_point(spec.path, t.to(x0.dtype), like=x0)
     error = output - x0 if spec.prediction == "noise" else output * point.sigma + x0
     if spec.loss_weighting == "velocity":
@@ -207,9 +199,6 @@ def denoising_loss(spec: FlowSpec, output: Tensor, x0: Tensor, t: Tensor) -> Ten
     elif spec.loss_weighting == "likelihood":
         error = error * (point.diffusion.sqrt() / point.sigma)
     return _per_sample(error**2)
-
-
-# ------------------------------------------------------------------------------------------------ conversions
 
 
 def to_velocity(path: Path, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -251,9 +240,8 @@ def _per_sample(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], -1).mean(dim=1)
 
 
-def _at_least_fp32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _check_same_shape(prediction: Tensor, target: Tensor) -> None:
+def _comparable(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp32, or as they are where that is wider."""
     assert prediction.shape == target.shape, f"the model gave {tuple(prediction.shape)}, needed {tuple(target.shape)}"
+    found = [values.to(torch.promote_types(values.dtype, torch.float32)) for values in (prediction, target)]
+    return found[0], found[1]
