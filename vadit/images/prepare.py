@@ -200,9 +200,6 @@ def _list_bad(out: Path, bad: dict[str, str]) -> Path | None:
     return path
 
 
-# ------------------------------------------------------------------------------------------------ in the workers
-
-
 def encode_part(source: ImageSource, job: Job, ids: range) -> list[EncodedImage | str | ReadFault]:
     """Some images, or why they cannot be had; a fault that is not theirs comes last."""
     results: list[EncodedImage | str | ReadFault] = []

@@ -192,9 +192,6 @@ def is_finite(values: Tensor) -> bool:
     return all(math.isfinite(value) for value in values.aminmax())  # both are NaN wherever there is one
 
 
-# ------------------------------------------------------------------------------------------------ opening
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Every tensor of a safetensors file and the header's metadata; RunError where it is damaged or cut short.
 
@@ -304,9 +301,6 @@ def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
         if len(outside):
             raise UsageError(f"{shard.path} holds label {int(outside[0])}; labels must be in [0, {num_classes})")
     return shards, num_classes
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 
 class LatentShardWriter:

@@ -63,10 +63,9 @@ class BetonWriter:
 
     A page goes to `path.partial`, and once it is on the disk its rows go to `path.partial.journal`, as a line of JSON
     that counts only when it is whole: pages begin with the same samples wherever a run was killed. A block that is left
-    without `finish` keeps both, and the next writer with the same arguments goes on from them: up to a page of samples
-    is done again. `finish` writes the tables and gives the file its name, so that it is whole or not there.
-    `max_samples` bounds the samples (room for their rows is kept in front). `settings` must hold whatever the content
-    depends on (JSON values): another writer's parts are refused by it.
+    without `finish` keeps both, and the next writer with the same arguments goes on from them. `max_samples` bounds the
+    samples (room for their rows is kept in front). `settings` must hold whatever the content depends on (JSON values):
+    another writer's parts are refused by it.
 
     UsageError: the parts belong to other settings, or another process writes them. RunError: the disk.
     """
@@ -140,11 +139,8 @@ class BetonWriter:
         if not self._rows:
             raise RunError(f"{self.path} would hold no samples; nothing was written")
         self._flush_page()
-        fields, header, footer = (
-            np.zeros(len(OUR_FIELDS), beton.FIELD),
-            np.zeros(1, beton.HEADER),
-            np.zeros(1, beton.FOOTER),
-        )
+        header, footer = np.zeros(1, beton.HEADER), np.zeros(1, beton.FOOTER)
+        fields = np.zeros(len(OUR_FIELDS), beton.FIELD)
         fields["kind"] = [beton.KINDS.index(field.kind) for field in OUR_FIELDS]
         fields["name"] = [field.name.encode() for field in OUR_FIELDS]
         text = json.dumps(notes or {}).encode()

@@ -33,10 +33,9 @@ class TarSource:
 
     `path` is a folder of *.tar, one .tar, or a pattern like images-{000000..000099}.tar. Classes are named by their
     numbers; shards without any label are of one class, "all", and a line is logged of what they hold. What is wrong
-    with a shard (cut short, a damaged header, a sample without label, with two images or with members of the same name,
-    a link in an image's place) is an error at once (on_error="raise"), or left out and noted in `bad_files`
-    (on_error="skip"); of a shard that is cut or damaged the samples before that place are used then, and what lies
-    behind it is one entry of `bad_files`.
+    with a shard (cut short, a sample without label or with two images, a link in an image's place, ...) is an error at
+    once (on_error="raise"), or left out, logged and noted in `bad_files` (on_error="skip"): of a shard that is cut or
+    damaged the samples before that place are used then.
     """
 
     def __init__(self, path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> None:

@@ -130,9 +130,6 @@ def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
     return ShardIndex(records, bad, others, stamp) if is_sound else None
 
 
-# ------------------------------------------------------------------------------------------------ samples
-
-
 def walk(file: BinaryIO) -> ShardIndex:
     """Read all headers of the open shard; the bytes of images are not read.
 
@@ -214,9 +211,6 @@ def _label(content: bytes) -> int:
     if not digits.isdigit() or len(digits) > 9 or int(digits) >= MAX_CLASSES:
         raise ValueError(f"the label is {shown!r}; it must be a whole number from 0 to {MAX_CLASSES - 1}")
     return int(digits)
-
-
-# ------------------------------------------------------------------------------------------------ headers
 
 
 def members(file: BinaryIO, position: int = 0) -> Iterator[Member]:
