@@ -44,13 +44,8 @@ def evaluate_latents(
         points = embed(draw(num_vectors, seed), seed)
         if picture is not None and not found:
             draw_picture(points, Path(picture))
-        found.append(uniformity(points))
+        found.append(unevenness(point_densities(points)))
     return found
-
-
-def uniformity(points: np.ndarray) -> dict[str, float]:
-    """The three numbers of points (n, 2), n > 2 and not on a line, from their densities there."""
-    return unevenness(point_densities(points))
 
 
 def unevenness(values: np.ndarray) -> dict[str, float]:
