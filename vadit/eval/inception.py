@@ -74,11 +74,8 @@ def provenance(weights: str | Path | None) -> dict[str, Any]:
         return {}
     with Path(weights).open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {
-        "inception_weights": str(weights),
-        "inception_sha256": found,
-        "inception_published": found == PUBLISHED_SHA256,
-    }
+    published = found == PUBLISHED_SHA256
+    return {"inception_weights": str(weights), "inception_sha256": found, "inception_published": published}
 
 
 def _load(weights: str | Path | None) -> Any:

@@ -106,12 +106,9 @@ class SampleEvaluator:
         self._device, self._batch_size = device, batch_size
 
     @functools.cached_property
-    def _extractor(self) -> Inception:
-        return Inception(self._weights, self._device)
-
-    @functools.cached_property
-    def _reference(self) -> _Reference:
-        return _load_reference(self._path, self._extractor, self._batch_size)
+    def _loaded(self) -> tuple[Inception, _Reference]:
+        extractor = Inception(self._weights, self._device)
+        return extractor, _load_reference(self._path, extractor, self._batch_size)
 
     @functools.cached_property
     def _reference_summary(self) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +148,7 @@ class SampleEvaluator:
             raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
         if self._dinov2 is not None and not _load_statistics(self._path)[1]:
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
-        extractor, reference = self._extractor, self._reference
+        extractor, reference = self._loaded
         pool, probabilities, spatial = _extract(source.batches(self._batch_size, count, first), extractor)
         if len(pool) != count:
             raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
@@ -243,11 +240,8 @@ def write_reference(
 def _key(reference: Path, weights: Path) -> str:
     """What tells one reference and network from another: names, sizes and times of change."""
     files = [reference / file for file in walk(reference, (".png",)).files()] if reference.is_dir() else [reference]
-    found = [
-        (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in (*files, weights)
-        if file.is_file()
-    ]
+    there = [file.absolute() for file in (*files, weights) if file.is_file()]
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in there]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 

@@ -65,9 +65,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
             raise UsageError(f"{path} is no run folder{hint}")
         if resolved.count(whole) > 1:
             raise UsageError(f"{path} is named twice; name each run once")
-    runs = [
-        _read_run(path, name, color) for color, (path, name) in enumerate(zip(paths, _names(resolved), strict=True))
-    ]
+    names = _names(resolved)
+    runs = [_read_run(path, names[color], color) for color, path in enumerate(paths)]
     if not any(run.log.curves or run.evaluations.curves or run.grids or run.scores for run in runs):
         notes = "; ".join(note.rstrip(".") for run in runs for note in run.notes)
         raise UsageError(f"nothing to report yet: {notes or 'no log point, evaluation or metrics'}")
