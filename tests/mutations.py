@@ -14,7 +14,7 @@ import pytest
 
 from vadit.runtime.errors import RunError, UsageError
 
-NUM_CASES = {"png": 60, "latents": 200, "authors": 100, "payload": 80, "tar": 200, "tar-index": 40}
+NUM_CASES = {"png": 60, "latents": 200, "authors": 100, "payload": 80, "tar": 200}
 NUM_NATIVE_CASES = {"dali": 100, "ffcv": 100}
 """Of JPEGs for the decoders that may be missing."""
 BLOCK = 20

@@ -181,18 +181,6 @@ def with_skips(path: Path, samples: dict[str, tuple[bytes, int]]) -> None:
         assert (data, int(source.labels[index])) == samples.get(name), f"{name} changed in silence, with on_error=skip"
 
 
-@blocks("tar-index")
-def test_indices_of_tars(tmp_path: Path, start: int) -> None:
-    """The index beside a shard is a cache: where it is damaged it is made anew."""
-    path = write_shard(tmp_path / "shards")
-    original = read_tar(path)
-    index = index_path(path)
-    data = index.read_bytes()
-    for case in cases("tar-index", start, data, [("it", 0, len(data))]):
-        index.write_bytes(case.data)
-        assert read_tar(path) == original, f"{case.name} ({case.change})"
-
-
 SIZE = 32
 JPEG_OPTIONS: list[dict[str, Any]] = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}]
 
