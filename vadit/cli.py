@@ -135,34 +135,30 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else RUN_CODE if error.code else 0
     if isinstance(error, KeyboardInterrupt):
-        _print("stopped; the same command goes on from the last checkpoint")
-        return STOP_CODE
+        return _end("stopped; the same command goes on from the last checkpoint", STOP_CODE)
     # A wish that the kernels cannot meet is the user's mistake, too; they are below the package and its UsageError.
-    is_usage = isinstance(error, UsageError) or str(error).startswith("VADIT_KERNELS is ")
-    if is_usage or isinstance(error, RunError):
-        _print(f"error: {error}")
-        return USAGE_CODE if is_usage else RUN_CODE
+    if isinstance(error, UsageError) or str(error).startswith("VADIT_KERNELS is "):
+        return _end(f"error: {error}", USAGE_CODE)
+    if isinstance(error, RunError):
+        return _end(f"error: {error}", RUN_CODE)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "; free some space or choose another folder, then run the same command" if full else ""
-        _print(f"error: {where}{error.strerror or error}{remedy}")
-        return RUN_CODE
+        return _end(f"error: {where}{error.strerror or error}{remedy}", RUN_CODE)
     if type(error).__name__ == "Stopped":  # of vadit.train.loop, by name: that module imports torch
-        _print(str(error))
         # A scheduler that asked for the stop should see success, and not try the job elsewhere as a failed one.
-        return STOP_CODE if getattr(error, "interrupted", False) else 0
+        return _end(str(error), STOP_CODE if getattr(error, "interrupted", False) else 0)
     if type(error).__name__ == "OutOfMemoryError":  # of torch
         remedy = OUT_OF_MEMORY.get(command, "free it of other programs, or use a GPU with more memory")
-        _print(f"error: the GPU's memory is used up; {remedy}")
-        return RUN_CODE
+        return _end(f"error: the GPU's memory is used up; {remedy}", RUN_CODE)
     if not debug:
         traceback.print_exception(error)
     return RUN_CODE
 
 
-def _print(text: str) -> None:
-    """One line on stderr, from every process that has something to say, with its rank where there are several.
+def _end(text: str, code: int) -> int:
+    """`code`, after one line on stderr from every process that has something to say, with its rank if it has others.
 
     Mistakes in settings are the same on all processes: see `vadit.commands.arguments.reported_once`.
     """
@@ -172,6 +168,7 @@ def _print(text: str) -> None:
         print(f"[rank {here.rank}] {text}" if here.world_size > 1 else text, file=sys.stderr, flush=True)
     if text.startswith("error:"):
         leave_for_torchrun(text)
+    return code
 
 
 def _help(group: str) -> list[str]:
