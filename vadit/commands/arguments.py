@@ -85,13 +85,14 @@ def _one_sentence(kind: type) -> Iterator[None]:
 @functools.cache
 def _show_ranges(kind: Any) -> None:
     """Have --help say the range of each setting beside its default."""
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        for part in (_unwrapped(hint), *typing.get_args(_unwrapped(hint))):
-            if dataclasses.is_dataclass(part):
-                _show_ranges(typing.cast(Any, part))
-        for limits in (note for each, _, note in notes(kind) if each == name and isinstance(note, Range)):
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for name, _, limits in notes(kind):
+        if isinstance(limits, Range):
             words = functools.partial("(default: {1}) ({0})".format, limits)
-            kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=words)]
+            kind.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words)]
+    for hint in typing.get_type_hints(kind).values():
+        for part in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+            _show_ranges(part)  # type: ignore[arg-type]
 
 
 def _misread(message: str, metavar: str) -> str:
@@ -132,14 +133,12 @@ def _unknown(kind: type, token: str, prog: str) -> str:
 def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
     """Every flag that the fields of dataclass `kind` give."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        metadata = getattr(hint, "__metadata__", ())
+    for setting, plain in typing.get_type_hints(kind).items():
+        metadata = getattr(hints[setting], "__metadata__", ())
         if tyro.conf.Positional in metadata:
             continue
         unnamed = any(getattr(note, "name", None) == "" for note in metadata)
-        plain = _unwrapped(hint)
-        name = field.name.replace("_", "-")
+        name = setting.replace("_", "-")
         parts = [part for part in typing.get_args(plain) if dataclasses.is_dataclass(part)]
         if dataclasses.is_dataclass(plain):
             yield from flags_of(plain, prefix if unnamed else f"{prefix}{name}.")
@@ -147,8 +146,3 @@ def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from flags_of(parts[0], f"{prefix}{name}.0.")
         else:
             yield from (f"--{prefix}{name}", f"--{prefix}no-{name}") if plain is bool else (f"--{prefix}{name}",)
-
-
-def _unwrapped(hint: Any) -> Any:
-    """A type without its Annotated."""
-    return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
