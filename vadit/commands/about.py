@@ -13,9 +13,6 @@ from vadit.recipes.sizes import model_name
 from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
 
-METRIC_WIDTH = 36
-"""Characters of most metrics with their protocol's name."""
-
 
 @dataclass(frozen=True)
 class DoctorOptions:
@@ -60,7 +57,7 @@ def recipe_table(words: Sequence[str] = ()) -> Any:
     table.add_column("reproduces", overflow="fold")
     table.add_column("model, latents of", overflow="fold")
     table.add_column("images", justify="right")
-    table.add_column("the paper's number", overflow="fold", min_width=METRIC_WIDTH)
+    table.add_column("the paper's number", overflow="fold", min_width=36)  # most with their protocol's names
     for name, recipe in PAPER_RECIPES.items():
         config = recipe()
         paper = config.paper

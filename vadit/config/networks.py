@@ -55,11 +55,11 @@ class AutoencoderSpec(Checked, group="autoencoder"):
                 f"autoencoder.attention_resolutions {self.attention_resolutions}: no level has a side of {min(idle)}; "
                 f"they have {', '.join(map(str, sides))} at autoencoder.image_size {self.image_size}"
             )
-        for multiplier in self.channel_multipliers:
-            if self.base_channels * multiplier % self.norm_groups:
+        for width in (self.base_channels * multiplier for multiplier in self.channel_multipliers):
+            if width % self.norm_groups:
                 raise UsageError(
-                    f"autoencoder.norm_groups {self.norm_groups} does not divide the level width "
-                    f"{self.base_channels * multiplier}; change autoencoder.base_channels or norm_groups"
+                    f"autoencoder.norm_groups {self.norm_groups} does not divide the level width {width}; change "
+                    "autoencoder.base_channels or norm_groups"
                 )
 
 
@@ -104,21 +104,18 @@ class DiTSpec(Checked, group="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size % 4:
-            raise UsageError(f"model.hidden_size {self.hidden_size} is not divisible by 4 (sin-cos embedding)")
-        if self.hidden_size % self.num_heads:
+        width, heads, side, patch = self.hidden_size, self.num_heads, self.input_size, self.patch_size
+        if width % 4:
+            raise UsageError(f"model.hidden_size {width} is not divisible by 4 (sin-cos embedding)")
+        if width % heads:
+            raise UsageError(f"model.hidden_size {width} is not divisible by model.num_heads {heads}")
+        if self.rope and width // heads % 4:
             raise UsageError(
-                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}"
+                f"model.rope needs a head width divisible by 4, found {width}/{heads}; change model.num_heads or set "
+                "--model.no-rope"
             )
-        if self.rope and self.hidden_size // self.num_heads % 4:
-            raise UsageError(
-                f"model.rope needs a head width divisible by 4, found {self.hidden_size}/{self.num_heads}; "
-                "change model.num_heads or set --model.no-rope"
-            )
-        if self.input_size % self.patch_size:
-            raise UsageError(
-                f"model.input_size {self.input_size} is not divisible by model.patch_size {self.patch_size}"
-            )
+        if side % patch:
+            raise UsageError(f"model.input_size {side} is not divisible by model.patch_size {patch}")
 
 
 @dataclass(frozen=True)
