@@ -185,13 +185,7 @@ def test_samples_between_two_states() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for options, message in (
-        ({"n": 0}, "the data set is empty"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"rank": 2, "world_size": 2}, r"rank 2 is outside \[0, 2\)"),
-        ({"rank": -1}, "rank -1 is outside"),
-    ):
-        pytest.raises(UsageError, Ids, **({"batch_size": 1} | options)).match(message)
+    pytest.raises(UsageError, Ids, 1, n=0).match("the data set is empty")
     assert Ids(1, n=1).num_samples == 1
     with pytest.raises(UsageError, match=r"counts 12 samples but the data set has 11"):
         Ids(2).load_state_dict({"seed": 0, "images_seen": 4, "num_samples": 12})

@@ -320,7 +320,7 @@ def test_a_look_that_fails_does_not_end_the_run(
     if where == "disk":
         (tmp_path / "evaluations").write_text("in the way")
     else:
-        monkeypatch.setattr(evaluation._Samples, where, fail)
+        monkeypatch.setattr(evaluation.Samples, where, fail)
     dit.train(looked_at(straight, tmp_path, every_images=4))
     assert_same_end(tmp_path, straight / "dit")
     found = lines(tmp_path)

@@ -8,6 +8,7 @@ positions r, r + W, r + 2W, ... of it. A resumed run may therefore have another 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -66,15 +67,8 @@ class PositionedLoader(ABC, Generic[Batch]):
     def __init__(self, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         if n < 1:
             raise UsageError("the data set is empty; set data.path to a folder with data")
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank {rank} is outside [0, {world_size}), the number of processes")
-        self.num_samples = n
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.num_samples, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.images_seen = 0
 
     @property
@@ -133,18 +127,16 @@ class PositionedLoader(ABC, Generic[Batch]):
 
     def _batches(self, *, endless: bool) -> Generator[Batch, None, None]:
         pending: deque[tuple[int, int, Callable[[], Batch] | None]] = deque()
-        ahead, seed = self.images_seen, self.seed
-        end = None if endless else (self.epoch + 1) * self.num_samples
+        ahead, seed = -1, self.seed
         with self._session() as start:
             while True:
                 expected = pending[0][0] if pending else ahead
-                if (expected, seed) != (self.images_seen, self.seed):  # moved by load_state_dict
+                if (expected, seed) != (self.images_seen, self.seed):  # at the start, and moved by load_state_dict
                     pending.clear()
                     ahead, seed = self.images_seen, self.seed
-                    end = None if endless else (self.epoch + 1) * self.num_samples
-                while len(pending) < PREFETCH_BATCHES and (end is None or ahead < end):
-                    stop = ahead + self.batch_size * self.world_size
-                    stop = stop if end is None else min(stop, end)
+                    end = math.inf if endless else (self.epoch + 1) * self.num_samples
+                while len(pending) < PREFETCH_BATCHES and ahead < end:
+                    stop = int(min(ahead + self.batch_size * self.world_size, end))
                     positions = torch.arange(min(ahead + self.rank, stop), stop, self.world_size)
                     pending.append((ahead, stop, start(positions) if len(positions) else None))
                     ahead = stop

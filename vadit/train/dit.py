@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vadit.config import DiTConfig
-from vadit.estimate import flops
 from vadit.images.loader import describe_classes
 from vadit.images.online import open_online_images
 from vadit.images.pixels import to_signed
@@ -30,7 +29,7 @@ from vadit.train import float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
-from vadit.train.evaluation import generator_evaluation
+from vadit.train.evaluation import Samples
 from vadit.train.guard import Guard
 
 
@@ -76,8 +75,8 @@ def _train(config: DiTConfig, title: str) -> Path:
         blocks=model.compiled_blocks,
         forward=model.forward_features,
     )
-    runs.save_deepspeed_config(folder, {"model": engine.config})
-    runs.save_choices(folder, [*chosen, engine.optimizer, *choices.kernels(device)])
+    engines = {"model": engine}
+    runs.save_choices(folder, engines, [*chosen, engine.optimizer, *choices.kernels(device)])
     loader = LatentLoader(
         dataset,
         batch_size,
@@ -88,17 +87,15 @@ def _train(config: DiTConfig, title: str) -> Path:
     )
     ema = ShardedEMA(engine, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
-    evaluation = generator_evaluation(config, dataset, ema, folder)
+    evaluation = Samples(config, dataset, ema, folder) if config.evaluation.every_images else None
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
     task = loop.Task(
         title=title,
-        engines={"model": engine},
+        engines=engines,
         ema=ema,
         guard=guard,
         loader=loader,
         step=lambda batches, position: train_step(engine, ema, guard, config, batches, position, features),
-        flops_per_image=flops.tracked_flops(config),
-        peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
     )
     loop.run(task, config=config)

@@ -21,7 +21,7 @@ from torch import nn
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed, launcher
 from vadit.train import optimizers
-from vadit.train.layout import Piece, cut_each, cut_row, gaps
+from vadit.train.layout import Piece, cut_each, cut_row
 
 START_S = 600.0
 """What a process may take to get ready, while no watchdog looks after it yet; the others wait for three times that."""
@@ -328,8 +328,11 @@ class Engine:
     def _clear_padding(self) -> None:
         """Zero what is no weight: ZeRO 3 leaves there what the memory held, NaN perhaps, and takes it for weights."""
         for master, pieces in zip(self.masters(), self.layout(), strict=True):
-            for begin, end in gaps(pieces, master.numel()):
-                master[begin:end].zero_()
+            end = 0
+            for piece in pieces:
+                master[end : piece.offset].zero_()
+                end = piece.offset + piece.length
+            master[end:].zero_()
 
     def layout(self) -> list[list[Piece]]:
         """Which weights lie where in each of `masters`. What no piece covers is padding."""

@@ -84,7 +84,7 @@ class Evaluation:
         raise NotImplementedError
 
     def run(self, position: Position, log: RunLog, beat: Beat) -> None:
-        """Evaluate, and log what was found. Collective."""
+        """Evaluate, and log what was found; `beat` is called now and then. Collective."""
         begin = time.perf_counter()
         line: dict[str, Any] = {"images": position.images_seen, "step": position.step}
         picture = None
@@ -154,16 +154,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ the generator
 
 
-def generator_evaluation(config: DiTConfig, dataset: Latents, ema: ShardedEMA, folder: Path) -> Evaluation | None:
-    """What a generator's run asks for, or None.
-
-    Raises:
-        UsageError: the tokenizer does not fit the generator, a path is wrong.
-        RunError: a file is damaged.
-    """
-    return _Samples(config, dataset, ema, folder) if config.evaluation.every_images else None
-
-
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
     """A recipe's sampler with the few steps of an evaluation in training."""
     method = "euler" if sample.method == "dopri5" else sample.method
@@ -171,8 +161,12 @@ def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
     return dataclasses.replace(quick, num_steps=max(evaluation.steps + spare_points(quick), 2))
 
 
-class _Samples(Evaluation):
-    """Samples, decoded; FID and KID where there is a reference. All is loaded at once, to find a wrong path early."""
+class Samples(Evaluation):
+    """Samples, decoded; FID and KID where there is a reference.
+
+    All is loaded at once: UsageError where the tokenizer does not fit the generator or a path is wrong, RunError where
+    a file is damaged.
+    """
 
     def __init__(self, config: DiTConfig, dataset: Latents, ema: ShardedEMA, folder: Path) -> None:
         spec = config.evaluation
@@ -238,13 +232,8 @@ class _Samples(Evaluation):
 # ------------------------------------------------------------------------------------------ the tokenizer
 
 
-def tokenizer_evaluation(config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> Evaluation | None:
-    """What a tokenizer's run asks for, or None. The images are evenly spread over the training data."""
-    return _Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None
-
-
-class _Reconstructions(Evaluation):
-    """Images and what becomes of them, and their PSNR; the posterior's mean is decoded."""
+class Reconstructions(Evaluation):
+    """Images evenly spread over the training data, what becomes of them, and their PSNR; the mean is decoded."""
 
     def __init__(self, config: TokenizerConfig, images: ImageSet, ema: ShardedEMA, folder: Path) -> None:
         super().__init__(config.evaluation, ema, folder)

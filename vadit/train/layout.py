@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,14 +41,3 @@ def cut_row(
         if start < stop:
             pieces.append(Piece(names[weight], start, begin + start - first, stop - start))
     return pieces
-
-
-def gaps(pieces: list[Piece], size: int) -> Iterator[tuple[int, int]]:
-    """The stretches [begin, end) of a flat tensor with `size` elements that no piece covers."""
-    end = 0
-    for piece in pieces:
-        if end < piece.offset:
-            yield end, piece.offset
-        end = piece.offset + piece.length
-    if end < size:
-        yield end, size

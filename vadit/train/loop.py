@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from vadit.config import DiTConfig, TokenizerConfig
+from vadit.estimate import flops
 from vadit.runtime import distributed
 from vadit.runtime.console import ProgressBar, note_once
 from vadit.runtime.errors import RunError
@@ -19,21 +20,11 @@ from vadit.runtime.stream import PositionedLoader
 from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
+from vadit.train.evaluation import Evaluation
 from vadit.train.guard import Guard, StopRequest, not_finite
 from vadit.train.optimizers import learning_rate
 from vadit.train.tracker import Tracker, timed_collectives
 from vadit.train.watchdog import Watchdog
-
-
-class Evaluation(Protocol):
-    """An evaluation of the network on the way (`vadit.train.evaluation`)."""
-
-    every_images: int
-    failures: int
-    """Those that failed: the run goes on without them."""
-
-    def run(self, position: Position, log: RunLog, beat: Callable[[], None]) -> None:
-        """Evaluate and log. Collective; `beat` is called now and then."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +39,6 @@ class Task:
     loader: PositionedLoader[Any]
     step: Callable[[Iterator[Any], Position], dict[str, torch.Tensor]]
     """Take batches, step through the guard; returns the terms of the loss as scalars on the device."""
-    flops_per_image: float | None = None
-    """Of a step (`vadit.estimate.flops.training_flops`)."""
-    peak_flops: float | None = None
-    """Of one GPU, per second (`vadit.estimate.flops.peak_flops`); None where nobody knows it."""
     evaluation: Evaluation | None = None
 
     @property
@@ -147,8 +134,8 @@ class _Run:
             batch_size=spec.batch_size,
             total_images=spec.total_images,
             num_samples=task.loader.state_dict().get("num_samples"),
-            flops_per_image=task.flops_per_image,
-            peak_flops=task.peak_flops,
+            flops_per_image=flops.tracked_flops(config),
+            peak_flops=flops.peak_flops(config, self.device),
             # On a stream beside the arithmetic a collective's time is not what the run waits for.
             communication_known=not overlaps,
         )

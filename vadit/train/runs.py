@@ -36,7 +36,7 @@ from vadit.runtime.files import Difference, first_difference, refuse_other_setti
 from vadit.runtime.owner import owned
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, has_network
-from vadit.train.engine import start
+from vadit.train.engine import Engine, start
 
 # Settings that may change between two starts of the same run.
 _FREE = (
@@ -147,21 +147,18 @@ def seed_everything(spec: RunSpec) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def save_deepspeed_config(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
-    """Keep DeepSpeed's own config of each network. Collective."""
-    distributed.from_main(lambda: save_json(folder / "deepspeed.json", configs))
+def save_choices(folder: Path, engines: dict[str, Engine], chosen: list[Choice]) -> None:
+    """Keep DeepSpeed's own config of each network and what was chosen. Collective.
 
-
-def save_choices(folder: Path, chosen: list[Choice]) -> None:
-    """Tell of wishes that could not be met, and of processes that compute otherwise; keep what was chosen. Collective.
-
-    Another kernel on one machine is slower there and rounds otherwise: worth a line, not an end.
+    Tells of wishes that could not be met, and of processes that compute otherwise: another kernel on one machine is
+    slower there and rounds otherwise, worth a line, not an end.
     """
     for choice in chosen:
         choices.report(choice)
     own = [(choice.setting, choice.name) for choice in chosen]
 
     def keep() -> list[tuple[str, str]]:
+        save_json(folder / "deepspeed.json", {name: engine.config for name, engine in engines.items()})
         choices.save(folder, chosen)
         return own
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from vadit.config import TokenizerConfig, TokenizerLossSpec
-from vadit.estimate import flops
 from vadit.images.backends import SETTING, open_images, open_loader
 from vadit.images.loader import describe_classes
 from vadit.images.pixels import to_signed
@@ -33,7 +32,7 @@ from vadit.train import loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
-from vadit.train.evaluation import tokenizer_evaluation
+from vadit.train.evaluation import Reconstructions
 from vadit.train.guard import Guard
 from vadit.train.watchdog import Watchdog
 
@@ -83,7 +82,6 @@ def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -
     engines = {"model": networks.model}
     if networks.discriminator is not None:
         engines["discriminator"] = networks.discriminator
-    runs.save_deepspeed_config(folder, {name: engine.config for name, engine in engines.items()})
     loader, decoding = open_loader(
         config.data,
         images,
@@ -97,10 +95,10 @@ def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -
     note_once(f"  images by {decoding.name} ({decoding.reason})", "dim")
     note_once(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
     # The discriminator's optimizer is the same.
-    runs.save_choices(folder, [decoding, networks.model.optimizer, *choices.kernels(device)])
+    runs.save_choices(folder, engines, [decoding, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
-    evaluation = tokenizer_evaluation(config, images, ema, folder)
+    evaluation = Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
     task = loop.Task(
         title=title,
@@ -109,8 +107,6 @@ def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -
         guard=guard,
         loader=loader,
         step=lambda batches, position: train_step(networks, ema, guard, config, batches, position),
-        flops_per_image=flops.tracked_flops(config),
-        peak_flops=flops.peak_flops(config, device),
         evaluation=evaluation,
     )
     loop.run(task, config=config, watchdog=watchdog)
