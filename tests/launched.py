@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vadit.train.tracker import MEASURED
+from checkpoint_worker import MEASURED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 LIMIT_S = 900

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from launched import LIMIT_S
 
-from vadit.runtime.errors import UsageError
 from vadit.train import watchdog
 from vadit.train.watchdog import HANG_CODE, Standing, Watchdog, judge
 
@@ -162,7 +161,6 @@ def test_settings_and_messages_mean_what_they_say() -> None:
     assert Standing.parse(1, json.dumps(dataclasses.asdict(own)).encode()) == own
     never = Standing.parse(1, json.dumps(dataclasses.asdict(own) | {"idle_s": math.nan}).encode())
     assert never is not None and never.idle_s == 0
-    pytest.raises(UsageError, Watchdog, -1).match(r"run\.hang_timeout_s is -1")
     with Watchdog(0) as dog:
         dog.beat(1)
         assert not any(thread.name == "watchdog" for thread in threading.enumerate())

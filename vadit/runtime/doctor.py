@@ -82,7 +82,7 @@ def examine() -> list[Finding]:
         *_backends(),
         *_optional(),
         _apex(),
-        _deepspeed(),
+        Finding("DeepSpeed", "the engine of both trainers; its compiled ops go unused", metadata.version("deepspeed")),
     ]
 
 
@@ -198,10 +198,3 @@ def _apex() -> Finding:
         return Finding("apex", why, remedy=f"pip uninstall apex && {NVIDIA_APEX}")
     why = f"not installed ({use}); optional. PyPI's `apex` is another project: do not pip install it"
     return Finding("apex", why, remedy=NVIDIA_APEX)
-
-
-def _deepspeed() -> Finding:
-    found = distribution("deepspeed")
-    if found is None:
-        return Finding("DeepSpeed", "the engine of both trainers", remedy="pip install deepspeed")
-    return Finding("DeepSpeed", "the engine of both trainers; no run asks for its compiled ops", found[1])

@@ -6,7 +6,6 @@ log.jsonl has one per log point, evaluations.jsonl one per evaluation during tra
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -24,6 +23,8 @@ from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import open_log, whole_file
 from vadit.runtime.json_files import Count, parse_json
 
+LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
+
 
 class RunLog:
     """What one run logs, by its first process; all of it forgets what lies after a checkpoint that is resumed.
@@ -32,56 +33,49 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, images_seen: int = 0) -> None:
-        self._open = False
+        self._folder = folder
+        self._files: dict[str, IO[str]] = {}
+        self._events: _Events | None = None
         if not distributed.is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.jsonl", "evaluations.jsonl"):
+        for name in (LOG, EVALUATIONS):
             _cut(folder / name, images_seen)
-        self._log = open_log(folder / "log.jsonl")
-        self._evaluations_path = folder / "evaluations.jsonl"
-        self._evaluations: IO[str] | None = None  # most runs have none
+        self._files[LOG] = open_log(folder / LOG)
         self._events = _Events(folder / "tensorboard", images_seen + 1)
-        self._open = True
 
     def write(self, *, images: int, step: int, values: dict[str, float]) -> None:
         """One log point: `values` by name at so many images and optimizer steps."""
-        if self._open:
+        if self._events is not None:
             self._events.scalars(values, images)
-            self._put(self._log, {"images": images, "step": step, **values})
+            self._put(LOG, {"images": images, "step": step, **values}, self._events)
 
     def write_evaluation(self, line: dict[str, Any], picture: np.ndarray | None = None) -> None:
         """One evaluation: images, step, numbers, and words; the picture (H, W, 3), uint8, for TensorBoard."""
-        if not self._open:
+        if self._events is None:
             return
-        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
-        self._events.scalars({f"evaluation/{name}": value for name, value in numbers.items()}, line["images"])
+        numbers = {f"evaluation/{name}": value for name, value in line.items() if isinstance(value, float)}
+        self._events.scalars(numbers, line["images"])
         if picture is not None:
             self._events.picture("evaluation", picture, line["images"])
-        try:
-            self._evaluations = self._evaluations or open_log(self._evaluations_path)
-        except OSError as error:
-            _print_fault(error)
-        else:
-            self._put(self._evaluations, line)
+        self._put(EVALUATIONS, line, self._events)
 
-    def _put(self, file: IO[str], line: dict[str, Any]) -> None:
+    def _put(self, name: str, line: dict[str, Any], events: _Events) -> None:
         try:
+            file = self._files.get(name) or self._files.setdefault(name, open_log(self._folder / name))
             file.write(json.dumps(line) + "\n")
             file.flush()
-            self._events.flush()
+            events.flush()
         except OSError as error:  # a full disk: Python keeps what could not be written, and a later flush goes on there
             _print_fault(error)
 
     def close(self) -> None:
         """Flush and close all."""
-        if not self._open:
-            return
-        self._open = False
-        for part in (self._log, self._evaluations, self._events):
+        open_parts: list[Any] = [*self._files.values(), *([self._events] if self._events else [])]
+        for part in open_parts:
             with contextlib.suppress(OSError):  # printed when the line was written
-                if part is not None:
-                    part.close()
+                part.close()
+        self._files, self._events = {}, None
 
 
 class _Events:
@@ -89,14 +83,13 @@ class _Events:
 
     _MOST = 64 << 20
     """Bytes that wait for room, at most; what comes on top is lost."""
-    _counter = itertools.count()
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        ending = f"{socket.gethostname()}.{os.getpid()}.{next(self._counter)}"
+        ending = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = (folder / f"events.out.tfevents.{time.time():010.0f}.{ending}").open("xb", buffering=0)
         self._waiting = bytearray()
         self._records: Any = RecordWriter(SimpleNamespace(write=self._waiting.extend))

@@ -162,7 +162,9 @@ class Engine:
             limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
             for block in blocks:
                 block.forward = torch.compile(block.forward)
-        self.spec = spec
+        self.spec, self.device = spec, device
+        self.module = module.to(device)
+        """The network itself: calling it goes round DeepSpeed's hooks."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_weights = sum(parameter.numel() for parameter in trained)
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
@@ -173,9 +175,9 @@ class Engine:
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )
         # Of an optimizer that is not on its list DeepSpeed warns at every start.
-        with _local_rank(), contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else _quiet():
+        with _local_rank(), contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else quiet():
             self._engine, *_ = deepspeed.initialize(
-                model=module.to(device), model_parameters=trained, optimizer=adam, config=self.config
+                model=self.module, model_parameters=trained, optimizer=adam, config=self.config
             )
         if spec.zero_stage:
             self._clear_padding()
@@ -184,11 +186,6 @@ class Engine:
         self._judged: torch.Tensor  # what DeepSpeed gets as the norm of the step under way: infinite if vetoed
         self._statistics: list[torch.Tensor] = []
         self._measure = self._take_over_norm(trained)
-
-    @property
-    def module(self) -> nn.Module:
-        """The network itself: calling it goes round DeepSpeed's hooks."""
-        return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -300,16 +297,10 @@ class Engine:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The arithmetic of the engine's forward, for a call of `module` that goes round the engine."""
-        with torch.autocast(self._engine.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast"):
             yield
 
     # -------------------------------------------------------------------------------------------- fp32 weights
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the network runs on."""
-        device: torch.device = self._engine.device
-        return device
 
     def masters(self) -> list[torch.Tensor]:
         """This process's share of the fp32 weights, flat; the whole weights where nothing is sharded (ZeRO 0)."""
@@ -438,8 +429,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed reports each file that it touches at INFO through several loggers; errors still get through."""
+def quiet() -> Iterator[None]:
+    """No logger warns; errors still get through."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

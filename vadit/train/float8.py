@@ -7,10 +7,7 @@ Scales: `rowwise`, one per row and column, e4m3 throughout; `tensorwise`, one pe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import nn
 from vadit.runtime import distributed
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import first_line
+from vadit.train.engine import quiet
 
 SETTING = "engine.float8"
 LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")
@@ -82,22 +80,10 @@ def _fault(recipe: str, rows: int, device: torch.device, emulate: bool) -> str |
     if rows % MULTIPLE:
         return f"a micro-batch has {rows} tokens, no multiple of {MULTIPLE}"
     try:
-        with _quiet_import():
+        with quiet():  # torchao's import registers something in a way that torch has since deprecated
             return _try_out(recipe, device, emulate)
     except Exception as error:  # whatever a missing package or kernel raises
         return first_line(error)
-
-
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """torchao's import registers something in a way that torch has since deprecated, and torch says so."""
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _try_out(recipe: str, device: torch.device, emulate: bool) -> str | None:

@@ -35,7 +35,7 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.files import Difference, first_difference, refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.train.checkpoint import publish
-from vadit.train.checkpoint.shares import WEIGHTS, Shares, average, has_network
+from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
 
 # Settings that may change between two starts of the same run.
@@ -230,7 +230,7 @@ def initialise(module: nn.Module, source: str) -> None:
 def initialise_discriminator(module: nn.Module, source: str) -> None:
     """Go on with the discriminator of a run, where `source` is one that has it; exported folders do not."""
     path = publish.newest(final_folder(source) / "checkpoints", hashes=False)
-    if path is not None and has_network(path, "discriminator"):
+    if path is not None and any(path.glob("discriminator-*")):
         state, path = read_weights(source, network="discriminator")
         load_state(module, state, str(path))
 

@@ -55,24 +55,21 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
         RunError: damaged data, steps that fail again and again, a disk that is full.
         loop.Stopped: a signal asked to stop; everything is saved.
     """
-    if not config.stages:
-        return _train_stage(config, title)
     with runs.owned_folder(config):
+        if not config.stages:
+            return _train_stage(config, title)
         folder = runs.open_folder(config)
         start(distributed.device(config.run.device))
         with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
             for index in range(len(config.stages)):
                 watchdog.beat(0, doing=f"getting ready for stage {index + 1}")
-                _train_stage(runs.stage_config(config, index), f"{title} ({index + 1}/{len(config.stages)})", watchdog)
+                stage = runs.stage_config(config, index)
+                with runs.owned_folder(stage):
+                    _train_stage(stage, f"{title} ({index + 1}/{len(config.stages)})", watchdog)
     return folder
 
 
 def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None = None) -> Path:
-    with runs.owned_folder(config):
-        return _train_one(config, title, watchdog)
-
-
-def _train_one(config: TokenizerConfig, title: str, watchdog: Watchdog | None) -> Path:
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     images = open_images(config.data, config.autoencoder.image_size)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,11 +27,6 @@ import torch
 
 from vadit.runtime import distributed
 
-MEASURED = frozenset((
-    "images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib", "hours_left",
-    "hours_to_64_epochs", "save_stall_ms", "save_write_ms",
-))  # fmt: skip
-"""Values of a log point that a clock or the machine gives; all others are the same at every run of equal settings."""
 _COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor",
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast", "all_to_all_single",
@@ -160,8 +154,7 @@ def _memory_gib(device: torch.device) -> float:
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return most / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ------------------------------------------------------------------------------------------ clocks

@@ -27,13 +27,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
 from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
+from vadit.runtime.files import kernel
 
 HANG_CODE = 75
 """Exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)."""
@@ -105,8 +105,6 @@ class Watchdog:
     """
 
     def __init__(self, timeout_s: float, *, grace_s: float = GRACE_S) -> None:
-        if timeout_s < 0:
-            raise UsageError(f"run.hang_timeout_s is {timeout_s}; it must be a number of seconds, or 0 for never")
         self.timeout_s = timeout_s
         self.grace_s = min(grace_s, timeout_s)
         # Rank 0 reads 500 messages a second at most, each for about 10 us.
@@ -382,7 +380,7 @@ def _connect() -> dist.Store:
 def _machine() -> tuple[str, ...]:
     """What processes share whose ids mean the same: the system's start, and the container."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+        return kernel(), os.readlink("/proc/self/ns/pid")
     return (secrets.token_hex(8),)
 
 

@@ -238,8 +238,9 @@ class Checkpoints:
 
     def _bytes_of_all(self, files: list[TensorFile]) -> int:
         """What the parts of all processes take on disk. Collective."""
-        own = torch.tensor(float(sum(file.num_bytes() for file in files)), dtype=torch.float64, device=self._device)
-        return round(distributed.all_mean(own).item() * distributed.world_size())
+        own = sum(tensor.nbytes for file in files for tensor in file.tensors.values())
+        mean = distributed.all_mean(torch.tensor(own, dtype=torch.float64, device=self._device))
+        return round(mean.item() * distributed.world_size())
 
     def _state(self, position: Position, loader_state: dict[str, Any], guard_state: dict[str, Any]) -> dict[str, str]:
         """The text files, which the main process writes."""

@@ -63,10 +63,6 @@ class TensorFile:
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
 
-    def num_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 def write_tensors(path: Path, file: TensorFile) -> dict[str, Any]:
     """Write a safetensors file through to the disk, without holding up Python; its size and SHA-256."""
@@ -183,7 +179,7 @@ def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last
     take nobody's place. What cannot be deleted is reported, and stays.
     """
     paths = [path for path in present(folder) if last is None or path.name <= last]
-    kept = set(paths[: max(keep, 1)])
+    kept = set(paths[:keep])
     if keep_every_images:
         first: dict[int, Path] = {}
         for path in paths:  # newest first, so that the oldest remains; the first of each stretch is never deleted

@@ -77,11 +77,6 @@ def file_name(network: str, rank: int, count: int) -> str:
     return f"{network}-{rank:05d}-of-{count:05d}.safetensors"
 
 
-def has_network(folder: Path, network: str) -> bool:
-    """Whether a checkpoint holds shares of a network with this name."""
-    return any(folder.glob(f"{network}-*-of-*.safetensors"))
-
-
 def collect(engine: Engine, averages: dict[float, list[torch.Tensor]]) -> tuple[dict[str, torch.Tensor], Header]:
     """This process's share, uncopied, and its header. At ZeRO 0 the main process has the weights, others buffers."""
     header = Header(engine.shapes(), [], [], engine.optimizer_steps(), list(averages), {})
@@ -125,12 +120,12 @@ class _File:
             fault = write_fault(error)
             raise RunError(f"{path} cannot be read as a part of a checkpoint ({fault}); {REMEDY}") from error
         header = self.header
-        held = [(WEIGHTS.format(index), piece) for index, group in enumerate(header.groups) for piece in group]
-        held += [(f"frozen.{name}", piece._replace(offset=0)) for name, piece in header.frozen.items()]
+        self.places = [_Place(self, index, piece) for index, group in enumerate(header.groups) for piece in group]
+        self.places += [_Place(self, None, Piece(name, *rest)) for name, (_, *rest) in header.frozen.items()]
         # what the header claims decides how much memory is taken
-        for name, piece in held:
-            if piece.offset + piece.length > math.prod(shapes.get(name, (0,))):
-                raise RunError(f"{path} holds less of {piece.name} than it says; {REMEDY}")
+        for place in self.places:
+            if place.piece.offset + place.piece.length > math.prod(shapes.get(place.key(WEIGHTS), (0,))):
+                raise RunError(f"{path} holds less of {place.piece.name} than it says; {REMEDY}")
         if len(header.states) != len(header.groups):
             raise RunError(f"{path} has {len(header.groups)} groups and the states of {len(header.states)}; {REMEDY}")
 
@@ -144,7 +139,9 @@ class _File:
     def copy(self, name: str, start: int, target: torch.Tensor) -> None:
         """Fill the flat `target` from element `start` of a tensor on, a chunk at a time."""
         source = self._handle.get_slice(name)
-        if len(shape := source.get_shape()) != 1 or start + target.numel() > shape[0]:
+        if len(source.get_shape()) != 1:
+            source = self.tensor(name).reshape(-1)
+        if start + target.numel() > (source.numel() if isinstance(source, torch.Tensor) else source.get_shape()[0]):
             raise RunError(f"{self.path} has too few elements of {name}; {REMEDY}")
         for at in range(0, target.numel(), CHUNK):
             part = target[at : at + CHUNK]
@@ -153,11 +150,15 @@ class _File:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a piece of a weight lies: in the flat tensors `index` of a file."""
+    """Where a piece of a weight lies: in the flat tensors `index` of a file; None for a frozen weight."""
 
     file: _File
-    index: int
+    index: int | None
     piece: Piece
+
+    def key(self, quantity: str) -> str:
+        """The tensor that holds a quantity; a frozen weight is its own average."""
+        return f"frozen.{self.piece.name}" if self.index is None else quantity.format(self.index)
 
     def overlap(self, start: int, stop: int) -> range:
         """Elements of the weight in [start, stop) that lie here."""
@@ -180,9 +181,8 @@ class Shares:
         """Decays of the averages that are there."""
         self._places: dict[str, list[_Place]] = {}
         for file in self.files:
-            for index, group in enumerate(file.header.groups):
-                for piece in group:
-                    self._places.setdefault(piece.name, []).append(_Place(file, index, piece))
+            for place in file.places:
+                self._places.setdefault(place.piece.name, []).append(place)
 
     def fill(self, quantity: str, name: str, start: int, target: torch.Tensor) -> bool:
         """Fill the flat `target` with a weight's elements from `start` on; whether all of them were there.
@@ -191,7 +191,7 @@ class Shares:
         """
         filled = 0
         for place in self._places.get(name, ()):
-            part, key = place.overlap(start, start + target.numel()), quantity.format(place.index)
+            part, key = place.overlap(start, start + target.numel()), place.key(quantity)
             if part and key in place.file.names:
                 offset = place.piece.offset + part.start - place.piece.start
                 place.file.copy(key, offset, target[part.start - start : part.stop - start])
@@ -202,12 +202,10 @@ class Shares:
         """All weights or their average, frozen ones and buffers, on the host, whole and fp32."""
         found = {}
         for name, shape in self.shapes.items():
-            pieces = [place.piece for place in self._places.get(name, ())]
-            pieces = pieces or [file.header.frozen[name] for file in self.files if name in file.header.frozen]
-            if sum(piece.length for piece in pieces) != math.prod(shape):
+            if sum(place.piece.length for place in self._places.get(name, ())) != math.prod(shape):
                 raise self._lacks(name)
             row = torch.empty(math.prod(shape))
-            if not (self.fill(quantity, name, 0, row) if name in self._places else self._fill_frozen(name, row)):
+            if not self.fill(quantity, name, 0, row):
                 raise self._lacks(name)
             found[name] = row.view(shape)
         for key in sorted(self.files[0].names):
@@ -217,15 +215,6 @@ class Shares:
 
     def _lacks(self, name: str) -> RunError:
         return RunError(f"{self.folder} lacks a part of {name}; {REMEDY}")
-
-    def _fill_frozen(self, name: str, row: torch.Tensor) -> bool:
-        filled = 0
-        for file in self.files:
-            if (piece := file.header.frozen.get(name)) is not None:
-                target = row[piece.start : piece.start + piece.length]
-                target.copy_(file.tensor(f"frozen.{name}").reshape(-1)[: len(target)])
-                filled += len(target)
-        return filled == row.numel()
 
     def load(self, engine: Engine, averages: dict[float, list[torch.Tensor]]) -> None:
         """Set this process's share of `engine` and of its averages. `engine.refresh` must follow; no collective.
@@ -246,10 +235,8 @@ class Shares:
         engine.set_optimizer_states(states)
         engine.set_optimizer_steps(self.files[0].header.steps)
         for piece, value in engine.frozen():
-            row = torch.empty(math.prod(self.shapes[piece.name]))
-            if not self._fill_frozen(piece.name, row):
+            if self._set(WEIGHTS, value, [piece]) is not None:
                 raise self._lacks(piece.name)
-            value.copy_(row[piece.start : piece.start + piece.length].view(value.shape))
         own = self.files[distributed.rank() if len(self.files) == distributed.world_size() else 0]
         for name, buffer in engine.buffers().items():
             buffer.copy_(own.tensor(f"buffer.{name}", buffer.shape))
@@ -269,12 +256,12 @@ class Shares:
         sources: dict[str, _Place] = {}
         for piece in pieces:
             for place in self._places.get(piece.name, ()):
-                if place.overlap(piece.start, piece.start + piece.length):
+                if place.index is not None and place.overlap(piece.start, piece.start + piece.length):
                     sources |= dict.fromkeys(place.file.header.states[place.index], place)
         states: dict[str, Any] = {}
         for name, place in sources.items():
             if name == STEP:
-                states[name] = place.file.tensor(state(name).format(place.index)).clone()
+                states[name] = place.file.tensor(place.key(state(name))).clone()
                 continue
             states[name] = torch.zeros_like(master)  # as is what was never stepped, and padding
             self._set(state(name), states[name], pieces)
