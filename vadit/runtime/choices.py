@@ -64,7 +64,5 @@ def recorded(folder: Path, setting: str) -> str | None:
 
 def save(folder: Path, choices: list[Choice]) -> None:
     """Write the choices of a run into its folder: for one process of a run."""
-    values = {choice.setting: dataclasses.asdict(choice) for choice in choices}
-    for value in values.values():
-        del value["setting"]
-    save_json(folder / FILE, values)
+    values = [dataclasses.asdict(choice) for choice in choices]
+    save_json(folder / FILE, {value.pop("setting"): value for value in values})

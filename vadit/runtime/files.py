@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -165,7 +165,9 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return None
 
 
-def refuse_other_settings(place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str) -> None:
+def refuse_other_settings(
+    place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str | Callable[[Difference], str]
+) -> None:
     """UsageError where `place` holds `what` ("a run", "samples") that was made with other settings; names the first.
 
     old: what was kept, as read from JSON. new: the settings of now, compared as JSON would hold them.
@@ -173,5 +175,5 @@ def refuse_other_settings(place: Path, what: str, old: Any, new: Mapping[str, An
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
     if (found := first_difference(old, json.loads(json.dumps(new)))) is not None:
-        before, now = short(found.old), short(found.new)
-        raise UsageError(f"{place} holds {what} made with {found.name} {before}, this command says {now}; {remedy}")
+        before, now, advice = short(found.old), short(found.new), remedy if isinstance(remedy, str) else remedy(found)
+        raise UsageError(f"{place} holds {what} made with {found.name} {before}, this command says {now}; {advice}")

@@ -8,7 +8,7 @@ resumed run that would end up with another one is refused (`vadit.train.checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ TORCH = "adamw"
 APEX = "apex_fused"
 MUON = "muon"
 
-Builder = Callable[..., torch.optim.Optimizer]
-
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon (Jordan et al. 2024) for matrices, torch's AdamW for everything else.
@@ -34,19 +32,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        matrices: list[torch.nn.Parameter],
-        others: list[torch.nn.Parameter],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], settings: dict[str, Any]
     ) -> None:
-        self._muon = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
-        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        shared = {name: settings[name] for name in ("lr", "weight_decay")}
+        self._muon = torch.optim.Muon(matrices, momentum=0.95, adjust_lr_fn="match_rms_adamw", **shared)
+        self._adamw = torch.optim.AdamW(others, fused=True, **settings)
         self.defaults = self._adamw.defaults
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], self.defaults)
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
@@ -80,7 +70,7 @@ def build(
         others = [weight for weight in weights if id(weight) not in chosen]
         if not hidden:
             raise UsageError("optimizer.kind muon is for a generator's blocks, and there are none; set it to adamw")
-        return MuonWithAdamW(hidden, others, **settings), Choice(SETTING, MUON, "asked for")
+        return MuonWithAdamW(hidden, others, settings), Choice(SETTING, MUON, "asked for")
     choice = Choice(SETTING, TORCH, "the default")
     if spec.kind == APEX:
         fault = _apex_fault(settings, device)
@@ -92,7 +82,7 @@ def build(
     return torch.optim.AdamW(weights, fused=True, **settings), choice
 
 
-def _apex() -> Builder:
+def _apex() -> type[torch.optim.Optimizer]:
     from apex.optimizers import FusedAdam  # NVIDIA's; PyPI's package of that name has none
 
     return FusedAdam  # its default, adam_w_mode, decouples the weight decay

@@ -32,7 +32,7 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import Difference, first_difference, refuse_other_settings, save_json
+from vadit.runtime.files import Difference, refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
@@ -67,9 +67,10 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
             raise UsageError(
                 f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
             )
-        if (difference := first_difference(_fixed(before), _fixed(config))) is not None:
-            remedy = f"{_as_it_was(config, difference)} to continue it, or another --run.out"
-            refuse_other_settings(folder, "a run", _fixed(before), _fixed(config), remedy)
+        again = "to continue it, or another --run.out"
+        refuse_other_settings(
+            folder, "a run", _fixed(before), _fixed(config), lambda found: f"{_as_it_was(config, found)} {again}"
+        )
     if distributed.is_main():
         save_config(config, folder / "config.json")
     return folder
@@ -133,8 +134,7 @@ def _as_it_was(config: Any, difference: Difference) -> str:
     values, others = (value if isinstance(value, list) else [value] for value in (old, new))
     if not hasattr(config, last) or any(isinstance(value, dict) for value in (*values, *others)):
         return "set it as the run's config.json has it"
-    no = "no_" if old is False else ""
-    flag = "--" + ".".join([*groups, no + last]).replace("_", "-")
+    flag = "--" + ".".join([*groups, f"no_{last}" if old is False else last]).replace("_", "-")
     return " ".join(["give", flag, *([] if isinstance(old, bool) else [shlex.quote(str(value)) for value in values])])
 
 
