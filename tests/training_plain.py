@@ -129,12 +129,8 @@ class PlainTokenizer:
         runs.seed_everything(config.run)
         if config.loss.vf_weight > 0:
             self.foundation = FoundationModel(config.foundation, config.autoencoder.latent_size)
-        self.model = AlignedAutoencoder(
-            config.autoencoder,
-            feature_dim=None if self.foundation is None else self.foundation.feature_dim,
-            cos_margin=config.loss.cos_margin,
-            distmat_margin=config.loss.distmat_margin,
-        ).train()
+        feature_dim = None if self.foundation is None else self.foundation.feature_dim
+        self.model = AlignedAutoencoder(config, feature_dim).train()
         self.discriminator = PatchDiscriminator(3, config.loss.disc_channels, config.loss.disc_layers).train()
 
     def generator_loss(self, images: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:

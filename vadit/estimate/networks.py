@@ -79,13 +79,7 @@ def _generator(config: DiTConfig) -> list[Network]:
 def _tokenizer(config: TokenizerConfig) -> list[Network]:
     spec, loss = config.autoencoder, config.loss
     foundation = _foundation(config.foundation, spec.latent_size) if loss.vf_weight > 0 else None
-    autoencoder = AlignedAutoencoder(
-        spec,
-        feature_dim=None if foundation is None else foundation.feature_dim,
-        cos_margin=loss.cos_margin,
-        distmat_margin=loss.distmat_margin,
-        gradient_checkpointing=config.engine.gradient_checkpointing,
-    )
+    autoencoder = AlignedAutoencoder(config, None if foundation is None else foundation.feature_dim)
 
     def pixels(images: int) -> Tensor:
         return torch.zeros(images, spec.in_channels, spec.image_size, spec.image_size)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vadit.config import AutoencoderSpec
+from vadit.config import TokenizerConfig
 from vadit.kernels import vf_loss
 from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
 
@@ -38,22 +38,11 @@ class AlignedAutoencoder(Autoencoder):
     in each of the two backward passes over it.
     """
 
-    def __init__(
-        self,
-        spec: AutoencoderSpec,
-        *,
-        feature_dim: int | None,
-        cos_margin: float,
-        distmat_margin: float,
-        gradient_checkpointing: bool = False,
-        recompute_tail: bool = False,
-    ) -> None:
-        super().__init__(spec, gradient_checkpointing)
-        self.cos_margin = cos_margin
-        self.distmat_margin = distmat_margin
+    def __init__(self, config: TokenizerConfig, feature_dim: int | None, *, recompute_tail: bool = False) -> None:
+        super().__init__(config.autoencoder, config.engine.gradient_checkpointing)
         self.recompute_tail = recompute_tail
         if feature_dim is not None:
-            self.linear_proj = _Alignment(spec.latent_channels, feature_dim)
+            self.linear_proj = _Alignment(config, feature_dim)
         self.inner: Inner | None = None
         self.conv_inputs: dict[str, Tensor] = {}
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
@@ -85,22 +74,19 @@ class AlignedAutoencoder(Autoencoder):
         kl = posterior.kl().mean()
         cos_loss = distmat_loss = torch.zeros_like(kl)
         if features_BDhw is not None:
-            cos_loss, distmat_loss = self.linear_proj(z_Bdhw, features_BDhw, self.cos_margin, self.distmat_margin)
+            cos_loss, distmat_loss = self.linear_proj(z_Bdhw, features_BDhw)
         return self.decode(z_Bdhw), kl, cos_loss, distmat_loss
 
 
 class _Alignment(nn.Module):
     """Projection and loss in one module, so that a sharding engine gathers the weight for both passes."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, config: TokenizerConfig, feature_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Conv2d(in_channels, out_channels, 1, bias=False).weight
+        self.weight = nn.Conv2d(config.autoencoder.latent_channels, feature_dim, 1, bias=False).weight
+        self.margins = {"cos_margin": config.loss.cos_margin, "distmat_margin": config.loss.distmat_margin}
 
-    def forward(
-        self, z_Bdhw: Tensor, features_BDhw: Tensor, cos_margin: float, distmat_margin: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, z_Bdhw: Tensor, features_BDhw: Tensor) -> tuple[Tensor, Tensor]:
         # foundation models compute channels innermost, the convolutions perhaps, too
         z_BdN, features_BDN = z_Bdhw.flatten(2).contiguous(), features_BDhw.flatten(2).contiguous()
-        return vf_loss(
-            z_BdN, self.weight.flatten(1), features_BDN, cos_margin=cos_margin, distmat_margin=distmat_margin
-        )
+        return vf_loss(z_BdN, self.weight.flatten(1), features_BDN, **self.margins)

@@ -98,7 +98,7 @@ def draw(
     model: a LightningDiT, or callable (x, t, labels) with its num_classes and the latent's shape in its spec.
     guide: a weaker generator for autoguidance, instead of the null label. labels: a list that is used over and over.
     """
-    check_request(model, spec, flow, num_samples, labels, guide)
+    check_request(model, spec, flow, labels, guide)
     for group in own_groups(num_samples):
         count = num_samples - group.start
         indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels)
@@ -112,12 +112,7 @@ def own_groups(num_samples: int) -> Iterator[range]:
 
 
 def draw_group(
-    model: Any,
-    spec: SampleSpec,
-    indices: range,
-    flow: FlowSpec | None,
-    guide: nn.Module | None,
-    fixed_labels: Sequence[int] | None,
+    model: Any, spec: SampleSpec, indices: range, flow: FlowSpec | None, guide: Any, fixed_labels: Sequence[int] | None
 ) -> Drawn:
     """The samples `indices`, computed together."""
     device = device_of(model)
@@ -151,14 +146,9 @@ def null_is_untrained(spec: DiTSpec, sample: SampleSpec) -> bool:
 
 
 def check_request(
-    model: Any,
-    spec: SampleSpec,
-    flow: FlowSpec | None,
-    num_samples: int,
-    labels: Sequence[int] | None,
-    guide: nn.Module | None,
+    model: Any, spec: SampleSpec, flow: FlowSpec | None, labels: Sequence[int] | None, guide: nn.Module | None
 ) -> None:
-    """UsageError for a count, method, labels or guidance that cannot be."""
+    """UsageError for a method, labels or guidance that cannot be."""
     objective = (flow or FlowSpec()).objective
     if (spec.method == "ddpm") != (objective == "ddpm"):
         remedy = "ddpm" if objective == "ddpm" else "euler, heun, dopri5 or euler_maruyama"

@@ -76,7 +76,7 @@ def write_samples(
         UsageError: the folder holds samples of other weights or settings, or more images.
         RunError: latents that are not finite, a damaged folder, a full disk.
     """
-    check_request(model, spec, flow, num_samples, labels, guide)
+    check_request(model, spec, flow, labels, guide)
     classes = trained_classes(model)
     out = Path(out)
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}

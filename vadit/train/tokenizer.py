@@ -116,14 +116,8 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
     foundation = None
     if loss.vf_weight > 0:
         foundation = FoundationModel(config.foundation, config.autoencoder.latent_size).to(device)
-    model = AlignedAutoencoder(
-        config.autoencoder,
-        feature_dim=None if foundation is None else foundation.feature_dim,
-        cos_margin=loss.cos_margin,
-        distmat_margin=loss.distmat_margin,
-        gradient_checkpointing=config.engine.gradient_checkpointing,
-        recompute_tail=config.engine.zero_stage == 3,
-    )
+    feature_dim = None if foundation is None else foundation.feature_dim
+    model = AlignedAutoencoder(config, feature_dim, recompute_tail=config.engine.zero_stage == 3)
     discriminator = None
     if loss.disc_weight > 0:
         discriminator = _Discriminator(
