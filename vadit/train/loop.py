@@ -133,7 +133,7 @@ class _Run:
             self.device,
             batch_size=spec.batch_size,
             total_images=spec.total_images,
-            num_samples=task.loader.state_dict().get("num_samples"),
+            num_samples=task.loader.num_samples,
             flops_per_image=flops.tracked_flops(config),
             peak_flops=flops.peak_flops(config, self.device),
             # On a stream beside the arithmetic a collective's time is not what the run waits for.

@@ -45,7 +45,7 @@ class Tracker:
         *,
         batch_size: int,
         total_images: int,
-        num_samples: int | None = None,
+        num_samples: int,
         flops_per_image: float | None = None,
         peak_flops: float | None = None,
         communication_known: bool = True,
@@ -139,13 +139,12 @@ class Tracker:
         else:  # the first point: its steps may hold a compilation, so that the pace is counted from here on
             pace = (now - self._start) / max(self._steps * self._batch_size, 1)
             self._pace = (now, images_seen)
-        hours = {"hours_left": max(self._total_images - images_seen, 0) * pace / 3600}
-        if self._num_samples is None:
-            return hours
+        values = {"epochs": images_seen / self._num_samples}
+        values["hours_left"] = max(self._total_images - images_seen, 0) * pace / 3600
         goal = GOAL_EPOCHS * self._num_samples
         if images_seen < goal:
-            hours["hours_to_64_epochs"] = (goal - images_seen) * pace / 3600
-        return {"epochs": images_seen / self._num_samples, **hours}
+            values["hours_to_64_epochs"] = (goal - images_seen) * pace / 3600
+        return values
 
 
 def _memory_gib(device: torch.device) -> float:
