@@ -12,7 +12,7 @@ import pytest
 
 from vadit import cli
 from vadit.config import Config, DiTConfig, TokenizerConfig
-from vadit.config.files import from_dict, load_run_config, to_dict
+from vadit.config.files import from_dict, load_run_config
 from vadit.recipes import DIT_SIZES, PAPER_RECIPES, RECIPES, SHORT_NAMES, get_recipe
 
 SIZES = {
@@ -39,7 +39,7 @@ def flat(config: Config) -> dict[str, Any]:
             return {name: value}
         return {key: leaf for part, inner in value.items() for key, leaf in walk(inner, f"{name}.{part}").items()}
 
-    leaves = walk(to_dict(config), "")
+    leaves = walk(dataclasses.asdict(config), "")
     return {key[1:]: leaf for key, leaf in leaves.items() if not key.startswith(".paper.") and key != ".run.out"}
 
 
@@ -54,7 +54,7 @@ def test_recipe_is_a_whole_config_that_survives_the_disk() -> None:
     for name in RECIPES:
         config = get_recipe(name)
         if name in PAPER_RECIPES:  # twins go through the disk where they train
-            values = json.loads(json.dumps(to_dict(config)))
+            values = json.loads(json.dumps(dataclasses.asdict(config)))
             assert from_dict(type(config), values, origin=name) == config
         assert config.paper.source and config.paper.metric, name
         assert config.run.out == f"runs/{name}"
@@ -338,7 +338,7 @@ def test_short_names_and_words_find_recipes(capsys) -> None:
 
 @pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_debug_twin_keeps_every_switch(name: str) -> None:
-    original, twin = to_dict(get_recipe(name)), to_dict(get_recipe(f"{name}-debug"))
+    original, twin = dataclasses.asdict(get_recipe(name)), dataclasses.asdict(get_recipe(f"{name}-debug"))
     assert twin["run"]["total_images"] <= 6 * twin["run"]["batch_size"]
     assert twin["run"]["device"] == "cpu"
     for group, values in original.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from tyro.conf import arg
@@ -11,7 +11,6 @@ from tyro.conf import arg
 from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
 from vadit.config import Config, DiTConfig, TokenizerConfig, vary
-from vadit.config.files import to_dict
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
@@ -124,7 +123,7 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
         needed = estimate(options.config, world_size)
     if not distributed.is_main():
         return
-    say(*json.dumps(to_dict(options.config), indent=2).splitlines(), "")
+    say(*json.dumps(asdict(options.config), indent=2).splitlines(), "")
     for network in needed.networks:
         frozen = f", {network.num_frozen:,} frozen" if network.num_frozen else ""
         say(f"{network.name}: {network.num_trained:,} trained parameters{frozen}")

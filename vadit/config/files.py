@@ -18,14 +18,9 @@ from vadit.runtime.json_files import checked, read_json
 T = TypeVar("T")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
 def save_config(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
-    save_json(Path(path), to_dict(config))
+    save_json(Path(path), dataclasses.asdict(config))
 
 
 def from_dict(kind: type[T], values: dict[str, Any], *, origin: str) -> T:

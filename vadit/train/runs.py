@@ -13,6 +13,7 @@ RUN/stage-K/          a tokenizer with several stages: each a run folder of its 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
-from vadit.config.files import load_run_config, save_config, to_dict
+from vadit.config.files import load_run_config, save_config
 from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
@@ -112,7 +113,7 @@ def _fixed(config: Any) -> dict[str, Any]:
 
     A longer run is the same one where no schedule depends on the length; a loader refuses data of another size.
     """
-    values = to_dict(config)
+    values = dataclasses.asdict(config)
     for looked_on in ("guard", "evaluation", "paper"):
         values.pop(looked_on)
     start, out = Path(config.run.init_from or ""), Path(config.run.out)
