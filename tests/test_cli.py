@@ -20,10 +20,7 @@ from vadit.train.loop import Stopped
 @pytest.mark.parametrize("command", ["help", "recipes", "train"])
 def test_help_and_recipes_need_no_torch(command: str) -> None:
     arguments = {"help": ["--help"], "recipes": ["recipes"], "train": ["train", "lightningdit-b", "--help"]}[command]
-    code = (
-        "import sys; from vadit.cli import main; code = main(sys.argv[1:]); "
-        "sys.exit(3 if 'torch' in sys.modules else code)"
-    )
+    code = "import sys; from vadit.cli import main; sys.exit(main(sys.argv[1:]) or 3 * ('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -148,14 +145,11 @@ RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR":
         ({"LOCAL_RANK": "0"}, "set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, too"),
         *(
             (RANK_1_OF_2 | {name: value}, f"the launcher's {name} is ")
-            for name, values in {
-                "RANK": ("", "-1", "1.0", "one", "9" * 5000, "\u0661"),
-                "WORLD_SIZE": ("", "-2", "nan"),
-                "LOCAL_RANK": ("\x1b[31m",),
-                "MASTER_ADDR": ("", "a b"),
-                "MASTER_PORT": ("0x50",),
-            }.items()
-            for value in values
+            for name, value in (
+                *(("RANK", value) for value in ("", "-1", "1.0", "one", "9" * 5000, "\u0661")),
+                *(("WORLD_SIZE", ""), ("WORLD_SIZE", "-2"), ("WORLD_SIZE", "nan"), ("LOCAL_RANK", "\x1b[31m")),
+                *(("MASTER_ADDR", ""), ("MASTER_ADDR", "a b"), ("MASTER_PORT", "0x50")),
+            )
         ),
         *(
             (RANK_1_OF_2 | {name: value}, f"{name}='{value}'")
@@ -262,11 +256,9 @@ def dry_run(capsys, *arguments: str) -> tuple[dict, str]:
     return json.loads(config + "}"), rest
 
 
-@pytest.mark.parametrize(("recipe", "millions"), [("lightningdit-xl-64ep", 675), ("lightningdit-b", 130)])
-def test_dry_run_counts_parameters(recipe: str, millions: int, capsys) -> None:
-    _, text = dry_run(capsys, recipe)
-    match = re.search(r"([\d,]+) trained parameters", text)
-    assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(millions, abs=1)
+def test_dry_run_counts_parameters(capsys) -> None:
+    match = re.search(r"([\d,]+) trained parameters", dry_run(capsys, "lightningdit-b")[1])
+    assert int(match[1].replace(",", "")) / 1e6 == pytest.approx(130, abs=1)
 
 
 def test_dry_run_prints_what_the_overrides_resolve_to(capsys, monkeypatch) -> None:
