@@ -214,7 +214,7 @@ def test_names_in_a_labels_file_may_hold_what_parts_others(tmp_path: Path) -> No
     names = ("my cat.png", "1,5.png", "a;b.png", "#1.png")
     for name in names:
         save_picture(tmp_path / "images" / name, 0)
-    for line in ("{} 3", '"{}",3', "{}\t3", '"{}";3'):
+    for line in ("{} 3", '"{}",3', "{}\t3", '"{}";3', "{}\t3 #by hand", '"{}",3.0 # by hand'):
         (tmp_path / "labels").write_text("".join(line.format(name) + "\n" for name in names))
         source = FolderSource(tmp_path / "images", tmp_path / "labels")
         assert [Path(path).name for path in source.paths] == list(names) and set(source.labels.tolist()) == {3}

@@ -84,15 +84,12 @@ def _read_run(folder: Path, name: str, color: int) -> Run:
     config: Config | None = None
     stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
     parts = [part for part in (folder, *stages) if (part / "log.jsonl").is_file()]
-    if (folder / "config.json").is_file():
-        try:
-            config = load_run_config(folder)
-        except (UsageError, ValueError, AttributeError, OSError) as error:
-            notes.append(f"{name}: its config.json could not be read ({error}).")
-    elif not parts:
+    if not parts and not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no run folder: it holds neither config.json nor log.jsonl")
-    else:
-        notes.append(f"{name}: there is no config.json, so nothing is known of its settings.")
+    try:
+        config = load_run_config(folder)
+    except (UsageError, ValueError, AttributeError, OSError) as error:
+        notes.append(f"{name}: its config.json could not be read ({error}).")
     logs, evaluations, grids, before = [], [], [], 0.0
     for part in parts:
         logs.append(read_log(part / "log.jsonl", before))

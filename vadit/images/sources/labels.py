@@ -25,6 +25,7 @@ _HEADER = _LABEL_COLUMNS | {
     *("imagepath", "imagefile", "img", "imgname", "imgpath", "id", "key", "photo", "picture"),
 }
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_COMMENTED = re.compile(r"([+-]?[\d.]+)\s*#.*|(.*?)\s+#\s.*")
 _SAMPLE = 200  # lines by which the separator is found
 
 Row = tuple[int, list[str]]  # a line's number, from 1, and its columns
@@ -35,7 +36,8 @@ class LabelsFile:
 
     Columns are parted by tabs, semicolons, commas or spaces, whichever part the names of images from the rest. A first
     line without an image's name is a header; of more than two columns it says which are meant. Lines that begin with #
-    are comments. Labels that are numbers stay as they are (3.0 is 3), names are numbered in sorted order.
+    are comments, as is " # ..." after a label. Labels that are numbers stay as they are (3.0 is 3), names are numbered
+    in sorted order.
     is_image(name): whether an image of this name is there or could be.
     """
 
@@ -88,7 +90,9 @@ class LabelsFile:
                 self._fail(number, "the label is empty")
             if not self._is_image(columns[name]):
                 self._fail(number, f"{columns[name][:80]!r} is neither an image nor a header (name,label)")
-            yield number, os.path.normpath(columns[name]), columns[label]
+            commented = _COMMENTED.fullmatch(columns[label])
+            word = commented[1] or commented[2] if commented else columns[label]
+            yield number, os.path.normpath(columns[name]), word
 
     def _rows(self, lines: list[tuple[int, str]]) -> tuple[list[Row], int]:
         """The lines in columns, and which of these has the names: by the first lines, whose images must stay whole."""
