@@ -19,8 +19,7 @@ from vadit.images.formats import open_image
 from vadit.runtime.files import whole_file
 from vadit.runtime.reading import read_file
 
-SIZE = 32
-"""Side of the demo's images in pixels."""
+SIZE = 32  # side of the demo's images in pixels
 PHOTOS = {
     "astronaut": ("skimage.data", "astronaut.png"), "chelsea": ("skimage.data", "chelsea.png"),
     "coffee": ("skimage.data", "coffee.png"), "rocket": ("skimage.data", "rocket.jpg"),
@@ -30,8 +29,7 @@ PHOTOS = {
 }  # fmt: skip
 """Package and file of each photograph."""
 CROPS_PER_PHOTO = 300
-HELD_OUT = 0.2
-"""Share of the images that no network trains on."""
+HELD_OUT = 0.2  # share of the images that no network trains on
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ class DemoData:
 
     train: Path
     classes: list[str]
-    train_images: np.ndarray
-    """uint8 (N, 32, 32, 3)."""
+    train_images: np.ndarray  # uint8 (N, 32, 32, 3)
     train_labels: np.ndarray
     held_out_images: np.ndarray
     held_out_labels: np.ndarray

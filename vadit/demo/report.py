@@ -14,8 +14,7 @@ from vadit.report.runs import read_runs
 from vadit.report.sections import quantity_charts
 from vadit.runtime.npz_files import Npz
 
-COLUMNS = 10
-"""One column per class: labels of balanced samples go round."""
+COLUMNS = 10  # one column per class: labels of balanced samples go round
 ROWS = 8
 
 LEAD = (

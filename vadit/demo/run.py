@@ -51,8 +51,7 @@ from vadit.train.checkpoint.export import load_autoencoder, load_generator
 
 GUIDED_SCALE = 2.5
 UNIFORMITY_VECTORS = 800
-SHOWN = 24
-"""Reconstructions on the page."""
+SHOWN = 24  # reconstructions on the page
 
 
 @dataclass(frozen=True)

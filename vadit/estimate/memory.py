@@ -25,10 +25,8 @@ from vadit.config import MAX_BUCKET, Config
 from vadit.estimate.networks import Network, networks
 from vadit.runtime import distributed
 
-FP32, BF16 = 4, 2
-"""Bytes per number."""
-PREFETCH = 50_000_000
-"""Weights that ZeRO 3 gathers ahead of their use (DeepSpeed's default)."""
+FP32, BF16 = 4, 2  # bytes per number
+PREFETCH = 50_000_000  # weights that ZeRO 3 gathers ahead of their use (DeepSpeed's default)
 MAX_LIVE = 1_000_000_000
 """Weights that ZeRO 3 leaves gathered from the forward to the backward pass (DeepSpeed's default)."""
 
@@ -37,10 +35,8 @@ MAX_LIVE = 1_000_000_000
 class Activations:
     """Bytes that a forward and a backward pass over one micro-batch hold at most, the weights aside."""
 
-    alone: float
-    """Where each gradient goes once it is there."""
-    with_gradients: float
-    """Where gradients stay: they come while activations go."""
+    alone: float  # where each gradient goes once it is there
+    with_gradients: float  # where gradients stay: they come while activations go
 
 
 @dataclass(frozen=True)
@@ -49,15 +45,12 @@ class StageMemory:
 
     stage: int
     weights: float
-    optimizer: float
-    """fp32 master weights and Adam's moments."""
+    optimizer: float  # fp32 master weights and Adam's moments
     averages: float
     gradients: float
-    buffers: float
-    """DeepSpeed's buckets, weights gathered by ZeRO 3, copies in the optimizer's step."""
+    buffers: float  # DeepSpeed's buckets, weights gathered by ZeRO 3, copies in the optimizer's step
     activations: float
-    moment: str
-    """When that is: backward, reduction, step or evaluation."""
+    moment: str  # when that is: backward, reduction, step or evaluation
 
     @property
     def total(self) -> float:
@@ -70,8 +63,7 @@ class Estimate:
     """What `vadit train --dry-run` prints."""
 
     networks: list[Network]
-    micro_batch: int
-    """Images per GPU in one pass."""
+    micro_batch: int  # images per GPU in one pass
     activations: Activations
     stages: list[StageMemory]
 

@@ -26,10 +26,8 @@ class Network:
     module: nn.Module
     forward: Callable[[int], Tensor] | None = None
     """On so many images, to a number that depends on all that it gives; None: it runs without gradients."""
-    step_flops: float = 0.0
-    """FLOPs of a training step over those of `forward`."""
-    averaged: bool = False
-    """Whether it has moving averages."""
+    step_flops: float = 0.0  # FLOPs of a training step over those of `forward`
+    averaged: bool = False  # whether it has moving averages
 
     @property
     def num_trained(self) -> int:

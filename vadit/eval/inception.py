@@ -31,8 +31,7 @@ SPATIAL_CHANNELS = 7
 class InceptionFeatures(NamedTuple):
     """Features of B images, fp32."""
 
-    pool: Tensor
-    """(B, 2048): pool_3, for FID, precision and recall."""
+    pool: Tensor  # (B, 2048): pool_3, for FID, precision and recall
     spatial: Tensor
     """(B, 2023): the first 7 channels of mixed_6/conv (17 x 17), flattened in NHWC order, for sFID."""
     probabilities: Tensor

@@ -48,11 +48,9 @@ ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 REFERENCES_FOR_RECALL = 10_000
 """Reference images that precision and recall are taken against (ADM's files hold so many)."""
-KID_SUBSET = 1000
-"""Images of a subset of KID, or all where there are fewer."""
+KID_SUBSET = 1000  # images of a subset of KID, or all where there are fewer
 
-Summary = Callable[[Tensor], Tensor]
-"""uint8 images (B, 3, H, W) to one feature vector each, (B, D)."""
+Summary = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to one feature vector each, (B, D)
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,7 @@ class _Reference:
     pool: tuple[np.ndarray, np.ndarray]
     spatial: tuple[np.ndarray, np.ndarray] | None
     features: np.ndarray | None = None
-    own_kernel: float | None = None
-    """KID's kernel's mean over pairs of the features, where it is known."""
+    own_kernel: float | None = None  # KID's kernel's mean over pairs of the features, where it is known
 
 
 def named(numbers: dict[str, float], count: int, sampler: str) -> dict[str, float]:

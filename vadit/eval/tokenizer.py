@@ -21,10 +21,8 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
 
-GROUP = 32
-"""Images that the networks see together."""
-SSIM_WINDOW = 11
-"""Side of SSIM's Gaussian window in pixels (sigma 1.5)."""
+GROUP = 32  # images that the networks see together
+SSIM_WINDOW = 11  # side of SSIM's Gaussian window in pixels (sigma 1.5)
 
 
 @torch.no_grad()

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MAX_POINTS = 150
-"""Points of one curve: one for about two pixels of a small chart on the page."""
+MAX_POINTS = 150  # points of one curve: one for about two pixels of a small chart on the page
 PALETTE = ("#2f6fde", "#e4572e", "#2a9d6f", "#8e5bd0", "#c98a04", "#0e9aa7", "#c2417c", "#5b6475")
 """Colours of runs, in their order; they go round. All but the grey can be read on white and on near-black."""
 GREY = len(PALETTE) - 1
@@ -64,15 +63,12 @@ class Curve:
 class Series:
     """One curve of a chart, or one set of marks."""
 
-    name: str
-    """What the legend says."""
+    name: str  # what the legend says
     curve: Curve
-    color: int = 0
-    """Index into PALETTE, which goes round."""
+    color: int = 0  # index into PALETTE, which goes round
     style: Literal["line", "dashed", "dots", "rings"] = "line"
     """dashed: projected, not measured. dots, rings: points without a line; rings are published values."""
-    labels: tuple[str, ...] = ()
-    """A word at each point of dots or rings."""
+    labels: tuple[str, ...] = ()  # a word at each point of dots or rings
 
     @property
     def is_line(self) -> bool:
@@ -93,20 +89,13 @@ class Chart:
     series: tuple[Series, ...]
     x_label: str = "images"
     y_label: str = ""
-    may_be_log: bool = True
-    """Allows a logarithmic axis for positive values that span decades."""
-    x_from_zero: bool = True
-    """Whether the horizontal axis starts at zero."""
-    x_log: bool = False
-    """A logarithmic horizontal axis, from the first value above zero."""
-    level: float | None = None
-    """Height of a dotted horizontal line."""
-    wide: bool = False
-    """As wide as the page, with a legend of its own."""
-    note: str = ""
-    """A sentence below it."""
-    file: str = ""
-    """Name of its PNG, without the ending; empty for none."""
+    may_be_log: bool = True  # allows a logarithmic axis for positive values that span decades
+    x_from_zero: bool = True  # whether the horizontal axis starts at zero
+    x_log: bool = False  # a logarithmic horizontal axis, from the first value above zero
+    level: float | None = None  # height of a dotted horizontal line
+    wide: bool = False  # as wide as the page, with a legend of its own
+    note: str = ""  # a sentence below it
+    file: str = ""  # name of its PNG, without the ending; empty for none
 
 
 def svg(chart: Chart) -> str:

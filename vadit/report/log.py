@@ -75,8 +75,7 @@ def join_logs(logs: Sequence[Log]) -> Log:
 class Scores:
     """One metrics.json of `vadit evaluate`."""
 
-    kind: str
-    """samples, tokenizer or latents."""
+    kind: str  # samples, tokenizer or latents
     metrics: dict[str, Any]
     spread: dict[str, Any] = field(default_factory=dict)
     """Standard deviation over seeds, where there were several."""

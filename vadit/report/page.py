@@ -29,18 +29,12 @@ class Section:
     """One part of a report, for instance a stage of a run."""
 
     title: str
-    charts: Sequence[Chart] = ()
-    """Wide ones first; those without a finite value are left out."""
-    images: Sequence[tuple[str, Path]] = ()
-    """Captions and PNG files."""
-    table: Sequence[tuple[str, ...]] = ()
-    """Rows; the first cell of a row is its name."""
-    header: tuple[str, ...] = ()
-    """Names of the table's columns, where it has more than name and value."""
-    text: str = ""
-    """A paragraph above all else."""
-    notes: Sequence[str] = ()
-    """Sentences in small type at the end."""
+    charts: Sequence[Chart] = ()  # wide ones first; those without a finite value are left out
+    images: Sequence[tuple[str, Path]] = ()  # captions and PNG files
+    table: Sequence[tuple[str, ...]] = ()  # rows; the first cell of a row is its name
+    header: tuple[str, ...] = ()  # names of the table's columns, where it has more than name and value
+    text: str = ""  # a paragraph above all else
+    notes: Sequence[str] = ()  # sentences in small type at the end
     settings: Sequence[tuple[str, Path]] = ()
     """Names and config.json files of runs, each folded away behind a click."""
 

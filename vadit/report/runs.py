@@ -26,8 +26,7 @@ REFERENCE_BATCH = 1024
 REFERENCE_MSE = (1.2133, 0.5402, 0.4637, 0.4186, 0.3854, 0.3604, 0.3500, 0.3424, 0.3045)
 """The authors' training log of LightningDiT-XL/1 (64 epochs): velocity MSE, mean over the last 100 steps."""
 _HIGHER = ("is", "precision", "recall", "psnr", "ssim")
-_RECENT = 0.2
-"""Share of the log, from its end, that a projection goes by."""
+_RECENT = 0.2  # share of the log, from its end, that a projection goes by
 
 
 @dataclass
@@ -35,19 +34,15 @@ class Run:
     """One run folder."""
 
     name: str
-    color: int
-    """Index into the palette."""
+    color: int  # index into the palette
     folder: Path
-    kind: str
-    """dit, tokenizer, or unknown where there is no readable config.json."""
+    kind: str  # dit, tokenizer, or unknown where there is no readable config.json
     config: Config | None
     log: Log
     evaluations: Log
-    grids: list[tuple[float, Path]]
-    """Images seen, and the picture that was made then."""
+    grids: list[tuple[float, Path]]  # images seen, and the picture that was made then
     scores: list[Scores]
-    notes: list[str]
-    """What could not be read."""
+    notes: list[str]  # what could not be read
 
     def scored(self, kind: str, name: str) -> dict[str, float]:
         """Numbers of its metrics*.json of one kind whose names begin so."""
@@ -121,14 +116,10 @@ class Progress:
 
     images: float
     epochs: float
-    target: float
-    """Images of 64 epochs (a generator), or of the whole run (a tokenizer)."""
-    images_per_s: float
-    """Median over the last fifth of the log, all devices together."""
-    devices: int | None
-    """GPUs or processes that took part last; None where the log does not say."""
-    hours: Curve
-    """Hours of training since the start (y) over images (x), by the logged throughput."""
+    target: float  # images of 64 epochs (a generator), or of the whole run (a tokenizer)
+    images_per_s: float  # median over the last fifth of the log, all devices together
+    devices: int | None  # GPUs or processes that took part last; None where the log does not say
+    hours: Curve  # hours of training since the start (y) over images (x), by the logged throughput
 
     @property
     def hours_left(self) -> float:

@@ -36,8 +36,7 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 from vadit.runtime.spread import spread
 
-GRIDS_PER_RUN = 4
-"""Sample grids of a run on the page: the first, the last, and between them."""
+GRIDS_PER_RUN = 4  # sample grids of a run on the page: the first, the last, and between them
 _KINDS = {"dit": "Generators", "tokenizer": "Tokenizers", "unknown": "Runs of unknown kind"}
 _QUANTITIES = {
     "images_per_s": ("Throughput", "images/s"),

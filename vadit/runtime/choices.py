@@ -26,16 +26,11 @@ FILE = "backends.json"
 class Choice:
     """One thing that was chosen."""
 
-    setting: str
-    """The setting that asks for it."""
-    name: str
-    """What runs."""
-    reason: str
-    """Why it is this one."""
-    refused: str = ""
-    """Where the setting asked for something else: what, and why it cannot be had here."""
-    left_out: str = ""
-    """What of the network it does not reach."""
+    setting: str  # the setting that asks for it
+    name: str  # what runs
+    reason: str  # why it is this one
+    refused: str = ""  # where the setting asked for something else: what, and why it cannot be had here
+    left_out: str = ""  # what of the network it does not reach
 
 
 def kernels(device: torch.device) -> list[Choice]:

@@ -50,8 +50,7 @@ class _Terminal(Console):
 
 
 _console = _Terminal(stderr=True)
-_bars = 0
-"""Progress bars that are drawn just now."""
+_bars = 0  # progress bars that are drawn just now
 
 
 def say(*lines: str) -> None:

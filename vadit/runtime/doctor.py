@@ -24,11 +24,9 @@ class Finding:
     """One line of the report."""
 
     name: str
-    detail: str
-    """What it is good for, or why it is missing."""
+    detail: str  # what it is good for, or why it is missing
     version: str = ""
-    remedy: str = ""
-    """The command that brings what is missing; empty for what is there."""
+    remedy: str = ""  # the command that brings what is missing; empty for what is there
 
     @property
     def state(self) -> Literal["ok", "missing"]:

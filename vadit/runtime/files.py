@@ -19,8 +19,7 @@ from vadit.runtime.errors import RunError, UsageError, short, write_fault
 
 SPACE = "free some space or choose another folder"
 _PREFIX = ".vadit-partial-"
-_swept: set[Path] = set()
-"""Folders that this process has cleared of what others had left."""
+_swept: set[Path] = set()  # folders that this process has cleared of what others had left
 
 
 @contextlib.contextmanager

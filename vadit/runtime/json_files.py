@@ -14,16 +14,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from vadit.runtime.errors import RunError, first_line, short
 from vadit.runtime.reading import read_file
 
-MAX_BYTES = 32 << 20
-"""Of one file: a hundred times the largest that we write."""
-MAX_DEPTH = 64
-"""Objects and arrays inside each other."""
-MAX_DIGITS = 100
-"""Of an integer."""
+MAX_BYTES = 32 << 20  # of one file: a hundred times the largest that we write
+MAX_DEPTH = 64  # objects and arrays inside each other
+MAX_DIGITS = 100  # of an integer
 
 T = TypeVar("T")
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
-"""A number of things, or a place among them."""
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]  # a number of things, or a place among them
 
 
 def read_json(

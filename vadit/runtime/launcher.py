@@ -26,8 +26,7 @@ class Place:
     local_rank: int = 0
     address: str = ""
     port: int = 0
-    one_machine: bool = True
-    """Whether all are known to be on one."""
+    one_machine: bool = True  # whether all are known to be on one
 
 
 _place: Place | None = None

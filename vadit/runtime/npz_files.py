@@ -15,8 +15,7 @@ import numpy as np
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.reading import patiently
 
-MAX_BYTES = 256 << 20
-"""Of an array that is read whole, unless its reader says otherwise."""
+MAX_BYTES = 256 << 20  # of an array that is read whole, unless its reader says otherwise
 _RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 """Bytes that one byte in the file becomes at most, by the kinds of compression that numpy writes."""
 

@@ -27,17 +27,14 @@ from vadit.runtime.files import kernel, no_link
 from vadit.runtime.json_files import parse_json
 
 NAME = ".owner"
-BEAT_S = 10.0
-"""Between two signs of life."""
+BEAT_S = 10.0  # between two signs of life
 SILENCE_S = 60.0
 """After so long without one, an owner whose process cannot be seen from here is taken for dead."""
-FORGOTTEN_S = 3600.0
-"""A sign of life so old needs no second look, however much the clocks of machines differ."""
+FORGOTTEN_S = 3600.0  # a sign of life so old needs no second look, however much the clocks of machines differ
 SETTLE_S = 1.0
 """Without locks: how long one who claims the folder at the same moment may take to write it down."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_held: set[str] = set()
-"""Files that this process holds: to open and close one again would give its lock away."""
+_held: set[str] = set()  # files that this process holds: to open and close one again would give its lock away
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,8 @@ class Claim:
 
     host: str
     pid: int
-    kernel: str
-    """Of its machine, since that was started."""
-    process: str
-    """What tells it from others with that number: its namespace, and when it began."""
+    kernel: str  # of its machine, since that was started
+    process: str  # what tells it from others with that number: its namespace, and when it began
 
 
 @contextlib.contextmanager

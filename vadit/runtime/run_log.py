@@ -81,8 +81,7 @@ class RunLog:
 class _Events:
     """TensorBoard's events, written where they are made: its own writer does so in a thread that a full disk ends."""
 
-    _MOST = 64 << 20
-    """Bytes that wait for room, at most; what comes on top is lost."""
+    _MOST = 64 << 20  # bytes that wait for room, at most; what comes on top is lost
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboard.compat.proto import event_pb2

@@ -17,8 +17,7 @@ import torch
 from vadit.runtime.errors import WANTS_CODE, RunError, UsageError
 from vadit.runtime.reading import ReadFault, openable, patiently
 
-_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
-"""What a pickle names functions with."""
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # what a pickle names functions with
 
 
 def load_torch(path: Path, remedy: str = "") -> Any:

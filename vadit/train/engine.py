@@ -163,8 +163,7 @@ class Engine:
             for block in blocks:
                 block.forward = torch.compile(block.forward)
         self.spec, self.device = spec, device
-        self.module = module.to(device)
-        """The network itself: calling it goes round DeepSpeed's hooks."""
+        self.module = module.to(device)  # the network itself: calling it goes round DeepSpeed's hooks
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_weights = sum(parameter.numel() for parameter in trained)
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)

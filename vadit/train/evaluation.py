@@ -52,10 +52,8 @@ Latents = LatentDataset | DebugLatents
 class Made(NamedTuple):
     """What one process has made, by image."""
 
-    features: dict[int, np.ndarray]
-    """(F,) fp32: what the numbers are taken from."""
-    pictures: dict[int, np.ndarray]
-    """(H, W, 3) uint8: images of the picture."""
+    features: dict[int, np.ndarray]  # (F,) fp32: what the numbers are taken from
+    pictures: dict[int, np.ndarray]  # (H, W, 3) uint8: images of the picture
 
 
 class _Failed(Exception):
@@ -68,8 +66,7 @@ class Evaluation:
     def __init__(self, spec: EvaluationSpec, ema: ShardedEMA, folder: Path) -> None:
         self._ema, self._folder, self._device = ema, folder, ema.engine.device
         self.every_images = spec.every_images
-        self.failures = 0
-        """Evaluations that failed in this start of the run."""
+        self.failures = 0  # evaluations that failed in this start of the run
 
     def network(self) -> nn.Module:
         """A network of the kind that is trained, for its weights."""

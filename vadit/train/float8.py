@@ -19,12 +19,9 @@ from vadit.runtime.errors import first_line
 from vadit.train.engine import quiet
 
 SETTING = "engine.float8"
-LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")
-"""Linear layers of attention and MLP, by name."""
-MULTIPLE = 16
-"""What the sizes of a float8 product have to be multiples of."""
-CAPABILITY = (8, 9)
-"""The first GPUs that multiply float8 (Ada; then Hopper)."""
+LAYERS = ("qkv", "proj", "w12", "w3", "fc1", "fc2")  # linear layers of attention and MLP, by name
+MULTIPLE = 16  # what the sizes of a float8 product have to be multiples of
+CAPABILITY = (8, 9)  # the first GPUs that multiply float8 (Ada; then Hopper)
 TOLERANCE = 0.1
 """Largest relative error (2-norm) of a small layer: e4m3 rounds to 2^-4 of a number, e5m2 to 2^-3, at random."""
 

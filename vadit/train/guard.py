@@ -31,8 +31,7 @@ from vadit.train.engine import Engine
 
 QUANTILE = 0.9
 """Of the norms of the last good steps: what a spike is measured against. Healthy norms are heavy-tailed."""
-LOSS_WINDOW = 5
-"""Log points whose median loss has to jump, so that one bad stretch of data is no jump."""
+LOSS_WINDOW = 5  # log points whose median loss has to jump, so that one bad stretch of data is no jump
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,10 @@ class Guard:
 
     def __init__(self, spec: GuardSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
-        self.applied = True
-        """Whether the last step changed weights."""
+        self.applied = True  # whether the last step changed weights
         self.skipped = 0
         self.in_row = 0
-        self.rollbacks = 0
-        """Times that the run went back since it last saved."""
+        self.rollbacks = 0  # times that the run went back since it last saved
         self.lr_factor = 1.0
         self._windows: dict[str, Tensor] = {}
         self._judged: tuple[list[str], Tensor, Tensor] | None = None

@@ -52,8 +52,7 @@ class Stopped(Exception):
 
     def __init__(self, message: str, interrupted: bool) -> None:
         super().__init__(message)
-        self.interrupted = interrupted
-        """Whether Ctrl-C asked for it, rather than a scheduler."""
+        self.interrupted = interrupted  # whether Ctrl-C asked for it, rather than a scheduler
 
 
 class Lost(Exception):
@@ -126,8 +125,7 @@ class _Run:
             self.position, loader_state, guard_state = restored
             task.loader.load_state_dict(loader_state)
             task.guard.load_state_dict(guard_state)
-        self.before = self.position.images_seen
-        """Images at the start of the step."""
+        self.before = self.position.images_seen  # images at the start of the step
         overlaps = self.device.type == "cuda" and task.engine.spec.overlap_comm and distributed.world_size() > 1
         self.tracker = Tracker(
             self.device,

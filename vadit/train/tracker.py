@@ -32,8 +32,7 @@ _COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast", "all_to_all_single",
 )  # fmt: skip
 """What a step calls of DeepSpeed's backend."""
-GOAL_EPOCHS = 64
-"""Epochs of the paper's headline."""
+GOAL_EPOCHS = 64  # epochs of the paper's headline
 
 
 class Tracker:
@@ -53,10 +52,8 @@ class Tracker:
         self._device, self._communication_known = device, communication_known
         self._batch_size, self._total_images, self._num_samples = batch_size, total_images, num_samples
         self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self.waiting = Stopwatch(device)
-        """For data."""
-        self.communication = Stopwatch(device)
-        """In collectives of the engines."""
+        self.waiting = Stopwatch(device)  # for data
+        self.communication = Stopwatch(device)  # in collectives of the engines
         self._pace: tuple[float, int] | None = None  # time of the first log point of this start, and its images
         self._peak_gib = 0.0
         self._begin()
@@ -167,8 +164,7 @@ class Stopwatch:
     CPU it is the time of the wall.
     """
 
-    _MANY = 256
-    """Open stretches from which on those that are over are read, so that a log point finds few."""
+    _MANY = 256  # open stretches from which on those that are over are read, so that a log point finds few
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._cuda = device, device.type == "cuda"
@@ -176,8 +172,7 @@ class Stopwatch:
         self._spare: list[Any] = []
         self._seconds = 0.0
         self._inside = False
-        self.stopped = False
-        """Whether stretches are not counted at the moment."""
+        self.stopped = False  # whether stretches are not counted at the moment
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

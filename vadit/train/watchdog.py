@@ -37,19 +37,13 @@ from vadit.runtime.files import kernel
 
 HANG_CODE = 75
 """Exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)."""
-GRACE_S = 10.0
-"""Time that a process has to end by itself after another one has failed or gone."""
-GIL_S = 60.0
-"""What the thread that needs no GIL waits longer than the one that can say more."""
-HURRY_S = 0.2
-"""Pause between two rounds once something is wrong."""
-STORE_S = 60.0
-"""Timeout of the store's calls, as far as they keep to it."""
+GRACE_S = 10.0  # time that a process has to end by itself after another one has failed or gone
+GIL_S = 60.0  # what the thread that needs no GIL waits longer than the one that can say more
+HURRY_S = 0.2  # pause between two rounds once something is wrong
+STORE_S = 60.0  # timeout of the store's calls, as far as they keep to it
 STDERR = 2
-MAX_BYTES = 10_000
-"""Of a message; what is longer is none of ours."""
-MAX_NAMED = 8
-"""Processes that a message describes one by one."""
+MAX_BYTES = 10_000  # of a message; what is longer is none of ours
+MAX_NAMED = 8  # processes that a message describes one by one
 AGAIN = "the same command goes on from the last checkpoint"
 _COLLECTIVES = tuple(f"{os.sep}{name}{os.sep}" for name in (f"torch{os.sep}distributed", "deepspeed"))
 _READERS = tuple(f"{os.sep}vadit{os.sep}{name}" for name in (f"train{os.sep}", f"runtime{os.sep}distributed.py"))
@@ -63,20 +57,13 @@ class Standing:
     rank: int
     step: int = 0
     doing: str = "starting"
-    idle_s: float = 0.0
-    """Time for which its main thread has reported nothing, by its own clock."""
-    where: str = ""
-    """Where its main thread stands, once it has been idle for a while."""
-    waits: bool = False
-    """Whether that is in a collective: it waits for the others."""
-    accuses: bool = False
-    """Whether a collective has failed there, as it does where another process dies."""
-    done: bool = False
-    """Whether it has left."""
-    silent_s: float = 0.0
-    """Time since its own threads were heard."""
-    gone_s: float | None = None
-    """Time since its process was found to have ended."""
+    idle_s: float = 0.0  # time for which its main thread has reported nothing, by its own clock
+    where: str = ""  # where its main thread stands, once it has been idle for a while
+    waits: bool = False  # whether that is in a collective: it waits for the others
+    accuses: bool = False  # whether a collective has failed there, as it does where another process dies
+    done: bool = False  # whether it has left
+    silent_s: float = 0.0  # time since its own threads were heard
+    gone_s: float | None = None  # time since its process was found to have ended
 
     @classmethod
     def parse(cls, rank: int, message: bytes) -> Standing | None:
@@ -109,8 +96,7 @@ class Watchdog:
         self.grace_s = min(grace_s, timeout_s)
         # Rank 0 reads 500 messages a second at most, each for about 10 us.
         self.interval_s = min(max(timeout_s / 60, 0.2), max(1.0, distributed.world_size() / 500), 30.0)
-        self.quiet_s = 3 * self.interval_s + 1
-        """Silence that a process whose threads run does not keep."""
+        self.quiet_s = 3 * self.interval_s + 1  # silence that a process whose threads run does not keep
         self._beat = (0, "starting")
         self._own = Standing(distributed.rank())
         self._messenger: Messenger | None = None
@@ -292,8 +278,7 @@ class Messenger:
 
     def __init__(self, own: Standing) -> None:
         self._own = own
-        self.verdict = ""
-        """Why the run ends: the first sentence that any process has published."""
+        self.verdict = ""  # why the run ends: the first sentence that any process has published
         ranks, main = range(distributed.world_size()), distributed.is_main()
         nonce, machine = secrets.token_hex(8), _machine()
         if main:
@@ -318,8 +303,7 @@ class Messenger:
         self._messages: dict[int, bytes] = {}
         self._heard: dict[int, bytes] = {}
         self._number = 0
-        self._closed = False
-        """Whether nobody listens any more where rank 0 kept the store."""
+        self._closed = False  # whether nobody listens any more where rank 0 kept the store
 
     def publish(self, verdict: str) -> None:
         """Let all know why the run ends, unless that is known."""

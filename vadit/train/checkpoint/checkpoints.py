@@ -32,8 +32,7 @@ from vadit.train.checkpoint.shares import Shares, collect, file_name
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 
-PART_TIMEOUT_S = 3600.0
-"""How long the main process waits for the others' parts."""
+PART_TIMEOUT_S = 3600.0  # how long the main process waits for the others' parts
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Checkpoints:
         self.folder, self.engines, self.ema = folder, engines, ema
         self.keep, self.keep_every_images = keep, keep_every_images
         self.background, self.seed = background, seed
-        self.failures = 0
-        """Saves in a row that have failed."""
+        self.failures = 0  # saves in a row that have failed
         self._main, engine = next(iter(engines.items()))
         self._device = engine.device
         config = folder.parent / "config.json"

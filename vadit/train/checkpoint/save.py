@@ -74,8 +74,7 @@ class Saving(threading.Thread):
         self.final, self.partial = final, final.with_name(final.name + ".partial")
         self.fault: Exception | None = None
         self.seconds = 0.0
-        self.written = threading.Event()
-        """Set once this process's part is on disk, or has failed."""
+        self.written = threading.Event()  # set once this process's part is on disk, or has failed
         self.cancelled = threading.Event()
         """Set where another process has failed: the main one need not wait for its part."""
         self._files, self._token, self._state, self._timeout_s = files, token, state, timeout_s

@@ -27,8 +27,7 @@ from vadit.runtime.reading import openable, patiently
 from vadit.train.engine import Engine
 from vadit.train.layout import Piece
 
-CHUNK = 1 << 24
-"""Elements that are read in one go."""
+CHUNK = 1 << 24  # elements that are read in one go
 REMEDY = "delete this checkpoint's folder, and the same command goes on from the one before it"
 
 
@@ -46,26 +45,19 @@ def state(name: str) -> str:
     return f"state.{{}}.{name}"
 
 
-STEP = "step"
-"""The optimizer's state that is one number for a flat tensor; all others have one per weight."""
+STEP = "step"  # the optimizer's state that is one number for a flat tensor; all others have one per weight
 
 
 @dataclass
 class Header:
     """What a file says of itself."""
 
-    shapes: dict[str, tuple[Count, ...]]
-    """Of all parameters, whole."""
-    groups: list[list[Piece]]
-    """The pieces in every `master.I`, and so in its averages and moments."""
-    states: list[list[str]]
-    """Names of the optimizer's states of every `master.I`."""
-    steps: list[Any]
-    """Step counts that the optimizer keeps by parameter group."""
-    averages: list[float]
-    """Decays of the averages."""
-    frozen: dict[str, Piece]
-    """The piece in every `frozen.NAME`."""
+    shapes: dict[str, tuple[Count, ...]]  # of all parameters, whole
+    groups: list[list[Piece]]  # the pieces in every `master.I`, and so in its averages and moments
+    states: list[list[str]]  # names of the optimizer's states of every `master.I`
+    steps: list[Any]  # step counts that the optimizer keeps by parameter group
+    averages: list[float]  # decays of the averages
+    frozen: dict[str, Piece]  # the piece in every `frozen.NAME`
 
     def to_json(self) -> str:
         """The header as the file keeps it."""
@@ -177,8 +169,7 @@ class Shares:
             )
         self.files = [_File(path) for path in paths]
         self.shapes = self.files[0].header.shapes
-        self.averages = sorted(self.files[0].header.averages)
-        """Decays of the averages that are there."""
+        self.averages = sorted(self.files[0].header.averages)  # decays of the averages that are there
         self._places: dict[str, list[_Place]] = {}
         for file in self.files:
             for place in file.places:
