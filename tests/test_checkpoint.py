@@ -211,20 +211,10 @@ Layout = tuple[int, int]
 
 # Each change of sharding once, in both directions between one and two processes.
 PAIRS: list[tuple[Layout, Layout]] = [
-    ((1, 0), (1, 1)),
-    ((1, 3), (1, 2)),
-    ((1, 2), (1, 3)),
-    ((1, 0), (2, 1)),
-    ((1, 1), (2, 3)),
-    ((1, 3), (2, 2)),
-    ((2, 1), (2, 1)),
-    ((2, 3), (2, 3)),
-    ((2, 2), (2, 3)),
-    ((2, 3), (2, 0)),
-    ((2, 2), (1, 0)),
-    ((2, 3), (1, 1)),
+    ((1, 0), (1, 1)), ((1, 3), (1, 2)), ((1, 2), (1, 3)), ((1, 0), (2, 1)), ((1, 1), (2, 3)), ((1, 3), (2, 2)),
+    ((2, 1), (2, 1)), ((2, 3), (2, 3)), ((2, 2), (2, 3)), ((2, 3), (2, 0)), ((2, 2), (1, 0)), ((2, 3), (1, 1)),
     ((2, 0), (1, 2)),
-]
+]  # fmt: skip
 LAYOUTS = list(itertools.product((1, 2), (0, 1, 2, 3)))
 ALL = [pair for pair in itertools.product(LAYOUTS, LAYOUTS) if pair not in PAIRS]
 PLACES = {2: {"offload_optimizer": True}, 3: {"offload_optimizer": True, "offload_weights": True}}

@@ -47,15 +47,8 @@ def slow(clock: Callable[[float], None], seconds: float) -> Iterator[int]:
 
 
 def test_a_log_point_tells_pace_shares_and_distances(clock: Callable[[float], None]) -> None:
-    tracker = Tracker(
-        CPU,
-        batch_size=8,
-        total_images=80,
-        num_samples=1,
-        flops_per_image=3e9,
-        peak_flops=1e11,
-        communication_known=True,
-    )
+    speed = {"flops_per_image": 3e9, "peak_flops": 1e11}
+    tracker = Tracker(CPU, batch_size=8, total_images=80, num_samples=1, communication_known=True, **speed)
     batches = tracker.batches(slow(clock, 0.25))
 
     def step(number: int) -> None:

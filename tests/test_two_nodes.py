@@ -75,18 +75,10 @@ class Nodes:
             variables = environment(
                 GLOO_SOCKET_IFNAME=card, NODES="2", NODE_RANK=str(rank), MASTER_ADDR="10.9.0.1", PROCESSES="1", **own
             )
-            command = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                str(launched.LAUNCH / "train.sh"),
-                *arguments,
-                "--run.out",
-                str(out),
-            ]
+            command = ["ip", "netns", "exec", name, str(launched.LAUNCH / "train.sh"), *arguments]
+            command += ["--run.out", str(out)]
             with told(out, rank).open("ab") as file:
-                started.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
+                started.append(subprocess.Popen(command, env=variables, stdout=file, stderr=file))
         return started
 
 
