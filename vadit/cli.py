@@ -6,8 +6,6 @@ every command's settings for any of them, could not take the defaults of `train`
 and do not say to which command an unknown flag was given.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import difflib

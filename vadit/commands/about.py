@@ -1,7 +1,5 @@
 """vadit doctor and vadit recipes: what is here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any

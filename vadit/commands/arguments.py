@@ -3,8 +3,6 @@
 Each settings dataclass gives a flag per field (`--optimizer.lr`), its docstring the help and its default the default.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

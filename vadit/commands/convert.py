@@ -1,7 +1,5 @@
 """vadit import and vadit export: checkpoints between vadit and others' code."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """vadit demo: the whole system in small."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """vadit evaluate: numbers for samples, a tokenizer or latents, and a reference to compare samples with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal

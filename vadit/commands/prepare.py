@@ -1,7 +1,5 @@
 """vadit prepare: images in a form that loads faster."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """vadit report: one page about one or more runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

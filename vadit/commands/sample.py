@@ -1,7 +1,5 @@
 """vadit sample: images from a generator."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any

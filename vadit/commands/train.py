@@ -1,7 +1,5 @@
 """vadit train: a recipe, with settings changed, trained or only reckoned."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any

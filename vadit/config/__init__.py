@@ -5,8 +5,6 @@ overrides single fields of it (`--optimizer.lr 1e-4`); `config.json` in the run 
 Progress is counted in images, so a recipe survives a change of batch size. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 

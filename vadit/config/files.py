@@ -1,7 +1,5 @@
 """Configs on disk: JSON written whole or not at all, read with every unknown key and wrong type named."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """What training on part of the tokens (MaskSpec) can be combined with."""
 
-from __future__ import annotations
-
 from vadit.config.networks import DiTSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec
 from vadit.config.training import EngineSpec

@@ -1,7 +1,5 @@
 """The settings of the networks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

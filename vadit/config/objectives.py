@@ -1,7 +1,5 @@
 """The settings of what is learnt and of how samples are drawn."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

@@ -4,8 +4,6 @@
 shows the ranges. Upper limits lie far above what anybody trains: they keep a slip from hanging or filling the memory.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import typing

@@ -1,7 +1,5 @@
 """The settings of a run: optimizer, DeepSpeed, guards, length and checkpoints."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -4,8 +4,6 @@ digits: scikit-learn's scans of handwritten digits (Alpaydin & Kaynak 1998), 8x8
 photos: 32x32 crops of the photographs in scikit-image and scikit-learn; the class is the photograph.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path

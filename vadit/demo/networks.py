@@ -4,8 +4,6 @@ The judge sees no generated picture, shares no weight with the foundation model 
 network), so its verdict on samples is not the tokenizer's own opinion handed back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

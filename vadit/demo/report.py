@@ -1,7 +1,5 @@
 """The demo's pictures and its report: what someone looks at when it is done."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Small sizes, the ordinary parts: the two trainers under DeepSpeed, the image and
 samplers. Each stage leaves its result in the folder and is not repeated, so the same command goes on after a stop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """FLOPs of vadit's networks, counted by torch on the meta device: products, a multiplication and an addition each."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -9,8 +9,6 @@ batches that a loader keeps ready, what torch.compile changes, and of an evaluat
 network's weights. A weight below 100,000 elements stays whole under ZeRO 3 and is counted as cut.
 """
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 from typing import Any

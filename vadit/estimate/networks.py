@@ -1,7 +1,5 @@
 """The networks of a run, each called as a training step calls it: for the meta device or fake tensors."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

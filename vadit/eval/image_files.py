@@ -1,7 +1,5 @@
 """Sets of images on disk as evaluation takes them: lossless, of one size, in a fixed order, never all in memory."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

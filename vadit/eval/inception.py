@@ -5,8 +5,6 @@ torch-fidelity carries the graph (TF1's bilinear resize to 299 without antialias
 arithmetic in fp32. The network is the protocol: features of torchvision's Inception give other numbers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ t-SNE (perplexity 30, 1000 iterations); a Gaussian kernel density (Scott's rule)
 of these n densities: coefficient of variation, Gini coefficient, entropy over log2 n; mean over draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing here knows where features come from; `vadit.eval.inception` gives the pu
 classifier's. Arguments are NumPy arrays or torch tensors of shape (N, D).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.linalg.lapack import dpstrf

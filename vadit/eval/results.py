@@ -1,7 +1,5 @@
 """What an evaluation gives: means over seeds as a table, and as a JSON file with what they rest on."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Samples are a folder of PNGs or an ADM .npz (`arr_0`, uint8 NHWC); the reference
 the reference holds too little for is left out, and a set that could not be read to its end gets none.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -5,8 +5,6 @@ alone. Networks see groups of GROUP images, whole ones always, and scores are su
 numbers depend on no batch size and no number of processes, to the last bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 

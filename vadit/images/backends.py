@@ -1,7 +1,5 @@
 """Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

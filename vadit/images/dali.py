@@ -10,8 +10,6 @@ On a CPU the decoded pixels are Pillow's, bit for bit, and the scaled ones diffe
 arithmetic differs a little, too. The GPU branch has not been run.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterator, Sequence

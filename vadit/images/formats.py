@@ -3,8 +3,6 @@
 Pillow on its own opens forty formats, and starts another program (Ghostscript) for one of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 

@@ -1,7 +1,5 @@
 """The structure of a JPEG file, without its pixels: which size it states, and whether it is an ordinary one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

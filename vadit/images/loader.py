@@ -4,8 +4,6 @@ A source holds encoded images and their labels (folders, tar, beton). A decoder 
 of transforms (pillow: the rule itself; dali; ffcv). `ImageLoader` puts them in order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging

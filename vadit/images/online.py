@@ -1,7 +1,5 @@
 """The images that latents were encoded from, decoded as the generator trains (REPA with online features)."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

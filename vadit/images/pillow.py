@@ -1,7 +1,5 @@
 """Decoding in threads, and Pillow's decoder (it releases the interpreter's lock), which is the pixel rule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self

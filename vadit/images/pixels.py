@@ -1,7 +1,5 @@
 """Pixels and what networks take: both formulas, PNG files of evaluation, and pictures for people."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

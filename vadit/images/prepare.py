@@ -6,8 +6,6 @@ that of the source. The same command goes on where it was stopped, and what it m
 or on the number of worker processes. Memory does not grow with the data set.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ EXIF rotation is left unapplied and transparency is dropped, as in ADM's and the
 statistics that FID is measured against were made that way.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import Literal

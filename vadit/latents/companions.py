@@ -4,8 +4,6 @@ A companion is of the same image as its latent and mirrored where the latent is,
 part of the picture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

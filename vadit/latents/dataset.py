@@ -4,8 +4,6 @@ Which of plain and mirrored latent is taken and the posterior's noise are functi
 where the image id is the latent's index in the folder.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Latents in the order of training."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ plane, two values: Box & Muller (1958) with the radius at the quantiles of its l
 section from one point to the next. Mean and variance are those of the normal law to 1e-4, the largest value is 4.9.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

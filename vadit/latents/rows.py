@@ -1,7 +1,5 @@
 """Single rows of latent shards, gathered into batches."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

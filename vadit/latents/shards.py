@@ -11,8 +11,6 @@
 The header of a shard of ours holds its settings and the SHA-256 of its tensors, and so does the index.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Mean and standard deviation per channel of a folder of latents: latents_stats.pt, computed and read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

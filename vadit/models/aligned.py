@@ -6,8 +6,6 @@ gradients with respect to them leave the parameters, and so a sharding engine's 
 Shape suffixes: B batch, C image channels, H W image sides, d latent channels, h w latent sides, D feature channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ flash, memory-efficient, math) and the flash-attn package, version 2 (`flash_att
 Shapes: B batch, H heads, N tokens, K head width.
 """
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable

@@ -7,8 +7,6 @@ Shapes: B batch, C image channels, H W image rows and columns, E features of a l
 N = h w, d latent channels.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """PatchGAN discriminator (Isola et al. 2017, pix2pix), with the names of taming-transformers' NLayerDiscriminator."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

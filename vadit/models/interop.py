@@ -6,8 +6,6 @@ Hyper-parameters are read off names and shapes of tensors, because their files c
 Tensor names are the same on both sides, so nothing is renamed on the way.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ autoencoder under other names; nothing of diffusers is imported. Facts of the fo
 released files. https://huggingface.co/docs/diffusers/api/models/autoencoderkl
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

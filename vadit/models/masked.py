@@ -10,8 +10,6 @@ before tokens are left out, and rotary tables, or MDT's relative bias, are taken
 Shapes: B batch, N tokens, V visible tokens, D hidden size, W decoder width, H heads, K head width, R relative places.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Foreign files are read here, too (`read_weights`), and never with code that the file brings along.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

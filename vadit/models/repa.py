@@ -3,8 +3,6 @@
 The projector trains with the network and serves training alone: an exported network, and one that samples, has none.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

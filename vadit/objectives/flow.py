@@ -5,8 +5,6 @@ v = alpha'(t) x1 + sigma'(t) x0 (Lipman et al. 2023, eq. 14 and following; Alber
 Names of tensors: x0 noise, x1 data, x_t between them, all (B, C, h, w); t is (B,), fp32.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ MDT needs no loss of its own: it adds the ordinary loss of a masked pass to that
 Shapes: B batch, C channels, h w latent rows and columns, p patch side, N tokens = (h/p) (w/p).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,8 +3,6 @@
 Shapes: B batch, N tokens, D width, F channels of the features, h w their rows and columns.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Sum form, as in LDM (Rombach et al. 2022) and the paper (arXiv 2501.01423, secti
 pixels and latent positions and divided by the batch. The VF loss itself is the op `vadit.kernels.vf_loss`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ One module per group: `table1`, `tokenizers` (Tables 2, 4 and 5), `generators` (
 seconds, on data that it makes. Nothing here imports torch, so the command line can list recipes at once.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """What others report to help on top of the paper, in one recipe."""
 
-from __future__ import annotations
-
 from vadit.config import DiTConfig, FoundationSpec, RepaSpec, vary
 from vadit.recipes.generators import lightningdit_xl_64ep
 from vadit.recipes.sizes import BATCH_SIZE

@@ -1,7 +1,5 @@
 """The debug twin of a recipe: the same switches, a model that fits in a teaspoon, two steps per stage on a CPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from vadit.config import Config, DiTConfig, FoundationSpec, RunSpec, TokenizerConfig, vary

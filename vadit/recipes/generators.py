@@ -4,8 +4,6 @@ A metric's name holds the count of samples and the sampler as `vadit.sampling.dr
 call the sampler of Table 3 "250 steps": linspace(0, 1, 250), which is 249 of them, and so euler249 here.
 """
 
-from __future__ import annotations
-
 from vadit.config import DiTConfig, DiTSpec, EngineSpec, Paper, RunSpec, SampleSpec, vary
 from vadit.recipes.sizes import BATCH_SIZE, DIT_SIZES, EPOCHS_80
 from vadit.recipes.tokenizers import Row

@@ -6,8 +6,6 @@ files. Published numbers are the paper's Table 3; where the settings or the samp
 recipe says so. Guidance of DiT and SiT touches three of the four channels, as in their code.
 """
 
-from __future__ import annotations
-
 from vadit.config import DiTConfig, FoundationSpec, MaskSpec, RepaSpec, SampleSpec, vary
 from vadit.recipes.table1 import plain_dit
 

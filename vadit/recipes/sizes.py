@@ -1,7 +1,5 @@
 """Sizes and names of networks, and lengths in images that several recipes share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from vadit.config import Config, DiTSpec, TokenizerConfig

@@ -5,8 +5,6 @@ row draws by DDPM in 250 steps, as DiT does; all others with dopri5 (section 4 o
 latents are SD-VAE's f8d4, only multiplied by 0.18215: so the authors answer on how to reach 7.13 (their issue 22).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ foundation model gets images in [-1, 1], as the authors fed it. rFID, PSNR, LPIP
 images of ImageNet's validation set.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

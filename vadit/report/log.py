@@ -1,7 +1,5 @@
 """The files that runs leave, read for the report: log.jsonl, evaluations.jsonl and metrics*.json, damaged or not."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

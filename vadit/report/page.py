@@ -1,7 +1,5 @@
 """One HTML file that shows a run: numbers, curves and pictures, all inside it; it opens without a network."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

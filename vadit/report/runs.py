@@ -1,7 +1,5 @@
 """Runs as the report sees them: their files, how far each is, what is still to come, and how they compare."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

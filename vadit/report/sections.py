@@ -1,7 +1,5 @@
 """The parts of the report of one or more runs: tables and charts, each run in a colour of its own."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

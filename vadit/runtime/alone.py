@@ -3,8 +3,6 @@
 Gloo and NCCL listen even where there is nobody to meet.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Choices are made by trying, on small tensors of the run's device: a package that imports may still not run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

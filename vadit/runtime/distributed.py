@@ -1,7 +1,5 @@
 """Where this process stands among the others, how it joins them, and the few collectives that the trainers need."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

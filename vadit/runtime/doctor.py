@@ -3,8 +3,6 @@
 Optional packages are looked up by their metadata and never imported: a broken one must not break the doctor.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 import re
@@ -105,9 +103,6 @@ def distribution(pattern: str) -> tuple[str, str] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ torch and our kernels
-
-
 def _torch() -> Iterator[Finding]:
     import torch
 
@@ -168,9 +163,6 @@ def _backends() -> Iterator[Finding]:
         reasons = kernels.reasons(device)
         for name, backend in kernels.backends(device).items():
             yield Finding(f"kernel {name}", f"on {device}: {backend} ({reasons[name]})")
-
-
-# ------------------------------------------------------------------------------------------------ other packages
 
 
 def _optional() -> Iterator[Finding]:

@@ -1,7 +1,5 @@
 """Files that are whole or not there, and folders that belong to one set of settings."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

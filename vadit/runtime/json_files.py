@@ -1,7 +1,5 @@
 """JSON of any origin: read whole and checked against a type, or one sentence with the file's name and what is wrong."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

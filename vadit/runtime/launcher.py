@@ -4,8 +4,6 @@ torch's names alone count, as torchrun, deepspeed and launch/ set them. SLURM_* 
 where one process of a job works alone. What DeepSpeed or torch put into the environment later changes nothing here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Arrays of .npz files of any origin: the headers first, their sizes against the file and a limit, then the numbers."""
 
-from __future__ import annotations
-
 import math
 import zipfile
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ no locks, or may keep them on each machine by itself, what `.owner` says decides
 machine, or whether the file's time, which an owner renews, still moves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

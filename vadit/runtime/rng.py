@@ -5,8 +5,6 @@ resumed. Streams are told apart by the seed: `fold(seed, "flip", epoch)` and `fo
 unrelated. The hash is SplitMix64 (Steele, Lea & Flood 2014), applied once per folded part.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Tensors in files: the safetensors library's own reader and writer, but for what they leave out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ images seen, is the whole state. A global batch is `batch_size * world_size` pos
 positions r, r + W, r + 2W, ... of it. A resumed run may therefore have another number of processes.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections import deque

@@ -1,7 +1,5 @@
 """Reading files of torch.save: the only place that does, and never with code that a file brings along."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import pickle

@@ -1,7 +1,5 @@
 """Walking folders of data: one rule of what is left out, and of links, for everything that is read from folders."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Callable

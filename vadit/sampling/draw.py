@@ -5,8 +5,6 @@ Its noise, label and SDE noise are keyed by (seed, i), and since the last bits o
 rows it has (and dopri5's steps on all of them), all arithmetic runs on aligned groups of 64 indices, whole ones always.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Everything here works on one batch that the caller made; `draw` decides which sa
 (B, C, h, w), labels (B,) int64. Times of the grid are fp32 scalars on the CPU: no fixed-step solver waits for a GPU.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence

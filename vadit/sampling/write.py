@@ -1,7 +1,5 @@
 """The files that samples become: PNGs, ADM's .npz and a picture, in a folder that belongs to one set of settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import zipfile

@@ -189,9 +189,6 @@ def loss_terms(config: DiTConfig, drawn: flow.Drawn | ddpm.Drawn, output: DiTOut
     return {name if name == "loss" else f"masked_{name}": value for name, value in terms.items()}
 
 
-# ------------------------------------------------------------------------------------------ what training adds
-
-
 class Features:
     """Foundation features (B, F, h, w) of a batch's third part: read from disk, or computed from images."""
 

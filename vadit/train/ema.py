@@ -7,8 +7,6 @@ never the source: their rounding would swallow steps of 1e-4. Checkpoints keep e
 `vadit.train.checkpoint.shares` puts them together.
 """
 
-from __future__ import annotations
-
 import torch
 
 from vadit.train.engine import Engine

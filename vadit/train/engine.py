@@ -4,8 +4,6 @@ Every key whose default has moved between DeepSpeed releases is written out (gra
 0.19, for one), so that a run means the same under another release.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -299,8 +297,6 @@ class Engine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast"):
             yield
 
-    # -------------------------------------------------------------------------------------------- fp32 weights
-
     def masters(self) -> list[torch.Tensor]:
         """This process's share of the fp32 weights, flat; the whole weights where nothing is sharded (ZeRO 0)."""
         return [master.data for master in self._masters()]
@@ -379,8 +375,6 @@ class Engine:
                 torch.distributed.all_reduce(whole)
             yield name, whole.view(shape)
         yield from self.buffers().items()
-
-    # -------------------------------------------------------------------------------------------- on disk
 
     def optimizer_states(self) -> list[dict[str, Any]]:
         """The optimizer's state of each of `masters` by name: moments, step; empty before the first step."""

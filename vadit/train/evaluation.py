@@ -9,8 +9,6 @@ touched. An evaluation that fails is reported and counted, and the run goes on: 
 catches what goes wrong on it, then all agree whether to go on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time
@@ -148,9 +146,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------ the generator
-
-
 def quick_sampler(sample: SampleSpec, evaluation: EvaluationSpec) -> SampleSpec:
     """A recipe's sampler with the few steps of an evaluation in training."""
     method = "euler" if sample.method == "dopri5" else sample.method
@@ -224,9 +219,6 @@ class Samples(Evaluation):
                 raise RunError(f"{len(features)} of {wanted} samples were made; a part gives no number")
             values = self._scorer.score(torch.from_numpy(features), sampler_name(self._sampler))
         return values, image_grid(pictures)
-
-
-# ------------------------------------------------------------------------------------------ the tokenizer
 
 
 class Reconstructions(Evaluation):

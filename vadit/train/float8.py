@@ -5,8 +5,6 @@ and sensitive. Parameters keep their names and stay fp32 (or bf16), so checkpoin
 Scales: `rowwise`, one per row and column, e4m3 throughout; `tensorwise`, one per tensor, e5m2 for gradients, faster.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -61,8 +61,6 @@ class Guard:
         self._losses: list[float] = []
         self._lowest = math.inf
 
-    # -------------------------------------------------------------------------------------------- steps
-
     def step(self, engines: dict[str, Engine]) -> bool:
         """Step all `engines`, or at a bad gradient none; returns whether weights changed. Collective.
 
@@ -125,8 +123,6 @@ class Guard:
                 usual = f"nine in ten lately are below {limit / self.spec.spike_factor:.4g}"
                 return f"the gradient norm of the {name}, {norm:.4g}, is a spike ({usual})"
         raise AssertionError("a step was left out that nothing spoke against")
-
-    # -------------------------------------------------------------------------------------------- the run
 
     def check_loss(self, values: dict[str, float]) -> str | None:
         """Look at the means of a log point; why the run should go back, or None."""

@@ -1,7 +1,5 @@
 """Where the weights lie in the flat tensors that DeepSpeed cuts them into: which elements of which weight, where."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop of both networks: step, log, save, evaluate, roll back when lost, stop when asked."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

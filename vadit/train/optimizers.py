@@ -5,8 +5,6 @@ one line says why. The state of one kind is of no use to another: a checkpoint r
 resumed run that would end up with another one is refused (`vadit.train.checkpoint.checkpoints`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -10,8 +10,6 @@ RUN/.owner            the process that writes there just now
 RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -6,8 +6,6 @@ reconstruction, their gradients are combined there, and one surrogate loss whose
 goes through the engine: the same numbers as VQGAN's, with one backward pass over the weights, at every ZeRO stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

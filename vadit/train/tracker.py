@@ -13,8 +13,6 @@
 Nothing here waits for the device between two log points.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import resource
@@ -151,9 +149,6 @@ def _memory_gib(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return most / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ------------------------------------------------------------------------------------------ clocks
 
 
 class Stopwatch:

@@ -147,8 +147,6 @@ class Watchdog:
         if self._own.accuses and self._verdict:
             raise RunError(f"{self._verdict}; {AGAIN}") from error
 
-    # ------------------------------------------------------------------------------------------ the threads
-
     def _or_end(self, work: Callable[[], None]) -> None:
         """A thread's work; should it fail the run ends, for nobody would guard it."""
         try:
@@ -264,9 +262,6 @@ def _list(standings: list[Standing], sentence: str) -> str:
     ]
     more = len(standings) - MAX_NAMED
     return "; ".join(texts) + (f"; and {more} more" if more > 0 else "")
-
-
-# ------------------------------------------------------------------------------------------ what processes say
 
 
 class Messenger:

@@ -14,8 +14,6 @@ notes, and `crc32` the checksum of the sample (see `row_crc32`). FFCV itself tru
 finds and reads wherever they point, so it is given only files that `BetonFile` has taken.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Writes a .beton of images (`beton` has the format) without ffcv; a killed writer goes on where it was."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

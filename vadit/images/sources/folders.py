@@ -1,7 +1,5 @@
 """Images as files of a folder, and debug images that need no files."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Files that give images their labels: a line of a name and a label each, in whichever way tables are written."""
 
-from __future__ import annotations
-
 import csv
 import os
 import re

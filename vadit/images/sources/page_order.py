@@ -10,8 +10,6 @@ shows about as many classes at a time as a window has pages: 64 of 8 MiB. Smalle
 `random` need a file in mixed order, or a larger window.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

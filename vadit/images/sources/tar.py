@@ -3,8 +3,6 @@
 Shards of samples KEY.jpg + KEY.cls (or KEY.json with "label" or "cls"), which need not be unpacked or read in order.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -6,8 +6,6 @@ extension, its label from `.cls` (a whole number in ASCII; `.NAME.cls` where the
 shard's size or time of change differ, or where it is damaged (zip has checksums).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -6,8 +6,6 @@ to `step-N` is the moment the checkpoint exists (`publish`). Inside: a share per
 the newest checkpoint whose manifest holds, and says which ones do not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.metadata
@@ -77,8 +75,6 @@ class Checkpoints:
         self._count = 0
         self._costs: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------ restoring
-
     def restore(self) -> tuple[Position, dict[str, Any], dict[str, Any]] | None:
         """Load the newest whole checkpoint: position, loader's state, guard's state; None where there is none.
 
@@ -144,8 +140,6 @@ class Checkpoints:
         torch.set_rng_state(own.tensor("random.cpu").clone())
         if torch.cuda.is_available() and "random.cuda" in own.names:
             torch.cuda.set_rng_state(own.tensor("random.cuda").clone())
-
-    # ------------------------------------------------------------------------------------------ saving
 
     def save(
         self, position: Position, loader_state: dict[str, Any], guard_state: dict[str, Any], *, wait: bool = False

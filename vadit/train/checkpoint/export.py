@@ -1,7 +1,5 @@
 """From a run (or an exported folder) to a network: what `vadit export`, `encode` and `sample` start from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar

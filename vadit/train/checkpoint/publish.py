@@ -1,7 +1,5 @@
 """Checkpoint folders: files written through to the disk, the rename that makes them one, which are whole, which go."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

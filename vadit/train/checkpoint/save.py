@@ -5,8 +5,6 @@ sizes and hashes: its appearance tells the main process, through the file system
 whole. No collective is called here, so training goes on meanwhile.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -7,8 +7,6 @@ picks the pieces that it needs out of all files. One with as many processes and 
 own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
