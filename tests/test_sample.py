@@ -106,6 +106,7 @@ def test_bad_requests_are_refused():
     pytest.raises(UsageError, attempt, labels=[]).match("empty")
     attempt(labels=[0, 1])
     pytest.raises(UsageError, attempt, labels=[-1]).match("label -1")
+    pytest.raises(UsageError, attempt, SampleSpec(cfg_channels=99)).match("--cfg-channels is 99")
     with pytest.raises(UsageError, match=r"--method ddpm does not fit this generator \(flow\.objective flow\)"):
         attempt(SampleSpec(method="ddpm"))
 

@@ -159,6 +159,8 @@ def check_request(
             f"--cfg-scale is {spec.cfg_scale:g}, but the generator was trained with model.class_dropout 0, so never "
             "with the null label of guidance; set --cfg-scale 1 or --guide, or train with --model.class-dropout 0.1"
         )
+    if (spec.cfg_channels or 0) > (channels := model.spec.in_channels):
+        raise UsageError(f"--cfg-channels is {spec.cfg_channels}; the latent has {channels} channels, set at most that")
     if labels is not None and not labels:
         raise UsageError("the list of labels is empty; name at least one class or leave it out")
     for label in labels or ():
