@@ -23,7 +23,7 @@ from vadit.runtime.walk import visible
 logger = logging.getLogger(__name__)
 
 INDEX_THREADS = 8
-REMEDY = "replace the shard, or leave out what is bad with --data.on-error skip (vadit prepare: --on-error skip)"
+REMEDY = "replace the shard, or leave bad ones out with --data.on-error skip (vadit prepare and encode: --on-error)"
 
 
 class TarSource:
