@@ -40,7 +40,7 @@ from vadit.latents.statistics import load_statistics
 from vadit.report.page import is_picture
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.reading import ReadFault
+from vadit.runtime.reading import MAX_WHOLE, ReadFault
 
 SIZE = 32
 DECODERS = ("torch", "dali")
@@ -102,6 +102,17 @@ def test_what_files_show_and_what_is_refused_with_its_name(tmp_path: Path, loade
         expected = np.asarray(center_crop(Image.fromarray(pixels), SIZE))
         near = psnr(decoded.pixels[place[name]].numpy(), expected)
         assert near >= (min(min_psnr, DALI_PSNR) if loader == "dali" else min_psnr), name
+
+
+def test_a_file_of_more_than_a_gibibyte_is_no_picture_and_fills_no_memory(tmp_path: Path) -> None:
+    folder = write(tmp_path / "images", GOOD | {"x.png": b""})
+    with (folder / "x.png").open("r+b") as file:
+        file.truncate(MAX_WHOLE + 1)
+    images = image_set(folder)
+    pytest.raises(RunError, images.source.read, len(images) - 1).match(
+        r"x\.png cannot be read \(more than 1 GiB\); replace"
+    )
+    pytest.raises(RunError, read_png, folder / "x.png").match("more than 1 GiB")
 
 
 @pytest.mark.parametrize(

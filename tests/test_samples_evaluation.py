@@ -119,6 +119,10 @@ def test_unusable_image_sets_are_refused_in_one_sentence(tmp_path: Path) -> None
     np.savez(tmp_path / "cut.npz", arr_0=pictures(2))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-40])
     refuse(tmp_path / "cut.npz", "cannot be read", RunError)
+    long = b"\x93NUMPY\2\0" + (1 << 20).to_bytes(4, "little") + bytes(1 << 20)  # numpy would read all of it
+    with zipfile.ZipFile(tmp_path / "header.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", long)
+    refuse(tmp_path / "header.npz", "a header of 1,048,576 bytes", RunError)
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         np.save(tmp_path / "whole.npy", pictures(2))
         archive.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-10])

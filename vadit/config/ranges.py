@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Annotated, Any
 
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import UsageError, short
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Checked:
                 if not right_kind or each not in note:
                     kinds = "" if right_kind else "a whole number, " if kind is int else "a number, "
                     subject = "every one" if each_of is value else "it"
-                    raise UsageError(f"{self._prefix}{name} is {value!r}; {subject} must be {kinds}{note}")
+                    raise UsageError(f"{self._prefix}{name} is {short(value)}; {subject} must be {kinds}{note}")
 
     def _expanded(self, name: str, path: Any) -> Any:
         if not isinstance(path, str) or not path.startswith("~"):

@@ -19,7 +19,7 @@ from vadit.latents.dataset import LatentDataset
 from vadit.models.pretrained import read_weights
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
-from vadit.runtime.npz_files import Npz
+from vadit.runtime.npz_files import Npz, read_array_header
 from vadit.runtime.torch_file import is_plain
 
 PERPLEXITY = 30.0
@@ -149,6 +149,8 @@ def read_vectors(path: Path) -> Tensor:
         value = {name: torch.from_numpy(npz.array(name, (None, None), max_bytes=8 * MAX_NUMBERS)) for name in names}
     elif path.suffix == ".npy":
         try:
+            with path.open("rb") as stream:
+                read_array_header(stream)
             value = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except Exception as error:  # numpy evaluates the header, and fails in its own ways on damaged bytes
             raise RunError(f"{path} cannot be read as a tensor ({first_line(error)}); write it again") from None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.reading import patiently
 
 MAX_BYTES = 256 << 20  # of an array that is read whole, unless its reader says otherwise
+MAX_HEADER = 1 << 16  # bytes that describe one
 _RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 """Bytes that one byte in the file becomes at most, by the kinds of compression that numpy writes."""
 
@@ -85,10 +86,17 @@ class Npz:
             raise RunError(f"{self.path} cannot be read as .npz ({first_line(error)}); write it again") from None
 
 
+def read_array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type, of an array in numpy's format; `stream` can be peeked into."""
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    if (length := int.from_bytes(stream.peek(4)[:4], "little")) > MAX_HEADER:  # numpy reads it, then looks how long
+        raise ValueError(f"a header of {length:,} bytes")
+    return np.lib.format.read_array_header_2_0(stream)
+
+
 def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> Entry:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype = read_array_header(stream)
     entry = Entry(shape, fortran, dtype, math.prod(shape) * dtype.itemsize)
     if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
         raise ValueError(f"{member.filename} holds {entry}")

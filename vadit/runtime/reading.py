@@ -23,6 +23,7 @@ PASSING = {
 }
 """Faults of the machine, its disks and its network: they say nothing of what a file holds."""
 WAITS_S = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)  # before each further try
+MAX_WHOLE = 1 << 30  # bytes of a picture, or another file that is read whole
 MAX_OPEN = 256  # files that a reader keeps open, where the system lets a process have eight times as many
 
 T = TypeVar("T")
@@ -69,15 +70,21 @@ def passing(error: BaseException | None) -> str:
     return ""
 
 
-def read_file(path: str | Path, limit: int = -1) -> bytes:
-    """A file's content, of at most `limit` bytes; OSError where it is none (a pipe, a device) or cannot be read."""
+def read_file(path: str | Path, limit: int | None = None) -> bytes:
+    """A file's content, or its first `limit` bytes; OSError where it is none (a pipe, a device) or cannot be read.
+
+    OSError, too, for one above MAX_WHOLE that is wanted whole: a sparse one would fill the memory with zeros.
+    """
 
     def read() -> bytes:
         # a pipe would wait for its other end for ever
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "no regular file", str(path))
-            return file.read(limit)
+            if limit is None and status.st_size > MAX_WHOLE:
+                raise OSError(errno.EFBIG, f"more than {MAX_WHOLE >> 30} GiB", str(path))
+            return file.read(-1 if limit is None else limit)
 
     return patiently(read, path)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vadit.images.sources.folders import SET_FOLDER
 from vadit.images.sources.tar_index import IMAGE_EXTENSIONS, NO_LABEL, Damaged, members, shard_index, stamp_of, text
 from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.reading import OpenFiles
+from vadit.runtime.reading import MAX_WHOLE, OpenFiles
 from vadit.runtime.walk import visible
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class TarSource:
         """The bytes of an image's member."""
         record = self._records[index]
         size = int(record["size"])
+        if size > MAX_WHOLE:
+            raise RunError(f"{self.describe(index)} cannot be read (more than {MAX_WHOLE >> 30} GiB); {REMEDY}")
         try:
             data = self._files.read(int(self._shard_of[index]), int(record["start"]), size)
         except OSError as error:
