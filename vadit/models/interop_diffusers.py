@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from vadit.models.pretrained import bare_state, read_mapping
 from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError
-from vadit.runtime.json_files import checked, read_json
+from vadit.runtime.json_files import Limits, checked, read_json
 
 CLASS_NAME = "AutoencoderKL"
 CONFIG_NAME = "config.json"
@@ -37,7 +36,8 @@ _ATTENTION_NAMES = {
 _ATTENTION = re.compile(rf"attentions\.(\d+)\.({'|'.join(map(re.escape, _ATTENTION_NAMES))})\.(weight|bias)$")
 
 
-_Side = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+_Side = Annotated[int, Limits(strict=True, ge=1, le=1 << 16)]
+_Number = Annotated[float, Limits(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class DiffusersSettings:
     """What config.json says that the tensors do not; names and defaults are those of diffusers and of released VAEs."""
 
     norm_num_groups: _Side = 32  # groups of GroupNorm
-    sample_size: _Side | Annotated[list[_Side], Field(min_length=1)] | None = None  # of the training images, in pixels
-    scaling_factor: FiniteFloat | None = None  # what a generator's latents are multiplied with (0.18215 for SD 1)
-    shift_factor: FiniteFloat | None = None  # what is subtracted from latents before that (Stable Diffusion 3, FLUX)
+    sample_size: _Side | Annotated[list[_Side], Limits(min_length=1)] | None = None  # of the training images, in pixels
+    scaling_factor: _Number | None = None  # what a generator's latents are multiplied with (0.18215 for SD 1)
+    shift_factor: _Number | None = None  # what is subtracted from latents before that (Stable Diffusion 3, FLUX)
 
     @property
     def image_size(self) -> int | None:

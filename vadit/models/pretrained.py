@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from vadit.runtime import distributed
 from vadit.runtime.console import note_once
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
-from vadit.runtime.json_files import parse_json
+from vadit.runtime.json_files import Limits, parse_json
 from vadit.runtime.reading import openable
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
 from vadit.runtime.torch_file import is_plain, load_torch
@@ -43,8 +42,8 @@ P = TypeVar("P", bound="Pretrained")
 class Origin:
     """What the training of weights leaves to know; kept in the metadata of an exported model.safetensors."""
 
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average that they are; 0 for plain weights
-    start_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the weights of the start in that average
+    ema: Annotated[float, Limits(ge=0, lt=1)] = 0.0  # decay of the average that they are; 0 for plain weights
+    start_share: Annotated[float, Limits(ge=0, le=1)] = 0.0  # share of the weights of the start in that average
     classes: tuple[tuple[int, int], ...] | None = None  # ranges (first, last) of those that there were samples of
 
     def warn(self, what: str) -> None:

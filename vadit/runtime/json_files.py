@@ -5,9 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import Annotated, Any, TypeVar, cast
 
 from vadit.runtime.errors import RunError, first_line, short
 from vadit.runtime.reading import read_file
@@ -17,7 +15,19 @@ MAX_DEPTH = 64  # objects and arrays inside each other
 MAX_DIGITS = 100  # of an integer
 
 T = TypeVar("T")
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]  # a number of things, or a place among them
+
+
+class Limits:
+    """Beside a type in `Annotated`: what its values may be, by pydantic's names. A machine may lack pydantic itself."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.limits = limits
+
+    def __get_pydantic_core_schema__(self, kind: Any, schema_of: Any) -> Any:
+        return {**schema_of(kind), **self.limits}
+
+
+Count = Annotated[int, Limits(strict=True, ge=0, lt=1 << 63)]  # a number of things, or a place among them
 
 
 def read_json(
@@ -68,9 +78,10 @@ def parse_json(
 
 def checked(kind: type[T], values: Any, origin: str, *, remedy: str = "", error: type[Exception] = RunError) -> T:
     """Plain values as `kind`; `error` names the first one that is of another type or out of range."""
+    from pydantic import ValidationError
+
     try:
-        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
-        return adapter.validate_python(values)
+        return cast(T, _adapter(kind).validate_python(values))  # type: ignore[arg-type]
     except ValidationError as found:
         first = found.errors()[0]
         if refused := first.get("ctx", {}).get("error"):  # by a Spec itself, which names the setting
@@ -83,7 +94,9 @@ def checked(kind: type[T], values: Any, origin: str, *, remedy: str = "", error:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from vadit.config import GuardSpec
@@ -26,7 +25,7 @@ from vadit.runtime import distributed
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import open_log
-from vadit.runtime.json_files import Count, checked
+from vadit.runtime.json_files import Count, Limits, checked
 from vadit.train.engine import Engine
 
 QUANTILE = 0.9
@@ -40,7 +39,7 @@ class _Saved:
 
     skipped: Count
     in_row: Count
-    lr_factor: Annotated[float, Field(gt=0, le=1)]
+    lr_factor: Annotated[float, Limits(gt=0, le=1)]
     losses: list[float]
     lowest_loss: float | None
     norms: dict[str, list[float]]

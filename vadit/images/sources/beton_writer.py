@@ -12,13 +12,12 @@ from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 
 from vadit.images.sources import beton
 from vadit.images.sources.beton import OUR_FIELDS, EncodedImage
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import no_link, refuse_other_settings
-from vadit.runtime.json_files import Count, parse_json
+from vadit.runtime.json_files import Count, Limits, parse_json
 from vadit.runtime.owner import NAME, held
 
 PAGE_SIZE = 8 << 20
@@ -27,7 +26,7 @@ ALIGNMENT = 64  # payloads begin at multiples of it
 GOES_ON = "make room or give permission, then start again: it goes on where it was"
 _ROW = beton.row_type(OUR_FIELDS)
 
-_Short = Annotated[int, Field(strict=True, ge=0, lt=1 << 16)]
+_Short = Annotated[int, Limits(strict=True, ge=0, lt=1 << 16)]
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
 
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import flush_to_disk
-from vadit.runtime.json_files import Count, read_json
+from vadit.runtime.json_files import Count, Limits, read_json
 from vadit.runtime.reading import ReadFault, patiently
 from vadit.runtime.safetensors_file import save_tensors
 
@@ -31,7 +30,7 @@ class State:
 
     step: Count
     images_seen: Count
-    world_size: Annotated[int, Field(ge=1)]
+    world_size: Annotated[int, Limits(ge=1)]
     optimizer: str
     loader: dict[str, Any]
     guard: dict[str, Any]
