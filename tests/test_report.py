@@ -433,7 +433,7 @@ def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys) -> None
     (folder / "metrics-2.json").write_text('{"kind": "samples", "metrics": {"fid1k": 3, "bad": NaN, "worse": "x"}}')
     assert main(["report", str(folder)]) == 0
     notes = capsys.readouterr().out
-    for expected in ("10 damaged lines of log.jsonl", "1 damaged lines of evaluations.jsonl", "metrics.json is not"):
+    for expected in ("damaged lines of log.jsonl left out: 10", "evaluations.jsonl left out: 1", "metrics.json is not"):
         assert expected in notes
     text = (folder / "report.html").read_text()
     assert "10 damaged lines" in text and "2 pictures are gone or damaged" in text

@@ -93,7 +93,7 @@ def _read_run(folder: Path, name: str, color: int) -> Run:
     log, evaluation = join_logs(logs), join_logs(evaluations)
     for file, found in (("log.jsonl", log), ("evaluations.jsonl", evaluation)):
         if found.skipped_lines:
-            notes.append(f"{name}: {found.skipped_lines} damaged lines of {file} were left out.")
+            notes.append(f"{name}: damaged lines of {file} left out: {found.skipped_lines}.")
     if not log.curves:
         notes.append(f"{name}: {'its log.jsonl holds no points' if parts else 'there is no log.jsonl'} yet.")
     scores, bad = read_scores(folder)

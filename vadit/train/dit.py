@@ -24,7 +24,8 @@ from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
-from vadit.sampling.draw import null_is_untrained
+from vadit.runtime.errors import UsageError
+from vadit.sampling.draw import check_request
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
@@ -56,11 +57,11 @@ def _train(config: DiTConfig, title: str) -> Path:
     if distributed.is_main():
         classes = [str(label) for label in range(dataset.num_classes)]
         note(f"  latents of {describe_classes(classes, dataset.labels)}", "dim")
-    _warn_of_labels(config, dataset.labels)
     runs.seed_everything(config.run)
 
     features = open_features(config, dataset.companion, device)
     model = training_network(config, None if features is None else features.width)
+    _warn_of_sampling(model, config, dataset.labels)
     if config.run.init_from and not runs.has_checkpoint(folder):
         runs.initialise(model, config.run.init_from)
     if config.engine.float8 is not None:
@@ -102,20 +103,18 @@ def _train(config: DiTConfig, title: str) -> Path:
     return folder
 
 
-def _warn_of_labels(config: DiTConfig, labels: Tensor) -> None:
-    """A line each where sampling would ask for labels that this run does not train."""
+def _warn_of_sampling(model: LightningDiT, config: DiTConfig, labels: Tensor) -> None:
+    """A line each where sampling would ask for labels that this run does not train, and where it would be refused."""
     count, spec = len(torch.unique(labels)), config.model
     if count < spec.num_classes and not config.data.path.startswith("debug:"):
         note_once(
             f"data.path {config.data.path} holds samples of {count:,} of the {spec.num_classes:,} classes of "
             "model.num_classes: the others stay untrained, and `vadit sample` draws none of them"
         )
-    if null_is_untrained(spec, config.sample):
-        note_once(
-            "model.class_dropout is 0: the null label stays untrained, so that `vadit sample` refuses sample.cfg_scale "
-            f"{config.sample.cfg_scale:g} and evaluations on the way are drawn without guidance; set "
-            "--model.class-dropout 0.1 or --sample.cfg-scale 1"
-        )
+    try:
+        check_request(model, config.sample, config.flow, None, None)
+    except UsageError as fault:
+        note_once(f"`vadit sample` will refuse the sampler of these settings: {fault}")
 
 
 def _equip(model: LightningDiT, config: DiTConfig, batch_size: int, device: torch.device) -> list[Choice]:
