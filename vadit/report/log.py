@@ -12,6 +12,7 @@ import numpy as np
 from vadit.report.charts import Curve
 from vadit.runtime.errors import RunError
 from vadit.runtime.json_files import parse_json, read_json
+from vadit.runtime.reading import read_lines
 
 
 @dataclass
@@ -38,8 +39,8 @@ def read_log(path: Path, before: float = 0.0) -> Log:
     log = Log()
     lines: list[dict[str, Any]] = []
     # read line by line: a log of 80,000 points has 40 MB
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for text in filter(str.strip, stream):
+    with path.open("rb") as stream:
+        for text in read_lines(stream):
             line = _line(text)
             if line is None:
                 log.skipped_lines += 1
@@ -96,7 +97,7 @@ def _finite(values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in _floats(values).items() if type(value) is float and math.isfinite(value)}
 
 
-def _line(text: str) -> dict[str, Any] | None:
+def _line(text: bytes) -> dict[str, Any] | None:
     """A line of a log, all of its numbers floats, or None where it is damaged."""
     try:
         line = _floats(parse_json(text, dict[str, Any], "", allow_nan=True))

@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from vadit.runtime.errors import RunError
 
@@ -24,6 +24,7 @@ PASSING = {
 """Faults of the machine, its disks and its network: they say nothing of what a file holds."""
 WAITS_S = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)  # before each further try
 MAX_WHOLE = 1 << 30  # bytes of a picture, or another file that is read whole
+MAX_LINE = 1 << 20  # bytes of a log's line
 MAX_OPEN = 256  # files that a reader keeps open, where the system lets a process have eight times as many
 
 T = TypeVar("T")
@@ -87,6 +88,11 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
             return file.read(-1 if limit is None else limit)
 
     return patiently(read, path)
+
+
+def read_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a log but empty ones and the zeros of a power cut; one above MAX_LINE comes in parts."""
+    return filter(None, (line.strip(b"\0\r\n ") for line in iter(lambda: file.readline(MAX_LINE), b"")))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
 from vadit.runtime.files import open_log, whole_file
 from vadit.runtime.json_files import Count, parse_json
+from vadit.runtime.reading import read_lines
 
 LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
 
@@ -142,16 +143,17 @@ def _cut(path: Path, images_seen: int) -> None:
         path.unlink()
     if not path.exists():
         return
-    text, kept, damaged = path.read_bytes(), b"", 0
-    for line in filter(None, (line.strip(b"\0\r ") for line in text.split(b"\n"))):
-        try:
-            if parse_json(line, _Point, path.name, allow_nan=True).images <= images_seen:
-                kept += line + b"\n"
-        except RunError:
-            damaged += 1
+    kept, damaged = bytearray(), 0
+    with path.open("rb") as file:
+        for line in read_lines(file):
+            try:
+                if parse_json(line, _Point, path.name, allow_nan=True).images <= images_seen:
+                    kept += line + b"\n"
+            except RunError:
+                damaged += 1
     if damaged:
         note(f"{damaged} damaged {'lines' if damaged > 1 else 'line'} of {path} (by a kill, or a power cut) left out")
-    if kept == text:
+    if len(kept) == path.stat().st_size:  # of what is there, parts were left out or none
         return
     try:
         with whole_file(path) as partial:
