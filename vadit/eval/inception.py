@@ -30,8 +30,7 @@ class InceptionFeatures(NamedTuple):
     """Features of B images, fp32."""
 
     pool: Tensor  # (B, 2048): pool_3, for FID, precision and recall
-    spatial: Tensor
-    """(B, 2023): the first 7 channels of mixed_6/conv (17 x 17), flattened in NHWC order, for sFID."""
+    spatial: Tensor  # (B, 2023): the first 7 channels of mixed_6/conv (17 x 17), flattened in NHWC order, for sFID
     probabilities: Tensor
     """(B, 1008): softmax of pool_3 times the class weights, without the bias, for the inception score."""
 

@@ -27,8 +27,7 @@ ITERATIONS = 1000
 READ_AT_ONCE = 256  # latents in memory at once: 8 MiB of 32 x 16 x 16 in float32
 MAX_NUMBERS = 1 << 27  # of a file of latent vectors: 4 million of 32 channels
 
-Draw = Callable[[int, int], np.ndarray]
-"""(num_vectors, seed) to latent vectors (num_vectors, C), normalised by channel."""
+Draw = Callable[[int, int], np.ndarray]  # (num_vectors, seed) to latent vectors (num_vectors, C), normalised by channel
 
 
 def evaluate_latents(

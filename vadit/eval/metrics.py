@@ -15,8 +15,7 @@ from vadit.runtime.errors import UsageError
 Array = np.ndarray | Tensor
 
 IS_SPLIT = 5000  # samples of a split of the inception score, in file order (ADM's)
-_BLOCK = 1024
-"""Rows of a matrix of distances that are in memory at once: 205 MB in fp32 against 50,000 points."""
+_BLOCK = 1024  # rows of a matrix of distances that are in memory at once: 205 MB in fp32 against 50,000 points
 
 
 class FeatureMoments:

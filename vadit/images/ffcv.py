@@ -10,8 +10,6 @@ for a faster, less exact one). FFCV follows addresses without a check: it gets f
 sample only after its checksum (where the file has them) and its JPEG's own size were compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import warnings
@@ -31,8 +29,7 @@ from vadit.runtime.errors import RunError, UsageError, first_line
 
 VERSION = "1.0.2"  # of FFCV, whose inside `_Pipeline` uses
 CHUNK = 16  # most images that a thread takes at a time
-TJ_FLAGS = 0
-"""Of turbojpeg, whose pixel format 0 is RGB: neither the fast inverse DCT nor the fast upsampling."""
+TJ_FLAGS = 0  # of turbojpeg, whose pixel format 0 is RGB: neither the fast inverse DCT nor the fast upsampling
 _PLAN = np.dtype("<i8")
 
 
@@ -74,7 +71,7 @@ def ffcv_decoder(images: ImageSet, num_workers: int, device: torch.device | str 
 class FfcvDecoder(ThreadedDecoder):
     """An ImageDecoder over FFCV's compiled pipeline."""
 
-    def __init__(self, images: ImageSet, pipeline: _Pipeline, num_threads: int, *, pinned: bool) -> None:
+    def __init__(self, images: ImageSet, pipeline: "_Pipeline", num_threads: int, *, pinned: bool) -> None:
         super().__init__(images, num_threads, part=CHUNK, num_parts=2 * num_threads, pinned=pinned)
         self._pipeline = pipeline
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.runtime.stream import PositionedLoader, sample_ids
 
-LOADER_THREADS = 2
-"""Batches made at the same time; the work is copies and arithmetic outside the interpreter's lock."""
+LOADER_THREADS = 2  # batches made at the same time; the work is copies and arithmetic outside the interpreter's lock
 
 
 def label_ranges(labels: Tensor) -> list[tuple[int, int]]:

@@ -34,8 +34,7 @@ from vadit.runtime.walk import visible
 INDEX_FILE = "index.json"
 STATISTICS_FILE = "latents_stats.pt"
 FORMAT = "vadit-latents"
-KINDS = ("latents", "moments", "features")
-"""Tensors that all shards of a folder have in one shape and type, or none."""
+KINDS = ("latents", "moments", "features")  # tensors that all shards of a folder have in one shape and type, or none
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 MAX_ROWS, MAX_ROW_BYTES = 1 << 24, 1 << 26
 REMEDY = "fetch or encode the file anew"

@@ -6,8 +6,6 @@ Shapes: B batch, C latent channels, h w latent rows and columns, N tokens, p pat
 K head width, F MLP width, S 256 timestep frequencies.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -70,7 +68,7 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_cos", angle_NK.cos())
         self.register_buffer("freqs_sin", angle_NK.sin())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
+    def _apply(self, fn: Any, recurse: bool = True) -> "RotaryTable":
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():

@@ -3,8 +3,6 @@
 The only file that imports timm. Shapes: B batch, H W image rows and columns, D feature width, h w the latent's grid.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import math
@@ -60,7 +58,7 @@ class FoundationModel(nn.Module):
                 f"{self.input_size} pixels, the latent is {latent_size}x{latent_size}; set another --foundation.name"
             )
 
-    def train(self, mode: bool = True) -> FoundationModel:
+    def train(self, mode: bool = True) -> "FoundationModel":
         """Stays in evaluation mode."""
         return super().train(False)
 

@@ -6,8 +6,6 @@ The linear heads w come with the `lpips` package (or torchmetrics); the VGG16 ba
 Shapes: B batch, H W image rows and columns, E features of a layer.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
@@ -47,7 +45,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> LPIPS:
+    def train(self, mode: bool = True) -> "LPIPS":
         """Stays in evaluation mode: the network is a fixed measure."""
         return super().train(False)
 

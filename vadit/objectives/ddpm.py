@@ -5,8 +5,6 @@ Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance, hybrid
 gives (B, 2C, h, w): the noise, and v in [-1, 1] that places the log-variance between its two bounds.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, fields
@@ -31,7 +29,7 @@ class Schedule:
     log_variance_low: Tensor  # log of that posterior's variance; entry 0, whose variance is 0, repeats entry 1
     log_variance_high: Tensor  # log beta
 
-    def to(self, device: torch.device | str) -> Schedule:
+    def to(self, device: torch.device | str) -> "Schedule":
         """The same on another device."""
         return Schedule(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 

@@ -42,8 +42,7 @@ _BESIDE = (
     (0, 10, "center"), (0, -10, "center"),
 )  # fmt: skip
 """Places of a label beside its point, the best first: offset in points, and the side of the label that is there."""
-_LOG_RATIO = 20.0
-"""Positive curves whose 95th percentile is so many times the 5th are drawn on a logarithmic axis."""
+_LOG_RATIO = 20.0  # positive curves whose 95th percentile is so many times the 5th are drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)

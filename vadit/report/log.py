@@ -76,8 +76,7 @@ class Scores:
 
     kind: str  # samples, tokenizer or latents
     metrics: dict[str, Any]
-    spread: dict[str, Any] = field(default_factory=dict)
-    """Standard deviation over seeds, where there were several."""
+    spread: dict[str, Any] = field(default_factory=dict)  # standard deviation over seeds, where there were several
 
 
 def read_scores(folder: Path) -> tuple[list[Scores], list[str]]:

@@ -33,8 +33,7 @@ class Section:
     header: tuple[str, ...] = ()  # names of the table's columns, where it has more than name and value
     text: str = ""  # a paragraph above all else
     notes: Sequence[str] = ()  # sentences in small type at the end
-    settings: Sequence[tuple[str, Path]] = ()
-    """Names and config.json files of runs, each folded away behind a click."""
+    settings: Sequence[tuple[str, Path]] = ()  # names and config.json files of runs, each folded away behind a click
 
 
 def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:

@@ -6,8 +6,6 @@ Python's `repr` does (`\\x1b`, `\\u202e`, a byte that is no UTF-8 as `\\xe9`). T
 libraries print passes `guarded_streams`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -162,7 +160,7 @@ class ProgressBar:
         self._progress = Progress(*columns, console=_console, disable=silent, speed_estimate_period=30)
         self._task = self._progress.add_task(one_line(title), total=total, completed=done, note="")
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> "ProgressBar":
         global _bars
         self._progress.start()
         _bars += 1

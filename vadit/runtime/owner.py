@@ -26,11 +26,9 @@ from vadit.runtime.json_files import parse_json
 
 NAME = ".owner"
 BEAT_S = 10.0  # between two signs of life
-SILENCE_S = 60.0
-"""After so long without one, an owner whose process cannot be seen from here is taken for dead."""
+SILENCE_S = 60.0  # after so long without one, an owner whose process cannot be seen from here is taken for dead
 FORGOTTEN_S = 3600.0  # a sign of life so old needs no second look, however much the clocks of machines differ
-SETTLE_S = 1.0
-"""Without locks: how long one who claims the folder at the same moment may take to write it down."""
+SETTLE_S = 1.0  # without locks: how long one who claims the folder at the same moment may take to write it down
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _held: set[str] = set()  # files that this process holds: to open and close one again would give its lock away
 

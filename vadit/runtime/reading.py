@@ -1,7 +1,5 @@
 """Reading: what passes (a busy server, too many open files) is waited for, here alone, and never taken for bad data."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools
@@ -152,7 +150,7 @@ class OpenFiles:
         file = self._open(number)
         return action(file.descriptor)
 
-    def _opened(self, number: int) -> _OpenFile:
+    def _opened(self, number: int) -> "_OpenFile":
         file = _OpenFile(self._paths[number])
         self._check(number, os.fstat(file.descriptor))
         return file

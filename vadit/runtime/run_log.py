@@ -3,8 +3,6 @@
 log.jsonl has one per log point, evaluations.jsonl one per evaluation during training.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -61,7 +59,7 @@ class RunLog:
             self._events.picture("evaluation", picture, line["images"])
         self._put(EVALUATIONS, line, self._events)
 
-    def _put(self, name: str, line: dict[str, Any], events: _Events) -> None:
+    def _put(self, name: str, line: dict[str, Any], events: "_Events") -> None:
         try:
             file = self._files.get(name) or self._files.setdefault(name, open_log(self._folder / name))
             file.write(json.dumps(line) + "\n")

@@ -1,7 +1,5 @@
 """Train the generator: latents -> LightningDiT under DeepSpeed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +137,7 @@ def train_step(
     config: DiTConfig,
     batches: Iterator[Any],
     position: Position,
-    features: Features | None = None,
+    features: "Features | None" = None,
 ) -> dict[str, Tensor]:
     """One optimizer step over `gradient_accumulation` micro-batches; the means of the loss terms."""
     sums: dict[str, Tensor] = {}

@@ -5,8 +5,6 @@ all processes, and a loss that is not finite makes it so (`Engine.backward`): th
 that train together skip together.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -217,7 +215,7 @@ class StopRequest:
         """Whether it was Ctrl-C: a person at a terminal, to whom code 0 would say that all is well."""
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)

@@ -30,8 +30,7 @@ class Task:
     """What differs between the two trainers."""
 
     title: str
-    engines: dict[str, Engine]
-    """Every network that is trained; the first is the one that is exported and averaged."""
+    engines: dict[str, Engine]  # every network that is trained; the first is the one that is exported and averaged
     ema: ShardedEMA
     guard: Guard
     loader: PositionedLoader[Any]

@@ -8,8 +8,6 @@ never held up. Rank 0 knows of all and ends the run for all once no process gets
 rank 0, which keeps the store, or a process of their own machine is lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import faulthandler
@@ -35,8 +33,7 @@ from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 from vadit.runtime.files import kernel
 
-HANG_CODE = 75
-"""Exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)."""
+HANG_CODE = 75  # exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)
 GRACE_S = 10.0  # time that a process has to end by itself after another one has failed or gone
 GIL_S = 60.0  # what the thread that needs no GIL waits longer than the one that can say more
 HURRY_S = 0.2  # pause between two rounds once something is wrong
@@ -66,7 +63,7 @@ class Standing:
     gone_s: float | None = None  # time since its process was found to have ended
 
     @classmethod
-    def parse(cls, rank: int, message: bytes) -> Standing | None:
+    def parse(cls, rank: int, message: bytes) -> "Standing | None":
         """Out of a message; None where it makes no sense, which counts as silence."""
         try:
             values = json.loads(message[:MAX_BYTES])
@@ -110,7 +107,7 @@ class Watchdog:
         """Report that the main thread gets on: `step` steps are done, `doing` is what comes now."""
         self._beat = (step, doing)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> "Watchdog":
         if self.timeout_s:
             self._main = threading.get_ident()
             works: dict[str, Callable[[], None]] = {"watchdog": self._watch}

@@ -41,8 +41,7 @@ MAX_LONG = 1 << 20  # bytes of a header of those types
 class Member(NamedTuple):
     """A file of a .tar."""
 
-    header: int
-    """Byte where its first header begins; long names come in headers of their own before the main one."""
+    header: int  # byte where its first header begins; long names come in headers of their own before the main one
     start: int
     size: int
     name: str
@@ -57,10 +56,8 @@ class ShardIndex:
     records: np.ndarray
     bad: dict[str, str] = field(default_factory=dict)
     """Sample (or "from byte N on") -> why."""
-    others: list[str] = field(default_factory=list)
-    """Extensions of members that are neither images nor labels, sorted."""
-    stamp: list[int] = field(default_factory=list)
-    """Size and time of change of the shard that this is the index of."""
+    others: list[str] = field(default_factory=list)  # extensions of members that are neither images nor labels, sorted
+    stamp: list[int] = field(default_factory=list)  # size and time of change of the shard that this is the index of
 
 
 class Damaged(Exception):
