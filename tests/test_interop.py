@@ -403,7 +403,7 @@ def test_the_authors_file_is_a_tokenizer_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "VQModel"}, "describes a VQModel of diffusers"),
+        ({"_class_name": "VQModel"}, "describes a .VQModel. of diffusers"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'; LDM's autoencoder has 'silu'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
         ({"norm_num_groups": "4"}, "norm_num_groups: Input should be a valid integer \\(found '4'\\)"),

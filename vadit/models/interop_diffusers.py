@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vadit.models.pretrained import bare_state, read_mapping
 from vadit.runtime.console import note_once
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import UsageError, short
 from vadit.runtime.json_files import Limits, checked, read_json
 
 CLASS_NAME = "AutoencoderKL"
@@ -82,7 +82,9 @@ def find(path: str | Path) -> Path | None:
     config = _read_config(path / CONFIG_NAME)
     name = None if config is None else config.get("_class_name")
     if name not in (None, CLASS_NAME):
-        raise UsageError(f"{path / CONFIG_NAME} describes a {name} of diffusers; only its {CLASS_NAME} is a tokenizer")
+        raise UsageError(
+            f"{path / CONFIG_NAME} describes a {short(name)} of diffusers; only its {CLASS_NAME} is a tokenizer"
+        )
     there = sorted(file.name for file in path.glob("[!.]*"))
     known = [found for file in there if (found := _WEIGHTS.fullmatch(file))]
     if known:

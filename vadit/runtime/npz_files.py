@@ -50,7 +50,7 @@ class Npz:
     def array(
         self, name: str, shape: Sequence[int | None], kinds: str = "fiu", max_bytes: int = MAX_BYTES
     ) -> np.ndarray:
-        """An array whole; UsageError where it is missing, or not of these kinds (numpy's letters) or this shape."""
+        """An array whole; UsageError where it is missing, not finite, or not of these kinds (letters) or shape."""
         entry = self.entries.get(name)
         if (
             entry is None
@@ -58,7 +58,7 @@ class Npz:
             or len(entry.shape) != len(shape)
             or any(side not in (None, found) for side, found in zip(shape, entry.shape, strict=True))
         ):
-            needed = f"{kinds} {tuple('any' if side is None else side for side in shape)}"
+            needed = f"numbers ({kinds}) of shape ({', '.join('any' if side is None else str(side) for side in shape)})"
             raise UsageError(f"{self.path}: {name} is {entry or 'missing'}; needed: {needed}")
         if entry.num_bytes > max_bytes:
             raise UsageError(f"{self.path}: {name} has {entry.num_bytes:,} bytes; at most {max_bytes:,} are read")
@@ -66,7 +66,10 @@ class Npz:
             data = bytearray(stream.read(entry.num_bytes))
             if len(data) != entry.num_bytes:
                 raise EOFError(f"{name} ends early")
-        return np.frombuffer(data, entry.dtype).reshape(entry.shape, order="F" if entry.fortran else "C")
+        array = np.frombuffer(data, entry.dtype).reshape(entry.shape, order="F" if entry.fortran else "C")
+        if entry.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UsageError(f"{self.path}: {name} holds NaN or infinity; make the file anew")
+        return array
 
     @contextmanager
     def stream(self, name: str) -> Iterator[IO[bytes]]:
