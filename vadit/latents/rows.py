@@ -1,6 +1,6 @@
 """Single rows of latent shards, gathered into batches."""
 
-import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vadit.latents.shards import LatentShard, is_finite
-from vadit.runtime.reading import OpenFiles, fill
+from vadit.runtime.reading import OpenFiles
 
 
 class RowReader:
@@ -34,11 +34,18 @@ class RowReader:
         rows = stored.view(torch.uint8).numpy().reshape(len(ids), self._row_bytes)
         for row, number, offset in zip(rows, numbers.tolist(), offsets.tolist(), strict=True):
             try:
-                count = self._files.use(number, functools.partial(fill, start=offset, buffer=row.data))
+                file = self._files.opened(number)  # the name keeps it open
+                if os.preadv(file.descriptor, [row.data], offset) == self._row_bytes:
+                    continue
+            except OSError:
+                pass  # and once more, with patience
+            try:
+                data = self._files.read(number, offset, self._row_bytes)
             except OSError as error:
                 raise self._shards[number].damage(f"it cannot be read: {error.strerror or error}") from None
-            if count != self._row_bytes:
+            if len(data) != self._row_bytes:
                 raise self._shards[number].damage("it is cut short")
+            row[:] = np.frombuffer(data, np.uint8)
         if not is_finite(stored):
             wrong = next(place for place, row in enumerate(stored) if not is_finite(row))
             name = f"{self._key}_flip" if flips[wrong] else self._key

@@ -106,16 +106,10 @@ def openable(path: str | Path) -> Iterator[str]:
 
 def read_all(descriptor: int, start: int, size: int) -> bytes:
     """Up to `size` bytes from `start` on; fewer only where the file ends."""
-    data = memoryview(bytearray(size))
-    return bytes(data[: fill(descriptor, start, data)])
-
-
-def fill(descriptor: int, start: int, buffer: memoryview) -> int:
-    """`read_all` into a buffer of bytes: how many there were."""
-    done = 0  # network file systems may hand out less at a time
-    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
-        done += count
-    return done
+    data = os.pread(descriptor, size, start)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
+        data += more  # network file systems may hand out less at a time
+    return data
 
 
 class OpenFiles:
@@ -131,7 +125,7 @@ class OpenFiles:
         self._paths, self._check = paths, check
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, max(1, allowed // 8))
-        self._open = functools.lru_cache(room)(self._opened)
+        self.opened = functools.lru_cache(room)(self._opened)
 
     def read(self, number: int, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start` on, fewer only at the file's end; OSError or ReadFault."""
@@ -140,14 +134,14 @@ class OpenFiles:
     def use(self, number: int, action: Callable[[int], T]) -> T:
         """What an action makes of a file's descriptor."""
         try:
-            file = self._open(number)  # held, or it might be closed, and its number be another's
+            file = self.opened(number)  # held, or it might be closed, and its number be another's
             return action(file.descriptor)
         except OSError:
             return patiently(lambda: self._use_anew(number, action), self._paths[number])
 
     def _use_anew(self, number: int, action: Callable[[int], T]) -> T:
-        self._open.cache_clear()  # a stale one is opened again, and others have room
-        file = self._open(number)
+        self.opened.cache_clear()  # a stale one is opened again, and others have room
+        file = self.opened(number)
         return action(file.descriptor)
 
     def _opened(self, number: int) -> "_OpenFile":
