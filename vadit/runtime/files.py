@@ -167,10 +167,10 @@ def refuse_other_settings(
 ) -> None:
     """UsageError where `place` holds `what` ("a run", "samples") that was made with other settings; names the first.
 
-    old: what was kept, as read from JSON. new: the settings of now, compared as JSON would hold them.
+    old: what was kept. new: the settings of now. Both are compared as JSON holds them.
     """
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
-    if (found := first_difference(old, json.loads(json.dumps(new)))) is not None:
+    if (found := first_difference(*(json.loads(json.dumps(each)) for each in (old, new)))) is not None:
         before, now, advice = short(found.old), short(found.new), remedy if isinstance(remedy, str) else remedy(found)
         raise UsageError(f"{place} holds {what} made with {found.name} {before}, this command says {now}; {advice}")

@@ -12,7 +12,6 @@ RUN/stage-K/          a tokenizer with several stages: each a run folder of its 
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -121,7 +120,7 @@ def _fixed(config: Any) -> dict[str, Any]:
         values["run"].pop("total_images")
     for part, free in (("run", _FREE), ("engine", _FREE_ENGINE), ("data", _FREE_DATA)):
         values[part] = {name: value for name, value in values[part].items() if name not in free}
-    return json.loads(json.dumps(values))
+    return values
 
 
 def _as_it_was(config: Any, difference: Difference) -> str:
