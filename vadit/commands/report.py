@@ -12,16 +12,12 @@ from vadit.config.ranges import Checked, PathName
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Checked):
-    """One self-contained HTML page about runs, and its main charts as PNGs in a folder beside it."""
+    """One self-contained HTML page about runs."""
 
     runs: Annotated[Positional[tuple[PathName, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders; several are drawn over each other and compared."""
     out: PathName = ""
     """HTML file to write; default: RUN/report.html for one run, else report.html here."""
-    title: str = ""
-    """Title of the page; default: the names of the runs."""
-    pngs: bool = True
-    """Write the charts as PNGs, too, into a folder named as the page, with -charts."""
 
 
 def run(options: ReportOptions) -> None:
@@ -30,8 +26,6 @@ def run(options: ReportOptions) -> None:
     from vadit.runtime.console import say
 
     out = Path(options.out or (Path(options.runs[0], "report.html") if len(options.runs) == 1 else "report.html"))
-    pngs, notes = write_runs_report(options.runs, out, title=options.title, pngs=options.pngs)
-    for note in notes:
+    for note in write_runs_report(options.runs, out):
         say(f"note: {note}")
-    pictures = f"; {len(pngs)} charts in {pngs[0].parent}" if pngs else ""
-    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB{pictures}")
+    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

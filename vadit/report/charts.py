@@ -1,4 +1,4 @@
-"""Charts drawn by matplotlib: as SVG inside the page, in the page's own colours and letters, and as PNG files.
+"""Charts drawn by matplotlib as SVG inside the page, in the page's own colours and letters.
 
 A curve of any length becomes at most `MAX_POINTS` points: the mean of each of so many equal stretches of the log,
 over a pale band from minimum to maximum, so that a single spike stays visible.
@@ -11,13 +11,11 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from vadit.runtime.errors import one_line
-from vadit.runtime.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +30,8 @@ GREY = len(PALETTE) - 1
 _PAPER, _RULE, _SOFT = "#ffffff", "#e3e7ee", PALETTE[GREY]
 _OF_PAGE = {_PAPER: "var(--paper)", _RULE: "var(--line)", _SOFT: "var(--soft)"}
 """Colours that the page sets, in its light and its dark."""
-_SMALL, _WIDE, _PNG = (320, 190), (760, 330), (640, 336)
+_SMALL, _WIDE = (320, 190), (760, 330)
 """Width and height of a chart in points, of which the page makes pixels."""
-_PNG_DPI = 135
 _SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "vadit", "text.parse_math": False}
 """Letters stay letters, ids are the same each time, and a $ in a run's name begins no formula."""
 _BESIDE = (
@@ -94,7 +91,6 @@ class Chart:
     level: float | None = None  # height of a dotted horizontal line
     wide: bool = False  # as wide as the page, with a legend of its own
     note: str = ""  # a sentence below it
-    file: str = ""  # name of its PNG, without the ending; empty for none
 
 
 def svg(chart: Chart) -> str:
@@ -111,21 +107,8 @@ def svg(chart: Chart) -> str:
     return _for_page(buffer.getvalue(), f"{chart.title} over {chart.x_label}")
 
 
-def save_png(chart: Chart, path: Path) -> bool:
-    """Draw `chart` with title and legend into a file, whole or not at all; False where no value is finite."""
-    import matplotlib
-
-    with matplotlib.rc_context(_SETTINGS):
-        figure = draw(chart, *_PNG, alone=True)
-        if figure is None:
-            return False
-        with whole_file(path) as partial:
-            figure.savefig(partial, format="png", dpi=_PNG_DPI)
-    return True
-
-
-def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figure | None:
-    """A figure of so many points, `alone` with title and legend; None where no value is finite."""
+def draw(chart: Chart, width: int, height: int) -> Figure | None:
+    """A figure of so many points; None where no value is finite."""
     from matplotlib.figure import Figure
 
     drawn = []
@@ -138,15 +121,14 @@ def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figur
     if not drawn:
         return None
     figure = Figure(figsize=(width / 72, height / 72))
-    top = 30 if alone else 12
-    plot = figure.add_axes((52 / width, 34 / height, 1 - 66 / width, 1 - (34 + top) / height))
+    plot = figure.add_axes((52 / width, 34 / height, 1 - 66 / width, 1 - 46 / height))
     _set_axes(plot, chart, [reduced for _, reduced in drawn])
     for series, reduced in drawn:
         if series.is_line and series.curve.finite.sum() > MAX_POINTS:
             plot.fill_between(reduced.x, reduced.low, reduced.high, color=series.shade, alpha=0.15, linewidth=0)
     for series, reduced in drawn:
         plot.plot(
-            reduced.x, reduced.mean, color=series.shade, label=one_line(series.name), linewidth=1.6,
+            reduced.x, reduced.mean, color=series.shade, linewidth=1.6,
             linestyle={"line": "solid", "dashed": "dashed"}.get(series.style, "none"),
             marker="o", markevery=[-1] if series.is_line else 1, markersize=4.5 if series.is_line else 7,
             markerfacecolor=_PAPER if series.style == "rings" else series.shade, zorder=3 - (series.style == "rings"),
@@ -154,11 +136,6 @@ def draw(chart: Chart, width: int, height: int, *, alone: bool = False) -> Figur
     if chart.level is not None:
         plot.axhline(chart.level, color=_SOFT, linestyle=(0, (1, 3)), linewidth=1.2)
     _label_points(plot, [series for series, _ in drawn])
-    if alone:
-        plot.set_title(one_line(chart.title), loc="left", fontsize=12, fontweight="bold")
-        plot.set_ylabel(one_line(chart.y_label), fontsize=9)
-        if len(drawn) > 1:
-            plot.legend(frameon=False, fontsize=9)
     return figure
 
 

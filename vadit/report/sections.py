@@ -1,6 +1,5 @@
 """The parts of the report of one or more runs: tables and charts, each run in a colour of its own."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import numpy as np
 from vadit.config import DiTConfig
 from vadit.recipes.sizes import dit_size, model_name
 from vadit.recipes.tokenizers import TOKENIZERS
-from vadit.report.charts import GREY, Chart, Curve, Series, save_png, short_number
+from vadit.report.charts import GREY, Chart, Curve, Series, short_number
 from vadit.report.page import Section, is_picture, write_report
 from vadit.report.runs import (
     EPOCHS,
@@ -69,12 +68,12 @@ def quantity_charts(
     for name in (name for name in names if name not in without):
         title, unit = _QUANTITIES.get(name, (name, ""))
         if series := _series(runs, name):
-            charts.append(Chart(title, series, y_label=unit, may_be_log=name not in _LINEAR, file=name))
+            charts.append(Chart(title, series, y_label=unit, may_be_log=name not in _LINEAR))
     return charts
 
 
 def _wide(title: str, runs: Sequence[Run], name: str) -> Chart:
-    return Chart(title, _series(runs, name), wide=True, x_log=True, file=name)
+    return Chart(title, _series(runs, name), wide=True, x_log=True)
 
 
 def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
@@ -83,31 +82,21 @@ def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
     return tuple(Series(run.name, Curve(curve.x, curve.y * factor), run.color) for run, curve in curves)
 
 
-def write_runs_report(
-    folders: Sequence[str | Path], out: str | Path, *, title: str = "", pngs: bool = True
-) -> tuple[list[Path], list[str]]:
-    """The report of the runs under `folders` into the HTML file `out`, its charts as PNGs beside it.
+def write_runs_report(folders: Sequence[str | Path], out: str | Path) -> list[str]:
+    """The report of the runs under `folders` into the HTML file `out`.
 
-    Returns: the PNGs, and what could not be read, in sentences (they are on the page, too).
+    Returns what could not be read, in sentences (they are on the page, too).
 
     Raises:
         UsageError: a folder is no run folder, none of them holds anything to show, or `out` is a folder.
     """
-    out = Path(out)
     if not folders:
         raise UsageError("vadit report needs one or more run folders: vadit report RUN [RUN ...]")
     runs = read_runs(folders)
     check_output("--out", out, folder=False)
-    sections = run_sections(runs)
     names = ", ".join(run.name for run in runs)
-    title = title or (names if len(names) < 80 else f"{len(runs)} runs")
-    write_report(out, title, "As far as logged.", sections)
-    # names of quantities come from files; as names of files they must be plain, and each its own
-    charts = {re.sub(r"[^\w.-]+", "_", chart.file)[:100]: chart
-              for section in sections for chart in section.charts if chart.file and pngs}  # fmt: skip
-    paths = {out.with_name(f"{out.stem}-charts") / f"{name}.png": chart for name, chart in charts.items()}
-    written = [path for path, chart in paths.items() if save_png(chart, path)]
-    return written, [note for run in runs for note in run.notes]
+    write_report(out, names if len(names) < 80 else f"{len(runs)} runs", "As far as logged.", run_sections(runs))
+    return [note for run in runs for note in run.notes]
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
@@ -121,8 +110,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
                   _frontier_section, _grids_section, _rest_section)  # fmt: skip
         for section in filter(None, (make(group) for make in makers)):
             if len(group) < len(runs):
-                charts = [replace(each, file=each.file and f"{title.lower()}-{each.file}") for each in section.charts]
-                section = replace(section, title=f"{title}: {section.title}", charts=charts)
+                section = replace(section, title=f"{title}: {section.title}")
             sections.append(section)
     return sections
 
@@ -152,7 +140,7 @@ def _progress_section(runs: Sequence[Run]) -> Section:
             series.append(Series(f"{run.name}, projected", ahead, run.color, "dashed"))
     chart = Chart(
         "Progress", tuple(series), x_label="hours of training", y_label="images", may_be_log=False, wide=True,
-        level=targets.pop() if len(targets) == 1 else None, file="progress", note=f"Dotted: {goal}.",
+        level=targets.pop() if len(targets) == 1 else None, note=f"Dotted: {goal}.",
     )  # fmt: skip
     notes = [note for run in runs for note in run.notes] + [
         "Hours are those of training by the logged throughput; the projection takes the median of the log's last fifth "
@@ -237,7 +225,7 @@ def _evaluation_section(runs: Sequence[Run]) -> Section | None:
                 times = "-" if images == slowest else f"{'over ' if at_most else ''}{ratio:.2f}x sooner"
                 needed = f"{'at most ' if at_most else ''}{short_number(images)}"
                 rows.append((name, short_number(level), run.name, needed, times))
-        charts.append(Chart(name, series, wide=True, level=level, note=f"{note}.", file=name))
+        charts.append(Chart(name, series, wide=True, level=level, note=f"{note}."))
     header = ("metric", "value", "run", "images needed", "against the slowest") if rows else ()
     return Section("Metrics during training", charts=charts, table=rows, header=header) if charts else None
 
@@ -285,8 +273,7 @@ def _frontier_section(runs: Sequence[Run]) -> Section | None:
             series.append(Series(f"published, LightningDiT-{letter}", curve, GREY, "rings", labels))
     chart = Chart(
         "Reconstruction and generation", tuple(series), x_label="rFID of the tokenizer", y_label=protocol,
-        x_from_zero=False, may_be_log=False, wide=True, file="frontier",
-        note="Lower left is better: the paper's Figure 2.",
+        x_from_zero=False, may_be_log=False, wide=True, note="Lower left is better: the paper's Figure 2.",
     )  # fmt: skip
     return Section("Frontier of tokenizers", charts=[chart], notes=notes)
 
@@ -306,7 +293,7 @@ def _grids_section(runs: Sequence[Run]) -> Section | None:
 
 def _rest_section(runs: Sequence[Run]) -> Section | None:
     """Every other logged quantity, and the settings: all of them, and first what differs."""
-    charts = [replace(chart, file="") for chart in quantity_charts(runs, without=_SHOWN_ELSEWHERE)]  # on the page alone
+    charts = quantity_charts(runs, without=_SHOWN_ELSEWHERE)
     files = [(f"All settings of {run.name}", path) for run in runs if (path := run.folder / "config.json").is_file()]
     rows = different_settings(runs) if len(runs) > 1 else []
     header = ("setting that differs", *(run.name for run in runs)) if rows else ()
