@@ -2,11 +2,14 @@
 
     python benchmarks/bench_step.py --recipe lightningdit-xl-64ep --batch 64 128 --compile off on
     torchrun --nproc-per-node 8 benchmarks/bench_step.py --recipe lightningdit-xl-64ep --batch 128
+    python benchmarks/bench_step.py --recipe lightningdit-b --batch 8 --threads 2 --contender plain --repeats 3
     PYTHONPATH=. python benchmarks/bench_step.py       a bare checkout: torch, rich, safetensors; timm for tokenizers
 
 What is measured is the trainer's own step: `vadit.train` builds its networks, engine and loader as for a run, and this
 script takes the place of the loop. Without DeepSpeed, or with --engine torch, `plain_engine` takes the engine's place;
 the row says which. Every combination of the settings is measured in a process of its own, --repeats times in turns.
+With --contender plain the authors' loop over a network of plain torch modules (`plain_networks`) takes its turn with
+each, compiled where that is, and a line at the end prints the ratio of the medians. A generator's, fp32 or autocast.
 
 A round is one or more steps between two looks at the clock (on a GPU, waits for it). Parts: data is the wait for the
 next batch; backward and optimizer are those calls, with the messages in them and the averages; forward is the rest:
@@ -34,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +73,7 @@ class Case:
     compile: bool | None
     kernels: str
     engine: str
-    """deepspeed or torch."""
+    """deepspeed, torch (vadit's networks without it) or plain (the authors' loop)."""
     data: str
     settings: tuple[str, ...]
     """Further settings, as section.name=value."""
@@ -151,18 +155,26 @@ def run(case: Case) -> Row:
 
     from vadit.train import loop, runs
 
+    lengths = {"resident": case.data == "resident", "rounds": case.rounds, "warmup": case.warmup}
     with contextlib.ExitStack() as stack:
         stack.enter_context(dispatch.setting(case.kernels))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = configure(case, folder)
+        if case.engine == "plain":
+            assert isinstance(config, DiTConfig), "cases() asks for generators alone"
+            device = torch.device(case.device)
+            task = _plain_task(config, device)
+            return row_of(case, config, measure(task, precision=config.engine.precision, device=device, **lengths))
         if isinstance(config, TokenizerConfig):
             from vadit.train import tokenizer as trainer
         else:
             from vadit.train import dit as trainer  # type: ignore[no-redef]
+
+            build = _on(case.device, trainer.training_network)
+            stack.enter_context(mock.patch.object(trainer, "training_network", build))
         found: list[Measured] = []
 
         def instead_of_loop(task: Any, **_: Any) -> None:
-            lengths = {"resident": case.data == "resident", "rounds": case.rounds, "warmup": case.warmup}
             device = task.engine.device
             found.append(measure(task, precision=config.engine.precision, device=device, **lengths))
 
@@ -172,6 +184,26 @@ def run(case: Case) -> Row:
             stack.enter_context(mock.patch.object(trainer, "Engine", PlainEngine))
         trainer.train(config)  # type: ignore[arg-type]
     return row_of(case, config, *found)
+
+
+def _plain_task(config: DiTConfig, device: torch.device) -> Any:
+    """The authors' loop, from the weights that vadit's network starts with."""
+    from plain_networks import PlainTraining
+
+    from vadit.models.dit import LightningDiT
+
+    torch.manual_seed(config.run.seed)
+    return PlainTraining(config, _on(device, LightningDiT)(config.model).state_dict(), device)
+
+
+def _on(device: torch.device | str, build: Callable[..., Any]) -> Callable[..., Any]:
+    """`build`, whose weights are drawn on the device: those of XL take a CPU ten seconds."""
+
+    def built(*args: Any) -> Any:
+        with torch.device(device):
+            return build(*args)
+
+    return built
 
 
 def row_of(case: Case, config: Config, measured: Measured) -> Row:
@@ -255,6 +287,24 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
+def contender(case: Case) -> Case:
+    """The plain loop that a case is compared with: compiled if asked for by name, autocast where ours is bf16."""
+    precision = "autocast" if case.precision == "bf16" else case.precision
+    settings = tuple(setting for setting in case.settings if not setting.startswith("engine."))
+    return dataclasses.replace(
+        case, precision=precision, compile=bool(case.compile), kernels="reference", engine="plain", settings=settings
+    )
+
+
+def compare(found: dict[Case, list[Row]]) -> None:
+    """Print the speed of each case over that of its contender."""
+    for case, rows in found.items():
+        if case.engine != "plain" and (plain := found.get(contender(case))):
+            ours, theirs = (statistics.median(row["images_per_s"] for row in each) for each in (rows, plain))
+            print(f"{ours / theirs:.2f}x the plain loop ({plain[0]['precision']}): ", end="")
+            show(rows[-1])
+
+
 def in_own_process(case: Case) -> Row | None:
     """Measure one case in a process of its own; None where that failed, which is printed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONSAFEPATH": ""}
@@ -276,6 +326,7 @@ def main() -> int:
     parser.add_argument("--compile", nargs="*", default=["recipe"], choices=("recipe", "off", "on"))
     parser.add_argument("--kernels", nargs="*", default=["auto"], choices=dispatch.SETTINGS, help="as VADIT_KERNELS")
     parser.add_argument("--engine", default="auto", choices=("auto", "deepspeed", "torch"))
+    parser.add_argument("--contender", choices=("plain",), help="measure this in turns, too, and print the ratio")
     parser.add_argument("--data", default="resident", help="resident, loader, or the path of real data")
     parser.add_argument("--with", nargs="*", default=[], dest="settings", metavar="SECTION.NAME=VALUE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -292,6 +343,10 @@ def main() -> int:
         print("\n" + json.dumps(row))
         return 0
     wanted, failed = cases(options), 0
+    if options.contender:
+        with_contender = {each: None for case in wanted for each in (case, contender(case))}
+        wanted = [case for case in with_contender if case.engine != "plain" or get_recipe(case.recipe).kind == "dit"]
+    found: dict[Case, list[Row]] = {}
     launched = distributed.world_size() > 1
     if launched and len(wanted) * options.repeats > 1:
         parser.error("under a launcher one combination is measured at a time")
@@ -301,8 +356,10 @@ def main() -> int:
             failed += 1
         elif distributed.is_main():
             show(row)
+            found.setdefault(case, []).append(row)
             if not options.no_save:
                 harness.append(harness.RESULTS / f"steps-{row['hardware']}.csv", [row])
+    compare(found)
     return 1 if failed else 0
 
 

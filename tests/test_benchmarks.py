@@ -1,6 +1,8 @@
 """Benchmarks of the training step: what a row says, that rows are compared and projected soundly, bytes and rings."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,15 +16,23 @@ from typing import Any
 import pytest
 import torch
 
-from vadit.config import DiTSpec, EngineSpec, OptimizerSpec
+from vadit.config import DiTSpec, EngineSpec, OptimizerSpec, SampleSpec, vary
 from vadit.estimate.flops import dit_flops
+from vadit.kernels.testing import relative_error
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
+from vadit.sampling.solvers import sample_ode
+from vadit.train import dit
+from vadit.train.checkpoint.checkpoints import Position
+from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = ("bench_step", "step_timing", "plain_engine", "convergence", "scaling", "scaling_validation", "harness")
+MODULES = (
+    "bench_step", "step_timing", "plain_engine", "plain_networks", "convergence", "scaling", "scaling_validation",
+    "harness",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -153,6 +163,43 @@ def test_both_trainers_are_measured_from_a_bare_checkout_without_deepspeed(tmp_p
         row = json.loads(done.stdout.splitlines()[-1])
         assert row["engine"] == "torch" and row["recipe"] == recipe and row["images_per_s"] > 0
         assert all(row[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer", "data"))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_plain_network_step_and_sampler_are_ours(load: Any, qk_norm: bool) -> None:
+    plain = load("plain_networks")
+    config = get_recipe("lightningdit-xl-64ep-debug")
+    # two patches a side and an average that moves
+    config = vary(config, model={"qk_norm": qk_norm, "patch_size": 2}, engine={"ema_decays": (0.5,), "zero_stage": 1},
+                  optimizer={"lr": 1e-3})  # fmt: skip
+    torch.manual_seed(0)
+    ours, cpu = LightningDiT(config.model), torch.device("cpu")
+    for weight in ours.parameters():  # the last layers start at zero, which would hide all before them
+        torch.nn.init.normal_(weight, std=0.2)
+    training = plain.PlainTraining(config, ours.state_dict(), cpu)
+    network = copy.deepcopy(training.network).eval()
+    noise, labels = torch.randn(3, 32, 4, 4), torch.tensor([0, 9, 10])
+    with torch.no_grad():
+        expected, found = (each(noise, torch.tensor([0.1, 0.5, 0.9]), labels) for each in (ours.eval(), network))
+    assert relative_error(found, expected) < 1e-6
+    spec = SampleSpec(num_steps=9, timestep_shift=0.3, cfg_scale=4.0, cfg_interval=(0.11, 1.0), cfg_channels=3)
+    found = plain.plain_samples(network, noise, labels, spec)
+    assert relative_error(found, sample_ode(ours, noise, labels, spec)) < 1e-5
+
+    engine = Engine(ours.train(), optimizer=config.optimizer, spec=config.engine, global_batch=4, device=cpu,
+                    forward=ours.forward_features)  # fmt: skip
+    ema, guard = ShardedEMA(engine, (0.5,)), SimpleNamespace(step=lambda engines: engines["model"].step())
+
+    def our_step(batches: Iterator[Any], position: Position) -> float:
+        return dit.train_step(engine, ema, guard, config, batches, position)["loss"].item()  # type: ignore[arg-type]
+
+    losses = []
+    for step in (our_step, training.step):
+        torch.manual_seed(1)
+        for number in range(3):
+            engine.begin_step(1e-3)
+            losses.append(step(itertools.repeat((noise, labels)), Position(number, 4 * number)))
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5) and abs(losses[0] - losses[1]) > 0.01
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])

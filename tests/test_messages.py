@@ -53,7 +53,18 @@ OF_OTHERS = {
     *("--dereference", "--hard-dereference", "--concatenate", "--module"),
 }
 """pip's and apex's; tar's; deepspeed's."""
-OF_SCRIPTS = {"--nodes", "--nproc_per_node", "--requeue", "--signal", "--time", "--recipe", "--batch", "--compile"}
+OF_SCRIPTS = {
+    "--contender",
+    "--rehearse",
+    "--nodes",
+    "--nproc_per_node",
+    "--requeue",
+    "--signal",
+    "--time",
+    "--recipe",
+    "--batch",
+    "--compile",
+}
 """torchrun's, sbatch's; benchmarks/bench_step.py's."""
 HOLE = "\0"
 """Where an f-string puts something in."""
