@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from guard_help import events, faulty, newest, same
 from torch import Tensor, nn
 from training_plain import BATCH, PlainTokenizer, flow_terms, logged, tiny_dit, tiny_tokenizer
 
+from vadit.config import vary
 from vadit.images.backends import open_images, open_loader
 from vadit.images.pixels import to_signed
 from vadit.kernels import dispatch
@@ -144,7 +146,8 @@ def compiled(monkeypatch, train: Callable[[], object]) -> tuple[int, list[int]]:
         if not isinstance(getattr(function, "__self__", None), nn.Module):  # what torch compiles of its own
             return compile_one(function, **options)
         blocks += 1
-        return compile_one(function, backend=backend, fullgraph=True)  # more graphs than the limit would be an error
+        # More graphs than the limit would be an error.
+        return compile_one(function, backend=backend, fullgraph=True, **options)
 
     def step(guard: Guard, engines: dict[str, Engine]) -> bool:
         applied = original(guard, engines)
@@ -184,6 +187,23 @@ def test_compiled_blocks_train_as_plain_ones(tmp_path: Path, monkeypatch) -> Non
         compiled(monkeypatch, lambda config=config: dit.train(config))  # type: ignore[misc]
         found.append(logged(tmp_path / name))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_inductor_compiles_the_tokenizer(tmp_path: Path) -> None:
+    """Blocks of several sides, differentiated once or, with the adaptive weight, twice, by graphs that stay."""
+    torch._dynamo.reset()
+    found = []
+    for engine in ({}, {"compile": True}):
+        for adaptive in (False, True):
+            config = tiny_tokenizer(
+                out := tmp_path / f"{len(found)}", steps=2, loss={"disc_layers": 1, "vf_adaptive": adaptive}, **engine
+            )
+            small = {"channel_multipliers": (1, 1), "image_size": 8, "attention_resolutions": (), "latent_channels": 4}
+            tokenizer.train(vary(config, autoencoder=small))
+            found.append(logged(out))
+    torch._dynamo.reset()
+    assert found[:2] == [pytest.approx(losses, rel=1e-5) for losses in found[2:]]
 
 
 def faulty_images(monkeypatch) -> None:

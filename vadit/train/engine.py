@@ -159,7 +159,7 @@ class Engine:
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
             for block in blocks:
-                block.forward = torch.compile(block.forward)
+                block.forward = torch.compile(block.forward, dynamic=False)
         self.spec, self.device = spec, device
         self.module = module.to(device)  # the network itself: calling it goes round DeepSpeed's hooks
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -126,6 +126,9 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
         if discriminator is not None:
             runs.initialise_discriminator(discriminator, config.run.init_from)
 
+    # An adaptive weight differentiates the decoder once more: no graph may overwrite what its first pass has kept.
+    torch._functorch.config.donated_buffer = False
+
     def engine(module: nn.Module) -> Engine:
         return Engine(
             module.train(),
