@@ -18,6 +18,7 @@ from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import UsageError
+from vadit.runtime.precision import allow_tf32
 
 
 class PlainEngine:
@@ -38,6 +39,8 @@ class PlainEngine:
             raise UsageError("a step in plain torch is of one process; install deepspeed for more")
         if optimizer.kind != "adamw":
             raise UsageError(f"a step in plain torch has AdamW alone, found optimizer.kind {optimizer.kind}")
+        if device.type == "cuda":
+            allow_tf32(spec.tf32)
         if forward is not None:
             module.forward = forward
         if spec.compile and blocks:

@@ -7,14 +7,16 @@ import pytest
 import torch
 from model_help import SmallNet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vadit import kernels
-from vadit.config import FlowSpec, SampleSpec
+from vadit.config import DiTSpec, FlowSpec, SampleSpec
+from vadit.models.dit import LightningDiT
 from vadit.objectives import flow
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.sampling import solvers
-from vadit.sampling.solvers import Guidance, sample_ode, sample_sde, time_grid
+from vadit.sampling.solvers import Guidance, sample_ddpm, sample_ode, sample_sde, time_grid
 
 MEAN, STD = 1.5, 0.5
 
@@ -293,3 +295,37 @@ def test_impossible_settings_are_refused(settings, message):
     noise, labels = _batch()
     pytest.raises(UsageError, sample_ode, SmallNet(), noise, labels, **settings).match(message)
     pytest.raises(UsageError, sample_ode, SmallNet(), noise, labels[:2]).match("labels")
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what goes from the host to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        self.count += copies and output.device.type == "meta" and any(t.device.type == "cpu" for t in tensors)
+        return output
+
+
+@pytest.mark.parametrize("guided", ["null label", "network"])
+@pytest.mark.parametrize("method", ["euler", "heun", "euler_maruyama", "ddpm"])
+def test_no_step_waits_for_its_device(method, guided):
+    """On the meta device, where a value that the host asks for does not exist, as it does not yet on a busy GPU."""
+    spec = DiTSpec(input_size=4, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=2, learn_sigma=True)
+    with torch.device("meta"):
+        model = LightningDiT(spec).eval()
+        noise, labels = torch.empty(2, 4, 4, 4), torch.empty(2, dtype=torch.int64)
+    guide = model if guided == "network" else None
+    sampler = SampleSpec(method=method, cfg_scale=2.0, cfg_interval=(0.3, 0.9), cfg_power=4.0)
+    counts = []
+    for steps in (4, 6):
+        solve = {"ddpm": sample_ddpm, "euler_maruyama": sample_sde}.get(method, sample_ode)
+        with _Copies() as copies:
+            assert solve(model, noise, labels, sampler, guide=guide, num_steps=steps).shape == noise.shape
+        counts.append(copies.count)
+    assert counts[1] - counts[0] == (2 if method in ("euler_maruyama", "ddpm") else 0), "a step's noise, and no more"

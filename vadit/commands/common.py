@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vadit.models.autoencoder import Autoencoder
 
 Device = Literal["auto", "cuda", "cpu"]
+Arithmetic = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 def load_tokenizer(path: str, device: torch.device) -> Autoencoder:

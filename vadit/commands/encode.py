@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from vadit.commands.common import Device, image_size, load_tokenizer, processes
+from vadit.commands.common import Arithmetic, Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Range, Seed, Share, Side, Workers
 from vadit.runtime.console import ProgressBar, say, say_once
@@ -67,6 +67,8 @@ class EncodeOptions(Checked):
     """With --on-error skip: the share of bad images above which encoding stops all the same."""
     device: Device = "auto"
     """Device of the tokenizer."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the tokenizer; auto: fp32."""
     stats_only: PathName | None = None
     """Only compute the statistics of this folder of latents."""
     stats_samples: Annotated[int, Range(0, 10**9)] = 0
@@ -93,8 +95,10 @@ def run(options: EncodeOptions) -> None:
     from vadit.images.loader import describe_classes
     from vadit.latents.encode import encode
     from vadit.runtime import choices
+    from vadit.runtime.precision import resolved
 
     with processes(options.device) as device:
+        precision = resolved(options.precision, device)
         autoencoder = load_tokenizer(options.tokenizer, device)
         size = image_size(autoencoder, options.image_size)
         spec = ImageDataSpec(
@@ -119,10 +123,12 @@ def run(options: EncodeOptions) -> None:
                 shard_size=options.shard_size,
                 features=features,
                 decoder=decoder,
+                precision=precision,
                 stats_samples=options.stats_samples,
                 progress=bar.update,
             )
-    say_once(f"{options.out}: {summary.num_images:,} images encoded here, {summary.images_per_s:,.1f} images/s")
+    rate = f"{summary.images_per_s:,.1f} images/s in {precision}"
+    say_once(f"{options.out}: {summary.num_images:,} images encoded here, {rate}")
 
 
 def _load_features(options: EncodeOptions, size: int, device: torch.device) -> FoundationModel | None:

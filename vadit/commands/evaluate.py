@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.commands.common import Device, image_size, load_tokenizer, processes
+from vadit.commands.common import Arithmetic, Device, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
 from vadit.runtime.errors import UsageError
@@ -67,6 +67,8 @@ class EvaluateTokenizerOptions(Checked):
     """Evaluate with so many seeds, from --seed on: means, and their spread."""
     device: Device = "auto"
     """Device of all networks."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the tokenizer; auto: fp32, as is that of the networks that judge, always."""
     out: PathName | None = None
     """JSON file for the numbers."""
 
@@ -138,6 +140,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
     inputs = {
         "samples": [{"path": path, "first": first} for path, first in sets],
         "num_samples": options.num_samples,
+        "precision": "fp32",  # of what judges
         "reference": options.reference,
         **inception.provenance(options.inception_weights),
         "dinov2_weights": options.dinov2_weights,
@@ -152,6 +155,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
     from vadit.eval.tokenizer import evaluate_image_set, evaluate_tokenizer
     from vadit.images.backends import open_images
     from vadit.models.lpips import LPIPS
+    from vadit.runtime.precision import resolved
 
     _check_outputs(options)
     if options.seeds > 1 and options.posterior == "mode":
@@ -160,11 +164,12 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
         images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
-        weights = options.inception_weights
+        weights, precision = options.inception_weights, resolved(options.precision, device)
         evaluate = partial(
             evaluate_tokenizer,
             autoencoder,
             posterior=options.posterior,
+            precision=precision,
             device=device,
             lpips=None if options.vgg_weights is None else LPIPS(options.vgg_weights).to(device),
             features=None if weights is None else inception.Inception(weights, device).pool,
@@ -176,6 +181,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
         "tokenizer": options.tokenizer,
         "images": options.images,
         "num_images": len(images),
+        "precision": precision,
         "seeds": list(seeds),
         **inception.provenance(options.inception_weights),
         "vgg_weights": options.vgg_weights,

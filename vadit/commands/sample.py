@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from vadit.commands.arguments import parse
-from vadit.commands.common import Device, load_tokenizer, processes
+from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
 from vadit.config import DiTConfig, FlowSpec, SampleSpec
 from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
@@ -45,6 +45,8 @@ class SampleOptions(Checked):
     """Factor that the latents were trained with (SD-VAE: 0.18215)."""
     device: Device = "auto"
     """Device of both networks."""
+    precision: Arithmetic = "auto"
+    """Arithmetic of the generator; auto: tf32 on a GPU, as the authors' script, and fp32 on a CPU. Decoding is fp32."""
     sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
 
@@ -58,6 +60,7 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from vadit.latents.statistics import load_statistics
+    from vadit.runtime.precision import resolved
     from vadit.sampling.draw import own_groups, trained_classes
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
@@ -65,6 +68,7 @@ def run(arguments: list[str]) -> None:
     if options.guide and options.sampler.cfg_scale == 1:
         raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
     with processes(options.device) as device:
+        precision = resolved(options.precision, device, generator=True)
         generator = load_generator(options.generator, options.ema).to(device)
         guide = load_generator(options.guide, options.guide_ema).to(device) if options.guide else None
         if guide is not None:
@@ -112,13 +116,14 @@ def run(arguments: list[str]) -> None:
                 flow=options.flow,
                 guide=guide,
                 labels=options.classes or None,
+                precision=precision,
                 source={
                     name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
                 }
                 | {"origin": asdict(generator.origin)},
                 progress=progress,
             )
-    say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}")
+    say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")
 
 
 def _settings_of_run(path: str) -> dict[str, Any]:

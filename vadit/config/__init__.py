@@ -58,7 +58,9 @@ class TokenizerConfig:
     foundation: FoundationSpec = field(default_factory=FoundationSpec)
     loss: TokenizerLossSpec = field(default_factory=TokenizerLossSpec)
     optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(lr=1e-4, betas=(0.5, 0.9)))
-    engine: EngineSpec = field(default_factory=lambda: EngineSpec(ema_decays=(), max_grad_norm=0.0))
+    engine: EngineSpec = field(
+        default_factory=lambda: EngineSpec(tf32="convolutions", ema_decays=(), max_grad_norm=0.0)
+    )
     guard: GuardSpec = field(default_factory=GuardSpec)
     run: RunSpec = field(default_factory=lambda: RunSpec(batch_size=256, total_images=50 * 1_281_167))
     data: ImageDataSpec = field(default_factory=ImageDataSpec)

@@ -41,6 +41,8 @@ class EngineSpec(Checked, group="engine"):
     """ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     """fp32; bf16: bf16 weights with fp32 masters; autocast: fp32 weights, bf16 arithmetic (the authors')."""
+    tf32: Literal["none", "convolutions", "all"] = "none"
+    """What a GPU computes in TF32 of what is fp32. Tokenizers: convolutions, which is torch's default and theirs."""
     gradient_accumulation: Batch = 1
     """Micro-batches per optimizer step."""
     max_grad_norm: Weight = 1.0
@@ -152,6 +154,8 @@ class EvaluationSpec(Checked, group="evaluation"):
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
     steps: Annotated[int, Range(1, 1_000)] = 50
     """Steps of the sampler; an adaptive one gives way to Euler's."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Of a generator that draws; auto: tf32 on a GPU, fp32 on a CPU. All else is evaluated in fp32."""
     num_samples: Annotated[int, Range(2, 10**9)] = 1000
     """Samples that FID and KID are taken over; only comparable at the same number."""
     reference: PathName | None = None

@@ -7,8 +7,6 @@ arithmetic in fp32. The network is the protocol: features of torchvision's Incep
 
 import hashlib
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from vadit.models.pretrained import compare_published, read_weights
 from vadit.runtime.errors import UsageError, first_line
+from vadit.runtime.precision import computing
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -54,7 +53,8 @@ class Inception:
                 f"Inception needs uint8 images of shape (B, 3, H, W), found {images.dtype} {tuple(images.shape)}"
             )
         self._spatial.clear()
-        with _full_fp32():
+        # The protocol is fp32: no TF32 in convolutions and products, whatever the caller has set, and no autocast.
+        with computing("fp32", self.device), torch.autocast(self.device.type, enabled=False):
             pool, logits = self._network(images.to(self.device))
         spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return InceptionFeatures(pool, spatial, logits.softmax(dim=1))
@@ -100,17 +100,3 @@ def _load(weights: str | Path | None) -> Any:
         raise UsageError(
             f"{path} does not fit the Inception of 2015 ({first_line(error)}); take {WEIGHTS_FILE}"
         ) from None
-
-
-@contextmanager
-def _full_fp32() -> Iterator[None]:
-    """The protocol is fp32: no TF32 in convolutions and products, whatever the caller has set, and no autocast."""
-    matmul = torch.backends.cuda.matmul
-    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, convolution.fp32_precision
-    matmul.fp32_precision, convolution.fp32_precision = "ieee", "ieee"
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision, convolution.fp32_precision = before

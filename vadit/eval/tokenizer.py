@@ -18,6 +18,7 @@ from vadit.images.pixels import to_signed, to_uint8
 from vadit.models.autoencoder import Autoencoder
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.precision import Precision, as_computed, computing
 
 GROUP = 32  # images that the networks see together
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window in pixels (sigma 1.5)
@@ -107,6 +108,7 @@ def evaluate_tokenizer(
     features: Callable[[Tensor], Tensor] | None = None,
     posterior: Literal["sample", "mode"] = "sample",
     seed: int = 0,
+    precision: Precision = "fp32",
 ) -> tuple[int, dict[str, float]]:
     """Encode and decode uint8 images (B, 3, H, W) in batches of any size, and compare: their count, and means.
 
@@ -116,16 +118,19 @@ def evaluate_tokenizer(
     in these features (the paper: Inception's pool_3).
     `ids` names the images by their places in the whole set: a process's `share_of_images`, by default 0, 1, ...
     `lpips(x, y)` takes images in [-1, 1] and gives B values; `features(uint8 images)` gives (B, D). The autoencoder and
-    both functions are on `device` and in evaluation mode. Under a launcher every process gets the numbers of all.
+    both functions are on `device` and in evaluation mode; `precision` is the autoencoder's. Under a launcher every
+    process gets the numbers of all.
     """
     places: list[int] = []
     rows: list[Tensor] = []
     pairs: list[Tensor] = []
+    autoencoder = as_computed(autoencoder, precision)
     for number, group in enumerate(_groups(batches)):
         first = number * GROUP if ids is None else ids[number * GROUP]
         # The last bits of a convolution depend on how many images it gets: the last group is filled up.
         filled = torch.cat([group, group[-1:].expand(GROUP - len(group), -1, -1, -1)]).to(device)
-        decoded = reconstruct(autoencoder, filled, first, posterior=posterior, seed=seed)
+        with computing(precision, device):
+            decoded = reconstruct(autoencoder, filled, first, posterior=posterior, seed=seed)
         if decoded.shape != filled.shape:
             raise UsageError(
                 f"images of shape {tuple(group.shape)} came back as {(len(group), *decoded.shape[1:])}; "

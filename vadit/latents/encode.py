@@ -38,6 +38,7 @@ from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings
 from vadit.runtime.owner import owned
+from vadit.runtime.precision import Precision, as_computed, computing
 from vadit.runtime.reading import ReadFault
 from vadit.runtime.walk import visible
 
@@ -75,6 +76,7 @@ def encode(
     num_workers: int = ImageDataSpec.num_workers,
     decoder: Decoder | None = None,
     stats_samples: int = 0,
+    precision: Precision = "fp32",
     progress: Callable[[int], object] | None = None,
 ) -> EncodeSummary:
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
@@ -83,10 +85,10 @@ def encode(
     2,500 with DINOv2-L's features: 2.8 GB). `shard_size`: images in one, by default so many.
     `features`: a foundation model whose features of the images are stored beside the latents, for REPA.
     `decoder` says who decodes the images (default: Pillow, in num_workers threads, whose pixels are exact).
-    `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics).
-    `progress` is called with the images done so far over all processes (an estimate from this one's share). Up to
-    rounding the result does not depend on batch_size or the number of processes. UsageError where `out` holds latents
-    made with other settings; RunError where the disk is full.
+    `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics). `precision` is
+    the autoencoder's. `progress` is called with the images done so far over all processes (an estimate from this one's
+    share). Up to rounding the result does not depend on batch_size or the number of processes. UsageError where `out`
+    holds latents made with other settings; RunError where the disk is full.
     """
     out = Path(out)
     if shard_size is None:
@@ -94,9 +96,9 @@ def encode(
     joined = distributed.world_size() > 1 and not dist.is_initialized()
     if joined:  # for long, as the others wait while rank 0 reads all latents for statistics
         distributed.join("gloo", timedelta(days=1))
-    kept_seed = seed if store == "sample" else 0
-    kept = {"store": store, "dtype": dtype, "flip": flip, "seed": kept_seed, "shard_size": shard_size}
-    settings = _settings(autoencoder, images, features, **kept)
+    kept = {"store": store, "dtype": dtype, "flip": flip, "shard_size": shard_size, "precision": precision}
+    settings = _settings(autoencoder, images, features, seed=seed if store == "sample" else 0, **kept)
+    autoencoder = as_computed(autoencoder, precision)
     started = time.monotonic()
     parts = [range(len(images))[start : start + shard_size] for start in range(0, len(images), shard_size)]
     paths = [out / f"shard-{number:05d}.safetensors" for number in range(len(parts))]
@@ -174,13 +176,14 @@ def _rows(
 ) -> dict[str, Tensor]:
     """What is stored of a batch of images and of their mirror images, by name."""
     weight = next(autoencoder.parameters())
-    pixels = to_signed(batch.images.to(weight.device, non_blocking=True)).to(weight.dtype)
+    pixels = to_signed(batch.images.to(weight.device, non_blocking=True))
     rows = {"labels": batch.labels, "ids": batch.ids}
     for suffix, stream, seen in (("", "encode", pixels), ("_flip", "encode mirrored", pixels.flip(-1))):
         if suffix and not settings.flip:
             continue
-        posterior = autoencoder.encode(seen)
-        mean, std = posterior.mean.float(), posterior.std.float()
+        with computing(settings.precision, weight.device):
+            posterior = autoencoder.encode(seen)
+            mean, std = posterior.mean.float(), posterior.std.float()
         if settings.store == "moments":
             rows[f"moments{suffix}"] = torch.cat([mean, std], dim=1)
         else:

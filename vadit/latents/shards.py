@@ -27,6 +27,7 @@ from torch import Tensor
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
+from vadit.runtime.precision import Precision
 from vadit.runtime.reading import openable, patiently
 from vadit.runtime.safetensors_file import load_tensors, save_tensors
 from vadit.runtime.walk import visible
@@ -59,6 +60,7 @@ class LatentSettings:
     shard_size: int  # images per shard
     features: dict[str, Any] | None = None
     """What the foundation features are of (`vadit.latents.encode`); None where there are none."""
+    precision: Precision = "fp32"  # what the autoencoder computed in
 
 
 @dataclass(frozen=True)

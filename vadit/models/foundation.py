@@ -3,10 +3,8 @@
 The only file that imports timm. Shapes: B batch, H W image rows and columns, D feature width, h w the latent's grid.
 """
 
-import contextlib
 import difflib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.func import functional_call
 
 from vadit.config import FoundationSpec
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.precision import computing
 from vadit.runtime.torch_file import load_torch
 
 TIMM_NAMES = {
@@ -70,7 +69,7 @@ class FoundationModel(nn.Module):
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         if self.spec.input_range == "normalized":
             x = x * self.image_scale + self.image_offset
-        with _tf32(x.device):
+        with computing("tf32", x.device):  # fp32 would take longer on a GPU than the step that it serves
             (features,) = self.model.forward_intermediates(
                 x, indices=[-1], norm=True, output_fmt="NCHW", intermediates_only=True
             )
@@ -92,18 +91,6 @@ class FoundationModel(nn.Module):
                 f"foundation model {self.spec.name} does not take images of {self.input_size} pixels "
                 f"({first_line(error)}); set another --foundation.name"
             ) from None
-
-
-@contextlib.contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    """Products in TF32 on a GPU: true fp32 takes several times as long there, longer than the generator's own step."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class ImageSummary(nn.Module):

@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from vadit.runtime import alone, launcher
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.precision import allow_tf32
 
 T = TypeVar("T")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -60,7 +61,7 @@ def device(choice: str = "auto") -> torch.device:
             f"LOCAL_RANK is {index} where torch sees {count} GPU(s); let each process see all, and start one per GPU"
         )
     torch.cuda.set_device(index)
-    torch.set_float32_matmul_precision("highest")  # fp32 is fp32: some containers make it TF32 for all
+    allow_tf32("none")  # fp32 is fp32, unless a run says otherwise (engine.tf32)
     return torch.device("cuda", index)
 
 

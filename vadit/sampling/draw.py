@@ -18,6 +18,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import Origin
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import UsageError
+from vadit.runtime.precision import Precision, as_computed, computing
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
 GROUP = 64  # samples that are computed together: index i belongs to group i // 64
@@ -90,16 +91,18 @@ def draw(
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
+    precision: Precision = "fp32",
 ) -> Iterator[Drawn]:
-    """This process's share of samples 0..num_samples-1, a group at a time, on the model's device.
+    """This process's share of samples 0..num_samples-1, a group at a time, on the model's device; latents in fp32.
 
     model: a LightningDiT, or callable (x, t, labels) with its num_classes and the latent's shape in its spec.
     guide: a weaker generator for autoguidance, instead of the null label. labels: a list that is used over and over.
     """
     check_request(model, spec, flow, labels, guide)
+    model, guide = (as_computed(network, precision) for network in (model, guide))
     for group in own_groups(num_samples):
         count = num_samples - group.start
-        indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels)
+        indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels, precision)
         yield Drawn(indices[:count], latents[:count], drawn_labels[:count])
 
 
@@ -110,25 +113,32 @@ def own_groups(num_samples: int) -> Iterator[range]:
 
 
 def draw_group(
-    model: Any, spec: SampleSpec, indices: range, flow: FlowSpec | None, guide: Any, fixed_labels: Sequence[int] | None
+    model: Any,
+    spec: SampleSpec,
+    indices: range,
+    flow: FlowSpec | None,
+    guide: Any,
+    fixed_labels: Sequence[int] | None,
+    precision: Precision,
 ) -> Drawn:
-    """The samples `indices`, computed together."""
+    """The samples `indices`, computed together; the networks are `as_computed` in this precision."""
     device = device_of(model)
     shape = (model.spec.in_channels, model.spec.input_size, model.spec.input_size)
     labels = sample_labels(indices, spec.seed, trained_classes(model), spec.labels, fixed_labels).to(device)
     noise = rng.normal(rng.fold(spec.seed, "x0"), indices, shape).to(device)
-    if spec.method == "ddpm":
-        latents = sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
-    elif spec.method == "euler_maruyama":
-        latents = sample_sde(model, noise, labels, spec, flow=flow, guide=guide, indices=indices)
-    else:
-        latents = sample_ode(model, noise, labels, spec, flow=flow, guide=guide)
+    with computing(precision, device):
+        if spec.method == "ddpm":
+            latents = sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
+        elif spec.method == "euler_maruyama":
+            latents = sample_sde(model, noise, labels, spec, flow=flow, guide=guide, indices=indices)
+        else:
+            latents = sample_ode(model, noise, labels, spec, flow=flow, guide=guide)
     return Drawn(list(indices), latents, labels)
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Images uint8 (n, 3 or 1, H, W) of latents (n, C, h, w) as the decoder takes them, some at a time."""
-    with evaluation(autoencoder):
+    """Images uint8 (n, 3 or 1, H, W) of latents (n, C, h, w) as the decoder takes them, some at a time, in fp32."""
+    with evaluation(autoencoder), computing("fp32", latents.device):
         return torch.cat([to_uint8(autoencoder.decode(part)) for part in latents.split(DECODE_BATCH)])
 
 

@@ -174,10 +174,10 @@ def sample_ddpm(
             times = _fill(x, float(timesteps[step]))
             t = torch.tensor(1 - timesteps[step] / ddpm.NUM_STEPS)
             if guidance.active(t):
-                strong_output, weak_output = _both(predict, weak, x, times, labels, model.num_classes)
-                output = guidance.combine(t, strong_output, weak_output, x.shape[1])
+                strong_and_weak = _both(predict, weak, x, times, labels, model.num_classes)
+                output = guidance.combine(t, *strong_and_weak, x.shape[1])
             else:
-                output = predict(x, times, labels)
+                output = predict(x, times, labels).to(x.dtype)
             kick = _step_noise(spec.seed, step, indices, x) if step else torch.zeros_like(x)
             x = ddpm.ancestral_step(schedule, output, x, step, kick)
         return x
@@ -199,8 +199,7 @@ class _Field:
         return self.guidance.combine(t, strong, weak, x.shape[1])
 
     def strong_and_weak(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        strong, weak = _both(self.model, self.guidance.guide, x, times, self.labels, self.model.num_classes)
-        return strong.to(x.dtype), weak.to(x.dtype)
+        return _both(self.model, self.guidance.guide, x, times, self.labels, self.model.num_classes)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         return to_velocity(self.flow.path, self.flow.prediction, self.output(x, t), x, _fill(x, t))
@@ -270,11 +269,15 @@ def _dopri5(model: Any, noise: Tensor, labels: Tensor, guidance: Guidance, flow:
 def _both(
     strong: Network, weak: Network | None, x: Tensor, times: Tensor, labels: Tensor, null_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Conditional output and the one to guide away from: in one pass of 2B rows, or from a network of its own."""
+    """Conditional output and the one to guide away from: in one pass of 2B rows, or from a network of its own.
+
+    Both in x's type, that of the solver's sums, whatever the networks compute in.
+    """
     if weak is not None:
-        return strong(x, times, labels), weak(x, times, labels)
+        return strong(x, times, labels).to(x.dtype), weak(x, times, labels).to(x.dtype)
     null = torch.full_like(labels, null_label)
-    conditional, other = strong(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null])).chunk(2)
+    output = strong(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null])).to(x.dtype)
+    conditional, other = output.chunk(2)
     return conditional, other
 
 
@@ -294,7 +297,9 @@ def _fill(x: Tensor, t: Tensor | float) -> Tensor:
 
 def _step_noise(seed: int, step: int, indices: Sequence[int] | None, x: Tensor) -> Tensor:
     indices = range(len(x)) if indices is None else indices
-    return rng.normal(rng.fold(seed, "step", step), indices, x.shape[1:]).to(x)
+    noise = rng.normal(rng.fold(seed, "step", step), indices, x.shape[1:])
+    # a GPU takes pinned memory as it comes to it; for other memory the host would wait until all before is done
+    return (noise.pin_memory() if x.device.type == "cuda" else noise).to(x, non_blocking=True)
 
 
 @contextmanager

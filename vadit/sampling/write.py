@@ -22,6 +22,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, save_json, saved_file
 from vadit.runtime.json_files import checked, read_json
 from vadit.runtime.owner import owned
+from vadit.runtime.precision import Precision, as_computed
 from vadit.sampling.draw import (
     check_request,
     decode,
@@ -59,16 +60,17 @@ def write_samples(
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
+    precision: Precision = "fp32",
     source: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SampleFiles:
     """Draw and decode samples 0..num_samples-1 into out/images/000000.png ..., out/samples.npz and out/grid.png.
 
     z * std / multiplier + mean (LatentDataset's statistics, (C,) or (1, C, 1, 1)) is what the decoder gets. Files are
-    whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, flow, labels, statistics and
-    hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a reader. Each
-    process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how many of this
-    process's images are there.
+    whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, precision, flow, labels,
+    statistics and hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a
+    reader. Each process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how
+    many of this process's images are there. Decoding is fp32 in every `precision`.
 
     Raises:
         UsageError: the folder holds samples of other weights or settings, or more images.
@@ -86,10 +88,12 @@ def write_samples(
         "num_classes": model.num_classes,
         "classes": None if len(classes) == model.num_classes else classes.tolist(),
         "autoguidance": guide is not None,
+        "precision": precision,
         "multiplier": multiplier,
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
     }
+    model, guide = (as_computed(network, precision) for network in (model, guide))
     mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
     with owned(out, "set --out to another folder"):
@@ -99,7 +103,7 @@ def write_samples(
             wanted = [index for index in group if index < num_samples]
             missing = [index for index in wanted if not _is_whole(_png(out, index))]
             if missing:
-                latents = draw_group(model, spec, group, flow, guide, labels).latents
+                latents = draw_group(model, spec, group, flow, guide, labels, precision).latents
                 if not latents.isfinite().all():  # they would become black images, and a number
                     raise RunError(
                         f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the "
@@ -159,11 +163,15 @@ def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], n
     remedy = "set --out to another folder, or delete this one"
     noted = read_json(file, dict[str, Any], remedy=f"it is damaged: {remedy}")
     noted.pop("source", None)
+    noted.setdefault("precision", "fp32")  # there was no other
     weights = noted.get("weights")
     for network, old in weights.items() if isinstance(weights, dict) else ():
         if old != (now := settings["weights"].get(network, old)):
             raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
-    refuse_other_settings(out, "samples", noted, settings, remedy)
+    precision = f"set --precision {noted['precision']}, or --out to another folder"
+    refuse_other_settings(
+        out, "samples", noted, settings, lambda found: precision if found.name == "precision" else remedy
+    )
     _check_images(out, num_samples)
 
 

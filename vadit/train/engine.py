@@ -18,6 +18,7 @@ from torch import nn
 
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed, launcher
+from vadit.runtime.precision import allow_tf32
 from vadit.train import optimizers
 from vadit.train.layout import Piece, cut_each, cut_row
 
@@ -148,6 +149,8 @@ class Engine:
         forward: Callable[..., Any] | None = None,
     ) -> None:
         start(device)
+        if device.type == "cuda":
+            allow_tf32(spec.tf32)
         import deepspeed
 
         if forward is not None:

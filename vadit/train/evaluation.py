@@ -36,6 +36,7 @@ from vadit.models.pretrained import Origin
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.precision import Precision, computing, resolved
 from vadit.runtime.run_log import RunLog
 from vadit.runtime.spread import spread
 from vadit.sampling.draw import decode, draw, null_is_untrained, sampler_name, spare_points
@@ -64,6 +65,7 @@ class Evaluation:
     def __init__(self, spec: EvaluationSpec, ema: ShardedEMA, folder: Path) -> None:
         self._ema, self._folder, self._device = ema, folder, ema.engine.device
         self.every_images = spec.every_images
+        self.precision: Precision = "fp32"  # of the network
         self.failures = 0  # evaluations that failed in this start of the run
 
     def network(self) -> nn.Module:
@@ -81,7 +83,7 @@ class Evaluation:
     def run(self, position: Position, log: RunLog, beat: Beat) -> None:
         """Evaluate, and log what was found; `beat` is called now and then. Collective."""
         begin = time.perf_counter()
-        line: dict[str, Any] = {"images": position.images_seen, "step": position.step}
+        line: dict[str, Any] = {"images": position.images_seen, "step": position.step, "precision": self.precision}
         picture = None
         for decay in [*self._ema.shards][:1]:
             share = start_share(position.step, decay, self._ema.engine.spec.ema_warmup)
@@ -114,7 +116,8 @@ class Evaluation:
                 own.pop(name).copy_(value)
         assert not own, f"the network that is trained has no {min(own)}"
         beat()
-        made: Made = self._together(lambda: self.make(network, beat))
+        with computing("fp32", self._device):
+            made: Made = self._together(lambda: self.make(network, beat))
         parts = distributed.all_gathered(made)
         beat()
         features = {index: row for part in parts for index, row in part.features.items()}
@@ -165,6 +168,7 @@ class Samples(Evaluation):
         super().__init__(spec, ema, folder)
         self._config, self._dataset = config, dataset
         self._sampler = quick_sampler(config.sample, spec)
+        self.precision = resolved(spec.precision, self._device, generator=True)
         if null_is_untrained(config.model, self._sampler):  # the trainer has said so
             self._sampler = dataclasses.replace(self._sampler, cfg_scale=1.0)
         self._scorer: SampleScorer | None = None
@@ -192,11 +196,9 @@ class Samples(Evaluation):
         config, spec = self._config, self._config.evaluation
         scored = spec.num_samples if self._scorer is not None else 0
         count, drawn = max(scored, spec.grid_images), []
-        # The arithmetic of training: fp32 would take several times as long on a GPU.
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
-            for part in draw(network, self._sampler, num_samples=count, flow=config.flow):
-                drawn.append(part)
-                beat()
+        for part in draw(network, self._sampler, num_samples=count, flow=config.flow, precision=self.precision):
+            drawn.append(part)
+            beat()
         made = Made({}, {})
         for part in drawn:
             pixels = decode(self._autoencoder, self._dataset.denormalize(part.latents))

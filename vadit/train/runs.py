@@ -48,8 +48,8 @@ _FREE = (
     "peak_tflops",
     "device",
 )
-# How the work is spread over processes: a checkpoint serves all of it.
-_FREE_ENGINE = ("zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
+# How the work is spread over processes, and rounding that only GPUs have: a checkpoint serves all of it.
+_FREE_ENGINE = ("tf32", "zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
 _FREE_DATA = ("path", "images", "num_workers")
 _PROJECTION = ("linear_proj.", "projector.")
 

@@ -1,0 +1,150 @@
+"""What fp32, TF32 and bf16 mean, and who computes in what: seen from inside the networks."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from latent_files import TOKENIZER, write_images
+from model_help import randomised
+from torch import nn
+
+from vadit.config import DiTSpec, FlowSpec, FoundationSpec, SampleSpec
+from vadit.eval.tokenizer import evaluate_tokenizer
+from vadit.latents.encode import encode
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.dit import LightningDiT
+from vadit.models.foundation import FoundationModel
+from vadit.runtime import precision
+from vadit.runtime.errors import UsageError
+from vadit.runtime.precision import allow_tf32, computing, resolved
+from vadit.sampling.draw import decode, draw
+from vadit.sampling.write import write_samples
+
+PIXELS = torch.arange(2 * 3 * 16 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(2, 3, 16, 16)
+
+
+def _state() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions may be TF32, as torch's own code asks."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def _record(network: nn.Module) -> list[tuple[tuple[bool, bool], torch.dtype]]:
+    """What each part of a network with weights of its own sees while it runs, and the type of its weights."""
+    seen: list[tuple[tuple[bool, bool], torch.dtype]] = []
+    for part in network.modules():
+        if [*part.parameters(recurse=False)]:
+            part.register_forward_hook(lambda part, *_: seen.append((_state(), next(part.parameters()).dtype)))
+    return seen
+
+
+@pytest.fixture
+def _gpu(monkeypatch):
+    """A device that has TF32, in the midst of a training that allows it to convolutions alone."""
+    monkeypatch.setattr(precision, "_has_tf32", lambda device: True)
+    allow_tf32("convolutions")
+    yield
+    allow_tf32("convolutions")  # torch's default
+
+
+def test_a_block_computes_as_it_says_and_leaves_what_was(_gpu):
+    wanted = {"fp32": (False, False), "tf32": (True, True), "bf16": (False, False)}
+    for outer, inner in (("fp32", "tf32"), ("tf32", "bf16"), ("bf16", "fp32")):
+        with computing(outer, "cuda"):
+            assert _state() == wanted[outer]
+            with pytest.raises(KeyError), computing(inner, "cuda"):
+                assert _state() == wanted[inner]
+                raise KeyError
+            assert _state() == wanted[outer]
+        assert _state() == (False, True)
+    allow_tf32("none")
+    assert _state() == (False, False) and resolved("auto", torch.device("cuda"), generator=True) == "tf32"
+
+
+def test_a_cpu_has_no_tf32():
+    cpu = torch.device("cpu")
+    with computing("tf32", cpu):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert resolved("auto", cpu, generator=True) == "fp32" == resolved("auto", torch.device("cuda"))
+    pytest.raises(UsageError, resolved, "tf32", cpu).match("--precision fp32 or bf16")
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "tf32", "bf16"])
+def test_each_network_computes_in_its_own_precision(chosen, tmp_path: Path, _gpu):
+    autoencoder = Autoencoder(TOKENIZER).eval()
+    foundation = FoundationModel(FoundationSpec(name="test_vit", weights="random"), 2)
+    spec = DiTSpec(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=2)
+    generator = randomised(LightningDiT(spec))
+    allowed, dtype = chosen == "tf32", torch.bfloat16 if chosen == "bf16" else torch.float32
+    own, fp32, tf32 = {((allowed, allowed), dtype)}, {((False, False), torch.float32)}, {((True, True), torch.float32)}
+    networks = {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder}
+    networks |= {"generator": generator, "foundation": foundation.model}
+    seen = {name: _record(network) for name, network in networks.items()}
+
+    def found(name: str) -> set:
+        values = set(seen[name])
+        seen[name].clear()
+        return values
+
+    (part,) = draw(generator, SampleSpec(num_steps=2, cfg_scale=2.0), num_samples=2, precision=chosen)
+    assert found("generator") == own and part.latents.dtype == torch.float32
+    decode(autoencoder, torch.zeros(2, autoencoder.spec.latent_channels, 4, 4))
+    assert found("decoder") == fp32
+    images = write_images(tmp_path / "images")
+    encode(autoencoder, images, tmp_path / "out", batch_size=4, num_workers=1, features=foundation, precision=chosen)
+    assert found("encoder") == own and found("foundation") == tf32
+    evaluate_tokenizer(autoencoder, [PIXELS], precision=chosen)
+    assert found("encoder") == own == found("decoder")
+    assert _state() == (False, True) and next(autoencoder.parameters()).dtype == torch.float32
+
+
+class _Rounded(nn.Module):
+    """A bf16 network whose output is fp32 before a solver sees it."""
+
+    def __init__(self, network: LightningDiT) -> None:
+        super().__init__()
+        self.network, self.spec, self.num_classes = copy.deepcopy(network).bfloat16(), network.spec, 2
+
+    def forward(self, x, t, labels, **options):
+        assert x.dtype == t.dtype == torch.float32
+        return self.network(x, t, labels, **options).float()
+
+    def forward_with_variance(self, x, t, labels):
+        return self(x, t, labels, with_variance=True)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "euler_maruyama", "ddpm"])
+@pytest.mark.parametrize("guided", ["null label", "network"])
+def test_a_bf16_network_leaves_state_and_sums_in_fp32(method, guided):
+    spec = DiTSpec(input_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=2, learn_sigma=True)
+    network, flow = randomised(LightningDiT(spec)), FlowSpec(objective="ddpm" if method == "ddpm" else "flow")
+    sampler = SampleSpec(method=method, num_steps=4, cfg_scale=2.0, cfg_interval=(0.5, 1.0), cfg_channels=3, rtol=0.1)
+    drawn = []
+    for model, chosen in ((network, "bf16"), (_Rounded(network), "fp32"), (network, "fp32")):
+        guide = model if guided == "network" else None
+        (part,) = draw(model, sampler, num_samples=2, flow=flow, guide=guide, precision=chosen)
+        drawn.append(part.latents)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert (drawn[0] - drawn[2]).abs().max() < 0.1 * drawn[2].abs().max()
+
+
+def test_a_folder_holds_samples_of_one_precision(tmp_path: Path):
+    spec = DiTSpec(input_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+    torch.manual_seed(0)
+    model, autoencoder, sampler = randomised(LightningDiT(spec)), Autoencoder(TOKENIZER).eval(), SampleSpec(num_steps=3)
+
+    def write(out: Path, num_samples: int, chosen: precision.Precision) -> None:
+        mean, std = torch.zeros(3), torch.ones(3)
+        write_samples(out, model, autoencoder, sampler, num_samples=num_samples, mean=mean, std=std, precision=chosen)
+
+    write(tmp_path, 2, "fp32")
+    refused = r"made with precision 'fp32', .* 'bf16'; set --precision fp32, or --out to another folder"
+    pytest.raises(UsageError, write, tmp_path, 3, "bf16").match(refused)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.pop("precision") == "fp32"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))  # as it was before there were others
+    write(tmp_path, 3, "fp32")
+    pytest.raises(UsageError, write, tmp_path, 4, "bf16")
+    write(tmp_path / "bf16", 2, "bf16")
+    assert (tmp_path / "bf16" / "grid.png").read_bytes() != (tmp_path / "grid.png").read_bytes()
