@@ -351,7 +351,7 @@ def test_mdt_trains_with_ddpm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mask", "kind"), [(SMALL_MASKDIT, MaskDiT), (MDT_MASK, MDT)])
 def test_a_run_is_exported_and_drawn_from_and_begun_from(mask: MaskSpec, kind: type, tmp_path: Path) -> None:
     run = dit.train(config(tmp_path / "run", mask, steps=2))
-    export.export_run(run, tmp_path / "out")
+    export.load_network(run).save_pretrained(tmp_path / "out")
     networks = [export.load_generator(run), export.load_generator(tmp_path / "out")]
     assert all(type(network) is kind for network in networks)
     spec = networks[0].spec

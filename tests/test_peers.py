@@ -228,7 +228,7 @@ def test_float8_trains_near_bf16_and_exports_alike(
             key: (value.shape, value.dtype) for key, value in expected.items()
         }
     assert not converted(export.load_generator(tmp_path / "float8"))
-    export.export_run(tmp_path / "float8", tmp_path / "exported")
+    export.load_network(tmp_path / "float8").save_pretrained(tmp_path / "exported")
     LightningDiT.from_pretrained(tmp_path / "exported")
 
 

@@ -183,7 +183,7 @@ def test_all_terms_train_go_on_to_the_bit_and_leave_no_projector(tmp_path: Path)
         assert 0 < line["alignment"] < 2 and line["dispersive"] <= 0
     fresh = trainer.training_network(whole, 16)
     assert not torch.equal(weights["projector.0.weight"], fresh.state_dict()["projector.0.weight"])
-    export.export_run(tmp_path / "whole", tmp_path / "exported")
+    export.load_network(tmp_path / "whole").save_pretrained(tmp_path / "exported")
     assert not any(name.startswith("projector.") for name in export.load_generator(tmp_path / "exported").state_dict())
     # the projector starts anew
     trainer.train(vary(whole, run={"out": str(tmp_path / "on"), "init_from": str(tmp_path / "exported")}))

@@ -186,7 +186,7 @@ def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch) -> Non
     final, _ = runs.read_weights(tmp_path)
     final.pop("linear_proj.weight")
     assert same(export.load_autoencoder(tmp_path).state_dict(), final)
-    export.export_run(tmp_path, tmp_path / "exported")
+    export.load_network(tmp_path).save_pretrained(tmp_path / "exported")
     assert same(Autoencoder.from_pretrained(tmp_path / "exported").state_dict(), final)
 
 

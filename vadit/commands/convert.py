@@ -1,14 +1,11 @@
 """vadit import and vadit export: checkpoints between vadit and others' code."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.config import DiTConfig
-from vadit.config.files import load_run_config
-from vadit.config.ranges import Checked, Decay, PathName, Side, Width
+from vadit.config.ranges import Checked, Decay, PathName, Width
 from vadit.runtime.console import say
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
@@ -25,8 +22,6 @@ class ImportOptions(Checked):
     """Folder to write."""
     num_heads: Width | None = None
     """Attention heads of a generator whose tensors do not show them (neither RoPE nor QK-norm)."""
-    attention_resolution: Side | None = None
-    """Feature-map side of a tokenizer's attention, where its tensors do not show it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,7 @@ def import_command(options: ImportOptions) -> None:
     from vadit.runtime.owner import owned
 
     check_output("--out", options.out)
-    model = load_foreign(options.source, num_heads=options.num_heads, attention_resolution=options.attention_resolution)
+    model = load_foreign(options.source, num_heads=options.num_heads)
     with owned(options.out, "set another --out"):
         model.save_pretrained(options.out)
     is_tokenizer = isinstance(model, Autoencoder)
@@ -62,22 +57,17 @@ def import_command(options: ImportOptions) -> None:
 
 def export_command(options: ExportOptions) -> None:
     """Write a run's network, or turn an exported one into the authors' format."""
-    from vadit.models.interop import export_reference, save_reference
-    from vadit.models.pretrained import WEIGHTS_NAME
+    from vadit.models.interop import save_reference
     from vadit.runtime.owner import owned
-    from vadit.train.checkpoint.export import export_run, load_autoencoder, load_generator
+    from vadit.train.checkpoint.export import is_exported, load_network
 
     check_output("--out", options.out, folder=options.format == "vadit")
-    exported = (Path(options.run) / WEIGHTS_NAME).is_file()
-    if exported and options.format == "vadit":
+    if options.format == "vadit" and is_exported(options.run):
         raise UsageError(f"{options.run} is exported already; name a run, or set --format reference")
-    if exported:
-        export_reference(options.run, options.out)
-    elif options.format == "vadit":
-        with owned(options.out, "set another --out"):
-            export_run(options.run, options.out, options.ema)
-    elif isinstance(load_run_config(options.run), DiTConfig):
-        save_reference(load_generator(options.run, options.ema), options.out)
+    model = load_network(options.run, options.ema)
+    if options.format == "reference":
+        save_reference(model, options.out)
     else:
-        save_reference(load_autoencoder(options.run, options.ema or None), options.out)
+        with owned(options.out, "set another --out"):
+            model.save_pretrained(options.out)
     say(options.out)

@@ -22,7 +22,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
 from vadit.models.interop_diffusers import DiffusersSettings
 from vadit.models.masked import MaskedDiT
-from vadit.models.pretrained import WEIGHTS_NAME, bare_state, build_model, read_mapping, read_safetensors
+from vadit.models.pretrained import bare_state, build_model, read_mapping
 from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError, naming
 from vadit.runtime.files import saved_file
@@ -48,15 +48,14 @@ def load_reference_dit(source: Source, *, num_heads: int | None = None) -> Light
     return build_model(lambda: LightningDiT(spec), state, origin)
 
 
-def load_reference_autoencoder(source: Source, *, attention_resolution: int | None = None) -> Autoencoder:
+def load_reference_autoencoder(source: Source) -> Autoencoder:
     """A tokenizer from the authors' file (or what it holds): {"state_dict": ...}; loss and foundation model dropped.
 
-    Which levels attend is read off the tensors. `attention_resolution` is the feature-map side of the lowest of them;
-    it fixes the image size of the spec, which otherwise is 256. Float32, on the CPU, in evaluation mode.
+    Its image size is given as 256, at which the authors count. Float32, on the CPU, in evaluation mode.
     """
     state, origin = _read(source, AUTOENCODER_MARK)
     with naming(origin):
-        spec = infer_autoencoder_spec(state, attention_resolution)
+        spec = infer_autoencoder_spec(state)
     return build_model(lambda: Autoencoder(spec), state, origin)
 
 
@@ -73,7 +72,7 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     return build_model(lambda: Autoencoder(spec), state, str(file)), settings
 
 
-def load_foreign(source: str | Path, *, num_heads: int | None = None, attention_resolution: int | None = None) -> Model:
+def load_foreign(source: str | Path, *, num_heads: int | None = None) -> Model:
     """The network in a file of the authors or in diffusers' AutoencoderKL, whichever is there."""
     if interop_diffusers.find(source) is None:
         state, _ = bare_state(read_mapping(source), DIT_MARK, AUTOENCODER_MARK, interop_diffusers.MARK)
@@ -85,7 +84,7 @@ def load_foreign(source: str | Path, *, num_heads: int | None = None, attention_
                 f"{AUTOENCODER_MARK}); name a checkpoint of the authors, or an AutoencoderKL of diffusers"
             )
         if interop_diffusers.MARK not in state:
-            return load_reference_autoencoder(source, attention_resolution=attention_resolution)
+            return load_reference_autoencoder(source)
     return load_diffusers_autoencoder(source)[0]
 
 
@@ -101,13 +100,6 @@ def save_reference(model: Model, path: str | Path) -> None:
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     with saved_file(Path(path)) as partial:
         torch.save({"ema" if isinstance(model, LightningDiT) else "state_dict": state}, partial)
-
-
-def export_reference(folder: str | Path, out: str | Path) -> None:
-    """Turn a folder with config.json and model.safetensors, of either kind, into one of the authors' files."""
-    state = read_safetensors(Path(folder) / WEIGHTS_NAME) if (Path(folder) / WEIGHTS_NAME).is_file() else {}
-    kind: type[LightningDiT] | type[Autoencoder] = LightningDiT if DIT_MARK in state else Autoencoder
-    save_reference(kind.from_pretrained(folder), out)
 
 
 def _read(source: Source, mark: str) -> tuple[State, str]:
@@ -204,11 +196,7 @@ def _infer_heads(state: State, hidden: int, num_heads: int | None) -> int:
 
 
 def infer_autoencoder_spec(
-    state: State,
-    attention_resolution: int | None = None,
-    *,
-    norm_groups: int = AutoencoderSpec.norm_groups,
-    image_size: int | None = None,
+    state: State, *, norm_groups: int = AutoencoderSpec.norm_groups, image_size: int = 256
 ) -> AutoencoderSpec:
     """Every hyper-parameter of a tokenizer from its tensors, but for the number of groups of its GroupNorms."""
     base, in_channels, _, _ = _shape(state, AUTOENCODER_MARK, 4)
@@ -221,9 +209,6 @@ def infer_autoencoder_spec(
             raise UsageError(f"tensor {name} is {width} wide, needed is a multiple of {base}")
         multipliers.append(width // base)
     attending = [level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in state]
-    image_size = image_size or 256  # the side at which the authors count attention resolutions
-    if attention_resolution is not None and attending:
-        image_size = attention_resolution << attending[-1]
     return AutoencoderSpec(
         image_size=image_size,
         in_channels=in_channels,

@@ -50,9 +50,9 @@ class DiffusersSettings:
     shift_factor: _Number | None = None  # what is subtracted from latents before that (Stable Diffusion 3, FLUX)
 
     @property
-    def image_size(self) -> int | None:
-        """`sample_size` as one number."""
-        return self.sample_size[0] if isinstance(self.sample_size, list) else self.sample_size
+    def image_size(self) -> int:
+        """`sample_size` as one number; 256 where it is not said."""
+        return self.sample_size[0] if isinstance(self.sample_size, list) else self.sample_size or 256
 
     def advice(self) -> str:
         """How a generator's run gets the scale that its publishers used, in one line; empty where nothing is known."""

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from vadit.config import DiTConfig, TokenizerConfig
 from vadit.config.files import load_run_config
@@ -13,9 +11,9 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
 from vadit.models.interop import load_foreign
 from vadit.models.masked import build_generator, load_exported
-from vadit.models.pretrained import TRAINING_ONLY, WEIGHTS_NAME, Origin, build_model
+from vadit.models.pretrained import CONFIG_NAME, TRAINING_ONLY, WEIGHTS_NAME, Origin, build_model
 from vadit.runtime.errors import UsageError
-from vadit.runtime.json_files import checked
+from vadit.runtime.json_files import checked, read_json
 from vadit.train import runs
 from vadit.train.checkpoint import publish
 from vadit.train.ema import start_share
@@ -28,7 +26,7 @@ def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
 
     Others': a file of the authors, or an AutoencoderKL of diffusers.
     """
-    if _is_exported(path):
+    if is_exported(path):
         model = Autoencoder.from_pretrained(path)
     elif interop_diffusers.find(path) or Path(path).is_file():
         if not isinstance(foreign := load_foreign(path), Autoencoder):
@@ -49,7 +47,7 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     From a run comes the average with decay `ema`, by default the run's first, or the plain weights where the run
     averages nothing or `ema` is 0.
     """
-    if _is_exported(path):
+    if is_exported(path):
         model = load_exported(path)
         if ema not in (None, known := model.origin.ema):
             raise UsageError(
@@ -66,15 +64,17 @@ def load_generator(path: str | Path, ema: float | None = None) -> LightningDiT:
     return model
 
 
-def export_run(run: str | Path, out: str | Path, ema: float | None = None) -> None:
-    """Write a run's network as one safetensors file with its config beside it."""
-    config = load_run_config(run)
-    with torch.no_grad():
-        network = load_generator(run, ema) if isinstance(config, DiTConfig) else load_autoencoder(run, ema or None)
-    network.save_pretrained(out)
+def load_network(path: str | Path, ema: float | None = None) -> Autoencoder | LightningDiT:
+    """The tokenizer or the generator of a run or of an exported folder; `ema` as of those, 0 for plain weights."""
+    if is_exported(path):
+        is_generator = "depth" in read_json(Path(path) / CONFIG_NAME, dict[str, Any])
+    else:
+        is_generator = isinstance(load_run_config(path), DiTConfig)
+    return load_generator(path, ema) if is_generator else load_autoencoder(path, ema or None)
 
 
-def _is_exported(path: str | Path) -> bool:
+def is_exported(path: str | Path) -> bool:
+    """Whether it is a folder of `save_pretrained`."""
     return (Path(path) / WEIGHTS_NAME).is_file()
 
 
