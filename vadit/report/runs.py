@@ -15,6 +15,7 @@ from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
 from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
 from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.files import flat
 from vadit.runtime.json_files import read_json
 
 HEADLINE = "lightningdit-xl-64ep"
@@ -222,23 +223,15 @@ def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:
 
 def different_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows (setting, value in each run) of what differs between the configs of runs of one kind."""
-    flat = []
+    every = []
     for run in runs:
         try:
-            flat.append(_flat(read_json(run.folder / "config.json", dict[str, Any])))
+            every.append(flat(read_json(run.folder / "config.json", dict[str, Any])))
         except RunError:  # there is none, or it is damaged
-            flat.append({})
+            every.append({})
     rows = []
-    for name in dict.fromkeys(name for values in flat for name in values):
-        values = tuple(json.dumps(each[name]) if name in each else "-" for each in flat)
+    for name in dict.fromkeys(name for values in every for name in values):
+        values = tuple(json.dumps(each[name]) if name in each else "-" for each in every)
         if len(set(values)) > 1 and name != "run.out" and not name.startswith("paper."):
             rows.append((name, *values))
     return rows
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested settings by their dotted names."""
-    found: dict[str, object] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found

@@ -150,16 +150,12 @@ class Difference(NamedTuple):
     new: Any
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Difference | None:
-    """The first setting, in depth, that differs between two nested mappings; None counts as missing."""
-    for name in (*old, *(name for name in new if name not in old)):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            if (inner := first_difference(before, after, f"{prefix}{name}.")) is not None:
-                return inner
-        elif before != after:
-            return Difference(prefix + name, before, after)
-    return None
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def refuse_other_settings(
@@ -167,10 +163,15 @@ def refuse_other_settings(
 ) -> None:
     """UsageError where `place` holds `what` ("a run", "samples") that was made with other settings; names the first.
 
-    old: what was kept. new: the settings of now. Both are compared as JSON holds them.
+    old: what was kept. new: the settings of now. Both are compared as JSON holds them, None as what is missing.
     """
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
-    if (found := first_difference(*(json.loads(json.dumps(each)) for each in (old, new)))) is not None:
-        before, now, advice = short(found.old), short(found.new), remedy if isinstance(remedy, str) else remedy(found)
-        raise UsageError(f"{place} holds {what} made with {found.name} {before}, this command says {now}; {advice}")
+    before, now = (flat(json.loads(json.dumps(each))) for each in (old, new))
+    for found in (Difference(name, before.get(name), now.get(name)) for name in (*before, *now)):
+        if found.old != found.new:
+            advice = remedy if isinstance(remedy, str) else remedy(found)
+            raise UsageError(
+                f"{place} holds {what} made with {found.name} {short(found.old)}, this command says "
+                f"{short(found.new)}; {advice}"
+            )
