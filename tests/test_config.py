@@ -45,7 +45,6 @@ repa.projector_width mask.decoder_depth"""
         ("engine.ema_decays", (-0.1,), ()),
         ("guard.spike_factor", 1.0, 1.1),
         ("guard.spike_factor", -2.0, 0.0),
-        ("guard.jump_factor", 1.0, 1.1),
         ("guard.spike_window", 7, 8),
         ("guard.max_rollbacks", -1, 0),
         ("guard.rollback_lr_factor", 0.0, 0.1),

@@ -127,24 +127,6 @@ def test_guard_state_is_plain_and_goes_on_the_same(tmp_path: Path) -> None:
     assert shorter.state_dict()["norms"]["model"] == first.state_dict()["norms"]["model"][-8:]
 
 
-def losses(guard: Guard, curve: list[float]) -> list[int]:
-    """Log points at which the guard wants to go back."""
-    return [index for index, loss in enumerate(curve) if guard.check_loss({"loss": loss}) is not None]
-
-
-def test_a_loss_jump_that_stays_is_told_from_noise(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = (1 + 0.2 * torch.randn(200, generator=generator)).clamp(min=0.3).tolist()
-    falling = [(0.5 + 2 * math.exp(-index / 20)) * factor for index, factor in enumerate(noise)]
-    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), falling) == []
-    lone = [loss * (30 if index % 10 == 0 else 1) for index, loss in enumerate(falling)]  # one bad stretch in ten
-    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), lone) == []
-    jumped = [loss if index < 100 else 4 * loss for index, loss in enumerate(falling)]
-    assert losses(Guard(GuardSpec(jump_factor=2.0), tmp_path), jumped)[0] in range(102, 105)
-    assert losses(Guard(GuardSpec(), tmp_path), jumped) == []  # off by default
-    assert losses(Guard(GuardSpec(), tmp_path), [1.0, math.nan]) == [1]
-
-
 def optimizer_state(engine: Engine) -> list[Tensor]:
     """Every tensor of an optimizer's state: moments and step counts."""
     outer = engine._engine.optimizer

@@ -9,8 +9,6 @@ from vadit.runtime.errors import UsageError
 MAX_BUCKET = 500_000_000
 """Weights that DeepSpeed reduces or gathers in one piece, at most."""
 
-GuardFactor = Annotated[float, Range(1, 1_000_000_000, above=True, or_zero=True)]
-
 
 @dataclass(frozen=True)
 class OptimizerSpec(Checked, group="optimizer"):
@@ -86,14 +84,12 @@ class GuardSpec(Checked, group="guard"):
 
     skip_nonfinite: bool = True
     """Leave out a step whose loss or gradient is NaN or infinite and go on; off: such a step ends the run, unharmed."""
-    spike_factor: GuardFactor = 10.0
+    spike_factor: Annotated[float, Range(1, 1_000_000_000, above=True, or_zero=True)] = 10.0
     """Leave out a step whose gradient norm is above this many times the 90% quantile of the last good; 0: never."""
     spike_window: Annotated[int, Range(8, 1_000_000)] = 128
     """Good steps that the quantile is taken over; none is a spike before there were nine tenths as many."""
     max_skips_in_row: Count = 20
     """Steps left out in a row after which the run goes back to its last checkpoint, and on with the next data."""
-    jump_factor: GuardFactor = 0.0
-    """Go back too once the median loss of 5 log points is above this many times the lowest such median; 0: never."""
     max_rollbacks: Annotated[int, Range(0, 10**9)] = 3
     """Times that a run goes back without reaching its next checkpoint before it stops with an error."""
     rollback_lr_factor: Annotated[float, Range(0, 1, above=True)] = 1.0

@@ -8,7 +8,6 @@ that train together skip together.
 import json
 import math
 import signal
-import statistics
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from vadit.train.engine import Engine
 
 QUANTILE = 0.9
 """Of the norms of the last good steps: what a spike is measured against. Healthy norms are heavy-tailed."""
-LOSS_WINDOW = 5  # log points whose median loss has to jump, so that one bad stretch of data is no jump
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ class _Saved:
     skipped: Count
     in_row: Count
     lr_factor: Annotated[float, Limits(gt=0, le=1)]
-    losses: list[float]
-    lowest_loss: float | None
     norms: dict[str, list[float]]
 
 
@@ -55,8 +51,6 @@ class Guard:
         self.lr_factor = 1.0
         self._windows: dict[str, Tensor] = {}
         self._judged: tuple[list[str], Tensor, Tensor] | None = None
-        self._losses: list[float] = []
-        self._lowest = math.inf
 
     def step(self, engines: dict[str, Engine]) -> bool:
         """Step all `engines`, or at a bad gradient none; returns whether weights changed. Collective.
@@ -121,18 +115,6 @@ class Guard:
                 return f"the gradient norm of the {name}, {norm:.4g}, is a spike ({usual})"
         raise AssertionError("a step was left out that nothing spoke against")
 
-    def check_loss(self, values: dict[str, float]) -> str | None:
-        """Look at the means of a log point; why the run should go back, or None."""
-        if (fault := not_finite(values)) is not None:
-            return fault
-        self._losses = [*self._losses, values["loss"]][-LOSS_WINDOW:]
-        if len(self._losses) == LOSS_WINDOW:
-            median = statistics.median(self._losses)
-            if 0 < self.spec.jump_factor * self._lowest < median:
-                return f"the loss has jumped from {self._lowest:.4g} to {median:.4g} and stays there"
-            self._lowest = min(self._lowest, median)
-        return None
-
     def go_back(self, why: str, *, step: int, images: int) -> None:
         """Count a rollback and lower the rate.
 
@@ -146,7 +128,7 @@ class Guard:
                 f"{self.folder / 'checkpoints'} is sound. {self.remedies()}"
             )
         self.rollbacks += 1
-        self.in_row, self._losses = 0, []
+        self.in_row = 0
         self.lr_factor *= self.spec.rollback_lr_factor
         self._record("rollback", step=step, images=images, reason=why, lr_factor=self.lr_factor)
         note_once(
@@ -160,8 +142,6 @@ class Guard:
             "skipped": self.skipped,
             "in_row": self.in_row,
             "lr_factor": self.lr_factor,
-            "losses": self._losses,
-            "lowest_loss": self._lowest if math.isfinite(self._lowest) else None,
             "norms": {name: window[window.isfinite()].tolist() for name, window in self._windows.items()},
         }
 
@@ -170,8 +150,6 @@ class Guard:
         saved = checked(_Saved, state, "the guard's state in the checkpoint", remedy="take another checkpoint")
         if not rollback:
             self.skipped, self.in_row, self.lr_factor = saved.skipped, saved.in_row, saved.lr_factor
-        self._losses = saved.losses
-        self._lowest = math.inf if saved.lowest_loss is None else saved.lowest_loss
         size = self.spec.spike_window
         self._windows = {
             name: torch.tensor([math.inf] * max(size - len(norms), 0) + norms[-size:])

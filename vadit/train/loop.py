@@ -184,7 +184,7 @@ class _Run:
         values = self.tracker.read(images) | {"lr": self.rate, "skipped": task.guard.skipped}
         if (norm := task.engine.grad_norm()) is not None:
             values["grad_norm"] = norm
-        _keep(task.guard.check_loss(values))
+        _keep(not_finite(values))
         values |= self.checkpoints.log_values()
         if task.evaluation is not None and task.evaluation.failures:
             values["evaluations_failed"] = task.evaluation.failures
