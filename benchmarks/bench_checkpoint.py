@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, training: Training, folder: Path) -> None:
         self.training, self.engines, self._done = training, {"model": training.engine}, 0
-        self.checkpoints = Checkpoints(folder / "checkpoints", engines=self.engines, ema=training.ema, keep=2)
+        self.checkpoints = Checkpoints(folder / "checkpoints", engines=self.engines, ema=training.ema)
         self.checkpoints.restore()
 
     def steps(self, count: int, *, save: bool = False) -> float:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vadit.config import EngineSpec, OptimizerSpec
+from vadit.config import EngineSpec, OptimizerSpec, RunSpec
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError
 from vadit.train import engine
@@ -98,7 +98,7 @@ class Run:
             for name, net in networks().items()
         }
         self.ema = ShardedEMA(self.engines["model"], DECAYS)
-        self.checkpoints = Checkpoints(folder, engines=self.engines, ema=self.ema, keep=2)
+        self.checkpoints = Checkpoints(folder, engines=self.engines, ema=self.ema)
         torch.manual_seed(100 + distributed.rank())
         self.step = 0
 
@@ -145,7 +145,7 @@ SHARE = "model-00000-of-00001.safetensors"
 def three_checkpoints(folder: Path) -> Path:
     """Write checkpoints of steps 1, 2 and 3."""
     run = Run(folder, 1)
-    run.checkpoints.keep = 3
+    run.checkpoints.spec = RunSpec(keep_checkpoints=3)
     for step in (1, 2, 3):
         run.train(step)
         run.save(wait=True)

@@ -192,7 +192,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     def fresh(decays: tuple[float, ...] = (), name: str = "model") -> Checkpoints:
         network = torch.nn.Linear(2, 2)
         engine = Engine(network, optimizer=OptimizerSpec(), spec=spec, global_batch=BATCH, device=torch.device("cpu"))
-        return Checkpoints(folder, engines={name: engine}, ema=ShardedEMA(engine, decays), keep=1)
+        return Checkpoints(folder, engines={name: engine}, ema=ShardedEMA(engine, decays))
 
     with pytest.raises(UsageError, match=r"does not fit this run's config \(bias is missing there and \(2,\) here\)"):
         fresh().restore()

@@ -17,6 +17,7 @@ from launched import LIMIT_S
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit
 
+from vadit.config import RunSpec
 from vadit.runtime import launcher
 from vadit.runtime.errors import RunError
 from vadit.train import dit
@@ -52,7 +53,7 @@ def test_the_newest_and_every_so_many_images_stay(
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "state.json").write_text(state_json(8 * step))
-        publish.prune(tmp_path, keep, every, last=path.name)
+        publish.prune(tmp_path, RunSpec(keep_checkpoints=keep, keep_every_images=every), last=path.name)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
@@ -285,7 +286,7 @@ def test_a_run_outlives_a_disk_that_fails(
 ) -> None:
     disk = Failing(monkeypatch, number)
     run = worker.Run(tmp_path, 1)
-    run.checkpoints.background = background
+    run.checkpoints.spec = RunSpec(background_saves=background)
     run.train(1)
     run.save(wait=True)
     for step in (2, 3):

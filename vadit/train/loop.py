@@ -108,15 +108,7 @@ class _Run:
         spec = config.run
         self.task, self.spec, self.optimizer = task, spec, config.optimizer
         self.folder, self.device = Path(spec.out), task.engine.device
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints",
-            engines=task.engines,
-            ema=task.ema,
-            keep=spec.keep_checkpoints,
-            keep_every_images=spec.keep_every_images,
-            background=spec.background_saves,
-            seed=spec.seed,
-        )
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", engines=task.engines, ema=task.ema, spec=spec)
         self.position = Position()
         if (restored := self.checkpoints.restore()) is not None:
             self.position, loader_state, guard_state = restored
@@ -143,7 +135,6 @@ class _Run:
 
     @property
     def last(self) -> bool:
-        """Whether the run is at its end."""
         return self.position.images_seen >= self.spec.total_images
 
     def due(self, every_images: int) -> bool:

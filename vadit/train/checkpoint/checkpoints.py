@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import vadit
+from vadit.config import RunSpec
 from vadit.runtime import distributed, rng
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import RunError, UsageError, write_fault
@@ -44,25 +45,13 @@ class Position:
 class Checkpoints:
     """The checkpoints of a run under `folder` (RUN/checkpoints). Every process makes one, with the same arguments.
 
-    keep: newest checkpoints that stay on disk; keep_every_images: the first checkpoint at or past each multiple stays,
-    too, for ever; background: write in a thread while training goes on, out of copies in host memory; seed: of the
-    run, for the random states of processes that the checkpoint does not have.
+    `spec` says which stay on disk, whether they are written while training goes on, and the run's seed.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        engines: dict[str, Engine],
-        ema: ShardedEMA,
-        keep: int,
-        keep_every_images: int | None = None,
-        background: bool = True,
-        seed: int = 0,
+        self, folder: Path, *, engines: dict[str, Engine], ema: ShardedEMA, spec: RunSpec | None = None
     ) -> None:
-        self.folder, self.engines, self.ema = folder, engines, ema
-        self.keep, self.keep_every_images = keep, keep_every_images
-        self.background, self.seed = background, seed
+        self.folder, self.engines, self.ema, self.spec = folder, engines, ema, spec or RunSpec()
         self.failures = 0  # saves in a row that have failed
         self._main, engine = next(iter(engines.items()))
         self._device = engine.device
@@ -129,7 +118,7 @@ class Checkpoints:
     def _restore_random(self, path: Path, saved: publish.State) -> None:
         rank = distributed.rank()
         if saved.world_size != distributed.world_size():
-            torch.manual_seed(rng.fold(self.seed, "resume", rank, saved.step))
+            torch.manual_seed(rng.fold(self.spec.seed, "resume", rank, saved.step))
             note_once(
                 f"  {path.name} is of {saved.world_size} processes, this run has {distributed.world_size()}: random "
                 "numbers are drawn anew from its step on",
@@ -151,7 +140,7 @@ class Checkpoints:
         """
         start = time.perf_counter()
         self._settle()
-        wait_here = wait or not self.background
+        wait_here = wait or not self.spec.background_saves
         files = self._files()
         if not wait_here:
             files = [host_copy(file, self._buffers) for file in files]
@@ -162,7 +151,7 @@ class Checkpoints:
             files,
             token=f"{self._token}-{self._count}",
             state=self._state(position, loader_state, guard_state) if distributed.is_main() else {},
-            published=lambda: publish.prune(self.folder, self.keep, self.keep_every_images, last=final.name),
+            published=lambda: publish.prune(self.folder, self.spec, last=final.name),
             needed=self._bytes_of_all(files),
             failed=(lambda error: None) if wait else functools.partial(self._report, final),
             timeout_s=PART_TIMEOUT_S,

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 
+from vadit.config import RunSpec
 from vadit.runtime import distributed
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, write_fault
@@ -169,19 +170,19 @@ def _digest_of(path: Path, *_state: int) -> str:
     return patiently(digest, path)
 
 
-def prune(folder: Path, keep: int, keep_every_images: int | None = None, *, last: str | None = None) -> None:
-    """Delete all checkpoints but the newest `keep` and the first at or past each multiple of `keep_every_images`.
+def prune(folder: Path, spec: RunSpec, *, last: str | None = None) -> None:
+    """Delete all checkpoints but the newest `keep_checkpoints` and the first past each multiple of `keep_every_images`.
 
     Called after a new one exists, `last`: those of later steps were damaged, or the run would not be here again, and
     take nobody's place. What cannot be deleted is reported, and stays.
     """
     paths = [path for path in present(folder) if last is None or path.name <= last]
-    kept = set(paths[:keep])
-    if keep_every_images:
+    kept = set(paths[: spec.keep_checkpoints])
+    if spec.keep_every_images:
         first: dict[int, Path] = {}
         for path in paths:  # newest first, so that the oldest remains; the first of each stretch is never deleted
             with contextlib.suppress(RunError):
-                first[read_state(path).images_seen // keep_every_images] = path
+                first[read_state(path).images_seen // spec.keep_every_images] = path
         kept |= {path for stretch, path in first.items() if stretch > 0}
     for path in paths:
         if path in kept:
