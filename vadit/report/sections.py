@@ -195,15 +195,7 @@ def _loss_section(runs: Sequence[Run]) -> Section | None:
 
 
 def _speed_section(runs: Sequence[Run]) -> Section | None:
-    """Throughput and utilisation over hours of training."""
-    hours = {run.name: now.hours for run in runs if (now := progress(run)) is not None}
-    charts = []
-    for chart in quantity_charts([run for run in runs if run.name in hours], _SPEED):
-        series = tuple(
-            replace(each, curve=Curve(np.interp(each.curve.x, hours[each.name].x, hours[each.name].y), each.curve.y))
-            for each in chart.series
-        )
-        charts.append(replace(chart, series=series, x_label="hours of training"))
+    charts = quantity_charts(runs, _SPEED)
     return Section("Throughput and utilisation", charts=charts) if charts else None
 
 
