@@ -73,9 +73,9 @@ def decoder_of(loader: str, images: ImageSet) -> Decoder:
     if loader != "dali":
         return pillow_decoder(images, 2)
     pytest.importorskip("nvidia.dali")
-    from vadit.images.dali import dali_decoder
+    from vadit.images.dali import DaliDecoder
 
-    return dali_decoder(images, 2, "cpu")
+    return lambda: DaliDecoder(images, 2, "cpu")
 
 
 def name_of(images: ImageSet, index: int) -> str:

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,10 +283,10 @@ def native_pixels(mode: str, path: Path, found: list[Case]) -> tuple[list[Any], 
 def native_worker(mode: str, path: str) -> None:
     """Decode every image of a folder or beton; printed on the way: which one is begun."""
     if mode == "dali":
-        from vadit.images.dali import dali_decoder
+        from vadit.images.dali import DaliDecoder
 
         images = ImageSet(FolderSource(path), SIZE)
-        start = dali_decoder(images, 2, "cpu")
+        start = partial(DaliDecoder, images, 2, "cpu")
     else:
         from vadit.images.ffcv import ffcv_decoder
 

@@ -210,9 +210,9 @@ def test_the_interpreter_ends_with_batches_in_flight(photos: ImageSet) -> None:
     program = f"""
 from vadit.images.sources.folders import FolderSource
 from vadit.images.loader import ImageLoader, ImageSet, Request
-from vadit.images.dali import DaliDecoder, dali_decoder
+from vadit.images.dali import DaliDecoder, DaliDecoder
 images = ImageSet(FolderSource({photos.source.name!r}), 32)
-stream = ImageLoader(images, 4, decoder=dali_decoder(images, 2)).stream()
+stream = ImageLoader(images, 4, decoder=lambda: DaliDecoder(images, 2)).stream()
 next(stream)
 decoder = DaliDecoder(images, 2)
 waits = [decoder.submit([Request(0)] * 16) for _ in range(8)]

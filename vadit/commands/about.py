@@ -26,7 +26,6 @@ class RecipesOptions:
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Print what the doctor finds."""
     from vadit.runtime.doctor import examine, report
 
     show(report(examine()))

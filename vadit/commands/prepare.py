@@ -40,7 +40,6 @@ class PrepareOptions(Checked):
 
 
 def run(options: PrepareOptions) -> None:
-    """Prepare images."""
     from rich.filesize import decimal
 
     from vadit.images.loader import describe_classes

@@ -21,7 +21,6 @@ class ReportOptions(Checked):
 
 
 def run(options: ReportOptions) -> None:
-    """Read, draw and write."""
     from vadit.report.sections import write_runs_report
     from vadit.runtime.console import say
 

@@ -1,5 +1,6 @@
 """Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +79,9 @@ def open_decoder(
 
 def _decoder(name: str, images: ImageSet, num_workers: int, device: torch.device | str) -> Decoder:
     if name == "dali":
-        from vadit.images.dali import dali_decoder
+        from vadit.images.dali import DaliDecoder
 
-        return dali_decoder(images, num_workers, device)
+        return functools.partial(DaliDecoder, images, num_workers, device)
     if name == "ffcv":
         from vadit.images.ffcv import ffcv_decoder
 

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 
 from vadit.images.formats import open_image
 from vadit.images.jpeg import MAX_AREA, jpeg_area
-from vadit.images.loader import Decoder, ImageSet, Request, undecodable
+from vadit.images.loader import ImageSet, Request, undecodable
 from vadit.images.pillow import ThreadedDecoder
 from vadit.images.transforms import Crop, plan_crop, to_rgb
 from vadit.runtime.errors import RunError, UsageError
@@ -117,11 +117,6 @@ class DaliDecoder(ThreadedDecoder):
             return [], f"{type(error).__name__}: {error}"  # as text: the error itself would keep the pipeline alive
         finally:
             self._pipelines.put(pipeline)
-
-
-def dali_decoder(images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> Decoder:
-    """Starts DaliDecoders."""
-    return lambda: DaliDecoder(images, num_workers, device)
 
 
 class _JpegPipeline:

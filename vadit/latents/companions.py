@@ -39,7 +39,6 @@ class CachedFeatures:
         self.shape = self._rows.shape
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
-        """See Companion."""
         pin = torch.device(device).type == "cuda"
         return self._rows.read(ids, flips, pin=pin).to(device, non_blocking=pin)
 
@@ -53,7 +52,6 @@ class DebugFeatures:
         self.shape: tuple[int, ...] = (DEBUG_WIDTH, grid, grid)
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
-        """See Companion."""
         return rng.normal(rng.fold(0, "debug features"), ids, self.shape).bfloat16().to(device)
 
 

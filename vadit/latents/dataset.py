@@ -144,11 +144,9 @@ class DebugLatents:
         return (*parts, self.companion.batch(ids, torch.zeros(len(ids), dtype=torch.bool), device))
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """The latents themselves: these are not normalised."""
         return latents
 
     def image_ids(self) -> tuple[Tensor, int]:
-        """See LatentDataset."""
         return torch.arange(len(self)), len(self)
 
 

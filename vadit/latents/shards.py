@@ -118,7 +118,6 @@ class LatentShard:
 
     @property
     def count(self) -> int:
-        """Latents of the shard."""
         return len(self.labels)
 
     @property
@@ -128,7 +127,6 @@ class LatentShard:
 
     @property
     def has_flipped(self) -> bool:
-        """The mirrored latents are there, too."""
         return f"{self.key}_flip" in self.tensors
 
     @property

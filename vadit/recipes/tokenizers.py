@@ -44,7 +44,6 @@ class Row:
 
     @property
     def recipe(self) -> str:
-        """Name of its recipe."""
         return f"{'vae' if self.foundation == 'none' else 'vavae'}-{self.name}-50ep"
 
     @property

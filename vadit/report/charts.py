@@ -28,7 +28,7 @@ PALETTE = ("#2f6fde", "#e4572e", "#2a9d6f", "#8e5bd0", "#c98a04", "#0e9aa7", "#c
 GREY = len(PALETTE) - 1
 
 _PAPER, _RULE, _SOFT = "#ffffff", "#e3e7ee", PALETTE[GREY]
-_OF_PAGE = {_PAPER: "var(--paper)", _RULE: "var(--line)", _SOFT: "var(--soft)"}
+OF_PAGE = {_PAPER: "var(--paper)", _RULE: "var(--line)", _SOFT: "var(--soft)"}
 """Colours that the page sets, in its light and its dark."""
 _SMALL, _WIDE = (320, 190), (760, 330)
 """Width and height of a chart in points, of which the page makes pixels."""
@@ -68,12 +68,10 @@ class Series:
 
     @property
     def is_line(self) -> bool:
-        """Whether its points are joined."""
         return self.style in ("line", "dashed")
 
     @property
     def shade(self) -> str:
-        """The colour as #rrggbb."""
         return PALETTE[self.color % len(PALETTE)]
 
 
@@ -268,11 +266,6 @@ def _for_page(drawing: str, title: str) -> str:
         drawing = re.sub(pattern, lambda _, better=better: better, drawing, flags=re.DOTALL)  # type: ignore[misc]
     # paths with tenths of a pixel, in place of millionths
     drawing = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\s+", " ", re.sub(r"(\.\d)\d+", r"\1", path[0])), drawing)
-    for color in _OF_PAGE:
-        drawing = drawing.replace(color, page_color(color))
+    for color, of_page in OF_PAGE.items():
+        drawing = drawing.replace(color, of_page)
     return drawing.strip()
-
-
-def page_color(shade: str) -> str:
-    """A colour as CSS of the page."""
-    return _OF_PAGE.get(shade, shade)

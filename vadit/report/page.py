@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from vadit.images.formats import open_image
-from vadit.report.charts import Chart, page_color, short_number, svg
+from vadit.report.charts import OF_PAGE, Chart, short_number, svg
 from vadit.runtime.errors import escaped
 from vadit.runtime.files import whole_file
 from vadit.runtime.reading import read_file
@@ -103,7 +103,7 @@ def _card(chart: Chart, drawing: str) -> str:
 def _legend(charts: Sequence[Chart]) -> str:
     """Names and colours of all curves, where there is more than one of them."""
     every = (series for chart in charts for series in chart.series if series.curve.finite.any())
-    keys = dict.fromkeys((series.name, page_color(series.shade), series.style) for series in every)
+    keys = dict.fromkeys((series.name, OF_PAGE.get(series.shade, series.shade), series.style) for series in every)
     items = "".join(f'<span><i class="{style}" style="color:{color}"></i>{_text(name)}</span>'
                     for name, color, style in keys)  # fmt: skip
     return f'<div class="legend">{items}</div>' if len(keys) > 1 else ""

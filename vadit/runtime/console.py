@@ -95,7 +95,6 @@ class _Guarded(FileProxy):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
         return str(getattr(self.rich_proxied_file, "encoding", None) or "utf-8")
 
     def isatty(self) -> bool:
@@ -114,7 +113,6 @@ class _Guarded(FileProxy):
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits."""
         try:
             super().flush()
             self.rich_proxied_file.flush()

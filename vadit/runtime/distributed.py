@@ -27,7 +27,6 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes."""
     return launcher.place().world_size
 
 
@@ -118,7 +117,6 @@ def set_collective_timeout(hang_timeout_s: float) -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()
 

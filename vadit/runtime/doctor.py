@@ -83,7 +83,6 @@ def examine() -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> Table:
-    """The findings as a table."""
     table = Table(title="vadit doctor", title_justify="left", show_lines=False)
     for column in ("what", "state", "version", "detail"):
         table.add_column(column, overflow="fold")
@@ -131,7 +130,6 @@ def _torch() -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """Version of the loaded NVIDIA driver."""
     path = Path("/proc/driver/nvidia/version")
     match = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", path.read_text()) if path.is_file() else None
     return match[1] if match else None

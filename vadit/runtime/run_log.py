@@ -69,7 +69,6 @@ class RunLog:
             _print_fault(error)
 
     def close(self) -> None:
-        """Flush and close all."""
         open_parts: list[Any] = [*self._files.values(), *([self._events] if self._events else [])]
         for part in open_parts:
             with contextlib.suppress(OSError):  # printed when the line was written
@@ -120,7 +119,6 @@ class _Events:
             del self._waiting[: self._file.write(self._waiting)]
 
     def close(self) -> None:
-        """Flush and close."""
         try:
             self.flush()
         finally:

@@ -1,13 +1,6 @@
 """The run folder: its config, its seeds, the weights it starts from, and the weights it gives.
 
-RUN/config.json       the resolved config; a run only goes on with the same one
-RUN/deepspeed.json    DeepSpeed's own config
-RUN/backends.json     what computes attention, linear layers and optimizer steps, and why
-RUN/log.jsonl, tensorboard/
-RUN/evaluations.jsonl, evaluations/   numbers and pictures of the looks during training
-RUN/checkpoints/step-N/
-RUN/.owner            the process that writes there just now
-RUN/stage-K/          a tokenizer with several stages: each a run folder of its own
+docs/training.md lists its files ("The run folder"). A tokenizer's stage-K is a run folder of its own.
 """
 
 import contextlib
@@ -37,17 +30,10 @@ from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
 
 # Settings that may change between two starts of the same run.
-_FREE = (
-    "out",
-    "log_every_images",
-    "save_every_images",
-    "keep_checkpoints",
-    "keep_every_images",
-    "background_saves",
-    "hang_timeout_s",
-    "peak_tflops",
-    "device",
-)
+_FREE = {
+    *("out", "device", "log_every_images", "save_every_images", "keep_checkpoints", "keep_every_images"),
+    *("background_saves", "hang_timeout_s", "peak_tflops"),
+}
 # How the work is spread over processes, and rounding that only GPUs have: a checkpoint serves all of it.
 _FREE_ENGINE = ("tf32", "zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
 _FREE_DATA = ("path", "images", "num_workers")

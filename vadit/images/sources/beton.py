@@ -130,7 +130,6 @@ class BetonFile:
         return self._file.use(0, lambda descriptor: os.fstat(descriptor).st_size)
 
     def fail(self, problem: str) -> RunError:
-        """The error of a damaged file."""
         return RunError(f"{self.path} is damaged, or no .beton file: {problem}; copy or make it anew")
 
     def _parse(self) -> None:

@@ -45,7 +45,6 @@ class FolderSource:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file's bytes."""
         try:
             return read_file(self.paths[index])
         except OSError as error:
@@ -55,7 +54,6 @@ class FolderSource:
             ) from None
 
     def describe(self, index: int) -> str:
-        """The file's path."""
         return self.paths[index]
 
 
@@ -79,7 +77,6 @@ class DebugSource:
         return ppm(self.size, self.size, pixels.contiguous().numpy().tobytes())
 
     def describe(self, index: int) -> str:
-        """Its name."""
         return f"{self.name}:{index}"
 
 
@@ -89,7 +86,6 @@ def ppm(width: int, height: int, pixels: bytes) -> bytes:
 
 
 def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, image paths and their labels."""
     tree = walk(root, EXTENSIONS)
     by_class: dict[str, list[str]] = {}
     for folder, names in tree.folders.items():
@@ -122,7 +118,6 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _read_labels(root: Path, file: Path, *, all_needed: bool) -> tuple[list[str], list[str], list[int]]:
-    """Class names, image paths and labels of a labels file, in its order."""
     there = set(walk(root, EXTENSIONS).files())
     listed = LabelsFile(file, lambda name: name.lower().endswith(EXTENSIONS) or os.path.isfile(root / name))
     paths = {name: os.path.join(root, name) for name in listed.lines}

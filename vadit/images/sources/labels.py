@@ -58,7 +58,6 @@ class LabelsFile:
         self.classes, self.labels = self._numbered(words)
 
     def refusal(self, problem: str) -> UsageError:
-        """What is wrong with the file, as an error."""
         return UsageError(f"data.labels_file {self._path} {problem}; correct it, or set another {GIVE_LABELS}")
 
     def _fail(self, number: int, problem: str) -> NoReturn:
@@ -68,7 +67,6 @@ class LabelsFile:
         return line.startswith("#") and not self._is_image(re.split(r"[\s;,]", line)[0])
 
     def _pairs(self, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-        """Line, name and label."""
         rows, name = self._rows(lines)
         label, header = 1 - name, []
         words = [re.sub(r"[\s_-]", "", column.lower()) for column in rows[0][1]] if rows else []
@@ -111,7 +109,6 @@ class LabelsFile:
         return list(_parted(lines, best, self._is_image)), -found[best][1]
 
     def _numbered(self, words: list[str]) -> tuple[list[str], list[int]]:
-        """The classes, and the label of each word."""
         classes = sorted(set(words))
         numeric = set(filter(_NUMBER.fullmatch, classes))
         if not numeric:

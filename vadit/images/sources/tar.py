@@ -66,7 +66,6 @@ class TarSource:
         return len(self._records)
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image's member."""
         record = self._records[index]
         size = int(record["size"])
         if size > MAX_WHOLE:

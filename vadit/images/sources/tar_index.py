@@ -93,7 +93,6 @@ def stamp_of(status: os.stat_result) -> list[int]:
 
 
 def index_path(path: Path) -> Path:
-    """Where the index of a shard lies."""
     return path.with_name(path.name + ".index")
 
 

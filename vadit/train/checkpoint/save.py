@@ -80,7 +80,6 @@ class Saving(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Of the thread."""
         start = time.perf_counter()
         try:
             self._write()

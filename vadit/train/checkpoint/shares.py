@@ -58,7 +58,6 @@ class Header:
     frozen: dict[str, Piece]  # the piece in every `frozen.NAME`
 
     def to_json(self) -> str:
-        """The header as the file keeps it."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
 
