@@ -47,7 +47,7 @@ import harness
 import torch
 from step_timing import SIDE, Measured, measure
 
-from vadit.config import Config, DiTConfig, TokenizerConfig
+from vadit.config import Config, DiTConfig, TokenizerConfig, settled
 from vadit.estimate.flops import named_peak, tracked_flops
 from vadit.kernels import dispatch
 from vadit.recipes import get_recipe
@@ -110,6 +110,7 @@ def configure(case: Case, folder: Path) -> Config:
     made_up = case.data in ("resident", "loader")
     data = dataclasses.replace(config.data, path=f"debug:{4 * case.batch}" if made_up else case.data)
     config = dataclasses.replace(config, engine=engine, run=run, data=data)
+    config = settled(config, processes=distributed.world_size(), device=case.device)
     if isinstance(config, DiTConfig):  # features of frozen networks come from random weights, where made online
         foundation = dataclasses.replace(config.repa.foundation, weights="random")
         return dataclasses.replace(config, repa=dataclasses.replace(config.repa, foundation=foundation))

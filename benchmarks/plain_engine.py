@@ -43,7 +43,7 @@ class PlainEngine:
             allow_tf32(spec.tf32)
         if forward is not None:
             module.forward = forward
-        if spec.compile and blocks:
+        if spec.compile is True and blocks:
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
             for block in blocks:

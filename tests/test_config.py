@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vadit.config import DiTConfig, DiTSpec, MaskSpec, TokenizerConfig, vary
+from vadit.config import DiTConfig, DiTSpec, MaskSpec, TokenizerConfig, settled, vary
 from vadit.config.files import load_config, load_run_config, save_config
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import MAX_BYTES, Count, parse_json, read_json
@@ -104,7 +104,7 @@ DIT_CLASHES: dict[str, Any] = {
         "optimizer.kind": "apex_fused",
         "engine.offload_optimizer": True,
     },
-    "engine.zero_stage 1 cuts into shards": {"optimizer.kind": "muon"},
+    "engine.zero_stage 1 cuts into shards": {"optimizer.kind": "muon", "engine.zero_stage": 1},
     "set --engine.precision autocast or bf16": FLOAT8 | {"engine.precision": "fp32"},
     "set --engine.zero-stage 2": FLOAT8 | {"engine.zero_stage": 3},
     "found ddpm; set it to 1": {"flow.time_shift": 2.0, "flow.objective": "ddpm", "model.learn_sigma": True},
@@ -139,6 +139,26 @@ def test_settings_that_clash_are_refused_with_what_to_set(base: str, words: str)
     with pytest.raises(UsageError) as caught:
         changed(base, CLASHES[base][words])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "processes", "device", "taken"),
+    [
+        ("dit", {}, 1, "cpu", (0, False)),
+        ("dit", {}, 1, "cuda", (0, True)),
+        ("dit", {}, 4, "cuda", (1, True)),
+        ("dit", {"engine.compile": False, "engine.zero_stage": 1}, 1, "cuda", (1, False)),
+        ("dit", {"engine.offload_optimizer": True}, 1, "cpu", (1, False)),
+        ("dit", {"engine.offload_weights": True}, 1, "cuda", (3, True)),
+        ("dit", {"optimizer.kind": "muon"}, 4, "cpu", (0, False)),
+        ("mdt", {"engine.zero_stage": 3}, 4, "cuda", (3, False)),
+        ("tokenizer", {}, 1, "cuda", (0, False)),
+    ],
+    ids=str,
+)
+def test_what_auto_takes(base: str, settings: dict[str, Any], processes: int, device: str, taken: Any) -> None:
+    engine = settled(changed(base, settings), processes=processes, device=device).engine
+    assert (engine.zero_stage, engine.compile) == taken
 
 
 @pytest.mark.parametrize(

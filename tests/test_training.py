@@ -113,7 +113,7 @@ def test_learning_rate_schedules() -> None:
 
 def test_deepspeeds_config() -> None:
     def made(num_weights: int = 101, **engine: Any) -> dict[str, Any]:
-        return deepspeed_config(EngineSpec(**engine), global_batch=8, num_weights=num_weights)
+        return deepspeed_config(EngineSpec(**{"zero_stage": 1, **engine}), global_batch=8, num_weights=num_weights)
 
     config = made(zero_stage=2, gradient_accumulation=2, max_grad_norm=0.0, precision="bf16")
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (8, 4)
@@ -212,7 +212,7 @@ def test_a_start_is_quiet(tmp_path: Path) -> None:
     told = [
         line
         for line in done.stderr.splitlines()
-        if line and not line.startswith(("train ", "  run folder ", "  latents of "))
+        if line and not line.startswith(("train ", "  run folder ", "  latents of ", "  engine."))
     ]
     assert told == []
 

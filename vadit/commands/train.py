@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
 from vadit.commands.arguments import parse, reported_once
-from vadit.config import Config, DiTConfig, TokenizerConfig, vary
+from vadit.config import Config, DiTConfig, TokenizerConfig, settled, vary
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import say, show
@@ -119,6 +119,7 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
     world_size = distributed.world_size() if options.world_size is None else options.world_size
     with reported_once():
         needed = estimate(options.config, world_size)
+        stage = settled(options.config, processes=world_size, device="cuda").engine.zero_stage
     if not distributed.is_main():
         return
     say(*json.dumps(asdict(options.config), indent=2).splitlines(), "")
@@ -138,7 +139,7 @@ def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
     for column in ("ZeRO", *columns, "fullest in"):
         table.add_column(column, justify="right")
     for row in needed.stages:
-        chosen = row.stage == options.config.engine.zero_stage
+        chosen = row.stage == stage
         values = [f"{getattr(row, column) / gib:,.2f}" for column in columns]
         table.add_row(f"{row.stage}{' *' if chosen else ''}", *values, row.moment, style="bold" if chosen else None)
     show(table)

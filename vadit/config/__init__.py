@@ -88,7 +88,7 @@ class TokenizerConfig:
             raise UsageError(
                 f"engine.attention is {self.engine.attention}, which is for generators; set --engine.attention auto"
             )
-        if self.engine.compile and self.engine.zero_stage == 3:
+        if self.engine.compile is True and self.engine.zero_stage == 3:
             raise UsageError(
                 "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
                 "blocks twice, which compiled blocks cannot share with ZeRO 3; set --engine.zero-stage 2"
@@ -157,13 +157,28 @@ def vary(config: C, **groups: Any) -> C:
     return replace(config, **parts)
 
 
+def settled(config: C, *, processes: int, device: str) -> C:
+    """`config` with what its settings at auto mean for so many processes on devices of this type ("cpu", "cuda")."""
+    engine = config.engine
+    stage, compiled = engine.zero_stage, engine.compile
+    if stage == "auto" and engine.offload_weights:
+        stage = 3
+    elif stage == "auto":
+        needed = engine.offload_optimizer or engine.precision == "bf16" or processes > 1
+        stage = 1 if needed and config.optimizer.kind != "muon" else 0
+    if compiled == "auto":
+        refused = isinstance(config, DiTConfig) and config.mask.kind == "mdt" and stage == 3
+        compiled = device == "cuda" and isinstance(config, DiTConfig) and not refused
+    return vary(config, engine={"zero_stage": stage, "compile": compiled})
+
+
 def _check_optimizer(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
     if optimizer.kind != "adamw" and engine.offload_optimizer:
         raise UsageError(
             f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
             "set --optimizer.kind adamw or --engine.no-offload-optimizer"
         )
-    if optimizer.kind == "muon" and engine.zero_stage != 0:
+    if optimizer.kind == "muon" and engine.zero_stage not in ("auto", 0):
         raise UsageError(
             f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "
             "set --engine.zero-stage 0"

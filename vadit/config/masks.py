@@ -55,7 +55,7 @@ def _check_mdt(mask: MaskSpec, model: DiTSpec, engine: EngineSpec) -> None:
         )
     if mask.unmasked_after_images is not None:
         raise UsageError("mask.unmasked_after_images is MaskDiT's; MDT sees all tokens in every step besides: leave it")
-    if engine.compile and engine.zero_stage == 3:
+    if engine.compile is True and engine.zero_stage == 3:
         raise UsageError(
             "engine.compile at engine.zero_stage 3 takes each block once in a step, mask.kind mdt twice; "
             "set --engine.zero-stage 2"

@@ -35,8 +35,9 @@ class OptimizerSpec(Checked, group="optimizer"):
 class EngineSpec(Checked, group="engine"):
     """DeepSpeed's part: sharding, precision and the numbers of one step."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights; auto: 0 for a process alone where nothing
+    needs more, else 1."""
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     """fp32; bf16: bf16 weights with fp32 masters; autocast: fp32 weights, bf16 arithmetic (the authors')."""
     tf32: Literal["none", "convolutions", "all"] = "none"
@@ -53,8 +54,8 @@ class EngineSpec(Checked, group="engine"):
     """Overlap gradient reduction with the backward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """torch.compile each block."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile each block; auto: a generator's on GPUs."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3"] = "auto"
     """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
     float8: Literal["rowwise", "tensorwise"] | None = None
@@ -65,6 +66,12 @@ class EngineSpec(Checked, group="engine"):
     """Decays rise to theirs as (1 + n) / (10 + n) over the first n steps; off: constant from the start, as the authors'
     are, whose averages are worth little before some 5 / (1 - decay) steps."""
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of a settled config."""
+        assert self.zero_stage != "auto", "settled() comes before an engine"
+        return self.zero_stage
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.precision == "bf16" and self.zero_stage == 0:
@@ -74,7 +81,7 @@ class EngineSpec(Checked, group="engine"):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, found 0")
-        if self.offload_weights and self.zero_stage != 3:
+        if self.offload_weights and self.zero_stage not in ("auto", 3):
             raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {self.zero_stage}")
 
 

@@ -52,6 +52,7 @@ def _train(config: DiTConfig, title: str) -> Path:
         grid = config.model.input_size // config.model.patch_size
         dataset.companion = open_online_images(config.data, dataset, grid, device)
     folder = runs.open_folder(config)
+    config, automatic = runs.settle(config, device)
     if distributed.is_main():
         classes = [str(label) for label in range(dataset.num_classes)]
         note(f"  latents of {describe_classes(classes, dataset.labels)}", "dim")
@@ -75,7 +76,7 @@ def _train(config: DiTConfig, title: str) -> Path:
         forward=model.forward_features,
     )
     engines = {"model": engine}
-    runs.save_choices(folder, engines, [*chosen, engine.optimizer, *choices.kernels(device)])
+    runs.save_choices(folder, engines, [*chosen, *automatic, engine.optimizer, *choices.kernels(device)])
     loader = LatentLoader(
         dataset,
         batch_size,

@@ -32,7 +32,7 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
     # A bucket is allocated whole: one larger than the network would be memory for nothing. Collectives want even sizes.
     bucket = min(MAX_BUCKET, num_weights + num_weights % 2)
     zero: dict[str, Any] = {
-        "stage": spec.zero_stage,
+        "stage": spec.stage,
         "overlap_comm": spec.overlap_comm,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
@@ -60,7 +60,7 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
         # Micro-batches are summed in fp32. At stage 1 DeepSpeed would take another optimizer for that, of other
         # habits; its stage 2 does it with the same one, and shards the sum besides.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        zero["stage"] = max(spec.zero_stage, 2)
+        zero["stage"] = max(spec.stage, 2)
     if spec.precision == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
@@ -155,7 +155,7 @@ class Engine:
 
         if forward is not None:
             module.forward = forward
-        if spec.compile and blocks:
+        if spec.compile is True and blocks:
             if spec.zero_stage == 3:  # weights of a block come and go together: no hooks inside it, to cut its graph
                 deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in blocks}))
             # Blocks of one class share their graphs by shape, and past this number of graphs would run uncompiled.
@@ -373,7 +373,7 @@ class Engine:
                 part = flat.reshape(-1)[piece.offset : piece.offset + piece.length]
                 whole[piece.start : piece.start + piece.length] = part.to(whole)
             # Pieces of different processes do not overlap: their sum is exact. Whole weights are alike everywhere.
-            sharded = self.spec.zero_stage == 3 if name in frozen else self.spec.zero_stage > 0
+            sharded = self.spec.zero_stage == 3 if name in frozen else self.spec.stage > 0
             if sharded and distributed.world_size() > 1:
                 torch.distributed.all_reduce(whole)
             yield name, whole.view(shape)

@@ -11,12 +11,12 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from vadit.config import DiTConfig, RunSpec, TokenizerConfig, vary
+from vadit.config import Config, DiTConfig, RunSpec, TokenizerConfig, settled, vary
 from vadit.config.files import load_run_config, save_config
 from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state, read_safetensors
 from vadit.runtime import choices, distributed, rng
@@ -38,6 +38,9 @@ _FREE = {
 _FREE_ENGINE = ("tf32", "zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
 _FREE_DATA = ("path", "images", "num_workers")
 _PROJECTION = ("linear_proj.", "projector.")
+
+
+C = TypeVar("C", bound=Config)
 
 
 def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
@@ -96,7 +99,8 @@ def _fixed(config: Any) -> dict[str, Any]:
 
     A longer run is the same one where no schedule depends on the length; a loader refuses data of another size.
     """
-    values = dataclasses.asdict(config)
+    device = distributed.device(config.run.device).type  # what is automatic may be given as what it takes here
+    values = dataclasses.asdict(settled(config, processes=distributed.world_size(), device=device))
     for looked_on in ("guard", "evaluation", "paper"):
         values.pop(looked_on)
     start, out = Path(config.run.init_from or ""), Path(config.run.out)
@@ -118,8 +122,9 @@ def _as_it_was(config: Any, difference: Difference) -> str:
     values, others = (value if isinstance(value, list) else [value] for value in (old, new))
     if not hasattr(config, last) or any(isinstance(value, dict) for value in (*values, *others)):
         return "set it as the run's config.json has it"
-    flag = "--" + ".".join([*groups, f"no_{last}" if old is False else last]).replace("_", "-")
-    return " ".join(["give", flag, *([] if isinstance(old, bool) else [shlex.quote(str(value)) for value in values])])
+    switch = isinstance(old, bool) and name != "engine.compile"
+    flag = "--" + ".".join([*groups, f"no_{last}" if switch and not old else last]).replace("_", "-")
+    return " ".join(["give", flag, *([] if switch else [shlex.quote(str(value)) for value in values])])
 
 
 def seed_everything(spec: RunSpec) -> None:
@@ -129,6 +134,19 @@ def seed_everything(spec: RunSpec) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def settle(config: C, device: torch.device) -> tuple[C, list[Choice]]:
+    """`config` with what its engine's settings at auto take here, in one line and as choices."""
+    found = settled(config, processes=distributed.world_size(), device=device.type)
+    taken = []
+    for name in ("zero_stage", "compile"):
+        wanted, value = getattr(config.engine, name), getattr(found.engine, name)
+        why = f"auto, with {distributed.world_size()} process(es) on {device.type}" if wanted == "auto" else "asked for"
+        taken.append(Choice(f"engine.{name}", str(value), why))
+    if automatic := [f"{choice.setting} is {choice.name}" for choice in taken if choice.reason != "asked for"]:
+        note_once(f"  {', '.join(automatic)} (auto)", "dim")
+    return found, taken
 
 
 def save_choices(folder: Path, engines: dict[str, Engine], chosen: list[Choice]) -> None:

@@ -72,6 +72,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     images = open_images(config.data, config.autoencoder.image_size)
     folder = runs.open_folder(config)
+    config, automatic = runs.settle(config, device)
     runs.seed_everything(config.run)
     networks = _build(config, folder, device)
     engines = {"model": networks.model}
@@ -90,7 +91,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
     note_once(f"  images by {decoding.name} ({decoding.reason})", "dim")
     note_once(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
     # The discriminator's optimizer is the same.
-    runs.save_choices(folder, engines, [decoding, networks.model.optimizer, *choices.kernels(device)])
+    runs.save_choices(folder, engines, [decoding, *automatic, networks.model.optimizer, *choices.kernels(device)])
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
     evaluation = Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None

@@ -70,7 +70,7 @@ def collect(engine: Engine, averages: dict[float, list[torch.Tensor]]) -> tuple[
     """This process's share, uncopied, and its header. At ZeRO 0 the main process has the weights, others buffers."""
     header = Header(engine.shapes(), [], [], engine.optimizer_steps(), list(averages), {})
     tensors: dict[str, torch.Tensor] = {}
-    if distributed.is_main() or engine.spec.zero_stage > 0:
+    if distributed.is_main() or engine.spec.stage > 0:
         header.groups = engine.layout()
         for index, (master, states) in enumerate(zip(engine.masters(), engine.optimizer_states(), strict=True)):
             tensors[WEIGHTS.format(index)] = master.reshape(-1)
