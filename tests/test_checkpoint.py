@@ -187,7 +187,7 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
     dit.train(tiny_dit(tmp_path, steps=1))
-    folder, spec = tmp_path / "checkpoints", tiny_dit(tmp_path).engine
+    folder, spec = tmp_path / "checkpoints", tiny_dit(tmp_path, zero_stage=1).engine
 
     def fresh(decays: tuple[float, ...] = (), name: str = "model") -> Checkpoints:
         network = torch.nn.Linear(2, 2)

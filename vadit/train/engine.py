@@ -47,13 +47,14 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": spec.gradient_accumulation,
-        "gradient_clipping": spec.max_grad_norm,
+        "gradient_clipping": 0.0,  # by the engine: DeepSpeed would read the norm on the host once more for it
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": spec.precision == "bf16", "immediate_grad_update": False},
         "fp16": {"enabled": False},
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # they would wait for the device, twice in a micro-batch
         "wall_clock_breakdown": False,
     }
     if spec.precision == "bf16" and spec.gradient_accumulation > 1:
@@ -186,6 +187,7 @@ class Engine:
         self._judged: torch.Tensor  # what DeepSpeed gets as the norm of the step under way: infinite if vetoed
         self._statistics: list[torch.Tensor] = []
         self._measure = self._take_over_norm(trained)
+        self._base_optimizer().register_step_pre_hook(self._clip)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -246,6 +248,9 @@ class Engine:
         optimizer = self._engine.optimizer
         if self.spec.zero_stage == 0:
             return self._take_over_plain_step(trained)
+        optimizer.unscale_and_clip_grads = lambda *_: None
+        if not self.spec.offload_optimizer:  # DeepSpeed's own makes an fp64 copy of every gradient
+            optimizer.get_grad_norm_direct = _norm_of_shares
         if self.spec.zero_stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -259,12 +264,13 @@ class Engine:
         return measure
 
     def _take_over_plain_step(self, trained: list[nn.Parameter]) -> Callable[[], torch.Tensor]:
-        engine, optimizer = self._engine, self._engine.optimizer
+        optimizer = self._engine.optimizer
         step = optimizer.step
+        if distributed.world_size() == 1:  # DeepSpeed would lay the gradients end to end, to sum them over one process
+            self._engine.enable_backward_allreduce = False
 
         def measure() -> torch.Tensor:
-            gradients = [weight.grad for weight in trained if weight.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = _sum_of_squares([weight.grad for weight in trained if weight.grad is not None]).sqrt()
             norm = torch.where(norm.isfinite(), norm, math.inf)
             if distributed.world_size() > 1:  # equal but for a bit, perhaps: a verdict must be alike
                 torch.distributed.all_reduce(norm, op=torch.distributed.ReduceOp.MAX)
@@ -275,12 +281,16 @@ class Engine:
             if not optimizer.overflow:
                 step()
 
-        def clip() -> None:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.spec.max_grad_norm, self._judged)
-
         optimizer.step = step_unless_vetoed
-        engine.clip_fp32_gradients = clip
         return measure
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer steps: scale its gradients down where their norm is above engine.max_grad_norm."""
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if self.spec.max_grad_norm > 0 and gradients:
+            scale = torch.clamp(self.spec.max_grad_norm / (self._judged + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
 
     def _running_statistics(self) -> list[torch.Tensor]:
         norms = [module for module in self.module.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -422,6 +432,20 @@ class Engine:
             optimizer.checkpoint_event_epilogue()
         elif self.spec.zero_stage:
             optimizer.update_lp_params()
+
+
+def _sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """() fp32, with one read of the gradients and no copy."""
+    norms = torch._foreach_norm(list(gradients), 2, torch.float32) if gradients else [torch.zeros(())]
+    return torch.stack(norms).square().sum()
+
+
+def _norm_of_shares(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2.0) -> torch.Tensor:
+    """The norm of what all processes' shares of the averaged gradients make together, () fp32. Collective."""
+    squares = _sum_of_squares(gradients)
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(squares)
+    return squares.sqrt()
 
 
 @contextlib.contextmanager
