@@ -278,3 +278,16 @@ def test_surrogate_equals_autograd_at_the_weights(adversarial: bool, adaptive: b
         # Biases before GroupNorm have a gradient of 0 but for rounding, which is compared with the largest of all.
         error = (found - parameter.grad).norm()
         assert error <= 1e-5 * parameter.grad.norm() + 1e-4, (name, error, parameter.grad.norm())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_frozen_networks_multiply_in_bf16_where_the_trained_ones_do(precision: str, tmp_path: Path) -> None:
+    config = tiny_tokenizer(tmp_path, precision=precision)
+    networks = dataclasses.replace(tokenizer._build(config, tmp_path, CPU), perceptual=Perceptual())
+    assert networks.perceptual is not None and networks.foundation is not None
+    seen = []
+    for convolution in (networks.perceptual.conv, networks.foundation.model.patch_embed.proj):
+        convolution.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    terms, _ = tokenizer.generator_step(networks, config.loss, torch.rand(BATCH, 3, 32, 32), adversarial=True)
+    assert seen == 3 * [torch.float32 if precision == "fp32" else torch.bfloat16]
+    assert terms["loss"].dtype == terms["mcos"].dtype == torch.float32

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vadit.config import FoundationSpec
 from vadit.models import foundation, lpips
@@ -164,6 +165,11 @@ def test_is_frozen_and_lets_gradients_through(ours: LPIPS) -> None:
     ours(x, torch.zeros(1, 3, 32, 32)).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+    with FlopCounterMode(display=False) as once:
+        ours.features(x)
+    with FlopCounterMode(display=False) as counter:
+        ours(torch.zeros(1, 3, 32, 32), x).sum().backward()
+    assert counter.get_total_flops() == 3 * once.get_total_flops(), "an image without a gradient was differentiated"
     same = torch.rand(1, 3, 32, 32, requires_grad=True)
     distance = ours(same, same.detach().clone())
     distance.sum().backward()

@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig, vary
 from vadit.estimate import flops, memory
 from vadit.estimate.networks import Network
+from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.runtime import launcher
 
@@ -70,10 +72,11 @@ def test_flops_of_masked_passes(recipe: str, masked: bool, expected: int) -> Non
 def test_flops_of_a_tokenizer() -> None:
     config = get_recipe("vavae-f16d32-dinov2")
 
+    small = vary(config, autoencoder={"image_size": 64, "base_channels": 32})
+
     def counted(**loss: float) -> float:
-        off = {"disc_weight": 0.0, "perceptual_weight": 0.0, "vf_weight": 0.0}
-        small = {"image_size": 64, "base_channels": 32}
-        return flops.training_flops(vary(config, autoencoder=small, loss=off | loss))
+        off = {"disc_weight": 0.0, "perceptual_weight": 0.0, "vf_weight": 0.0, "vf_adaptive": False}
+        return flops.training_flops(vary(small, loss=off | loss))
 
     alone = counted()
     assert alone == 3 * 1_649_311_744  # as above
@@ -81,7 +84,14 @@ def test_flops_of_a_tokenizer() -> None:
     places = [(3 * 64, 32), (64 * 128, 16), (128 * 256, 8), (256 * 512, 7), (512, 6)]
     assert counted(disc_weight=1.0) - alone == 8 * 2 * sum(16 * weights * side**2 for weights, side in places)
     assert counted(perceptual_weight=1.0) - alone == pytest.approx(3 * 2 * 15.35e9 * (64 / 224) ** 2, rel=0.01)
-    assert counted(vf_weight=1.0) - alone == pytest.approx(2 * 304e6 * 16, rel=0.01)  # DINOv2-L, forward
+    aligned = counted(vf_weight=1.0)
+    assert aligned - alone == pytest.approx(2 * 304e6 * 16, rel=0.01)  # DINOv2-L, forward
+    with torch.device("meta"):  # its adaptive weight: from the reconstruction back to the latent
+        latent = torch.zeros(1, 32, 4, 4, requires_grad=True)
+        images = Autoencoder(small.autoencoder).decode(latent)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(images.sum(), latent)
+    assert counted(vf_weight=1.0, vf_adaptive=True) - aligned == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_flops_of_a_step_count_every_pass_and_what_is_aligned() -> None:

@@ -36,6 +36,8 @@ def training_flops(config: Config) -> float:
             else:
                 network.module.to("meta")  # what was made elsewhere
                 total += network.step_flops * _count(functools.partial(forward, 1))
+            if network.again is not None:
+                total += _count(functools.partial(network.again, 1))
     return total
 
 

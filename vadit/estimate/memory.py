@@ -151,7 +151,7 @@ class _Held(TorchDispatchMode):
     def __init__(self, network: Network, images: int, precision: str) -> None:
         super().__init__()
         assert network.forward is not None, "it has a backward pass"
-        if precision == "bf16" and network.num_trained:
+        if halved := precision == "bf16" and network.num_trained > 0:
             _halve(network.module)
         self._now = self.most = self.most_with_gradients = self._gradients = 0
         weights = [*network.module.parameters(), *network.module.buffers()]
@@ -159,7 +159,7 @@ class _Held(TorchDispatchMode):
         for weight in network.module.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(self._keep)
-        with self, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        with self, torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32" and not halved):
             loss = network.forward(images)
             self.kept = self._now
             loss.backward()

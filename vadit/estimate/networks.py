@@ -25,6 +25,8 @@ class Network:
     forward: Callable[[int], Tensor] | None = None
     """On so many images, to a number that depends on all that it gives; None: it runs without gradients."""
     step_flops: float = 0.0  # FLOPs of a training step over those of `forward`
+    again: Callable[[int], Tensor] | None = None
+    """What is differentiated once more, to its input alone: at about the cost of its forward pass."""
     averaged: bool = False  # whether it has moving averages
 
     @property
@@ -86,7 +88,11 @@ def _tokenizer(config: TokenizerConfig) -> list[Network]:
         autoencoder.conv_inputs.clear()
         return reconstruction.float().sum() + kl
 
-    found = [Network("autoencoder", autoencoder.train(), reconstruct, step_flops=3, averaged=True)]
+    def decode(images: int) -> Tensor:
+        return autoencoder.decode(torch.zeros(images, spec.latent_channels, spec.latent_size, spec.latent_size))
+
+    again = decode if loss.vf_weight > 0 and loss.vf_adaptive else None  # from the reconstruction to the latent
+    found = [Network("autoencoder", autoencoder.train(), reconstruct, step_flops=3, again=again, averaged=True)]
     if loss.disc_weight > 0:
         critic = PatchDiscriminator(spec.in_channels, loss.disc_channels, loss.disc_layers).train()
         # In the generator's step forward and backward (to the image alone), in its own both on two images.
@@ -94,9 +100,9 @@ def _tokenizer(config: TokenizerConfig) -> list[Network]:
         found.append(Network("discriminator", critic, judge, step_flops=8))
     if loss.perceptual_weight > 0:
         vgg = vgg_features().requires_grad_(False)
-        # It sees images and reconstructions at once; the way back is that of the latter alone.
-        compare = lambda images: vgg(pixels(2 * images).requires_grad_()).sum()  # noqa: E731
-        found.append(Network("VGG16 of LPIPS", vgg, compare, step_flops=1.5))
+        # It sees images and reconstructions; the way back is that of the latter alone.
+        compare = lambda images: vgg(pixels(images).requires_grad_()).sum()  # noqa: E731
+        found.append(Network("VGG16 of LPIPS", vgg, compare, step_flops=3))
     return found + ([] if foundation is None else [Network("foundation model", foundation)])
 
 

@@ -50,24 +50,20 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-        # one pass over both batches: half the kernel launches, the same numbers (there is no BatchNorm)
-        h = (torch.cat([x_BCHW, y_BCHW]) - self.image_shift) / self.image_scale
-        total = torch.zeros((), device=h.device)
+        # side by side, not as one batch: images that need no gradient are then not differentiated
+        x, y = ((images - self.image_shift) / self.image_scale for images in (x_BCHW, y_BCHW))
+        total = torch.zeros((), device=y.device)
         stage = 0
         for module in self.features:
             if isinstance(module, nn.MaxPool2d):
-                total = total + self._distance(h, stage)
+                total = total + self._distance(x, y, stage)
                 stage += 1
-            h = module(h)
-        return total + self._distance(h, stage)
+            x, y = module(x), module(y)
+        return total + self._distance(x, y, stage)
 
-    def _distance(self, features: Tensor, stage: int) -> Tensor:
-        features = features.float()
-        # the root of the plain sum, with eps outside: the package's form, whose values are the published ones;
-        # vector_norm has a gradient of 0 where all features are 0
-        length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        x_BEhw, y_BEhw = (features / (length + NORM_EPS)).chunk(2)
-        return ((x_BEhw - y_BEhw).square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    def _distance(self, x_BEhw: Tensor, y_BEhw: Tensor, stage: int) -> Tensor:
+        difference = _normalised(x_BEhw) - _normalised(y_BEhw)
+        return (difference.square() * self.heads[stage]).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
     def _load_backbone(self, path: str | None) -> None:
         where = f"{VGG_FILE} from https://download.pytorch.org/models/"
@@ -91,6 +87,14 @@ class LPIPS(nn.Module):
         compare_published(path, HEADS_SHA256)
         for stage, head in enumerate(self.heads):
             head.data.copy_(state[f"lin{stage}.model.1.weight"])
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Of length 1 over the channels, in fp32."""
+    features = features.float()
+    # the root of the plain sum, with eps outside: the package's form, whose values are the published ones;
+    # vector_norm has a gradient of 0 where all features are 0
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + NORM_EPS)
 
 
 def vgg_features() -> nn.Sequential:

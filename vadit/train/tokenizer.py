@@ -189,16 +189,20 @@ def generator_step(
     images: (B, 3, H, W) in [-1, 1], fp32.
     """
     engine = networks.model
-    features = None if networks.foundation is None else networks.foundation(images)
+    # Frozen networks multiply in bf16 where those that train do, with fp32 between the products.
+    frozen = torch.autocast(images.device.type, torch.bfloat16, enabled=engine.spec.precision != "fp32")
+    with frozen:
+        features = None if networks.foundation is None else networks.foundation(images)
     output, kl, cos_loss, distmat_loss = engine(images, features)
     network = engine.module
     assert isinstance(network, AlignedAutoencoder) and network.inner is not None
 
     # ---- losses on a copy of the reconstruction, and their gradients there
     fake = output.detach().float().requires_grad_()
-    nll, l1, lpips = objective.reconstruction_nll(
-        images, fake, perceptual=networks.perceptual, weight=spec.perceptual_weight
-    )
+    with frozen:
+        nll, l1, lpips = objective.reconstruction_nll(
+            images, fake, perceptual=networks.perceptual, weight=spec.perceptual_weight
+        )
     (nll_grad,) = torch.autograd.grad(nll, fake)
     image_grad = nll_grad
     terms = {"l1": l1, "lpips": lpips, "nll": nll, "kl": kl, "mcos": cos_loss, "mdms": distmat_loss}
