@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import harness
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from vadit.kernels.swiglu import swiglu, swiglu_reference
 
+BIAS = "+bias"
+"""Appended to a shape's name: with the bias of the linear layer before."""
 SHAPES = {"cpu": {"B": (8, 256, 2048)}, "cuda": {"XL": (128, 256, 3072), "B": (256, 256, 2048)}}
 
 
@@ -39,13 +42,15 @@ def peers(device: str) -> dict[str, harness.Op]:
 
 def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
     for name, (B, N, H) in SHAPES[device].items():
-        if names and name not in names:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            x12 = torch.randn(B, N, 2 * H, device=device, dtype=dtype, requires_grad=True)
-            found = harness.contenders(swiglu, swiglu_reference, device) | peers(device)
-            size = x12.numel() * x12.element_size() // 2
-            yield harness.Case("swiglu", name, dtype, (x12,), found, 3 * size, 5 * size)
+        for biased, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+            label = name + BIAS * biased
+            if names and label not in names:
+                continue
+            shapes = [(B, N, 2 * H), (2 * H,)][: 1 + biased]
+            inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+            found = harness.contenders(swiglu, swiglu_reference, device) | ({} if biased else peers(device))
+            size = inputs[0].numel() * inputs[0].element_size() // 2
+            yield harness.Case("swiglu", label, dtype, tuple(inputs), found, 3 * size, 5 * size)
 
 
 if __name__ == "__main__":

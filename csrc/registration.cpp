@@ -8,8 +8,8 @@ STABLE_TORCH_LIBRARY(vadit, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool modulated, float eps) "
       "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)");
-  m.def("swiglu(Tensor x12) -> Tensor");
-  m.def("swiglu_backward(Tensor dy, Tensor x12) -> Tensor");
+  m.def("swiglu(Tensor x12, Tensor? bias) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor x12, Tensor? bias) -> (Tensor dx12, Tensor dbias)");
   m.def(
       "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps) "
       "-> (Tensor, Tensor)");

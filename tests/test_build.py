@@ -165,6 +165,7 @@ found = []
 for dtype in (torch.float32, torch.bfloat16):
     found += results_and_gradients(rms_norm, [r(3, 7, 45).to(dtype), r(45), r(3, 45), r(3, 45)])
     found += results_and_gradients(swiglu, [(10 * r(4, 90)).to(dtype)])
+    found += results_and_gradients(swiglu, [(10 * r(35, 90)).to(dtype), r(90)])
     packed = lambda t, *w: rope_qkv(t, cos, sin, *w)[:2]
     found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype)])
     found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype), r(36), r(36)])

@@ -14,9 +14,10 @@ import torch
 from simt import library
 from torch import Tensor
 
-from vadit.kernels import dispatch, rms_norm, rope_qkv, vf_loss
+from vadit.kernels import dispatch, rms_norm, rope_qkv, swiglu, vf_loss
 from vadit.kernels.rms_norm import rms_norm_reference
 from vadit.kernels.rope import rope_reference
+from vadit.kernels.swiglu import swiglu_reference
 from vadit.kernels.testing import Op, assert_as_exact_as_torch, results_and_gradients
 from vadit.kernels.vf_loss import vf_loss_reference
 
@@ -169,6 +170,10 @@ class TestLarge:
 
         check(op, formula, inputs)
 
+    @pytest.mark.parametrize("shape", [(4200, 32), (2100, 6), (40, 2080)], ids=str)
+    def test_swiglu(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        check(swiglu, swiglu_reference, [normal(*shape, dtype=dtype), normal(shape[-1], seed=2)])
+
     @pytest.mark.parametrize("shape", [(1, 16, 1024, 130), (2, 64, 100, 128)], ids=str)
     def test_vf_loss(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         B, d, D, N = shape
@@ -209,8 +214,8 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
         return [
             ops.rms_norm(move(x), move(weight), None, None, EPS),
             *ops.rms_norm_backward(move(dy), move(x), move(weight), move(weight.expand(2, 16)), True, EPS),
-            ops.swiglu(move(x)),
-            ops.swiglu_backward(move(dy[..., :8]), move(x)),
+            ops.swiglu(move(x), move(weight)),
+            *ops.swiglu_backward(move(dy[..., :8]), move(x), move(weight)),
             *ops.rope(move(q), move(k), *tables),
             *ops.rope_backward(move(k), move(q), move(q), None, *tables),
             *ops.vf_gram(move(x)),
@@ -228,8 +233,9 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
     [
         (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(7), None, None, EPS), "weight must have"),
         (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(3, 8), None, EPS), "scale must have"),
-        (lambda ops: ops.swiglu(torch.ones(2, 8).double()), "float32 or bfloat16"),
-        (lambda ops: ops.swiglu(torch.ones(2, 7)), "even last axis"),
+        (lambda ops: ops.swiglu(torch.ones(2, 8).double(), None), "float32 or bfloat16"),
+        (lambda ops: ops.swiglu(torch.ones(2, 7), None), "even last axis"),
+        (lambda ops: ops.swiglu(torch.ones(2, 8), torch.ones(4)), "bias must have"),
         (lambda ops: ops.rope(*[torch.ones(1, 1, 2, 4)] * 2, *[torch.ones(3, 4)] * 2, None, None, EPS), "cos"),
         (lambda ops: ops.vf_gram(torch.ones(2, 8)), "(B, D, N)"),
         (lambda ops: ops.vf_distmat(*[torch.ones(1, 2, 3)] * 2, torch.ones(1, 3, 2), 0.5), "cosines must"),

@@ -10,7 +10,8 @@ from vadit.kernels.testing import assert_as_exact_as_torch, assert_compiles, dev
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def formula(x12: Tensor) -> Tensor:
+def formula(x12: Tensor, bias: Tensor | None = None) -> Tensor:
+    x12 = x12 if bias is None else x12 + bias
     width = x12.shape[-1] // 2
     x1, x2 = x12[..., :width], x12[..., width:]
     return x1 * torch.sigmoid(x1) * x2
@@ -25,8 +26,10 @@ SHAPES = [(2, 33, 2256), (2, 3, 6144), (3, 16, 682), (5, 14), (2, 3, 4, 6), (2,)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_results_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_as_exact_as_torch(swiglu, formula, [normal(*shape).to(dtype)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_results_and_gradients(shape: tuple[int, ...], biased: bool, dtype: torch.dtype) -> None:
+    bias = normal(2, shape[-1])[1].to(dtype) if biased else None
+    assert_as_exact_as_torch(swiglu, formula, [normal(*shape).to(dtype), bias])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,32 +67,34 @@ def test_strided_input_and_gradient() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 16, 24), (2, 3, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    y, dx = results_and_gradients(swiglu, [normal(*shape)])
-    assert y.shape == (*shape[:-1], shape[-1] // 2) and dx.shape == shape
+    y, dx, dbias = results_and_gradients(swiglu, [normal(*shape), normal(shape[-1])])
+    assert y.shape == (*shape[:-1], shape[-1] // 2) and dx.shape == shape and not dbias.any()
 
 
 def test_compiles_as_one_graph() -> None:
-    assert_compiles(swiglu, [normal(2, 16, 72)])
+    assert_compiles(swiglu, [normal(2, 16, 72), normal(72)])
 
 
 def test_opcheck() -> None:
     ops = dispatch.kernels_for("swiglu", normal(2))
     if ops is None:
         pytest.skip("plain torch")
-    torch.library.opcheck(ops.swiglu.default, (normal(2, 5, 24),))
-    torch.library.opcheck(ops.swiglu_backward.default, (normal(2, 5, 12), normal(2, 5, 24)))
+    for bias in (None, normal(24)):
+        torch.library.opcheck(ops.swiglu.default, (normal(2, 5, 24), bias))
+        torch.library.opcheck(ops.swiglu_backward.default, (normal(2, 5, 12), normal(2, 5, 24), bias))
 
 
 @pytest.mark.parametrize(
-    ("x12", "words"),
+    ("inputs", "words"),
     [
-        (torch.ones(2, 7), ["(2, 7)", "even"]),
-        (torch.ones(8, 2).T, ["(2, 8)", "(1, 2)", "contiguous"]),
-        (torch.tensor(1.0), ["()", "(..., 2H)"]),
-        (torch.ones(2, 8, dtype=torch.int32), ["int32", "floating"]),
+        ([torch.ones(2, 7)], ["(2, 7)", "even"]),
+        ([torch.ones(8, 2).T], ["(2, 8)", "(1, 2)", "contiguous"]),
+        ([torch.tensor(1.0)], ["()", "(..., 2H)"]),
+        ([torch.ones(2, 8, dtype=torch.int32)], ["int32", "floating"]),
+        ([torch.ones(2, 8), torch.ones(4)], ["bias (4,)", "bias (8,)"]),
     ],
 )
-def test_wrong_calls_are_named(x12: Tensor, words: list[str]) -> None:
+def test_wrong_calls_are_named(inputs: list[Tensor], words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^swiglu: found") as error:
-        swiglu(x12)
+        swiglu(*inputs)
     assert all(word in str(error.value) for word in words)

@@ -106,8 +106,9 @@ def operations(model: str, dtype: torch.dtype, *, norms: bool = False, modulated
         x, weight, modulation = empty(B, N, D, dtype=dtype), empty(D), empty(B, D) if modulated else None
         rms_norm.rms_norm(x, weight, modulation, modulation, 1e-6)
         rms_norm.rms_norm_backward(x, x, weight, modulation, modulated, 1e-6)
-        swiglu.swiglu(empty(B, N, 2 * hidden, dtype=dtype))
-        swiglu.swiglu_backward(empty(B, N, hidden, dtype=dtype), empty(B, N, 2 * hidden, dtype=dtype))
+        for bias in (None, empty(2 * hidden)):
+            swiglu.swiglu(empty(B, N, 2 * hidden, dtype=dtype), bias)
+            swiglu.swiglu_backward(empty(B, N, hidden, dtype=dtype), empty(B, N, 2 * hidden, dtype=dtype), bias)
         q, k, _ = empty(B, N, 3, H, K, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
         gradient = empty(B, N, H, K, dtype=dtype).transpose(1, 2)
         rest = (empty(N, K), empty(N, K), *([empty(K)] * 2 if norms else [None, None]), 1e-6)
@@ -136,7 +137,7 @@ def ones() -> None:
     x, weight, bf16 = empty(1, 1, 6, dtype=torch.bfloat16), empty(6), torch.bfloat16
     rms_norm.rms_norm(x, weight, empty(1, 6), None, 1e-6)
     rms_norm.rms_norm_backward(x, x, weight, empty(1, 6), True, 1e-6)
-    swiglu.swiglu_backward(empty(1, 1, dtype=bf16), empty(1, 2, dtype=bf16))
+    swiglu.swiglu_backward(empty(1, 1, dtype=bf16), empty(1, 2, dtype=bf16), empty(2))
     q, table = empty(1, 1, 1, 6, dtype=bf16), empty(1, 6)
     rope.rope(q, q, table, table, weight, None, 1e-6)
     rope.rope_backward(q, q, q, None, table, table, weight, None, 1e-6)

@@ -12,8 +12,9 @@ from fences import fenced
 from torch import Tensor
 
 pytest.importorskip("triton")
-from vadit.kernels import rope
+from vadit.kernels import rope, swiglu
 from vadit.kernels.rope import rope_reference
+from vadit.kernels.swiglu import swiglu_reference
 from vadit.kernels.testing import assert_as_exact_as_torch
 from vadit.kernels.triton_kernels import common
 
@@ -33,6 +34,7 @@ def test_several_tiles_per_program(backend: str, monkeypatch) -> None:
         return rope_reference(q, k, *(t.to(q) for t in tables), *weights, 1e-6)
 
     assert_as_exact_as_torch(lambda q, k, *weights: rope(q, k, *tables, *weights), formula, inputs)
+    assert_as_exact_as_torch(swiglu, swiglu_reference, [normal(41, 320, seed=7), normal(320, seed=8)])
 
 
 @pytest.mark.parametrize("place", [-1, 12, 4])

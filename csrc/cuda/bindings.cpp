@@ -159,20 +159,23 @@ int64_t half_width(const Tensor& x12) {
   return x12.size(x12.dim() - 1) / 2;
 }
 
-Tensor swiglu_op(const Tensor& x12_in) {
+Tensor swiglu_op(const Tensor& x12_in, const OptionalTensor& bias_in) {
   const Type type = type_of(x12_in, "x12");
   const int64_t width = half_width(x12_in);
   const Tensor x12 = torch::stable::contiguous(x12_in);
+  const OptionalTensor bias = float_like(bias_in, x12, 2 * width, "bias");
   std::vector<int64_t> sizes(x12.sizes().begin(), x12.sizes().end());
   sizes.back() = width;
   Tensor y = torch::stable::new_empty(x12, sizes);
   if (y.numel() == 0) return y;
   const Target target(x12);
-  swiglu(type, y.numel() / width, width, x12.const_data_ptr(), y.mutable_data_ptr(), target.stream());
+  const void* data = x12.const_data_ptr();
+  swiglu(type, y.numel() / width, width, data, floats(bias), y.mutable_data_ptr(), target.stream());
   return y;
 }
 
-Tensor swiglu_backward_op(const Tensor& dy_in, const Tensor& x12_in) {
+std::tuple<Tensor, Tensor> swiglu_backward_op(
+    const Tensor& dy_in, const Tensor& x12_in, const OptionalTensor& bias_in) {
   const Type type = type_of(x12_in, "x12");
   const int64_t width = half_width(x12_in);
   check_device(dy_in, x12_in, "dy");
@@ -180,13 +183,17 @@ Tensor swiglu_backward_op(const Tensor& dy_in, const Tensor& x12_in) {
       dy_in.scalar_type() == x12_in.scalar_type() && dy_in.numel() * 2 == x12_in.numel(),
       "dy must have the dtype and half the elements of x12");
   const Tensor dy = torch::stable::contiguous(dy_in), x12 = torch::stable::contiguous(x12_in);
+  const OptionalTensor bias = float_like(bias_in, x12, 2 * width, "bias");
   Tensor dx12 = torch::stable::new_empty(x12, x12.sizes());
-  if (dy.numel() == 0) return dx12;
+  const std::vector<int64_t> sizes = {bias ? 2 * width : 0};
+  if (dy.numel() == 0) return {dx12, zero_floats(x12, sizes)};
   const Target target(x12);
+  const int64_t rows = dy.numel() / width;
+  Tensor dbias = new_floats(x12, sizes), partial = new_floats(x12, {swiglu_partial_rows(rows), sizes[0]});
   swiglu_backward(
-      type, dy.numel() / width, width, dy.const_data_ptr(), x12.const_data_ptr(), dx12.mutable_data_ptr(),
-      target.stream());
-  return dx12;
+      type, rows, width, dy.const_data_ptr(), x12.const_data_ptr(), floats(bias), dx12.mutable_data_ptr(),
+      mutable_floats(dbias), mutable_floats(partial), target.stream());
+  return {dx12, dbias};
 }
 
 // --- rope

@@ -40,10 +40,16 @@ struct NormGradients {
 void rms_norm_backward(
     Type type, NormShape shape, NormInput input, const void* dy, NormGradients gradients, void* stream);
 
-// x12 (rows, 2 width), y (rows, width), contiguous.
-void swiglu(Type type, int64_t rows, int64_t width, const void* x12, void* y, void* stream);
+// x12 (rows, 2 width), y (rows, width), bias (2 width) or null, contiguous.
+void swiglu(Type type, int64_t rows, int64_t width, const void* x12, const float* bias, void* y, void* stream);
+
+// Rows that one block of the backward pass sums up, and the rows of partial sums that are left.
+inline int64_t swiglu_chunk(int64_t rows) { return rows_per_block(rows, 64); }
+inline int64_t swiglu_partial_rows(int64_t rows) { return (rows + swiglu_chunk(rows) - 1) / swiglu_chunk(rows); }
+// dbias (2 width) and partial (swiglu_partial_rows(), 2 width) are used where there is a bias.
 void swiglu_backward(
-    Type type, int64_t rows, int64_t width, const void* dy, const void* x12, void* dx12, void* stream);
+    Type type, int64_t rows, int64_t width, const void* dy, const void* x12, const float* bias, void* dx12,
+    float* dbias, float* partial, void* stream);
 
 // Heads of one of q, k, v: (B, H, N, K) with stride 1 along K.
 struct HeadShape {

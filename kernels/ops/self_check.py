@@ -55,8 +55,9 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
             (packed, [normal(2, 33, 3, 12, 64)]),
         ],
         "swiglu": [
-            (swiglu, [normal(2, 33, 6144)]),
-            (swiglu, [normal(2, 32, 5460)]),  # LightningDiT-L, whose 2730 is no multiple of 16
+            (swiglu, [normal(2, 33, 6144), normal(6144)]),
+            (swiglu, [normal(2, 32, 5460), normal(5460)]),  # LightningDiT-L, whose 2730 is no multiple of 16
+            (swiglu, [normal(2, 32, 6144)]),
         ],
         "vf_loss": [(vf, [latent, normal(768, 32, dtype=torch.float32)])],
     }

@@ -147,6 +147,20 @@ class PlainLayerNorm(nn.Module):
         return x_BND if shift_BD is None else x_BND + shift_BD.unsqueeze(1)
 
 
+class LateBiasLinear(nn.Linear):
+    """A linear layer that can leave its bias to the op after it, which then sums up the bias's gradient, too."""
+
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
+        return F.linear(x, self.weight, self.bias if add_bias else None)
+
+
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A layer's product and the bias left to the op after it; None where the layer adds it (float8's, `exact()`)."""
+    if not isinstance(layer, LateBiasLinear) or is_exact():
+        return layer(x), None
+    return layer(x, add_bias=False), layer.bias
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; QK-norm (where on) comes before the rotation."""
 
@@ -201,11 +215,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w12 = LateBiasLinear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.w3(swiglu(self.w12(x_BND)))
+        return self.w3(swiglu(*without_bias(self.w12, x_BND)))
 
 
 class MLP(nn.Module):
