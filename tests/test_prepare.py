@@ -26,6 +26,7 @@ from vadit.images.sources.beton import BetonSource
 from vadit.images.sources.beton_writer import BetonWriter, encode_image
 from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import to_rgb
+from vadit.runtime.console import ProgressBar
 from vadit.runtime.errors import RunError, UsageError
 
 SIZE = 32
@@ -137,29 +138,31 @@ def test_other_sources(tmp_path: Path) -> None:
         assert again.classes == classes and again.labels.tolist() == [0, 1, 0]
 
 
-def test_bytes_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
+def test_bytes_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
     prepare(folder, tmp_path / "one" / "a.beton")
-    prepare(folder, tmp_path / "two" / "a.beton", num_workers=2, progress=lambda *at: seen.append(at))
+    monkeypatch.setattr(ProgressBar, "update", lambda bar, done: seen.append(done))
+    prepare(folder, tmp_path / "two" / "a.beton", num_workers=2)
     assert content(tmp_path / "one" / "a.beton") == content(tmp_path / "two" / "a.beton")
-    assert seen == [("prepare", 8, 23), ("prepare", 16, 23), ("prepare", 23, 23), ("verify", 23, 23)]
+    assert seen == [8, 16, 23, 23]  # the last one when all is verified
 
 
 KILLED = """
 import os, signal, sys
 from vadit.config import ImageDataSpec
-from vadit.images.prepare import prepare_images
-def progress(title, done, total):
+from vadit.images.prepare import ProgressBar, prepare_images
+def update(bar, done):
     if done >= 64:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
+    ProgressBar.update = update
     spec = ImageDataSpec(path=sys.argv[1], on_error="skip", max_bad_share=0.1)
-    prepare_images(spec, sys.argv[2], size=192, num_workers=int(sys.argv[3]), progress=progress)
+    prepare_images(spec, sys.argv[2], size=192, num_workers=int(sys.argv[3]))
 """
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_bytes(num_workers: int, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(num_workers: int, tmp_path: Path, monkeypatch) -> None:
     source, out = fill(tmp_path / "src", 90), tmp_path / "a.beton"
     (source / "ant" / "010.png").write_bytes(b"no image")
     (tmp_path / "killed.py").write_text(KILLED)
@@ -170,7 +173,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(num_workers: int, tmp_path: Path
     assert not out.exists()
     settings: dict[str, Any] = {"size": 192, "max_bad_share": 0.1}
     seen: list[int] = []
-    summary = prepare(source, out, progress=lambda _, done, __: seen.append(done), **settings)
+    monkeypatch.setattr(ProgressBar, "update", lambda bar, done: seen.append(done))
+    summary = prepare(source, out, **settings)
     assert 0 < summary.num_new < 60 and summary.num_images == 89 and seen[0] > 30
     assert [Path(place).name for place in summary.bad] == ["010.png"]
     prepare(source, tmp_path / "straight" / "a.beton", **settings)
@@ -281,12 +285,12 @@ def test_requests_that_cannot_be_met(folder: Path, tmp_path: Path) -> None:
     pytest.raises(UsageError, prepare, folder, tmp_path / "foreign.beton").match("not from vadit prepare")
 
 
-def test_two_at_a_time_are_refused(folder: Path, tmp_path: Path) -> None:
-    def progress(title: str, *_: int) -> None:
-        if title == "prepare":
-            pytest.raises(UsageError, prepare, folder, tmp_path / "a.beton").match("in use by this process itself")
+def test_two_at_a_time_are_refused(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def update(bar: ProgressBar, done: int) -> None:
+        pytest.raises(UsageError, prepare, folder, tmp_path / "a.beton").match("in use by this process itself")
 
-    assert prepare(folder, tmp_path / "a.beton", progress=progress).num_new == 23
+    monkeypatch.setattr(ProgressBar, "update", update)
+    assert prepare(folder, tmp_path / "a.beton", verify=False).num_new == 23
 
 
 @pytest.mark.parametrize("num_bytes", [9_000_000, 8_000])

@@ -1,6 +1,5 @@
 """vadit prepare: images in a form that loads faster."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -44,31 +43,21 @@ def run(options: PrepareOptions) -> None:
 
     from vadit.images.loader import describe_classes
     from vadit.images.prepare import prepare_images
-    from vadit.runtime.console import ProgressBar, say
+    from vadit.runtime.console import say
 
     check_output("OUT", options.out, folder=False)
     spec = ImageDataSpec(
         options.images, options.labels_file, on_error=options.on_error, max_bad_share=options.max_bad_share
     )
-    bars: dict[str, ProgressBar] = {}
-    with ExitStack() as stack:
-
-        def progress(title: str, done: int, total: int) -> None:
-            if title not in bars:
-                stack.pop_all().close()  # one bar at a time
-                bars[title] = stack.enter_context(ProgressBar(title, total, done=done))
-            bars[title].update(done)
-
-        summary = prepare_images(
-            spec,
-            options.out,
-            size=options.size,
-            encode=options.encode,
-            quality=options.quality,
-            num_workers=options.num_workers,
-            verify=options.verify,
-            progress=progress,
-        )
+    summary = prepare_images(
+        spec,
+        options.out,
+        size=options.size,
+        encode=options.encode,
+        quality=options.quality,
+        num_workers=options.num_workers,
+        verify=options.verify,
+    )
     for place, why in list(summary.bad.items())[:NAMED_BAD]:
         say(f"left out: {place}: {why}")
     if summary.bad:

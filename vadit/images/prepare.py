@@ -29,6 +29,7 @@ from vadit.images.loader import ImageSource
 from vadit.images.sources.beton import BetonFile, BetonSource, EncodedImage
 from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, encode_image
 from vadit.images.transforms import plan_crop, scale, to_rgb
+from vadit.runtime.console import ProgressBar
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import refuse_other_settings, saved_file
 from vadit.runtime.reading import ReadFault, no_memory
@@ -37,8 +38,6 @@ PART_IMAGES = 8  # images that a worker takes at a time; some MB of results
 PARTS_AHEAD = 3  # parts per worker that may wait for the writer
 VERIFY_IMAGES = 64
 
-Progress = Callable[[str, int, int], object]
-"""Called with "prepare" or "verify", the images done and their number."""
 Out = TypeVar("Out")
 
 
@@ -73,7 +72,6 @@ def prepare_images(
     quality: int = 95,
     num_workers: int | None = None,
     verify: bool = True,
-    progress: Progress | None = None,
 ) -> PrepareSummary:
     """Make `out` (NAME.beton) of the images that `spec` names; `spec.on_error` and `spec.max_bad_share` are kept to.
 
@@ -90,7 +88,6 @@ def prepare_images(
     num_workers = num_workers or len(os.sched_getaffinity(0))
     source = open_images(spec, max(size, 1)).source
     settings = _settings(job, source)
-    report = progress or (lambda *_: None)
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         num_new, writer = 0, None
@@ -105,7 +102,8 @@ def prepare_images(
             parts = _cut(range(writer.done, len(source)), PART_IMAGES)
             results = _in_order(lambda ids: encode_part(source, job, ids), parts, num_workers)
             stack.callback(results.close)
-            num_new = _append(writer, source, results, raises=spec.on_error == "raise", report=report)
+            bar = stack.enter_context(ProgressBar("prepare", len(source), done=writer.done))
+            num_new = _append(writer, source, results, raises=spec.on_error == "raise", bar=bar)
         seconds = time.monotonic() - started
         left_out = {source.describe(int(index)): why for index, why in bad.items()}
         left_out |= getattr(source, "bad_files", {})  # what the shards of a source could not give
@@ -123,10 +121,11 @@ def prepare_images(
     if verify:
         written, parts = BetonSource(out), _cut(range(count), VERIFY_IMAGES)
         problems = _in_order(lambda ids: verify_part(written, size, ids), parts, num_workers)
-        for ids, problem in zip(parts, problems, strict=True):
-            if problem:
-                raise RunError(problem)
-            report("verify", ids.stop, count)
+        with ProgressBar("verify", count) as bar:
+            for ids, problem in zip(parts, problems, strict=True):
+                if problem:
+                    raise RunError(problem)
+                bar.update(ids.stop)
     images_per_s = num_new / max(seconds, 1e-9)
     labels = source.labels[[index for index in range(len(source)) if str(index) not in bad]]
     return PrepareSummary(count, num_new, out.stat().st_size, source.classes, labels, left_out, bad_file, images_per_s)
@@ -161,7 +160,7 @@ def _append(
     results: Iterator[list[EncodedImage | str | ReadFault]],
     *,
     raises: bool,
-    report: Progress,
+    bar: ProgressBar,
 ) -> int:
     """Write what is missing, from the last whole page on; the number of images that were written."""
     first, index = writer.num_samples, writer.done
@@ -176,7 +175,7 @@ def _append(
             else:
                 writer.skip(str(index), result)
             index += 1
-        report("prepare", index, len(source))
+        bar.update(index)
     return writer.num_samples - first
 
 
