@@ -19,6 +19,7 @@ from vadit.config import AutoencoderSpec, DiTSpec
 from vadit.models import interop
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
+from vadit.models.interop_diffusers import published_scale
 from vadit.runtime.errors import RunError, UsageError
 from vadit.train.checkpoint.export import load_network
 
@@ -310,9 +311,10 @@ def check(found: Autoencoder, expected: Autoencoder) -> None:
 @pytest.mark.parametrize("names", [NEW_NAMES, OLD_NAMES], ids=["new", "old"])
 def test_network_is_found_again(tmp_path: Path, names: tuple[str, ...], resolutions: tuple[int, ...]) -> None:
     model = network(attention_resolutions=resolutions)
-    autoencoder, settings = interop.load_diffusers_autoencoder(write(tmp_path / "vae", state_of(model, names)))
+    folder = write(tmp_path / "vae", state_of(model, names))
+    autoencoder = interop.load_diffusers_autoencoder(folder)
     assert autoencoder.spec == model.spec and not autoencoder.training
-    assert settings.scaling_factor == 0.18215 and "--data.multiplier 0.18215" in settings.advice()
+    assert "--data.multiplier 0.18215" in published_scale(folder)
     check(autoencoder, model)
 
 
@@ -323,7 +325,7 @@ def test_attention_as_convolutions_and_half_precision(tmp_path: Path) -> None:
         for name, tensor in state_of(model, OLD_NAMES).items()
     }
     folder = write(tmp_path / "vae", state, name="diffusion_pytorch_model.fp16.safetensors")
-    autoencoder, _ = interop.load_diffusers_autoencoder(folder)
+    autoencoder = interop.load_diffusers_autoencoder(folder)
     assert autoencoder.dtype == torch.float32
     check(autoencoder, model)
 
@@ -344,9 +346,9 @@ def test_without_quantisation_convolutions(tmp_path: Path) -> None:
     model = network(quant=False)
     state = {name: tensor for name, tensor in state_of(model).items() if "quant_conv" not in name}
     folder = write(tmp_path / "vae", state, shift_factor=0.0609, scaling_factor=1.5305)
-    autoencoder, settings = interop.load_diffusers_autoencoder(folder)
+    autoencoder = interop.load_diffusers_autoencoder(folder)
     check(autoencoder, model)
-    assert "(z - 0.0609) * 1.5305" in settings.advice()
+    assert "(z - 0.0609) * 1.5305" in published_scale(folder)
 
 
 @pytest.mark.parametrize("form", ["folder", "pipeline", "bin", "file", "renamed"])

@@ -80,14 +80,9 @@ class TokenizerConfig:
                 f"{self.autoencoder.image_size}: it must be at least {3 << self.loss.disc_layers} for so many layers; "
                 "lower --loss.disc-layers, or set --loss.disc-weight 0"
             )
-        if self.engine.float8 is not None:
-            raise UsageError(
-                f"engine.float8 is {self.engine.float8}, which is for generators; leave out --engine.float8"
-            )
-        if self.engine.attention != "auto":
-            raise UsageError(
-                f"engine.attention is {self.engine.attention}, which is for generators; set --engine.attention auto"
-            )
+        for name in ("float8", "attention"):
+            if (value := getattr(self.engine, name)) != getattr(EngineSpec, name):
+                raise UsageError(f"engine.{name} is {value}, which is for generators; leave out --engine.{name}")
         if self.engine.compile is True and self.engine.zero_stage == 3:
             raise UsageError(
                 "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "

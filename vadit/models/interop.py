@@ -20,7 +20,6 @@ from vadit.config import AutoencoderSpec, DiTSpec
 from vadit.models import interop_diffusers
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT, mlp_width
-from vadit.models.interop_diffusers import DiffusersSettings
 from vadit.models.masked import MaskedDiT
 from vadit.models.pretrained import bare_state, build_model, read_mapping
 from vadit.runtime.console import note_once
@@ -59,7 +58,7 @@ def load_reference_autoencoder(source: Source) -> Autoencoder:
     return build_model(lambda: Autoencoder(spec), state, origin)
 
 
-def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, DiffusersSettings]:
+def load_diffusers_autoencoder(path: str | Path) -> Autoencoder:
     """A tokenizer from diffusers' AutoencoderKL: its folder, a pipeline's, or the file of its weights.
 
     Float32, on the CPU, in evaluation mode. UsageError where it is no AutoencoderKL or tensors are missing, left over
@@ -69,7 +68,7 @@ def load_diffusers_autoencoder(path: str | Path) -> tuple[Autoencoder, Diffusers
     state, settings = interop_diffusers.read(file)
     with naming(file):
         spec = infer_autoencoder_spec(state, norm_groups=settings.norm_num_groups, image_size=settings.image_size)
-    return build_model(lambda: Autoencoder(spec), state, str(file)), settings
+    return build_model(lambda: Autoencoder(spec), state, str(file))
 
 
 def load_foreign(source: str | Path, *, num_heads: int | None = None) -> Model:
@@ -85,7 +84,7 @@ def load_foreign(source: str | Path, *, num_heads: int | None = None) -> Model:
             )
         if interop_diffusers.MARK not in state:
             return load_reference_autoencoder(source)
-    return load_diffusers_autoencoder(source)[0]
+    return load_diffusers_autoencoder(source)
 
 
 def save_reference(model: Model, path: str | Path) -> None:
