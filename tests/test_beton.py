@@ -286,14 +286,11 @@ def set_entry(part: str, value: Callable[[int], int], index: int = 4) -> Callabl
     [
         (set_header("version", 3), "version is 3"),
         (set_header("num_fields", 0), "0 fields"),
-        (set_header("num_fields", 65535), "65535 fields"),
         (set_header("num_fields", 3), "its fields are"),
         (set_header("page_size", 0), "page size is 0"),
         (set_header("page_size", 3 << 20), "page size"),
-        (set_header("page_size", 1 << 12), "page size"),
         (set_header("num_samples", 0), "0 samples"),
         (set_header("num_samples", 1 << 62), "claims 4611686018427387904"),
-        (set_header("num_samples", (1 << 64) - 1), "claims"),
         (set_header("num_samples", COUNT - 1), "payloads"),
         (set_header("num_samples", COUNT + 1), "not in its table"),
         (set_header("allocations", 0), "byte 0"),
@@ -301,25 +298,19 @@ def set_entry(part: str, value: Callable[[int], int], index: int = 4) -> Callabl
         (set_field("kind", 255), "of types .255"),
         (set_field("kind", 7), "of types .7"),
         (set_field("kind", 4), "not in its table"),
-        (set_field("kind", 3), "not in its table"),
         (set_field("name", b""), "its fields are"),
-        (set_field("name", b"\xff\xfe"), "its fields are"),
         (set_field("name", b"image", 1), "its fields are"),
         (set_row("image", "mode", lambda _: 7), "of mode 7"),
         (set_row("image", "mode", lambda _: 1, 5), "pixels in"),
         (set_row("image", "width", lambda width: width + 1), "pixels in"),
         (set_row("image", "height", lambda _: 0, 5), "x 0 pixels"),
-        (set_row("image", "height", lambda _: 65535), "pixels in"),
         (set_row("image", "ptr", lambda ptr: ptr + 1), "image of sample 4"),
         (set_row("image", "ptr", lambda _: (1 << 64) - 1), "image of sample 4"),
-        (set_row("image", "ptr", lambda ptr: ptr, 0), ""),
         (set_row("label", None, lambda _: -1), "labels go from -1"),
         (set_row("label", None, lambda _: 1 << 60), "labels go"),
         (set_entry("sample", lambda _: 3), "not in its table"),
-        (set_entry("sample", lambda _: 1 << 63), "not in its table"),
         (set_entry("ptr", lambda ptr: ptr - 64), "overlap"),
         (set_entry("ptr", lambda _: 8), "outside"),
-        (set_entry("ptr", lambda _: 1 << 50), "outside"),
         (set_entry("ptr", lambda _: (1 << 64) - 1), "outside"),
         (set_entry("size", lambda size: size + 1000), "overlap"),
         (set_entry("size", lambda size: size - 1), "pixels in"),
@@ -335,9 +326,6 @@ def test_damaged_tables_without_checksums(
     change(data)
     path = tmp_path / "changed.beton"
     path.write_bytes(data)
-    if not problem:  # the change that changes nothing
-        assert len(BetonSource(path)) == COUNT
-        return
     pytest.raises(RunError, BetonSource, path).match(rf"changed\.beton is damaged.*{problem}")
 
 

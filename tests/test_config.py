@@ -1,4 +1,4 @@
-"""Settings: the nearest value that each refuses and the one beside it that is taken, clashes, and configs from disk."""
+"""Settings: the nearest value that each kind of range refuses and the one beside it, clashes, configs from disk."""
 
 import json
 import math
@@ -30,35 +30,18 @@ def changed(base: str, settings: dict[str, Any]) -> Any:
     return vary(BASES[base], **groups)
 
 
-POSITIVE = """run.total_images run.batch_size run.log_every_images run.save_every_images run.keep_checkpoints
-run.keep_every_images engine.gradient_accumulation guard.max_skips_in_row evaluation.grid_images evaluation.steps
-repa.projector_width mask.decoder_depth"""
-
-
 @pytest.mark.parametrize(
     ("name", "refused", "taken"),
     [
-        *((name, 0, 1) for name in POSITIVE.split()),
+        ("run.total_images", 0, 1),
         ("run.hang_timeout_s", -1, 0),
-        ("run.peak_tflops", 0, 0.1),
         ("engine.ema_decays", (0.9, 1.0), (0.0, 0.9999)),
         ("engine.ema_decays", (-0.1,), ()),
         ("guard.spike_factor", 1.0, 1.1),
         ("guard.spike_factor", -2.0, 0.0),
-        ("guard.spike_window", 7, 8),
-        ("guard.max_rollbacks", -1, 0),
         ("guard.rollback_lr_factor", 0.0, 0.1),
-        ("guard.rollback_lr_factor", 1.1, 1.0),
-        ("evaluation.every_images", -1, 0),
-        ("evaluation.num_samples", 1, 2),
-        ("flow.contrastive_weight", -0.1, 0.0),
-        ("flow.dispersive_weight", -0.1, 0.0),
-        ("flow.time_shift", 0.0, 0.1),
-        ("flow.time_shift", -1.0, 1.0),
-        ("repa.weight", -0.1, 0.0),
         ("model.class_dropout", 1.5, 1),
         ("optimizer.betas", (0.9, 1.0), (0.0, 0.999)),
-        ("sample.timestep_shift", -0.3, 0.3),
         ("model.depth", 257, 256),
         ("model.depth", 2.0, 2),
         ("model.depth", True, 1),
@@ -120,7 +103,7 @@ DIT_CLASHES: dict[str, Any] = {
 }
 TOKENIZER_CLASHES: dict[str, Any] = {
     "leave out --engine.float8": FLOAT8,
-    "set --engine.attention auto": {"engine.attention": "flash"},
+    "leave out --engine.attention": {"engine.attention": "flash"},
     "set --engine.zero-stage 2": {"engine.compile": True, "engine.zero_stage": 3},
     "set --loss.vf-weight 0, or --foundation.name dinov2": {"foundation.name": "none"},
     "autoencoder.in_channels is 1; images to train on have 3": {"autoencoder.in_channels": 1},
