@@ -40,10 +40,7 @@ class DaliDecoder(ThreadedDecoder):
     """An ImageDecoder over DALI pipelines, and the context manager that ends its threads.
 
     On a CPU `num_workers` threads read, decode and scale, each with a pipeline of its own. On a GPU the workers are
-    the threads of two pipelines, and the pixels stay on the device.
-
-    Raises:
-        UsageError: DALI cannot be imported.
+    the threads of two pipelines, and the pixels stay on the device. UsageError where DALI cannot be imported.
     """
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device | str = "cpu") -> None:

@@ -26,10 +26,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file's content as a decoded image, in whatever mode, its `format` that of the content.
 
     A PNG's checksums are compared first: Pillow passes over those of the pixels, and shows some damaged files.
-
-    Raises:
-        NoPicture: it is of another format, or has more than `max_pixels`.
-        Exception: almost any type, of Pillow's decoders on damaged data.
+    NoPicture: it is of another format, or has more than `max_pixels`. Damaged data makes Pillow raise almost any type.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

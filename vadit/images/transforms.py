@@ -43,10 +43,7 @@ def plan_crop(kind: CropKind, width: int, height: int, size: int, seed: int = 0)
 
     center: ADM's (Dhariwal & Nichol 2021, image_datasets.py): halve while the short side is at least twice the goal,
     bring the short side to it, cut out the middle (rounded towards the upper left). random: scaled in the same way, a
-    random square of the short side, as the authors train their tokenizer.
-
-    Raises:
-        ValueError: the image is longer than MAX_ASPECT allows.
+    random square of the short side, as the authors train their tokenizer. ValueError for one longer than MAX_ASPECT.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width} x {height} pixels is longer than {MAX_ASPECT}:1")

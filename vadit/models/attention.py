@@ -44,11 +44,7 @@ def torch_attention(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
 
 
 def named(name: str) -> Attend:
-    """The attention called `name`.
-
-    Raises:
-        ImportError: its package is not there.
-    """
+    """The attention called `name`; ImportError where its package is not there."""
     if name == TORCH:
         return torch_attention
     return _by_torch(_KERNELS[name]) if name in _KERNELS else _by_flash_attn(_FLASH_ATTN[name])

@@ -85,10 +85,8 @@ def _series(runs: Sequence[Run], name: str) -> tuple[Series, ...]:
 def write_runs_report(folders: Sequence[str | Path], out: str | Path) -> list[str]:
     """The report of the runs under `folders` into the HTML file `out`.
 
-    Returns what could not be read, in sentences (they are on the page, too).
-
-    Raises:
-        UsageError: a folder is no run folder, none of them holds anything to show, or `out` is a folder.
+    Returns what could not be read, in sentences (they are on the page, too). UsageError: a folder is no run folder,
+    none of them holds anything to show, or `out` is a folder.
     """
     if not folders:
         raise UsageError("vadit report needs one or more run folders: vadit report RUN [RUN ...]")

@@ -93,13 +93,10 @@ def report(findings: list[Finding]) -> Table:
     return table
 
 
-def distribution(pattern: str) -> tuple[str, str] | None:
-    """Name and version of the installed distribution whose name matches `pattern` whole."""
-    for found in metadata.distributions():
-        name = found.metadata["Name"] or ""
-        if re.fullmatch(pattern, name, re.IGNORECASE):
-            return name, found.version
-    return None
+def version_of(pattern: str) -> str:
+    """Version of the installed distribution whose name matches `pattern` whole; empty where there is none."""
+    found = (each for each in metadata.distributions() if re.fullmatch(pattern, each.metadata["Name"] or "", re.I))
+    return next((each.version for each in found), "")
 
 
 def _torch() -> Iterator[Finding]:
@@ -122,9 +119,9 @@ def _torch() -> Iterator[Finding]:
     else:
         why = f"driver {driver} is loaded, but torch sees no GPU: too old for CUDA {torch.version.cuda}, or hidden"
         yield Finding("CUDA", why, remedy="check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    if triton := distribution("triton"):
+    if triton := version_of("triton"):
         used = "fused GPU kernels" if torch.cuda.is_available() else "installed; its kernels need a GPU"
-        yield Finding("Triton", used, triton[1])
+        yield Finding("Triton", used, triton)
     else:
         yield Finding("Triton", "fused GPU kernels", remedy="pip install triton")
 
@@ -165,8 +162,8 @@ def _backends() -> Iterator[Finding]:
 
 def _optional() -> Iterator[Finding]:
     for pattern, package in OPTIONAL_PACKAGES.items():
-        if found := distribution(pattern):
-            yield replace(package, version=found[1], remedy="")
+        if version := version_of(pattern):
+            yield replace(package, version=version, remedy="")
         else:
             yield replace(package, detail=f"not installed ({package.detail}); optional")
 
@@ -174,15 +171,12 @@ def _optional() -> Iterator[Finding]:
 def _apex() -> Finding:
     """NVIDIA's apex has apex.normalization and apex.optimizers; the `apex` of PyPI is a web toolkit without them."""
     use = "optimizer.kind apex_fused (its norms are not used); without it torch's fused AdamW"
-    found = distribution("apex")
-    spec = importlib.util.find_spec("apex")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    parts = ("normalization", "optimizers")
-    if any(all((Path(folder) / part).is_dir() for part in parts) for folder in folders):
-        return Finding("apex", use, found[1] if found else "")
-    if found or spec:
-        version = f" {found[1]}" if found else ""
-        why = f"the installed apex{version} is another project (PyPI's `apex`), not NVIDIA's"
+    version, spec = version_of("apex"), importlib.util.find_spec("apex")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    if any((folder / "normalization").is_dir() and (folder / "optimizers").is_dir() for folder in folders):
+        return Finding("apex", use, version)
+    if version or spec:
+        why = f"the installed apex {version} is another project (PyPI's `apex`), not NVIDIA's"
         return Finding("apex", why, remedy=f"pip uninstall apex && {NVIDIA_APEX}")
     why = f"not installed ({use}); optional. PyPI's `apex` is another project: do not pip install it"
     return Finding("apex", why, remedy=NVIDIA_APEX)

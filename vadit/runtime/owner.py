@@ -47,11 +47,8 @@ class Claim:
 def owned(folder: str | Path, remedy: str) -> Iterator[None]:
     """The main process owns `folder`, which is made where it is missing, for all until the block ends. Collective.
 
-    A folder that was made for it and is empty at the end goes again.
-
-    Raises:
-        UsageError: another one owns it: number and host, and `remedy`; or it cannot be a folder of ours.
-        RunError: the disk is full or fails.
+    A folder that was made for it and is empty at the end goes again. UsageError: another one owns it (number and host,
+    and `remedy`), or it cannot be a folder of ours. RunError: the disk is full or fails.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:

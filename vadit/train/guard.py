@@ -91,8 +91,7 @@ class Guard:
     def report_skip(self, *, step: int, images: int, image_ids: list[int]) -> str | None:
         """Report the step that was just left out; returns why the run should go back, once it should.
 
-        Raises:
-            RunError: guard.skip_nonfinite is off and the loss or a gradient was not finite.
+        RunError: guard.skip_nonfinite is off and the loss or a gradient was not finite.
         """
         reason = self._reason()
         self._record("skipped", step=step, images=images, reason=reason, image_ids=image_ids)
@@ -116,11 +115,7 @@ class Guard:
         raise AssertionError("a step was left out that nothing spoke against")
 
     def go_back(self, why: str, *, step: int, images: int) -> None:
-        """Count a rollback and lower the rate.
-
-        Raises:
-            RunError: it would be one too many.
-        """
+        """Count a rollback and lower the rate; RunError for one too many."""
         if self.rollbacks >= self.spec.max_rollbacks:
             tried = f"; going back {self.rollbacks} time(s) did not help" if self.rollbacks else ""
             raise RunError(

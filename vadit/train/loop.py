@@ -60,11 +60,8 @@ def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog |
     """Train `task` to `run.total_images`, going on from the newest checkpoint of the run's folder.
 
     A step that the guard leaves out does not count: `position` counts what was trained, the loader what was read.
-    `watchdog`: one that already watches, and goes on to; else one for this loop.
-
-    Raises:
-        Stopped: a signal asked for it; the state is saved.
-        RunError: going back to the last checkpoint did not help, or the last checkpoint cannot be written.
+    `watchdog`: one that already watches, and goes on to; else one for this loop. Stopped: a signal asked for it; the
+    state is saved. RunError: going back to the last checkpoint did not help, or the last one cannot be written.
     """
     this = _Run(task, config)
     spec = config.run

@@ -67,11 +67,8 @@ class Checkpoints:
     def restore(self) -> tuple[Position, dict[str, Any], dict[str, Any]] | None:
         """Load the newest whole checkpoint: position, loader's state, guard's state; None where there is none.
 
-        Collective. Also for a rollback in mid-run: it first waits for a save under way.
-
-        Raises:
-            UsageError: the checkpoint is of another config or optimizer.
-            RunError: there are checkpoints, and all are damaged.
+        Collective. Also for a rollback in mid-run: it first waits for a save under way. UsageError: the checkpoint is
+        of another config or optimizer. RunError: there are checkpoints, and all are damaged.
         """
         self._settle()
         # The main process alone looks, and hashes: hundreds of processes would read everything hundreds of times.

@@ -207,8 +207,7 @@ class Shares:
     def load(self, engine: Engine, averages: dict[float, list[torch.Tensor]]) -> None:
         """Set this process's share of `engine` and of its averages. `engine.refresh` must follow; no collective.
 
-        Raises:
-            UsageError: another network, or an average that is not there.
+        UsageError: another network, or an average that is not there.
         """
         if (difference := _difference(self.shapes, engine.shapes())) is not None:
             raise UsageError(f"{self.folder} does not fit this run's config ({difference}); use another --run.out")
