@@ -181,16 +181,14 @@ def test_drawings_are_the_same_each_time_and_have_the_colours_of_their_curves() 
     assert len(re.findall("stroke-dasharray", svg(chart))) == 1
 
 
-def test_labels_of_marks_cover_no_other_and_no_mark() -> None:
-    own = Series("own", Curve(np.array([0.282]), np.array([8.3])), style="dots")
-    curve = Curve(np.array([0.28, 0.281, np.nan, 0.279, 0.5]), np.array([8.22, 8.25, 1, 8.2, 20.0]))
-    marks = Series("s", curve, 1, "rings", ("one", "two", "lost", "three", "four"))
-    figure = draw(Chart("t", (own, marks), x_from_zero=False), 760, 330)
-    (plot,) = figure.axes
-    assert [text.get_text() for text in plot.texts] == ["one", "two", "three", "four"]
+def test_labels_of_marks_stay_in_the_plot() -> None:
+    curve = Curve(np.array([0.28, 0.281, np.nan, 0.5]), np.array([8.2, 8.2, 1, 20.0]))
+    marks = Series("s", curve, 1, "rings", ("left", "middle", "lost", "right"))
+    (plot,) = draw(Chart("t", (marks,), x_from_zero=False), 760, 330).axes
+    assert [text.get_text() for text in plot.texts] == ["left", "middle", "right"]
     boxes = [text.get_window_extent() for text in plot.texts]
-    assert sum(box.count_overlaps(boxes) for box in boxes) == 4  # itself
-    assert not any(box.contains(*plot.transData.transform((0.282, 8.3))) for box in boxes)
+    assert all(plot.bbox.x0 <= box.x0 and box.x1 <= plot.bbox.x1 for box in boxes)
+    assert sum(box.count_overlaps(boxes) for box in boxes) == 3  # itself
 
 
 BATCH = 1024

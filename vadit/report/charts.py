@@ -34,11 +34,6 @@ _SMALL, _WIDE = (320, 190), (760, 330)
 """Width and height of a chart in points, of which the page makes pixels."""
 _SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "vadit", "text.parse_math": False}
 """Letters stay letters, ids are the same each time, and a $ in a run's name begins no formula."""
-_BESIDE = (
-    (7, 0, "left"), (7, 9, "left"), (7, -9, "left"), (-7, 0, "right"), (-7, 9, "right"), (-7, -9, "right"),
-    (0, 10, "center"), (0, -10, "center"),
-)  # fmt: skip
-"""Places of a label beside its point, the best first: offset in points, and the side of the label that is there."""
 _LOG_RATIO = 20.0  # positive curves whose 95th percentile is so many times the 5th are drawn on a logarithmic axis
 
 
@@ -223,31 +218,15 @@ def _set_ticks(axis: Axis, start: float, stop: float) -> None:
 
 
 def _label_points(plot: Axes, drawn: Sequence[Series]) -> None:
-    """Write labels beside their points, each where it covers no point and no other label, if there is such a place."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
-    points = [
-        (x, y, label)
-        for series in drawn
-        if not series.is_line
-        for x, y, label in zip(series.curve.x, series.curve.y, series.labels or [""] * len(series.curve.x), strict=True)
-        if np.isfinite([x, y]).all()
-    ]
-    if not any(label for _, _, label in points):
-        return
-    renderer = FigureCanvasAgg(plot.get_figure(root=True)).get_renderer()
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in plot.transData.transform([each[:2] for each in points])]
-    for x, y, label in (point for point in points if point[2]):
-        text = plot.annotate(
-            one_line(label), (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=9, color=_SOFT
-        )
-        for right, up, side in _BESIDE:
-            text.set(position=(right, up), ha=side)
-            box = text.get_window_extent(renderer)
-            if plot.bbox.x0 <= box.x0 and box.x1 <= plot.bbox.x1 and not box.count_overlaps(taken):
-                break
-        taken.append(box)
+    """Write labels above and below their points in turn, so that those of neighbours keep clear of each other."""
+    for series in drawn:
+        for number, label in enumerate(series.labels):
+            x, y = series.curve.x[number], series.curve.y[number]
+            if np.isfinite([x, y]).all():
+                plot.annotate(
+                    one_line(label), (x, y), xytext=(0, -10 if number % 2 else 10), textcoords="offset points",
+                    ha="center", va="center", fontsize=9, color=_SOFT,
+                )  # fmt: skip
 
 
 def _for_page(drawing: str, title: str) -> str:
