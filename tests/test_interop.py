@@ -330,16 +330,33 @@ def test_attention_as_convolutions_and_half_precision(tmp_path: Path) -> None:
     check(autoencoder, model)
 
 
-@pytest.mark.parametrize("name", ["bf16.safetensors", "non_ema.bin"])
-def test_weights_of_other_kinds(tmp_path: Path, name: str, capsys) -> None:
-    model, weights = network().bfloat16().float(), f"diffusion_pytorch_model.{name}"
-    folder = write(tmp_path / "vae", {key: value.bfloat16() for key, value in state_of(model).items()}, name=weights)
+@pytest.mark.parametrize("name", ["bf16.safetensors", "non_ema.bin", "safetensors.index.json", "bin.index.fp16.json"])
+def test_weights_of_other_kinds_and_in_several_files(tmp_path: Path, name: str, capsys) -> None:
+    model, index = network().bfloat16().float(), "index" in name
+    state, weights = (
+        {key: value.bfloat16() for key, value in state_of(model).items()},
+        f"diffusion_pytorch_model.{name}",
+    )
+    folder = write(tmp_path / "vae", {} if index else state, name=weights)
+    if index:
+        ending = "safetensors" if "safetensors" in name else "bin"
+        places = {key: f"diffusion_pytorch_model-{1 + len(key) % 2:05}-of-00002.{ending}" for key in state}
+        for place in set(places.values()):
+            part = {key: value for key, value in state.items() if places[key] == place}
+            save_file(part, folder / place) if ending == "safetensors" else torch.save(part, folder / place)
+        (folder / weights).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     check(load_tokenizer(str(folder), torch.device("cpu")), model)
-    assert "weights of the kind" in capsys.readouterr().err
-    # once there are others, they are not taken
-    write(tmp_path / "whole", state_of(network()))
-    (folder / weights).rename(tmp_path / "whole" / weights)
-    check(load_tokenizer(str(tmp_path / "whole"), torch.device("cpu")), network())
+    said = capsys.readouterr().err
+    assert ("weights of the kind" in said) == (name != "safetensors.index.json")
+    if index:
+        for bad in ("../other.bin", "gone.bin"):
+            (folder / weights).write_text(json.dumps({"weight_map": places | {"extra": bad}}))
+            with pytest.raises(UsageError, match=f"names {bad}, which does not lie beside it; needed are all of its 3"):
+                interop.load_diffusers_autoencoder(folder)
+    elif name == "non_ema.bin":  # once there are others, they are not taken
+        write(tmp_path / "whole", state_of(network()))
+        (folder / weights).rename(tmp_path / "whole" / weights)
+        check(load_tokenizer(str(tmp_path / "whole"), torch.device("cpu")), network())
 
 
 def test_without_quantisation_convolutions(tmp_path: Path) -> None:

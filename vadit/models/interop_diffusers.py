@@ -21,7 +21,10 @@ from vadit.runtime.json_files import Limits, checked, read_json
 
 CLASS_NAME = "AutoencoderKL"
 CONFIG_NAME = "config.json"
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>\w+))?(?P<kind>\.safetensors|\.bin)")
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<first>\w+))?(?P<kind>\.safetensors|\.bin)(?P<index>\.index(\.(?P<second>\w+))?\.json)?"
+)
+"""Names of the weights, or of the index of several files of them; a variant stands in one of two places."""
 _VARIANTS = (None, "fp32", "fp16", "bf16", "non_ema")  # whole precision first, weights that are not averaged last
 MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a tensor that every AutoencoderKL has
 
@@ -90,13 +93,14 @@ def find(path: str | Path) -> Path | None:
         return None
     raise UsageError(
         f"{path} is diffusers' folder and holds {', '.join(there[:9])}; needed is diffusion_pytorch_model.safetensors "
-        "or .bin (or .fp16, .bf16, .non_ema before that)"
+        "or .bin (or .fp16, .bf16, .non_ema before that), or its .index.json with all files that it names"
     )
 
 
-def _preference(found: re.Match[str]) -> tuple[float, bool]:
-    variant = found["variant"]
-    return _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS) - 1.5, found["kind"] == ".bin"
+def _preference(found: re.Match[str]) -> tuple[float, bool, bool]:
+    variant = found["first"] or found["second"]
+    rank = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS) - 1.5
+    return rank, found["kind"] == ".bin", found["index"] is not None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
@@ -104,9 +108,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], DiffusersSettings]:
 
     UsageError: no AutoencoderKL, or one that LDM's autoencoder cannot express. RunError: the file is damaged.
     """
-    if (found := _WEIGHTS.fullmatch(path.name)) and found["variant"]:
-        note_once(f"{path} is read: weights of the kind {found['variant']}")
-    return to_ldm_names(bare_state(read_mapping(path), MARK)[0], str(path)), _settings(path.parent / CONFIG_NAME)
+    content: dict[str, Any] = {}
+    for file in _files(path) if path.suffix == ".json" else [path]:
+        content |= read_mapping(file)
+    if (found := _WEIGHTS.fullmatch(path.name)) and (variant := found["first"] or found["second"]):
+        note_once(f"{path} is read: weights of the kind {variant}")
+    return to_ldm_names(bare_state(content, MARK)[0], str(path)), _settings(path.parent / CONFIG_NAME)
+
+
+def _files(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it."""
+    names = sorted(set(read_json(index, _Index, remedy="fetch it anew").weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UsageError(
+                f"{index} names {name}, which does not lie beside it; needed are all of its {len(names)} files"
+            )
+    return [index.parent / name for name in names]
 
 
 def published_scale(path: str | Path) -> str:
@@ -160,7 +178,15 @@ def _ldm_name(name: str, num_levels: int) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of an .index.json."""
+
+    weight_map: dict[str, str]
+
+
 def _read_config(path: Path) -> dict[str, Any] | None:
+    """The content of a config.json; None where there is none."""
     return read_json(path, dict[str, Any], remedy="fetch it anew") if path.is_file() else None
 
 
