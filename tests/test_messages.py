@@ -1,7 +1,6 @@
 """What messages advise: flags that there are, written as they can be typed, for the command that failed."""
 
 import ast
-import dataclasses
 import json
 import os
 import pickle
@@ -24,7 +23,7 @@ import vadit
 from vadit import cli
 from vadit.commands import arguments, convert, demo, encode, evaluate, prepare, report, sample, train
 from vadit.commands.arguments import flags_of, parse
-from vadit.config import DiTConfig, FoundationSpec, StageSpec, vary
+from vadit.config import FoundationSpec, vary
 from vadit.config.files import save_config
 from vadit.eval.latents import read_vectors
 from vadit.latents.statistics import load_statistics
@@ -156,44 +155,6 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
     assert [path for path in files if not (ROOT / path).exists()] == []
     for name in re.findall(r"`(vadit(?:\.\w+)+)", text):
         pkgutil.resolve_name(name)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "name", "old", "new", "typed"),
-    [
-        ("lightningdit-b", "data.flip", True, False, "--data.flip"),
-        ("lightningdit-b", "data.normalize", False, True, "--data.no-normalize"),
-        ("lightningdit-b", "optimizer.betas", (0.9, 0.95), (0.5, 0.9), "--optimizer.betas 0.9 0.95"),
-        ("lightningdit-b", "engine.ema_decays", (), (0.9,), "--engine.ema-decays"),
-        ("lightningdit-b", "engine.float8", None, "rowwise", "--engine.float8 None"),
-        ("vavae-f16d32-dinov2", "data.labels_file", "my labels", "x", "--data.labels-file 'my labels'"),
-        ("lightningdit-b", "run.init_from", "", "x", "--run.init-from ''"),
-        ("vavae-f16d32-dinov2", "foundation.model_args", {"depth": 2}, {"depth": 3}, ""),
-        ("vavae-f16d32-dinov2", "stages", (), (StageSpec(total_images=1),), ""),
-    ],
-)
-def test_the_old_value_can_be_typed(
-    recipe: str, name: str, old: Any, new: Any, typed: str, tmp_path: Path, monkeypatch
-) -> None:
-    group, _, last = name.rpartition(".")
-
-    def with_value(value: Any) -> Any:
-        config = vary(get_recipe(recipe), run={"out": str(tmp_path)})
-        return vary(config, **{group: {last: value}}) if group else dataclasses.replace(config, **{last: value})
-
-    before, now = with_value(old), with_value(new)
-    save_config(before, tmp_path / "config.json")
-    monkeypatch.setattr(runs, "has_checkpoint", lambda folder: True)
-    with pytest.raises(UsageError) as caught:
-        runs.open_folder(now)
-    told = str(caught.value)
-    assert f"holds a run made with {name}" in told
-    if not typed:
-        assert "; set it as the run's config.json has it to continue it, or another --run.out" in told
-        return
-    assert f"; give {typed} to continue it, or another --run.out" in told
-    kind = train.TrainGenerator if isinstance(now, DiTConfig) else train.TrainTokenizer
-    assert parse(kind, shlex.split(typed), command="train", default=kind(config=now)).config == before  # type: ignore
 
 
 def test_runs_of_another_kind_and_files_of_the_authors_are_told(tmp_path: Path, monkeypatch) -> None:

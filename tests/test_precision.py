@@ -139,7 +139,7 @@ def test_a_folder_holds_samples_of_one_precision(tmp_path: Path):
         write_samples(out, model, autoencoder, sampler, num_samples=num_samples, mean=mean, std=std, precision=chosen)
 
     write(tmp_path, 2, "fp32")
-    refused = r"made with precision 'fp32', .* 'bf16'; set --precision fp32, or --out to another folder"
+    refused = r"made with precision 'fp32', .* 'bf16'; set it as it was, set --out to another folder, or"
     pytest.raises(UsageError, write, tmp_path, 3, "bf16").match(refused)
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings.pop("precision") == "fp32"

@@ -9,9 +9,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from vadit.runtime.errors import RunError, UsageError, short, write_fault
 
@@ -142,14 +142,6 @@ def check_output(setting: str, path: str | Path, *, folder: bool = True) -> None
         raise UsageError(f"{setting} {path} cannot be written ({where}{fault}); choose another place") from None
 
 
-class Difference(NamedTuple):
-    """A setting that two sets of settings do not share: its dotted name, and the value on each side."""
-
-    name: str
-    old: Any
-    new: Any
-
-
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     found: dict[str, Any] = {}
@@ -158,9 +150,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def refuse_other_settings(
-    place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str | Callable[[Difference], str]
-) -> None:
+def refuse_other_settings(place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str) -> None:
     """UsageError where `place` holds `what` ("a run", "samples") that was made with other settings; names the first.
 
     old: what was kept. new: the settings of now. Both are compared as JSON holds them, None as what is missing.
@@ -168,10 +158,8 @@ def refuse_other_settings(
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
     before, now = (flat(json.loads(json.dumps(each))) for each in (old, new))
-    for found in (Difference(name, before.get(name), now.get(name)) for name in (*before, *now)):
-        if found.old != found.new:
-            advice = remedy if isinstance(remedy, str) else remedy(found)
+    for name in (*before, *now):
+        if (was := before.get(name)) != (found := now.get(name)):
             raise UsageError(
-                f"{place} holds {what} made with {found.name} {short(found.old)}, this command says "
-                f"{short(found.new)}; {advice}"
+                f"{place} holds {what} made with {name} {short(was)}, this command says {short(found)}; {remedy}"
             )

@@ -168,10 +168,7 @@ def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], n
     for network, old in weights.items() if isinstance(weights, dict) else ():
         if old != (now := settings["weights"].get(network, old)):
             raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
-    precision = f"set --precision {noted['precision']}, or --out to another folder"
-    refuse_other_settings(
-        out, "samples", noted, settings, lambda found: precision if found.name == "precision" else remedy
-    )
+    refuse_other_settings(out, "samples", noted, settings, f"set it as it was, {remedy}")
     _check_images(out, num_samples)
 
 

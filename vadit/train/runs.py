@@ -6,7 +6,6 @@ docs/training.md lists its files ("The run folder"). A tokenizer's stage-K is a 
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import Difference, refuse_other_settings, save_json
+from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
@@ -54,10 +53,8 @@ def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
             raise UsageError(
                 f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
             )
-        again = "to continue it, or another --run.out"
-        refuse_other_settings(
-            folder, "a run", _fixed(before), _fixed(config), lambda found: f"{_as_it_was(config, found)} {again}"
-        )
+        remedy = "set it as it was to continue it, or another --run.out"
+        refuse_other_settings(folder, "a run", _fixed(before), _fixed(config), remedy)
     if distributed.is_main():
         save_config(config, folder / "config.json")
     return folder
@@ -111,20 +108,6 @@ def _fixed(config: Any) -> dict[str, Any]:
     for part, free in (("run", _FREE), ("engine", _FREE_ENGINE), ("data", _FREE_DATA)):
         values[part] = {name: value for name, value in values[part].items() if name not in free}
     return values
-
-
-def _as_it_was(config: Any, difference: Difference) -> str:
-    """How to give a setting its old value: the flag to be typed, where there is one."""
-    name, old, new = difference
-    *groups, last = name.split(".")
-    for group in groups:
-        config = getattr(config, group, None)
-    values, others = (value if isinstance(value, list) else [value] for value in (old, new))
-    if not hasattr(config, last) or any(isinstance(value, dict) for value in (*values, *others)):
-        return "set it as the run's config.json has it"
-    switch = isinstance(old, bool) and name != "engine.compile"
-    flag = "--" + ".".join([*groups, f"no_{last}" if switch and not old else last]).replace("_", "-")
-    return " ".join(["give", flag, *([] if switch else [shlex.quote(str(value)) for value in values])])
 
 
 def seed_everything(spec: RunSpec) -> None:
