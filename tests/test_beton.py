@@ -376,7 +376,7 @@ def test_a_file_without_an_image_and_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "numbers.beton").write_bytes(header.tobytes() + fields.tobytes() + rows.tobytes())
     with pytest.raises(UsageError, match=r"numbers\.beton has the fields label, other, and none"):
         BetonSource(tmp_path / "numbers.beton")
-    pytest.raises(UsageError, BetonSource, tmp_path / "missing.beton").match("cannot be opened")
+    pytest.raises(UsageError, BetonSource, tmp_path / "missing.beton").match("cannot be read")
 
 
 def test_a_file_cut_while_it_is_open(beton: Path, tmp_path: Path) -> None:

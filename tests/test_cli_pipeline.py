@@ -22,9 +22,10 @@ from vadit import cli
 from vadit.config.files import load_config, load_run_config
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
-from vadit.models.pretrained import read_safetensors, write_safetensors
+from vadit.models.pretrained import write_safetensors
 from vadit.recipes import get_recipe
 from vadit.runtime.errors import UsageError
+from vadit.runtime.safetensors_file import load_tensors
 from vadit.sampling.write import noted_sampler
 
 NUM_IMAGES, SIDE = 12, 64
@@ -283,7 +284,7 @@ def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys) -> Non
     folder, run = str(house / "exported"), str(tmp_path / "run")
     narrow = [*DEBUG, "--run.out", run, "--run.init-from", folder, "--model.hidden-size", "96"]
     assert f"{folder}: tensor pos_embed has shape" in refusal(capsys, narrow, 2)
-    state = read_safetensors(house / "exported" / "model.safetensors")
+    state = load_tensors(house / "exported" / "model.safetensors")
     write_safetensors({name: state[name]}, tmp_path / "part.safetensors")
     part = [*DEBUG, "--run.out", run, "--run.init-from", str(tmp_path / "part.safetensors")]
     assert "part.safetensors: tensor pos_embed" in refusal(capsys, part, 2)

@@ -173,24 +173,20 @@ def test_slurm_starts_a_process_per_task(fakes: dict[str, str]) -> None:
     ]
 
 
-def test_slurm_queues_again_when_time_runs_out(fakes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGUSR1, ["scontrol requeue 12345"]), (signal.SIGTERM, [])], ids=["time", "cancelled"]
+)
+def test_slurm_passes_signals_on_and_queues_again_when_time_runs_out(
+    number: signal.Signals, after: list[str], fakes: dict[str, str]
+) -> None:
     job = slurm(fakes, CODES="wait")
     lines_of(fakes, 4)
-    job.send_signal(signal.SIGUSR1)  # --signal=B: to this script alone
+    job.send_signal(number)  # USR1, as --signal=B has it: to this script alone
     said, _ = job.communicate(timeout=LIMIT_S)
-    assert job.returncode == 0 and "goes back into the queue" in said
+    assert job.returncode == 0 and ("goes back into the queue" in said) == bool(after)
     lines = Path(fakes["STARTS"]).read_text().splitlines()
-    assert sorted(lines[4:8]) == [f"rank {rank}: USR1" for rank in range(4)]
-    assert lines[8:] == ["scontrol requeue 12345"]  # after the tasks have ended
-
-
-def test_slurm_ends_when_cancelled(fakes: dict[str, str]) -> None:
-    job = slurm(fakes, CODES="wait")
-    lines_of(fakes, 4)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=LIMIT_S) == 0
-    lines = Path(fakes["STARTS"]).read_text().splitlines()
-    assert sorted(lines[4:]) == [f"rank {rank}: TERM" for rank in range(4)]
+    assert sorted(lines[4:8]) == [f"rank {rank}: {number.name.removeprefix('SIG')}" for rank in range(4)]
+    assert lines[8:] == after  # once the tasks have ended
 
 
 @pytest.mark.parametrize(

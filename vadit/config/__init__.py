@@ -21,12 +21,9 @@ from vadit.runtime.errors import UsageError
 class Paper:
     """What a recipe reproduces."""
 
-    source: str = ""
-    """Table and row."""
-    metric: str = ""
-    """The paper's number with its protocol name."""
-    tokenizer: str = ""
-    """Whose latents a generator learns: a recipe, or a public model."""
+    source: str = ""  # table and row
+    metric: str = ""  # the paper's number with its protocol name
+    tokenizer: str = ""  # whose latents a generator learns: a recipe, or a public model
 
 
 @dataclass(frozen=True)

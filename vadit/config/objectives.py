@@ -7,8 +7,7 @@ from vadit.config.networks import FoundationSpec
 from vadit.config.ranges import AnyImages, Blocks, Checked, Decay, Margin, PathName, Range, Seed, Share, Weight, Width
 from vadit.runtime.errors import UsageError
 
-DDPM_STEPS = 1000
-"""Noise levels of the DDPM objective."""
+DDPM_STEPS = 1000  # noise levels of the DDPM objective
 
 
 @dataclass(frozen=True)

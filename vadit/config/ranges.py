@@ -40,29 +40,23 @@ class Range:
 
 
 PATH = object()
-PathName = Annotated[str, PATH]
-"""A path as users write it: a leading ~ or ~user becomes the home folder."""
+PathName = Annotated[str, PATH]  # a path as users write it: a leading ~ or ~user becomes the home folder
 
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, below=True)]
-Weight = Annotated[float, Range(0, 1_000_000)]
-"""Of a loss."""
+Weight = Annotated[float, Range(0, 1_000_000)]  # of a loss
 Margin = Annotated[float, Range(0, 2)]
 Factor = Annotated[float, Range(0, 1_000_000, above=True)]
 Seed = Annotated[int, Range(-(10**30), 10**30)]
 Blocks = Annotated[int, Range(1, 256)]
-Width = Annotated[int, Range(1, 65_536)]
-"""Channels, attention heads, hidden units."""
-Side = Annotated[int, Range(1, 16_384)]
-"""Pixels or positions."""
+Width = Annotated[int, Range(1, 65_536)]  # channels, attention heads, hidden units
+Side = Annotated[int, Range(1, 16_384)]  # pixels or positions
 Batch = Annotated[int, Range(1, 65_536)]
 Count = Annotated[int, Range(1, 10**9)]
-Images = Annotated[int, Range(1, 10**15)]
-"""A length or a distance of a run, in images."""
+Images = Annotated[int, Range(1, 10**15)]  # a length or a distance of a run, in images
 AnyImages = Annotated[int, Range(0, 10**15)]
 Label = Annotated[int, Range(0, 999_999)]
-Seeds = Annotated[int, Range(1, 10_000)]
-"""How many seeds."""
+Seeds = Annotated[int, Range(1, 10_000)]  # how many seeds
 Workers = Annotated[int, Range(1, 1_024)]
 
 

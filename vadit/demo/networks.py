@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from vadit.config import FoundationSpec
 from vadit.demo.data import SIZE, DemoData, channels_first
 from vadit.images.pixels import to_signed
-from vadit.models.pretrained import read_safetensors, write_safetensors
+from vadit.models.pretrained import write_safetensors
 from vadit.runtime import rng
 from vadit.runtime.console import ProgressBar
+from vadit.runtime.safetensors_file import load_tensors
 
 BATCH = 64
 LR = 2e-3
@@ -68,7 +69,7 @@ def trained(path: Path, build: Callable[[], nn.Module], data: DemoData, *, title
     torch.manual_seed(rng.fold(seed))
     network = build()
     if path.is_file():
-        network.load_state_dict(read_safetensors(path))
+        network.load_state_dict(load_tensors(path))
         return network.eval()
     images, labels = to_signed(channels_first(data.train_images)), torch.from_numpy(data.train_labels)
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vadit.config import ImageDataSpec
 from vadit.images.formats import reason
+from vadit.images.sources.folders import REMEDY
 from vadit.images.sources.page_order import PageOrder
 from vadit.images.transforms import CropKind
 from vadit.runtime import rng
@@ -150,10 +151,7 @@ def undecodable(images: ImageSet, index: int, error: Exception) -> RunError:
         return error
     if isinstance(error, MemoryError):
         return no_memory(images.source.describe(index))
-    return RunError(
-        f"image {images.source.describe(index)} does not decode ({reason(error)}); "
-        "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
-    )
+    return RunError(f"image {images.source.describe(index)} does not decode ({reason(error)}); {REMEDY}")
 
 
 class ImageLoader(PositionedLoader[ImageBatch]):

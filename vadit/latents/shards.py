@@ -21,15 +21,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
 from vadit.runtime.precision import Precision
-from vadit.runtime.reading import openable, patiently
-from vadit.runtime.safetensors_file import load_tensors, save_tensors
+from vadit.runtime.reading import ReadFault, openable, patiently, readable
+from vadit.runtime.safetensors_file import load_tensors, save_tensors, sound
 from vadit.runtime.walk import visible
 
 INDEX_FILE = "index.json"
@@ -55,8 +55,7 @@ class LatentSettings:
     store: Literal["moments", "sample"]  # moments: mean and standard deviation; sample: one draw
     dtype: Literal["bf16", "fp32"]  # type of the stored numbers
     flip: bool  # whether the mirrored images are there, too
-    seed: int
-    """Seed of the draw (store="sample")."""
+    seed: int  # of the draw (store="sample")
     shard_size: int  # images per shard
     features: dict[str, Any] | None = None
     """What the foundation features are of (`vadit.latents.encode`); None where there are none."""
@@ -148,7 +147,9 @@ class LatentShard:
         """Whether the content has the checksum of the header; reads the whole file."""
         try:
             return checksum(load_tensors(self.path)) == self.sha256
-        except (OSError, SafetensorError):
+        except ReadFault:
+            raise
+        except RunError:
             return False
 
     def damage(self, problem: str) -> RunError:
@@ -166,11 +167,9 @@ class LatentShard:
 def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor in a file; RunError where they are not there by now."""
     num_bytes = (stop - start) * entry.row_bytes
-    try:
-        offset = entry.offset + start * entry.row_bytes
+    offset = entry.offset + start * entry.row_bytes
+    with readable(path, REMEDY):
         data = patiently(lambda: np.fromfile(path, np.uint8, num_bytes, offset=offset), path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
     if len(data) != num_bytes:
         raise RunError(f"{path} is cut short; {REMEDY}")
     return torch.from_numpy(data).view(entry.dtype).reshape(stop - start, *entry.shape[1:])
@@ -202,12 +201,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 file.read(start - 8), dict[str, dict[str, Any]], f"{path}: its header", remedy=REMEDY
             )
 
-    try:
+    with sound(path, REMEDY):
         start, header = patiently(read, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
-    except SafetensorError as error:
-        raise RunError(f"{path} is cut short or damaged ({first_line(error)}); {REMEDY}") from None
     metadata = header.pop("__metadata__", {})
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from vadit.config.files import load_config, save_config
 from vadit.runtime import distributed
 from vadit.runtime.console import note_once
-from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.errors import UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.json_files import Limits, parse_json
 from vadit.runtime.reading import openable
@@ -92,25 +92,11 @@ def read_spec(kind: type[S], folder: str | Path) -> S:
 def read_model(folder: str | Path, make: Callable[[], P]) -> P:
     """The model that `make` builds, with the weights of a folder and what `save_pretrained` noted of them."""
     path = Path(folder) / WEIGHTS_NAME
-    model = build_model(make, read_safetensors(path), origin=str(path))
+    model = build_model(make, load_tensors(path), origin=str(path))
     with openable(path) as name, safe_open(name, "pt") as file:
         text = (file.metadata() or {}).get("vadit", "{}")  # a file of others says nothing
     model.origin = parse_json(text, Origin, f"the metadata of {path}", remedy="export it anew")
     return model
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of one file, on the CPU; a damaged file raises RunError with its name."""
-    try:
-        return load_tensors(path)
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from None
-    except SafetensorError as error:
-        raise RunError(
-            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: fetch or export it anew"
-        ) from None
 
 
 def read_weights(path: str | Path) -> Any:
@@ -122,7 +108,7 @@ def read_weights(path: str | Path) -> Any:
     if not path.is_file():
         raise UsageError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; name a file of weights")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return load_tensors(path)
     return load_torch(path)
 
 

@@ -6,26 +6,20 @@ from vadit.recipes.sizes import BATCH_SIZE
 
 
 def lightningdit_xl_beyond() -> DiTConfig:
-    """`lightningdit-xl-64ep` with what is known to help; as long, on the same latents, drawn in the same way.
-
-    Measured with vadit: that every switch trains, resumes and exports (its tests, on small models). Nothing of what
-    they do to FID is measured. Reported by others, each alone or in other company:
+    """`lightningdit-xl-64ep` with what others report to help, each alone or in other company; its FID is not measured.
 
     - repa: DINOv2-B features align block 8 with weight 0.5 (REPA, Yu et al. 2024, on SiT and SD-VAE). Needs latents
       from `vadit encode --features vit_base_patch14_dinov2.lvd142m`; --repa.weight 0 leaves it out.
-    - contrastive flow matching, weight 0.05 (Stoica et al. 2025, on SiT, also together with REPA).
-    - value residual (Zhou et al. 2024, on language models; in image models Bhanded 2025, "Speedrunning ImageNet
-      Diffusion", which combines it with REPA).
-    - time shift sqrt(dim / 4096) in training: 1.414 for 32 x 16 x 16 latents (Zheng et al. 2025, RAE, whose latents are
-      larger).
+    - contrastive flow matching, weight 0.05 (Stoica et al. 2025, on SiT, also with REPA).
+    - value residual (Zhou et al. 2024; in image models, with REPA, Bhanded 2025, "Speedrunning ImageNet Diffusion").
+    - time shift sqrt(dim / 4096): 1.414 for 32 x 16 x 16 latents (Zheng et al. 2025, RAE, whose latents are larger).
     - QK-norm, and gradients clipped to 1: the authors' own cures of NaN; QK-norm slows convergence a little.
-    - warm-up over 1,000 steps and linear decay to 0 (RAE warms up and decays, too, to a tenth).
-    - three EMA decays side by side, to choose from at the end (Karras et al. 2024, EDM2, on how much hangs on it);
-      they warm up.
+    - warm-up over 1,000 steps and linear decay to 0 (RAE decays to a tenth).
+    - three EMA decays side by side, which warm up, to choose from at the end (Karras et al. 2024, EDM2).
 
-    Left out: the dispersive loss (Wang & He 2025) is for runs without REPA; Muon has no published measurement on such
-    models that we know of. Both are settings (flow.dispersive_weight, optimizer.kind). Autoguidance is sampling's:
-    `vadit sample --guide RUN` with a smaller or shorter trained run.
+    Left out: the dispersive loss (Wang & He 2025), which is for runs without REPA, and Muon, of which we know no
+    measurement on such models (flow.dispersive_weight, optimizer.kind). Autoguidance is sampling's: `vadit sample
+    --guide RUN` with a smaller or shorter trained run.
     """
     base = lightningdit_xl_64ep()
     latent_numbers = base.model.in_channels * base.model.input_size**2

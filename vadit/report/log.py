@@ -20,8 +20,7 @@ class Log:
     """The quantities of a log.jsonl by name, over images."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
-    skipped_lines: int = 0
-    """Lines that are no JSON objects with a count of images (a process that was killed while it wrote)."""
+    skipped_lines: int = 0  # those that are no JSON objects with a count of images (a process killed while it wrote)
     lines: list[dict[str, Any]] = field(default_factory=list)
     """What is no number in a line (a path), by line; empty for log.jsonl, which has numbers only."""
 

@@ -17,8 +17,7 @@ from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.precision import allow_tf32
 
 T = TypeVar("T")
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-"""A folder of Linux with an entry per GPU, also of one that CUDA cannot use."""
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # an entry per GPU, also of one that CUDA cannot use
 
 
 def rank() -> int:

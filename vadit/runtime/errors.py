@@ -17,8 +17,7 @@ class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
 
 
-WANTS_CODE = "refused: it wants to run code when it is loaded"
-"""Of a pickle that needs more than tensors and plain values."""
+WANTS_CODE = "refused: it wants to run code when it is loaded"  # a pickle of more than tensors and plain values
 
 
 def escaped(text: str, keep: str = "\n\t") -> str:

@@ -69,6 +69,15 @@ def passing(error: BaseException | None) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def readable(what: object, remedy: str, kind: type[Exception] = RunError) -> Iterator[None]:
+    """An OSError of the block as one sentence: that `what` cannot be read, why, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} cannot be read ({error.strerror or error}); {remedy}") from None
+
+
 def read_file(path: str | Path, limit: int | None = None) -> bytes:
     """A file's content, or its first `limit` bytes; OSError where it is none (a pipe, a device) or cannot be read.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vadit.runtime.errors import UsageError
-from vadit.runtime.reading import patiently
+from vadit.runtime.reading import patiently, readable
 
 T = TypeVar("T")
 _SYSTEM = {
@@ -84,10 +84,8 @@ def _identity(place: str | Path) -> tuple[int, int]:
 
 
 def _read(action: Callable[[], T], place: str | Path) -> T:
-    try:
+    with readable(place, "give read permission, or name another", UsageError):
         return patiently(action, place)
-    except OSError as error:
-        raise UsageError(f"{place} cannot be read ({error.strerror}); give read permission, or name another") from None
 
 
 def _leads_to_folder(link: str, *, may_be_broken: bool) -> bool:

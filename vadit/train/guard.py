@@ -184,8 +184,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.interrupted = False
-        """Whether it was Ctrl-C: a person at a terminal, to whom code 0 would say that all is well."""
+        self.interrupted = False  # whether it was Ctrl-C: a person at a terminal, to whom code 0 would say all is well
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":

@@ -17,13 +17,14 @@ from torch import nn
 
 from vadit.config import Config, DiTConfig, RunSpec, TokenizerConfig, settled, vary
 from vadit.config.files import load_run_config, save_config
-from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state, read_safetensors
+from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
+from vadit.runtime.safetensors_file import load_tensors
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
@@ -198,10 +199,10 @@ def initialise(module: nn.Module, source: str) -> None:
         )
     own = module.state_dict()
     if path.is_file():
-        content, origin = read_safetensors(path), path
+        content, origin = load_tensors(path), path
         state = bare_state(content, next(iter(own)))[0] | {name: content[name] for name in content if name in own}
     elif (path / WEIGHTS_NAME).is_file():
-        state, origin = read_safetensors(path / WEIGHTS_NAME), path
+        state, origin = load_tensors(path / WEIGHTS_NAME), path
     elif (path / "config.json").is_file() or has_checkpoint(final_folder(path)):
         state, origin = read_weights(path)
     else:

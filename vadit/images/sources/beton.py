@@ -29,7 +29,7 @@ from vadit.images.sources.folders import SET_FOLDER, ppm
 from vadit.images.sources.labels import MAX_CLASSES
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.json_files import MAX_BYTES, checked, parse_json
-from vadit.runtime.reading import OpenFiles
+from vadit.runtime.reading import OpenFiles, readable
 
 VERSION = 2
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31
@@ -98,10 +98,8 @@ class BetonFile:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._file = OpenFiles([self.path])
-        try:
+        with readable(self.path, f"{SET_FOLDER} to a .beton", UsageError):
             self.size = self._size()
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be opened ({error.strerror}); {SET_FOLDER} to a .beton") from error
         self._parse()
 
     def __len__(self) -> int:
@@ -109,10 +107,8 @@ class BetonFile:
 
     def read(self, ptr: int, size: int) -> bytes:
         """Bytes of the file, from any thread."""
-        try:
+        with readable(self.path, "copy it anew"):
             data = self._file.read(0, ptr, size)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be read at byte {ptr} ({error.strerror}); copy it anew") from error
         if len(data) != size:
             raise RunError(f"{self.path} was cut short while it was in use; copy it anew")
         return data

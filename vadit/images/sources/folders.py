@@ -11,13 +11,14 @@ import torch
 from vadit.images.formats import EXTENSIONS
 from vadit.images.sources.labels import GIVE_LABELS, LabelsFile
 from vadit.runtime import rng
-from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.reading import read_file
+from vadit.runtime.errors import UsageError
+from vadit.runtime.reading import read_file, readable
 from vadit.runtime.walk import walk
 
 logger = logging.getLogger(__name__)
 
 DEBUG_CLASSES = 10
+REMEDY = "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
 SET_FOLDER = "set IMAGES of vadit prepare, --images of encode and evaluate, or --data.path of train"
 
 
@@ -45,13 +46,8 @@ class FolderSource:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        try:
+        with readable(f"image {self.paths[index]}", REMEDY):
             return read_file(self.paths[index])
-        except OSError as error:
-            raise RunError(
-                f"image {self.paths[index]} cannot be read ({error.strerror}); replace or remove it, "
-                "or leave it out with --on-error skip (vadit train: --data.on-error skip)"
-            ) from None
 
     def describe(self, index: int) -> str:
         return self.paths[index]

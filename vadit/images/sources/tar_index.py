@@ -23,7 +23,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import whole_file
 from vadit.runtime.json_files import MAX_BYTES, parse_json
 from vadit.runtime.npz_files import Npz
-from vadit.runtime.reading import patiently, read_all
+from vadit.runtime.reading import patiently, read_all, readable
 from vadit.runtime.walk import is_hidden
 
 IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
@@ -45,8 +45,7 @@ class Member(NamedTuple):
     start: int
     size: int
     name: str
-    kind: str
-    """What it is, where it is not the bytes of a file: "a link", "no plain file"."""
+    kind: str  # what it is, where it is not the bytes of a file: "a link", "no plain file"
 
 
 @dataclass
@@ -54,8 +53,7 @@ class ShardIndex:
     """The samples of a shard, in the order of their images, and what of it cannot be used."""
 
     records: np.ndarray
-    bad: dict[str, str] = field(default_factory=dict)
-    """Sample (or "from byte N on") -> why."""
+    bad: dict[str, str] = field(default_factory=dict)  # sample (or "from byte N on") -> why
     others: list[str] = field(default_factory=list)  # extensions of members that are neither images nor labels, sorted
     stamp: list[int] = field(default_factory=list)  # size and time of change of the shard that this is the index of
 
@@ -70,10 +68,8 @@ class Damaged(Exception):
 
 def shard_index(path: Path) -> ShardIndex:
     """The index of a shard, from the file beside it where that is right; RunError where the shard cannot be read."""
-    try:
+    with readable(f"shard {path}", "give read permission or replace it"):
         return patiently(lambda: _shard_index(path), path)
-    except OSError as error:
-        raise RunError(f"shard {path} cannot be read ({error.strerror}); give read permission or replace it") from None
 
 
 def _shard_index(path: Path) -> ShardIndex:

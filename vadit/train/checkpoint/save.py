@@ -73,8 +73,7 @@ class Saving(threading.Thread):
         self.fault: Exception | None = None
         self.seconds = 0.0
         self.written = threading.Event()  # set once this process's part is on disk, or has failed
-        self.cancelled = threading.Event()
-        """Set where another process has failed: the main one need not wait for its part."""
+        self.cancelled = threading.Event()  # set where another process has failed: its part is not waited for
         self._files, self._token, self._state, self._timeout_s = files, token, state, timeout_s
         self._published, self._failed, self._needed = published, failed, needed
         self.start()
