@@ -4,10 +4,19 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(vadit, m) {
-  m.def("rms_norm(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps) -> Tensor");
+  // narrow: the result is bfloat16, whatever x is.
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool narrow, float eps) -> Tensor");
   m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool modulated, float eps) "
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps) "
       "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)");
+  // y has the dtype of h; the gradients of what is None have no rows.
+  m.def(
+      "gated_norm(Tensor x, Tensor h, Tensor gate, Tensor? bias, Tensor weight, Tensor? scale, Tensor? shift, "
+      "float eps) -> (Tensor sum, Tensor y)");
+  m.def(
+      "gated_norm_backward(Tensor dsum, Tensor dy, Tensor sum, Tensor h, Tensor gate, Tensor? bias, Tensor weight, "
+      "Tensor? scale, Tensor? shift, float eps) -> (Tensor dx, Tensor dh, Tensor dgate, Tensor dbias, "
+      "Tensor dweight, Tensor dscale, Tensor dshift)");
   m.def("swiglu(Tensor x12, Tensor? bias) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor x12, Tensor? bias) -> (Tensor dx12, Tensor dbias)");
   m.def(

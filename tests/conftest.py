@@ -50,11 +50,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
 
     with dispatch.setting(resolve(request.param)):
         if request.param == "triton":
-            from fences import fenced
+            from fences import fenced, rounded
+            from triton.runtime import interpreter
 
             from vadit.kernels.triton_kernels import common
 
             monkeypatch.setattr(common, "launch", fenced(common.launch))
+            monkeypatch.setattr(interpreter, "_convert_float", rounded(interpreter._convert_float))
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is empty
         yield request.param
         torch.use_deterministic_algorithms(False)

@@ -1,7 +1,12 @@
-"""Every tensor that a Triton kernel gets, between margins of NaN: reading or writing beyond it shows."""
+"""Every tensor that a Triton kernel gets, between margins of NaN: reading or writing beyond it shows.
 
+And what Triton's interpreter does otherwise than a GPU.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,5 +54,16 @@ def fenced(launch: Any) -> Any:
         launch(kernel, decide, sizes, *(t if c is None else c.copy for t, c in zip(tensors, copies, strict=True)))
         for copy in filter(None, copies):
             copy.take_back()
+
+    return call
+
+
+def rounded(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """triton.runtime.interpreter._convert_float, which cuts bfloat16 off where a GPU rounds to the nearest."""
+
+    def call(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     return call

@@ -155,7 +155,7 @@ def test_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
 
 COMPARE = """
 import sys, torch
-from vadit.kernels import rms_norm, rope_qkv, swiglu, vf_loss
+from vadit.kernels import gated_norm, rms_norm, rope_qkv, swiglu, vf_loss
 from vadit.kernels.testing import results_and_gradients
 g = torch.Generator().manual_seed(0)
 r = lambda *s: torch.randn(s, generator=g)
@@ -164,6 +164,8 @@ vf = lambda z, w: vf_loss(z, w, features, cos_margin=0.5, distmat_margin=0.25)
 found = []
 for dtype in (torch.float32, torch.bfloat16):
     found += results_and_gradients(rms_norm, [r(3, 7, 45).to(dtype), r(45), r(3, 45), r(3, 45)])
+    rows = [r(3, 7, 45).to(dtype), r(3, 7, 45).to(dtype), r(3, 45), r(45), r(45), r(3, 45)]
+    found += results_and_gradients(gated_norm, rows)
     found += results_and_gradients(swiglu, [(10 * r(4, 90)).to(dtype)])
     found += results_and_gradients(swiglu, [(10 * r(35, 90)).to(dtype), r(90)])
     packed = lambda t, *w: rope_qkv(t, cos, sin, *w)[:2]
@@ -225,7 +227,7 @@ def test_ops_are_clean_and_the_sanitizer_watches(tmp_path: Path) -> None:
     done = build(tmp_path, CXX=str(compiler), VADIT_CUDA="0", VADIT_BUILD="require")
     assert done.returncode == 0, done.stdout + done.stderr
     library = tmp_path / "lib" / "vadit" / "_C.abi3.so"
-    tests = [f"tests/test_op_{op}.py" for op in ("rms_norm", "rope", "swiglu", "vf_loss")]
+    tests = [f"tests/test_op_{op}.py" for op in ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss")]
     # the tests of compilation and of schemas run the same kernels, slowly
     chosen = ["-p", "no:cacheprovider", "-k", "cpp and not compiles and not opcheck"]
     done = run(library, "-m", "pytest", "-q", "-x", *chosen, *tests)

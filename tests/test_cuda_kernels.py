@@ -14,7 +14,8 @@ import torch
 from simt import library
 from torch import Tensor
 
-from vadit.kernels import dispatch, rms_norm, rope_qkv, swiglu, vf_loss
+from vadit.kernels import dispatch, gated_norm, rms_norm, rope_qkv, swiglu, vf_loss
+from vadit.kernels.gated_norm import gated_norm_reference
 from vadit.kernels.rms_norm import rms_norm_reference
 from vadit.kernels.rope import rope_reference
 from vadit.kernels.swiglu import swiglu_reference
@@ -148,12 +149,22 @@ class TestLarge:
     """
 
     @pytest.mark.parametrize("shape", [(40, 16), (1, 2, 4104), (2, 1500, 264), (1, 2100, 33)], ids=str)
-    def test_rms_norm(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def test_norms(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         width, images = shape[-1], shape[0]
-        modulation = [normal(images, width, seed=s) for s in (3, 4)]
-        inputs = [normal(*shape, dtype=dtype), 1 + 0.2 * normal(width, seed=2), *modulation]
-        check(rms_norm, lambda *t: rms_norm_reference(*t, 1e-6), inputs)
-        check(rms_norm, lambda x, weight: rms_norm_reference(x, weight, None, None, 1e-6), inputs[:2])
+        scale, shift, gate = (normal(images, width, seed=s) for s in (3, 4, 5))
+        inputs = [normal(*shape, dtype=dtype), 1 + 0.2 * normal(width, seed=2), scale, shift]
+        check(rms_norm, lambda *t: rms_norm_reference(*t, EPS), inputs)
+        check(rms_norm, lambda x, weight: rms_norm_reference(x, weight, None, None, EPS), inputs[:2])
+
+        def residual(x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            h, gate, bias = rest
+            return gated_norm(x, h, gate, weight, bias, scale)
+
+        def formula(x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            return gated_norm_reference(x, *rest, weight, scale, None, EPS)
+
+        branch = [normal(*shape, seed=6, dtype=dtype), gate, normal(width, seed=7)]
+        check(residual, formula, inputs[:3] + branch)
 
     @pytest.mark.parametrize("shape", [(2, 1, 4200, 8), (1, 2, 3, 256), (1, 3, 4, 264)], ids=str)
     def test_rope(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -211,9 +222,13 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
 
     def results(move: Callable[[Tensor], Tensor]) -> list[Tensor]:
         tables = move(cos), move(sin), weight[:8], None, EPS
+        modulation = move(weight.expand(2, 16))
+        weights = modulation, move(weight), move(weight), modulation, modulation
         return [
-            ops.rms_norm(move(x), move(weight), None, None, EPS),
-            *ops.rms_norm_backward(move(dy), move(x), move(weight), move(weight.expand(2, 16)), True, EPS),
+            ops.rms_norm(move(x), move(weight), None, None, False, EPS),
+            *ops.rms_norm_backward(move(dy), move(x), move(weight), move(weight.expand(2, 16)), None, EPS),
+            *ops.gated_norm(move(x), move(dy), *weights, EPS),
+            *ops.gated_norm_backward(move(dy), move(dy), move(x), move(dy), *weights, EPS),
             ops.swiglu(move(x), move(weight)),
             *ops.swiglu_backward(move(dy[..., :8]), move(x), move(weight)),
             *ops.rope(move(q), move(k), *tables),
@@ -231,8 +246,10 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(7), None, None, EPS), "weight must have"),
-        (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(3, 8), None, EPS), "scale must have"),
+        (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(7), None, None, False, EPS), "weight must have"),
+        (lambda ops: ops.rms_norm(*[torch.ones(2, 8)[0]] * 2, torch.ones(3, 8), None, False, EPS), "x must have"),
+        (lambda ops: ops.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(3, 8), None, False, EPS), "scale must"),
+        (lambda ops: ops.gated_norm(*[torch.ones(2, 8)] * 3, None, torch.ones(9), None, None, EPS), "weight must have"),
         (lambda ops: ops.swiglu(torch.ones(2, 8).double(), None), "float32 or bfloat16"),
         (lambda ops: ops.swiglu(torch.ones(2, 7), None), "even last axis"),
         (lambda ops: ops.swiglu(torch.ones(2, 8), torch.ones(4)), "bias must have"),

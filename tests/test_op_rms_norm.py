@@ -119,9 +119,9 @@ def test_opcheck() -> None:
     if ops is None:
         pytest.skip("plain torch")
     x, weight, scale, shift = make(2, 5, 24)
-    torch.library.opcheck(ops.rms_norm.default, (x, weight, scale, shift, 1e-6))
-    torch.library.opcheck(ops.rms_norm.default, (x, weight, None, None, 1e-6))
-    torch.library.opcheck(ops.rms_norm_backward.default, (x, x, weight, scale, True, 1e-6))
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, scale, shift, True, 1e-6))
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, None, None, False, 1e-6))
+    torch.library.opcheck(ops.rms_norm_backward.default, (x, x, weight, scale, None, 1e-6))
 
 
 def test_second_derivative_is_right_or_refused(backend: str) -> None:

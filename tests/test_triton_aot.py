@@ -103,9 +103,12 @@ def operations(model: str, dtype: torch.dtype, *, norms: bool = False, modulated
 
         (D, hidden, H), B, N = WIDTHS[model], 128, 256
         K = D // H
-        x, weight, modulation = empty(B, N, D, dtype=dtype), empty(D), empty(B, D) if modulated else None
-        rms_norm.rms_norm(x, weight, modulation, modulation, 1e-6)
-        rms_norm.rms_norm_backward(x, x, weight, modulation, modulated, 1e-6)
+        x, weight = empty(B, N, D, dtype=dtype), empty(D, dtype=dtype)
+        scale, shift, gate = empty(B, 3 * D, dtype=dtype).chunk(3, dim=1)
+        modulation = (scale, shift) if modulated else (None, None)
+        rms_norm.rms_norm(x, weight, *modulation, False, 1e-6)
+        rms_norm.rms_norm_backward(x, x, weight, *modulation, 1e-6)
+        residual(x, x, gate, weight, *modulation)
         for bias in (None, empty(2 * hidden)):
             swiglu.swiglu(empty(B, N, 2 * hidden, dtype=dtype), bias)
             swiglu.swiglu_backward(empty(B, N, hidden, dtype=dtype), empty(B, N, 2 * hidden, dtype=dtype), bias)
@@ -115,6 +118,29 @@ def operations(model: str, dtype: torch.dtype, *, norms: bool = False, modulated
         saved = (q, k) if norms else (None, None)
         rope.rope(q, k, *rest)
         rope.rope_qkv_backward(gradient, gradient, gradient, *saved, *rest)
+
+    return run
+
+
+def residual(x: Tensor, h: Tensor, gate: Tensor, weight: Tensor, *modulation: Tensor | None) -> None:
+    from vadit.kernels.triton_kernels import gated_norm
+
+    rest = (h, gate, weight, weight, *modulation, 1e-6)
+    gated_norm.gated_norm(x, *rest)
+    gated_norm.gated_norm_backward(x, h, x, *rest)
+
+
+def autocast(D: int) -> Callable[[], None]:
+    """The norms of a block of which the residual stream and the parameters alone are float32."""
+
+    def run() -> None:
+        from vadit.kernels.triton_kernels import rms_norm
+
+        x, h = empty(128, 256, D), empty(128, 256, D, dtype=torch.bfloat16)
+        scale, shift, gate = empty(128, 3 * D, dtype=torch.bfloat16).chunk(3, dim=1)
+        rms_norm.rms_norm(x, empty(D), scale, shift, True, 1e-6)
+        rms_norm.rms_norm_backward(h, x, empty(D), scale, shift, 1e-6)
+        residual(x, h, gate, empty(D), scale, shift)
 
     return run
 
@@ -135,8 +161,9 @@ def ones() -> None:
     from vadit.kernels.triton_kernels import rms_norm, rope, swiglu
 
     x, weight, bf16 = empty(1, 1, 6, dtype=torch.bfloat16), empty(6), torch.bfloat16
-    rms_norm.rms_norm(x, weight, empty(1, 6), None, 1e-6)
-    rms_norm.rms_norm_backward(x, x, weight, empty(1, 6), True, 1e-6)
+    rms_norm.rms_norm(x, weight, empty(1, 6), None, False, 1e-6)
+    rms_norm.rms_norm_backward(x, x, weight, empty(1, 6), None, 1e-6)
+    residual(x, x, empty(1, 6), weight, None, empty(1, 6))
     swiglu.swiglu_backward(empty(1, 1, dtype=bf16), empty(1, 2, dtype=bf16), empty(2))
     q, table = empty(1, 1, 1, 6, dtype=bf16), empty(1, 6)
     rope.rope(q, q, table, table, weight, None, 1e-6)
@@ -147,6 +174,8 @@ def ones() -> None:
 CASES = {
     **{f"{model}-{name}": operations(model, dtype) for model in WIDTHS for name, dtype in DTYPES.items()},
     "XL-bfloat16-norms": operations("XL", torch.bfloat16, norms=True, modulated=False),
+    "XL-autocast": autocast(1152),
+    "2048-autocast": autocast(2048),
     "vf_loss-bfloat16": vf_loss(32, 32, 1024, 256, torch.bfloat16),
     "vf_loss-float32": vf_loss(32, 32, 1024, 256, torch.float32),
     "ones": ones,
@@ -165,7 +194,7 @@ def check(case: str, architecture: int) -> list[str]:
         used = resources(kernel)
         lines.append(f"{name} sm_{architecture} {used}")
         assert used["STACK"] <= STACK_BYTES.get((case, name, architecture), 0) and used["LOCAL"] == 0, lines[-1]
-        if case in ("XL-bfloat16", "B-bfloat16") and not name.endswith("_finish"):
+        if case in ("XL-bfloat16", "B-bfloat16") and not name.endswith(("_finish", "_add_up")):
             loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
             narrow = [load for load in loads if not re.search(r"\.v[48]\.b32$", load)]
             assert loads and not narrow, f"{name} sm_{architecture}: {narrow}"

@@ -105,10 +105,12 @@ inline void check_like(const Tensor& t, const Tensor& other, const char* name) {
   STD_TORCH_CHECK(same, name, " has another shape or dtype than the op expects");
 }
 
-// new_empty of the element type of `like`. The C library maps every block from 32 MB on afresh, and taking it page
+// new_empty, of the element type of `like` where no other is asked for. The C library maps every block from 32 MB on afresh, and taking it page
 // by page of 4 KB costs several times what writing it does; so such a block asks for pages of 2 MB.
-inline Tensor new_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  Tensor t = torch::stable::new_empty(like, sizes);
+inline Tensor new_large(
+    const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    std::optional<ScalarType> type = std::nullopt) {
+  Tensor t = torch::stable::new_empty(like, sizes, type);
 #ifdef __linux__
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());

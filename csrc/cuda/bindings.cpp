@@ -102,54 +102,145 @@ void check_same(const Tensor& t, const Tensor& like, const char* name) {
     STD_TORCH_CHECK(t.size(axis) == like.size(axis), name, " must have the shape of its counterpart");
 }
 
-// --- rms_norm
+// --- rms_norm, gated_norm
 
-NormShape norm_shape(const Tensor& x, bool modulated) {
-  STD_TORCH_CHECK(x.dim() > (modulated ? 1 : 0), "x must have an axis of columns, and one of images where modulated");
-  const int64_t width = x.size(x.dim() - 1), images = modulated ? x.size(0) : 1;
-  return {images, x.numel() > 0 ? x.numel() / width / images : 0, width};
+// What weights the rows of a norm and, with a gate, those of the sum before it; null where there is none.
+struct NormWeights {
+  OptionalTensor gate, bias, weight, scale, shift;
+};
+
+// The shape and the inputs of a norm's passes, checked and contiguous. A gate says that there is a sum.
+struct NormCall {
+  NormTypes types;
+  NormShape shape;
+  Tensor x, h;
+  NormWeights weights;
+  bool gated;
+
+  NormCall(const Tensor& x_in, const Tensor& h_in, Type y, const NormWeights& given)
+      : types{type_of(x_in, "x"), y}, shape(shape_of(x_in, given.gate || given.scale || given.shift)),
+        x(torch::stable::contiguous(x_in)), h(torch::stable::contiguous(h_in)),
+        weights{dense(given.gate, shape.images, "gate"), dense(given.bias, 1, "bias"),
+                dense(given.weight, 1, "weight"), dense(given.scale, shape.images, "scale"),
+                dense(given.shift, shape.images, "shift")},
+        gated(given.gate) {
+    STD_TORCH_CHECK(types.x == y || types.x == Type::kFloat32, "y must have the dtype of x, or be narrower");
+    if (!gated) return;
+    STD_TORCH_CHECK(type_of(h, "h") == y && h.numel() == x.numel(), "h must have the shape of x and the dtype of y");
+    check_device(h, x, "h");
+  }
+
+  NormInput input(double eps) const {
+    return {x.const_data_ptr(), gated ? h.const_data_ptr() : nullptr, row(weights.gate), row(weights.bias),
+            row(weights.weight), row(weights.scale), row(weights.shift), static_cast<float>(eps)};
+  }
+
+ private:
+  static NormShape shape_of(const Tensor& x, bool modulated) {
+    STD_TORCH_CHECK(x.dim() > (modulated ? 1 : 0), "x must have an axis of columns, and one of images where modulated");
+    const int64_t width = x.size(x.dim() - 1), images = modulated ? x.size(0) : 1;
+    return {images, x.numel() > 0 ? x.numel() / width / images : 0, width};
+  }
+
+  OptionalTensor dense(const OptionalTensor& t, int64_t rows, const char* name) const {
+    if (!t) return t;
+    type_of(*t, name);
+    check_device(*t, x, name);
+    const int64_t elements = rows * shape.width;
+    STD_TORCH_CHECK(
+        t->numel() == elements && t->dim() > 0 && t->dim() <= 2, name, " must have ", elements, " elements, not ",
+        t->numel());
+    const int64_t last = t->dim() - 1;
+    return t->size(last) <= 1 || t->stride(last) == 1 ? *t : torch::stable::contiguous(*t);
+  }
+
+  static Row row(const OptionalTensor& t) {
+    if (!t) return {nullptr, Type::kFloat32, 0};
+    return {t->const_data_ptr(), type_of(*t, ""), t->dim() == 2 ? t->stride(0) : 0};
+  }
+};
+
+// The sum (x itself where there is none) and the norm.
+std::tuple<Tensor, Tensor> norm_op(
+    const Tensor& x, const Tensor& h, ScalarType y_type, const NormWeights& weights, double eps) {
+  const NormCall call(x, h, y_type == ScalarType::Float ? Type::kFloat32 : Type::kBFloat16, weights);
+  Tensor total = call.gated ? torch::stable::new_empty(call.x, x.sizes()) : call.x;
+  Tensor y = torch::stable::new_empty(call.x, x.sizes(), y_type);
+  if (x.numel() == 0) return {total, y};
+  const Target target(x);
+  if (call.gated)
+    gated_norm(
+        call.types, call.shape, call.input(eps), total.mutable_data_ptr(), y.mutable_data_ptr(), target.stream());
+  else
+    rms_norm(call.types, call.shape, call.input(eps), y.mutable_data_ptr(), target.stream());
+  return {total, y};
+}
+
+// The gradients of x, h (x's where there is no sum), gate, bias, weight, scale and shift.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward_op(
+    const Tensor& dtotal_in, const Tensor& dy_in, const Tensor& x, const Tensor& h, const NormWeights& weights,
+    double eps) {
+  const NormCall call(x, h, type_of(dy_in, "dy"), weights);
+  STD_TORCH_CHECK(dy_in.numel() == x.numel(), "dy must have the shape of x");
+  check_device(dy_in, x, "dy");
+  check_same(dtotal_in, x, "dsum");
+  const Tensor dy = torch::stable::contiguous(dy_in), dtotal = torch::stable::contiguous(dtotal_in);
+  Tensor dx = torch::stable::new_empty(call.x, x.sizes());
+  Tensor dh = call.gated ? torch::stable::new_empty(call.h, h.sizes()) : dx;
+  const bool empty = x.numel() == 0;
+  const auto like = [&](const OptionalTensor& t) {
+    if (!t) return torch::stable::new_empty(x, {0, call.shape.width});
+    return empty ? torch::stable::new_zeros(*t, t->sizes()) : torch::stable::new_empty(*t, t->sizes());
+  };
+  Tensor dgate = like(weights.gate), dbias = like(weights.bias), dweight = like(weights.weight);
+  Tensor dscale = like(weights.scale), dshift = like(weights.shift);
+  if (!empty) {
+    const Target target(x);
+    const NormShape shape = call.shape;
+    Tensor partial = new_floats(x, {call.gated ? 4 : 2, shape.images * shape.backward_chunks(), shape.width});
+    const auto output = [](Tensor& t, const OptionalTensor& wanted) {
+      return Output{wanted ? t.mutable_data_ptr() : nullptr, type_of(t, "")};
+    };
+    const NormGradients gradients{dx.mutable_data_ptr(),
+                                  call.gated ? dh.mutable_data_ptr() : nullptr,
+                                  output(dgate, weights.gate),
+                                  output(dbias, weights.bias),
+                                  output(dweight, weights.weight),
+                                  output(dscale, weights.scale),
+                                  output(dshift, weights.shift),
+                                  mutable_floats(partial)};
+    const NormSlopes slopes{dy.const_data_ptr(), call.gated ? dtotal.const_data_ptr() : nullptr};
+    const auto backward = call.gated ? gated_norm_backward : rms_norm_backward;
+    backward(call.types, shape, call.input(eps), slopes, gradients, target.stream());
+  }
+  return {dx, dh, dgate, dbias, dweight, dscale, dshift};
 }
 
 Tensor rms_norm_op(
-    const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
+    const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift, bool narrow,
     double eps) {
-  const Type type = type_of(x_in, "x");
-  const NormShape shape = norm_shape(x_in, scale_in || shift_in);
-  const Tensor x = torch::stable::contiguous(x_in), weight = float_like(weight_in, x, shape.width, "weight");
-  const OptionalTensor scale = float_like(scale_in, x, shape.images * shape.width, "scale");
-  const OptionalTensor shift = float_like(shift_in, x, shape.images * shape.width, "shift");
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  if (x.numel() == 0) return y;
-  const Target target(x);
-  const NormInput input{x.const_data_ptr(), floats(weight), floats(scale), floats(shift), static_cast<float>(eps)};
-  rms_norm(type, shape, input, y.mutable_data_ptr(), target.stream());
-  return y;
+  const ScalarType type = narrow ? ScalarType::BFloat16 : x.scalar_type();
+  return std::get<1>(norm_op(x, x, type, {{}, {}, weight, scale, shift}, eps));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_backward_op(
-    const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& scale_in, bool modulated,
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
     double eps) {
-  const Type type = type_of(x_in, "x");
-  check_same(dy_in, x_in, "dy");
-  STD_TORCH_CHECK(modulated || !scale_in, "scale is given, so modulated must be true");
-  const NormShape shape = norm_shape(x_in, modulated);
-  const Tensor x = torch::stable::contiguous(x_in), dy = torch::stable::contiguous(dy_in);
-  const Tensor weight = float_like(weight_in, x, shape.width, "weight");
-  const OptionalTensor scale = float_like(scale_in, x, shape.images * shape.width, "scale");
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
-  const std::vector<int64_t> per_image = {modulated ? shape.images : 0, shape.width};
-  if (x.numel() == 0)
-    return {dx, zero_floats(x, {shape.width}), zero_floats(x, per_image), zero_floats(x, per_image)};
-  const Target target(x);
-  Tensor dweight = new_floats(x, {shape.width});
-  Tensor dscale = new_floats(x, per_image), dshift = new_floats(x, per_image);
-  Tensor partial = new_floats(x, {2, shape.images * shape.backward_chunks(), shape.width});
-  const NormInput input{x.const_data_ptr(), floats(weight), floats(scale), nullptr, static_cast<float>(eps)};
-  const NormGradients gradients{dx.mutable_data_ptr(), mutable_floats(dweight),
-                                modulated ? mutable_floats(dscale) : nullptr,
-                                modulated ? mutable_floats(dshift) : nullptr, mutable_floats(partial)};
-  rms_norm_backward(type, shape, input, dy.const_data_ptr(), gradients, target.stream());
-  return {dx, dweight, dscale, dshift};
+  const auto found = norm_backward_op(x, dy, x, x, {{}, {}, weight, scale, shift}, eps);
+  return {std::get<0>(found), std::get<4>(found), std::get<5>(found), std::get<6>(found)};
+}
+
+std::tuple<Tensor, Tensor> gated_norm_op(
+    const Tensor& x, const Tensor& h, const Tensor& gate, const OptionalTensor& bias, const Tensor& weight,
+    const OptionalTensor& scale, const OptionalTensor& shift, double eps) {
+  return norm_op(x, h, h.scalar_type(), {gate, bias, weight, scale, shift}, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_backward_op(
+    const Tensor& dsum, const Tensor& dy, const Tensor& sum, const Tensor& h, const Tensor& gate,
+    const OptionalTensor& bias, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
+    double eps) {
+  return norm_backward_op(dsum, dy, sum, h, {gate, bias, weight, scale, shift}, eps);
 }
 
 // --- swiglu
@@ -367,6 +458,8 @@ std::tuple<Tensor, Tensor> vf_distmat_op(
 STABLE_TORCH_LIBRARY_IMPL(vadit, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_op));
+  m.impl("gated_norm", TORCH_BOX(&gated_norm_op));
+  m.impl("gated_norm_backward", TORCH_BOX(&gated_norm_backward_op));
   m.impl("swiglu", TORCH_BOX(&swiglu_op));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_op));
   m.impl("rope", TORCH_BOX(&rope_op));

@@ -26,18 +26,27 @@ __device__ __forceinline__ float column_sum(
   return sum;
 }
 
+// Does nothing where there is nothing to write to.
+__device__ __forceinline__ void store_at(Output to, int64_t at, float x) {
+  if (to.data == nullptr) return;
+  if (to.type == Type::kFloat32)
+    store(static_cast<float*>(to.data) + at, x);
+  else
+    store(static_cast<__nv_bfloat16*>(to.data) + at, x);
+}
+
 // A template only so that including it where it is not launched costs nothing.
 template <int kColumns>
 __global__ void __launch_bounds__(kColumns* kSumRows)
-    column_sums_kernel(const float* in, int64_t rows, int64_t row_stride, int64_t width, float* out) {
+    column_sums_kernel(const float* in, int64_t rows, int64_t row_stride, int64_t width, Output out) {
   __shared__ float slots[kSumRows][kColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   const float sum = column_sum(in, rows, row_stride, column, width, slots);
-  if (threadIdx.y == 0 && column < width) out[column] = sum;
+  if (threadIdx.y == 0 && column < width) store_at(out, column, sum);
 }
 
 inline void column_sums(
-    const char* name, const float* in, int64_t rows, int64_t row_stride, int64_t width, float* out, void* stream) {
+    const char* name, const float* in, int64_t rows, int64_t row_stride, int64_t width, Output out, void* stream) {
   launch(
       name, column_sums_kernel<kWarp>, ceil_div(width, kWarp), dim3(kWarp, kSumRows), stream, in, rows, row_stride,
       width, out);

@@ -16,7 +16,24 @@ inline int64_t rows_per_block(int64_t total, int64_t most) {
   return std::clamp<int64_t>((total + kBlocks - 1) / kBlocks, 1, most);
 }
 
-// x (images, rows, width), contiguous; scale and shift (images, width) or null.
+// A weight (stride 0) or a modulation, whose rows of an image lie `stride` apart, in its own dtype; data is null where
+// there is none.
+struct Row {
+  const void* data;
+  Type type;
+  int64_t stride;
+};
+
+// Where sums are written, in the dtype that is wanted; data is null where they are not.
+struct Output {
+  Output(void* data, Type type) : data(data), type(type) {}
+  Output(float* data) : Output(data, Type::kFloat32) {}
+
+  void* data;
+  Type type;
+};
+
+// x, and h, (images, rows, width), contiguous.
 struct NormShape {
   int64_t images, rows, width;
   int64_t backward_chunk() const { return rows_per_block(images * rows, 32); }
@@ -24,21 +41,36 @@ struct NormShape {
   int64_t backward_chunks() const { return (rows + backward_chunk() - 1) / backward_chunk(); }
 };
 
+// x: what is normed or, forward, what h is added to; h, gate and bias are null where there is no sum.
 struct NormInput {
-  const void* x;
-  const float *weight, *scale, *shift;
+  const void *x, *h;
+  Row gate, bias, weight, scale, shift;
   float eps;
 };
 
-void rms_norm(Type type, NormShape shape, NormInput input, void* y, void* stream);
+// Of x, the sum and their gradients; of y and h and theirs. Alike, or float32 and bfloat16.
+struct NormTypes {
+  Type x, y;
+};
 
-// partial: 2 * images * backward_chunks() * width floats. dscale and dshift are null where there is no modulation.
+void rms_norm(NormTypes types, NormShape shape, NormInput input, void* y, void* stream);
+void gated_norm(NormTypes types, NormShape shape, NormInput input, void* total, void* y, void* stream);
+
+// The gradients that come: of the norm, and (gated) of the sum.
+struct NormSlopes {
+  const void *dy, *dtotal;
+};
+
+// partial: 2, gated 4, times images * backward_chunks() * width floats.
 struct NormGradients {
-  void* dx;
-  float *dweight, *dscale, *dshift, *partial;
+  void *dx, *dh;
+  Output dgate, dbias, dweight, dscale, dshift;
+  float* partial;
 };
 void rms_norm_backward(
-    Type type, NormShape shape, NormInput input, const void* dy, NormGradients gradients, void* stream);
+    NormTypes types, NormShape shape, NormInput input, NormSlopes slopes, NormGradients gradients, void* stream);
+void gated_norm_backward(
+    NormTypes types, NormShape shape, NormInput input, NormSlopes slopes, NormGradients gradients, void* stream);
 
 // x12 (rows, 2 width), y (rows, width), bias (2 width) or null, contiguous.
 void swiglu(Type type, int64_t rows, int64_t width, const void* x12, const float* bias, void* y, void* stream);

@@ -6,6 +6,7 @@ import importlib
 
 from . import dispatch
 from .dispatch import backends, exact, is_exact, reasons
+from .gated_norm import gated_norm
 from .rms_norm import rms_norm
 from .rope import rope, rope_qkv
 from .swiglu import swiglu
@@ -15,6 +16,7 @@ __all__ = [
     "backends",
     "exact",
     "features_gram",
+    "gated_norm",
     "is_exact",
     "reasons",
     "register",

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("rms_norm", "rope", "swiglu", "vf_loss")
+OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss")
 SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
-NEWEST_OP = "vadit::vf_distmat"
+NEWEST_OP = "vadit::gated_norm"
 DTYPES = (torch.float32, torch.bfloat16)
 AUTO = {
     "cpu": dict.fromkeys(OPS, "cpp"),

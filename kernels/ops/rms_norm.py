@@ -18,16 +18,22 @@ from . import checks, dispatch
 
 OP = "rms_norm"
 SCHEMAS = {
-    "rms_norm": "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps) -> Tensor",
-    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool modulated, float eps)"
+    # narrow: the result is bfloat16, whatever x is
+    "rms_norm": "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool narrow, float eps) -> Tensor",
+    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps)"
     " -> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
 }
 
 
 def rms_norm_reference(
-    x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float
+    x: Tensor,
+    weight_D: Tensor,
+    scale_BD: Tensor | None,
+    shift_BD: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The formula in plain torch: float32 inside (float64 for float64 input), the result in x's dtype."""
+    """The formula in plain torch: float32 inside (float64 for float64 input), the result in `dtype` (None: x's)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide = x.to(wide)
     y = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide)
@@ -37,7 +43,7 @@ def rms_norm_reference(
         y = y * (1 + scale_BD.to(wide)).view(rows)
     if shift_BD is not None:
         y = y + shift_BD.to(wide).view(rows)
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
 
 
 # ----------------------------------- csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu, triton_kernels/rms_norm.py
@@ -47,16 +53,21 @@ def register(namespace: str) -> None:
     """Shapes of the results of the ops in a namespace that has them."""
 
     @torch.library.register_fake(f"{namespace}::rms_norm")
-    def _(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float) -> Tensor:
-        return x.new_empty(x.shape)
+    def _(
+        x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, narrow: bool, eps: float
+    ) -> Tensor:
+        return x.new_empty(x.shape, dtype=torch.bfloat16 if narrow else x.dtype)
 
     @torch.library.register_fake(f"{namespace}::rms_norm_backward")
     def _(
-        dy: Tensor, x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, modulated: bool, eps: float
+        dy: Tensor, x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tensor | None, eps: float
     ) -> tuple[Tensor, ...]:
-        modulation = (x.shape[0] if modulated else 0, x.shape[-1])
-        sums = (weight_D.new_empty(weight_D.shape), weight_D.new_empty(modulation), weight_D.new_empty(modulation))
-        return x.new_empty(x.shape), *sums
+        return x.new_empty(x.shape), *gradients_like(x, weight_D, scale_BD, shift_BD)
+
+
+def gradients_like(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    """Of the shapes and dtypes of weights and modulations; without rows for what is None."""
+    return tuple(x.new_empty(0, x.shape[-1]) if t is None else t.new_empty(t.shape) for t in weights)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -69,20 +80,20 @@ class _RMSNorm(torch.autograd.Function):
         weight_D: Tensor,
         scale_BD: Tensor | None,
         shift_BD: Tensor | None,
+        narrow: bool,
         eps: float,
         namespace: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight_D, scale_BD)
-        ctx.has_shift, ctx.eps, ctx.namespace = shift_BD is not None, eps, namespace
-        return getattr(torch.ops, namespace).rms_norm(x, weight_D, scale_BD, shift_BD, eps)
+        ctx.save_for_backward(x, weight_D, scale_BD, shift_BD)
+        ctx.eps, ctx.namespace = eps, namespace
+        return getattr(torch.ops, namespace).rms_norm(x, weight_D, scale_BD, shift_BD, narrow, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D, scale_BD = ctx.saved_tensors
-        modulated = scale_BD is not None or ctx.has_shift
-        inputs = (dy, x, weight_D, scale_BD, modulated, ctx.eps)
+        x, weight_D, scale_BD, shift_BD = ctx.saved_tensors
+        inputs = (dy, x, weight_D, scale_BD, shift_BD, ctx.eps)
         dx, dweight, dscale, dshift = dispatch.run_backward(ctx.namespace, "rms_norm_backward", *inputs)
-        return dx, dweight, None if scale_BD is None else dscale, dshift if ctx.has_shift else None, None, None
+        return dx, dweight, None if scale_BD is None else dscale, None if shift_BD is None else dshift, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -101,18 +112,23 @@ def _check(x: Tensor, weight_D: Tensor, scale_BD: Tensor | None, shift_BD: Tenso
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """RMSNorm over the last axis, then `* (1 + scale) + shift` per image.
 
     Args: x (B, N, D) or (..., D), its last axis contiguous; weight (D,); scale, shift (B, D) or None; any floating
-        dtypes.
-    Returns: the shape and dtype of x, computed in float32.
+        dtypes; `dtype` of the result, where it is not x's: what comes after it would cast to.
+    Returns: the shape of x, computed in float32.
     Raises: ValueError naming the shapes found and needed.
     """
     _check(x, weight, scale, shift)
-    ops = dispatch.kernels_for(OP, x)
-    if ops is None:
-        return rms_norm_reference(x, weight, scale, shift, eps)
-    scale, shift = None if scale is None else scale.float(), None if shift is None else shift.float()
-    return _RMSNorm.apply(x, weight.float(), scale, shift, eps, ops.name)
+    dtype = dtype or x.dtype
+    ops = dispatch.kernels_for(OP, x, weight, scale, shift)
+    if ops is None or dtype not in (x.dtype, torch.bfloat16):
+        return rms_norm_reference(x, weight, scale, shift, eps, dtype)
+    return _RMSNorm.apply(x, weight, scale, shift, dtype != x.dtype, eps, ops.name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .gated_norm import gated_norm
 from .rms_norm import rms_norm
 from .rope import rope_qkv
 from .swiglu import swiglu
@@ -43,10 +44,18 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
         q, k, v = rope_qkv(qkv, angle.cos(), angle.sin(), *weights)
         return q, k, v * 1
 
+    D = 1152
+    branch = [normal(2, 33, D), normal(2, D), normal(D), normal(D), normal(2, D)]  # h, gate, weight, bias, scale
     return {
+        "gated_norm": [
+            (gated_norm, [normal(2, 33, D), *branch, normal(2, D)]),
+            (gated_norm, [normal(2, 33, D), *branch]),  # without a shift
+            # what autocast makes of a block: a float32 stream
+            (lambda *t: gated_norm(*t, dtype=dtype), [normal(2, 33, D, dtype=torch.float32), *branch]),
+        ],
         "rms_norm": [
-            (rms_norm, [normal(2, 33, 1152), normal(1152), normal(2, 1152), normal(2, 1152)]),
-            (rms_norm, [normal(2, 32, 1152), normal(1152), normal(2, 1152)]),  # without a shift
+            (rms_norm, [normal(2, 33, D), normal(D), normal(2, D), normal(2, D)]),
+            (rms_norm, [normal(2, 32, D), normal(D), normal(2, D)]),  # without a shift
             (rms_norm, [normal(2, 33, 72), normal(72)]),  # of a head
         ],
         "rope": [
