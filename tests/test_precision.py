@@ -9,6 +9,7 @@ import torch
 from latent_files import TOKENIZER, write_images
 from model_help import randomised
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from vadit.config import DiTSpec, FlowSpec, FoundationSpec, SampleSpec
 from vadit.eval.tokenizer import evaluate_tokenizer
@@ -19,7 +20,7 @@ from vadit.models.foundation import FoundationModel
 from vadit.runtime import precision
 from vadit.runtime.errors import UsageError
 from vadit.runtime.precision import allow_tf32, computing, resolved
-from vadit.sampling.draw import decode, draw
+from vadit.sampling.draw import decode, draw, pays_to_compile
 from vadit.sampling.write import write_samples
 
 PIXELS = torch.arange(2 * 3 * 16 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(2, 3, 16, 16)
@@ -129,22 +130,44 @@ def test_a_bf16_network_leaves_state_and_sums_in_fp32(method, guided):
     assert (drawn[0] - drawn[2]).abs().max() < 0.1 * drawn[2].abs().max()
 
 
-def test_a_folder_holds_samples_of_one_precision(tmp_path: Path):
-    spec = DiTSpec(input_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+def test_a_folder_holds_samples_of_one_arithmetic(tmp_path: Path, monkeypatch):
+    spec = DiTSpec(input_size=4, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=2)
     torch.manual_seed(0)
-    model, autoencoder, sampler = randomised(LightningDiT(spec)), Autoencoder(TOKENIZER).eval(), SampleSpec(num_steps=3)
+    model, autoencoder = randomised(LightningDiT(spec)), Autoencoder(TOKENIZER).eval()
+    sampler = SampleSpec(num_steps=5, cfg_scale=2.0, cfg_interval=(0.5, 1.0))
+    graphs = CompileCounter()
+    as_it_is = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **options: as_it_is(part, backend=graphs, **options))
 
-    def write(out: Path, num_samples: int, chosen: precision.Precision) -> None:
-        mean, std = torch.zeros(3), torch.ones(3)
-        write_samples(out, model, autoencoder, sampler, num_samples=num_samples, mean=mean, std=std, precision=chosen)
+    def write(out: Path, num_samples: int, chosen: precision.Precision, compiled: bool | str = "auto") -> int:
+        graphs.clear()
+        torch._dynamo.reset()
+        own, mean, std = copy.deepcopy(model), torch.zeros(3), torch.ones(3)
+        arithmetic = {"precision": chosen, "compiled": compiled}
+        write_samples(out, own, autoencoder, sampler, num_samples=num_samples, mean=mean, std=std, **arithmetic)
+        return graphs.frame_count
 
-    write(tmp_path, 2, "fp32")
+    def settings() -> dict:
+        return json.loads((tmp_path / "old" / "settings.json").read_text())
+
+    assert write(tmp_path / "old", 2, "fp32") == 0
+    old = settings()
+    assert (old.pop("precision"), old.pop("compile")) == ("fp32", False)
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(old))  # as it was before there were others
+    assert write(tmp_path / "old", 3, "fp32") == 0
     refused = r"made with precision 'fp32', .* 'bf16'; set it as it was, set --out to another folder, or"
-    pytest.raises(UsageError, write, tmp_path, 3, "bf16").match(refused)
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings.pop("precision") == "fp32"
-    (tmp_path / "settings.json").write_text(json.dumps(settings))  # as it was before there were others
-    write(tmp_path, 3, "fp32")
-    pytest.raises(UsageError, write, tmp_path, 4, "bf16")
-    write(tmp_path / "bf16", 2, "bf16")
-    assert (tmp_path / "bf16" / "grid.png").read_bytes() != (tmp_path / "grid.png").read_bytes()
+    pytest.raises(UsageError, write, tmp_path / "old", 4, "bf16").match(refused)
+    pytest.raises(UsageError, write, tmp_path / "old", 4, "fp32", True).match("made with compile False")
+
+    # one graph of all blocks for each number of rows, with and without guidance; auto goes on so
+    assert write(tmp_path / "new", 2, "bf16", True) == 2 and write(tmp_path / "new", 70, "bf16") == 2
+    pytest.raises(UsageError, write, tmp_path / "new", 70, "bf16", False).match("made with compile True")
+
+
+def test_auto_compiles_where_it_pays(monkeypatch):
+    euler = SampleSpec(method="euler", num_steps=250)
+    ask = [(euler, 50_000, "bf16"), (euler, 50_000, "tf32"), (euler, 1_000, "bf16"), (euler, 50_000, "fp32"),
+           (SampleSpec(method="dopri5"), 50_000, "bf16")]  # fmt: skip
+    assert not any(pays_to_compile(None, *each) for each in ask)
+    monkeypatch.setattr("vadit.sampling.draw.device_of", lambda model: torch.device("cuda"))
+    assert [pays_to_compile(None, *each) for each in ask] == [True, True, False, False, False]

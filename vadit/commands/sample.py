@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -47,6 +47,9 @@ class SampleOptions(Checked):
     """Device of both networks."""
     precision: Arithmetic = "auto"
     """Arithmetic of the generator; auto: tf32 on a GPU, as the authors' script, and fp32 on a CPU. Decoding is fp32."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile the generator's blocks; auto: as the folder's samples were, else on a GPU for many samples that are
+    not fp32."""
     sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
 
@@ -117,6 +120,7 @@ def run(arguments: list[str]) -> None:
                 guide=guide,
                 labels=options.classes or None,
                 precision=precision,
+                compiled=options.compile,
                 source={
                     name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
                 }

@@ -22,6 +22,7 @@ from vadit.runtime.precision import Precision, as_computed, computing
 from vadit.sampling.solvers import evaluation, sample_ddpm, sample_ode, sample_sde
 
 GROUP = 64  # samples that are computed together: index i belongs to group i // 64
+COMPILED_FROM = 500_000  # samples x points from which compiling repays its start of a minute or two (modelled)
 DECODE_BATCH = 16  # latents decoded together: a decoder's activations are large; the cut must depend on nothing
 
 
@@ -104,6 +105,22 @@ def draw(
         count = num_samples - group.start
         indices, latents, drawn_labels = draw_group(model, spec, group, flow, guide, labels, precision)
         yield Drawn(indices[:count], latents[:count], drawn_labels[:count])
+
+
+def pays_to_compile(model: Any, spec: SampleSpec, num_samples: int, precision: Precision) -> bool:
+    """Whether `auto` compiles: on a GPU, for many samples, and neither fp32, which gains little, nor dopri5.
+
+    Compiled code rounds otherwise: what is drawn in fp32 stays the same for any number of samples.
+    """
+    exact = precision == "fp32" or spec.method == "dopri5"
+    return device_of(model).type == "cuda" and not exact and num_samples * spec.num_steps >= COMPILED_FROM
+
+
+def compile_blocks(*networks: Any) -> None:
+    """Compile each network block by block: a graph for each kind of block and number of rows."""
+    for network in networks:
+        for block in getattr(network, "compiled_blocks", ()):
+            block.compile(dynamic=False)
 
 
 def own_groups(num_samples: int) -> Iterator[range]:

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,10 +25,12 @@ from vadit.runtime.owner import owned
 from vadit.runtime.precision import Precision, as_computed
 from vadit.sampling.draw import (
     check_request,
+    compile_blocks,
     decode,
     device_of,
     draw_group,
     own_groups,
+    pays_to_compile,
     sample_labels,
     sampler_name,
     trained_classes,
@@ -61,6 +63,7 @@ def write_samples(
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
     precision: Precision = "fp32",
+    compiled: Literal["auto", True, False] = False,
     source: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SampleFiles:
@@ -70,7 +73,7 @@ def write_samples(
     whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, precision, flow, labels,
     statistics and hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a
     reader. Each process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how
-    many of this process's images are there. Decoding is fp32 in every `precision`.
+    many of this process's images are there. `compiled` auto: as the folder's samples were, else where it pays.
 
     Raises:
         UsageError: the folder holds samples of other weights or settings, or more images.
@@ -89,6 +92,7 @@ def write_samples(
         "classes": None if len(classes) == model.num_classes else classes.tolist(),
         "autoguidance": guide is not None,
         "precision": precision,
+        "compile": pays_to_compile(model, spec, num_samples, precision) if compiled == "auto" else compiled,
         "multiplier": multiplier,
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
@@ -97,7 +101,10 @@ def write_samples(
     mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
     with owned(out, "set --out to another folder"):
-        distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples))
+        follow = compiled == "auto"
+        distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, follow))
+        if read_json(out / SETTINGS, dict[str, Any]).get("compile"):
+            compile_blocks(model, guide)
         done = 0
         for group in own_groups(num_samples):
             wanted = [index for index in group if index < num_samples]
@@ -119,9 +126,7 @@ def write_samples(
         distributed.barrier()
         if distributed.is_main():
             all_labels = sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
-            _write_npz(files.npz, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
-            shown = np.stack([read_png(_png(out, index)) for index in range(min(num_samples, GRID_IMAGES))])
-            write_png(files.grid, image_grid(shown, scale=1), _AGAIN)
+            _write_whole(files, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         distributed.barrier()
     return files
 
@@ -153,8 +158,11 @@ class _Noted:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int) -> None:
-    """Write settings.json, or check that what is there was drawn with the same settings and is asked for."""
+def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int, follow: bool) -> None:
+    """Write settings.json, or check that what is there was drawn with the same settings and is asked for.
+
+    follow: compiled or not, as what is there.
+    """
     file = out / SETTINGS
     if not file.is_file():
         _check_images(out, 0)
@@ -163,7 +171,9 @@ def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], n
     remedy = "set --out to another folder, or delete this one"
     noted = read_json(file, dict[str, Any], remedy=f"it is damaged: {remedy}")
     noted.pop("source", None)
-    noted.setdefault("precision", "fp32")  # there was no other
+    noted = {"precision": "fp32", "compile": False} | noted  # there was nothing else
+    if follow:
+        settings = settings | {"compile": noted["compile"]}
     weights = noted.get("weights")
     for network, old in weights.items() if isinstance(weights, dict) else ():
         if old != (now := settings["weights"].get(network, old)):
@@ -198,6 +208,13 @@ def _is_whole(path: Path) -> bool:
             return stream.read(8)[4:] == b"IEND"
     except OSError:
         return False
+
+
+def _write_whole(files: SampleFiles, images: Sequence[Path], labels: np.ndarray) -> None:
+    """What is made of all images: the archive and the picture of the first ones."""
+    _write_npz(files.npz, images, labels)
+    shown = np.stack([read_png(image) for image in images[:GRID_IMAGES]])
+    write_png(files.grid, image_grid(shown, scale=1), _AGAIN)
 
 
 def _write_npz(path: Path, images: Sequence[Path], labels: np.ndarray) -> None:
