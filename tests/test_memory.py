@@ -17,12 +17,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vadit.config import Config, DiTConfig, DiTSpec, FoundationSpec, RepaSpec, TokenizerConfig, vary
-from vadit.estimate import flops, memory
+from vadit.config import (
+    AutoencoderSpec,
+    Config,
+    DiTConfig,
+    DiTSpec,
+    FoundationSpec,
+    MaskSpec,
+    RepaSpec,
+    SampleSpec,
+    TokenizerConfig,
+    vary,
+)
+from vadit.estimate import flops, memory, sampling
 from vadit.estimate.networks import Network
 from vadit.models.autoencoder import Autoencoder
+from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 from vadit.runtime import launcher
+from vadit.sampling.draw import DECODE_BATCH, GROUP, decode, draw
 
 CPU = torch.device("cpu")
 
@@ -275,6 +288,23 @@ def test_what_is_held_is_counted_where_it_is_fullest(monkeypatch) -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("precision", "channels"), [("fp32", 16), ("bf16", 32)])
+def test_estimate_of_sampling_is_what_a_cpu_allocates(precision: str, channels: int) -> None:
+    spec = DiTSpec(input_size=8, in_channels=4, hidden_size=96, depth=2, num_heads=3, num_classes=10)
+    tokenizer = AutoencoderSpec(
+        image_size=64, latent_channels=4, base_channels=channels, channel_multipliers=(1, 2, 2, 2), num_res_blocks=1,
+        attention_resolutions=(), norm_groups=4,
+    )  # fmt: skip
+    generator, decoder = LightningDiT(spec).eval(), Autoencoder(tokenizer).eval()
+    sampler = SampleSpec(num_steps=3, cfg_scale=2.0)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        (part,) = draw(generator, sampler, num_samples=GROUP, precision=precision)
+        decode(decoder, part.latents)
+    there = sum(4 * weight.numel() for network in (generator, decoder) for weight in network.parameters())
+    found = sampling.sampling_bytes([(spec, MaskSpec())], 2 * GROUP, tokenizer, DECODE_BATCH, precision)
+    assert found - there == pytest.approx(most_held(profiler), rel=0.1)
+
+
 def measured(case: Case, folder: Path) -> int:
     """Bytes at the peak, in the first of the case's processes."""
     from launched import run_ranks  # not where this file is a process of its own
@@ -308,13 +338,18 @@ def train(config: Config) -> int:
                 tokenizer.train(config)
             else:
                 dit.train(config)
+    engines.finish()
+    return most_held(profiler)
+
+
+def most_held(profiler: profile) -> int:
+    """Bytes allocated at the peak."""
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    engines.finish()
     return peak
 
 

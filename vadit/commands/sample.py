@@ -8,10 +8,11 @@ import tyro
 
 from vadit.commands.arguments import parse
 from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
-from vadit.config import DiTConfig, FlowSpec, SampleSpec
+from vadit.config import AutoencoderSpec, DiTConfig, DiTSpec, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
 from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
-from vadit.runtime.console import ProgressBar, note_once, say_once
+from vadit.recipes import RECIPES, get_recipe
+from vadit.runtime.console import ProgressBar, note_once, say_once, show
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -50,6 +51,9 @@ class SampleOptions(Checked):
     compile: Literal["auto", True, False] = "auto"
     """torch.compile the generator's blocks; auto: as the folder's samples were, else on a GPU for many samples that are
     not fp32."""
+    dry_run: bool = False
+    """Print the hours and the memory that this would take, modelled, and exit; --generator and --tokenizer may be
+    recipes."""
     sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
 
@@ -59,6 +63,9 @@ def run(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, command="sample")
     if settings := _settings_of_run(options.generator):
         options = parse(SampleOptions, arguments, command="sample", default=replace(options, **settings))
+    if options.dry_run:
+        _dry_run(options)
+        return
     check_output("--out", options.out)
     import torch
 
@@ -130,11 +137,65 @@ def run(arguments: list[str]) -> None:
     say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")
 
 
+def _dry_run(options: SampleOptions) -> None:
+    """Print what the samples would take on the GPU of each process, or on an H200 where there is none."""
+    import torch
+    from rich.table import Table
+
+    from vadit.estimate.flops import PEAK_TFLOPS, decoder_flops, dit_flops, named_peak
+    from vadit.estimate.sampling import SHARES, hours, sampling_bytes
+    from vadit.runtime import distributed
+    from vadit.sampling.draw import DECODE_BATCH, GROUP, rows_per_sample, sampler_name
+
+    specs = [_generator_specs(path) for path in (options.generator, options.guide) if path]
+    autoencoder, share = _autoencoder_spec(options.tokenizer), options.num_samples / distributed.world_size()
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if (peak := named_peak(card)) is None:
+        card, peak = "H200", PEAK_TFLOPS["H200"] * 1e12
+    title = f"{options.num_samples:,} samples on {distributed.world_size()} {card}, modelled: nothing is measured\n"
+    title += "Taken for granted: " + ", ".join(f"{share:.0%} of the peak in {name}" for name, share in SHARES.items())
+    table = Table(title=title, title_justify="left")
+    for column in ("precision", "sampler", "drawing h", "decoding h", "total h", "GiB"):
+        table.add_column(column, justify="right")
+    for scale in dict.fromkeys((options.sampler.cfg_scale, 1.0)):
+        sampler = replace(options.sampler, cfg_scale=scale)
+        rows = rows_per_sample(sampler, options.flow, specs[0][0].in_channels, guide=len(specs) == 2)
+        flops = sum(count * dit_flops(*each) for each, count in zip(specs, rows, strict=False))
+        largest = 2 * GROUP if scale != 1 and len(specs) == 1 else GROUP
+        for precision in SHARES:
+            drawing = hours(share * flops, precision, peak)
+            decoding = hours(share * decoder_flops(autoencoder), "fp32", peak)
+            gib = sampling_bytes(specs, largest, autoencoder, DECODE_BATCH, precision) / 2**30
+            name = sampler_name(sampler, autoguidance=len(specs) == 2)
+            table.add_row(precision, name, *(f"{value:.3g}" for value in (drawing, decoding, drawing + decoding, gib)))
+    if distributed.is_main():
+        show(table)
+
+
+def _generator_specs(path: str) -> tuple[DiTSpec, MaskSpec]:
+    """Of a run, an exported folder or a recipe."""
+    from vadit.train.checkpoint.export import load_generator
+
+    if path in RECIPES and isinstance(config := get_recipe(path), DiTConfig):
+        return config.model, config.mask
+    model = load_generator(path)
+    return model.spec, getattr(model, "mask", MaskSpec())
+
+
+def _autoencoder_spec(path: str) -> AutoencoderSpec:
+    """Of all that `load_autoencoder` takes, or of a recipe."""
+    from vadit.train.checkpoint.export import load_autoencoder
+
+    if path in RECIPES and isinstance(config := get_recipe(path), TokenizerConfig):
+        return config.autoencoder
+    return load_autoencoder(path).spec
+
+
 def _settings_of_run(path: str) -> dict[str, Any]:
     """Defaults of `vadit sample` from the config of a run; none from an exported folder, which has no such settings."""
-    if (Path(path) / "model.safetensors").is_file() or not Path(path).is_dir():
+    if (Path(path) / "model.safetensors").is_file() or not (Path(path).is_dir() or path in RECIPES):
         return {}
-    config = load_run_config(path)
+    config = load_run_config(path) if Path(path).is_dir() else get_recipe(path)
     if not isinstance(config, DiTConfig):
         raise UsageError(f"--generator {path} is a tokenizer's run; name a generator's")
     data = config.data

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vadit.config import Config, DiTConfig, DiTSpec, MaskSpec, vary
+from vadit.config import AutoencoderSpec, Config, DiTConfig, DiTSpec, MaskSpec, vary
 from vadit.estimate.networks import networks
+from vadit.models.autoencoder import Autoencoder
 from vadit.models.masked import build_generator
 
 
@@ -18,6 +19,14 @@ def dit_flops(spec: DiTSpec, mask: MaskSpec | None = None, *, masked: bool = Fal
         model = build_generator(spec, mask or MaskSpec()).to("meta")
         x_1Chw, zero_1 = torch.zeros(1, spec.in_channels, spec.input_size, spec.input_size), torch.zeros(1)
         return _count(lambda: model.forward_features(x_1Chw, zero_1, zero_1.long(), zero_1.bool(), masked=masked))
+
+
+@functools.cache
+def decoder_flops(spec: AutoencoderSpec) -> int:
+    """FLOPs that make one image of a latent."""
+    with torch.device("meta"):
+        model, side = Autoencoder(spec), spec.latent_size
+        return _count(lambda: model.decode(torch.zeros(1, spec.latent_channels, side, side)))
 
 
 def training_flops(config: Config) -> float:

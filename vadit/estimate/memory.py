@@ -10,6 +10,7 @@ network's weights. A weight below 100,000 elements stays whole under ZeRO 3 and 
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,17 @@ def trace(config: Config, images: int) -> tuple[list[Network], Activations]:
     # A critic's graph goes once its gradient at the reconstruction is known: one is there beside the autoencoder's.
     beside = main.kept + max((critic.most for critic in critics), default=0)
     return found, Activations(max(main.most, beside), max(main.most_with_gradients, beside))
+
+
+def held(module: nn.Module, run: Callable[[], object], precision: str) -> float:
+    """Bytes that a pass without gradients holds at most, the weights aside; bf16 rounds the weights."""
+
+    def forward(_: int) -> Tensor:
+        with torch.no_grad():
+            run()
+        return torch.zeros((), requires_grad=True).sum()
+
+    return _Held(Network("", module, forward), 0, "bf16" if precision == "bf16" else "fp32").most
 
 
 class _Held(TorchDispatchMode):

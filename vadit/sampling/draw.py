@@ -107,6 +107,32 @@ def draw(
         yield Drawn(indices[:count], latents[:count], drawn_labels[:count])
 
 
+class _Counter:
+    """A network that computes nothing and counts the rows that it would."""
+
+    num_classes = 1
+    rows = 0
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        self.rows += len(x)
+        return x
+
+    def forward_with_variance(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([self(x, t, labels)] * 2, dim=1)
+
+
+def rows_per_sample(spec: SampleSpec, flow: FlowSpec, channels: int, *, guide: bool) -> tuple[int, int]:
+    """Rows that the generator and the guide compute for a sample; UsageError for dopri5, which takes its own steps."""
+    if spec.method == "dopri5":
+        raise UsageError("dopri5 takes as many steps as the network needs: nobody knows before; set --method euler")
+    model, weak = _Counter(), _Counter()
+    noise, label = torch.zeros(1, channels, 1, 1), torch.zeros(1, dtype=torch.int64)
+    options = {} if spec.method == "ddpm" else {"flow": flow}
+    solve: Any = {"ddpm": sample_ddpm, "euler_maruyama": sample_sde}.get(spec.method, sample_ode)
+    solve(model, noise, label, spec, guide=weak if guide else None, **options)
+    return model.rows, weak.rows
+
+
 def pays_to_compile(model: Any, spec: SampleSpec, num_samples: int, precision: Precision) -> bool:
     """Whether `auto` compiles: on a GPU, for many samples, and neither fp32, which gains little, nor dopri5.
 
