@@ -10,7 +10,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vadit.demo.data import photograph
+from vadit.images.loader import ImageBatch
 from vadit.images.transforms import apply_crop, plan_crop
 
 NAMES = ("china", "astronaut", "coffee", "rocket", "chelsea", "flower")
@@ -77,6 +78,10 @@ def decoded(data: bytes) -> np.ndarray:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop of an RGB image, by the rule that all loaders follow."""
     return apply_crop(image, plan_crop("center", *image.size, size))
+
+
+def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
+    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> list[Path]:

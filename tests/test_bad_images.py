@@ -17,7 +17,7 @@ import image_files
 import numpy as np
 import pytest
 import torch
-from image_files import EXACT, bad_files, bad_places, center_crop, jpeg, odd_files, psnr, write_folder
+from image_files import EXACT, bad_files, bad_places, center_crop, ids_of, jpeg, odd_files, psnr, write_folder
 from latent_files import moments_folder
 from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from tar_files import write_tar
 from vadit.config import ImageDataSpec
 from vadit.eval.image_files import PngFolder
 from vadit.images.formats import open_image
-from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, Request, load_in_order
+from vadit.images.loader import Decoder, ImageLoader, ImageSet, Request, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import read_png
 from vadit.images.prepare import prepare_images
@@ -175,10 +175,6 @@ def expected_order(images: ImageSet, seed: int, epoch: int) -> list[int]:
     order = rng.permute(torch.arange(n), n, rng.fold(seed, "order", epoch)).tolist()
     bad = {index for index in range(n) if not name_of(images, index).startswith("good")}
     return [next(index for index in (order + order)[place:] if index not in bad) for place in range(n)]
-
-
-def ids_of(batches: list[ImageBatch]) -> list[int]:
-    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 @pytest.mark.parametrize("loader", DECODERS)

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import center_crop
+from image_files import center_crop, ids_of
 from PIL import Image
 
 from vadit.config import ImageDataSpec
 from vadit.images import backends, transforms
 from vadit.images.backends import open_images, open_loader
-from vadit.images.loader import Decoded, ImageBatch, ImageLoader, ImageSet, Request, describe_classes, load_in_order
+from vadit.images.loader import Decoded, ImageLoader, ImageSet, Request, describe_classes, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
 from vadit.images.pixels import image_grid, reconstruction_pairs
 from vadit.images.sources.folders import FolderSource
@@ -54,10 +54,6 @@ def image_loader(
 
 def load(images: ImageSet, index: int, *, seed: int, epoch: int) -> np.ndarray:
     return decode(images, images.requests([index], seed=seed, epoch=epoch)[0])
-
-
-def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
-    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 def test_classes_are_sorted_folder_names_and_pixels_follow_the_crop_rule(folder: Path) -> None:

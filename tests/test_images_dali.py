@@ -15,7 +15,7 @@ from image_files import encode, jpeg, photo, psnr, write_folder
 from launched import LIMIT_S
 from PIL import Image
 
-from vadit.images.loader import Decoded, ImageBatch, ImageSet, Request
+from vadit.images.loader import Decoded, ImageSet, Request
 from vadit.images.pillow import decode
 from vadit.images.sources.folders import FolderSource
 from vadit.images.transforms import CropKind, apply_crop, plan_crop
@@ -55,10 +55,6 @@ def image_set(folder: Path, contents: Sequence[bytes], **settings: object) -> Im
 def decode_all(images: ImageSet, requests: Sequence[Request], num_workers: int = 2) -> Decoded:
     with DaliDecoder(images, num_workers) as decoder:
         return decoder.submit(requests)()
-
-
-def ids_of(batches: Sequence[ImageBatch]) -> list[int]:
-    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 @pytest.fixture(scope="module")

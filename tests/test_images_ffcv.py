@@ -20,7 +20,7 @@ from launched import LIMIT_S
 from PIL import Image
 
 from vadit.images.ffcv import ffcv_decoder, why_not
-from vadit.images.loader import ImageBatch, ImageLoader, ImageSet, Request
+from vadit.images.loader import ImageLoader, ImageSet, Request
 from vadit.images.pillow import pillow_decoder
 from vadit.images.sources.beton import MIN_PAGE_SIZE, BetonSource, EncodedImage
 from vadit.images.sources.beton_writer import BetonWriter, encode_image
@@ -96,10 +96,6 @@ def loader(shared: ImageLoader) -> ImageLoader:
 def pillow(beton: Path, crop: Any = "center") -> ImageLoader:
     images = ImageSet(BetonSource(beton), SIZE, crop, flip=True)
     return ImageLoader(images, 5, seed=3, decoder=pillow_decoder(images, 2))
-
-
-def ids_of(batches: Iterable[ImageBatch]) -> list[int]:
-    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 @needs_ffcv

@@ -54,20 +54,6 @@ class DiffusersSettings:
         """`sample_size` as one number; 256 where it is not said."""
         return self.sample_size[0] if isinstance(self.sample_size, list) else self.sample_size or 256
 
-    def advice(self) -> str:
-        """How a generator's run gets the scale that its publishers used, in one line; empty where nothing is known."""
-        if self.scaling_factor is None:
-            return ""
-        if self.shift_factor:
-            return (
-                f"its latents are published as (z - {self.shift_factor:g}) * {self.scaling_factor:g}; "
-                "data.normalize (the default) does that per channel, from the latents' own statistics"
-            )
-        return (
-            f"scaling_factor {self.scaling_factor:g}: its latents are published with data.normalize off and "
-            f"--data.multiplier {self.scaling_factor:g} (the recipes on SD-VAE have 0.18215)"
-        )
-
 
 def find(path: str | Path) -> Path | None:
     """The weights of an AutoencoderKL where `path` is its folder, a pipeline's with vae/, or the file; else None.
@@ -128,9 +114,21 @@ def _files(index: Path) -> list[Path]:
 
 
 def published_scale(path: str | Path) -> str:
-    """`DiffusersSettings.advice` of the AutoencoderKL at `path`; empty where it is none, or has no config.json."""
+    """How a generator's run on latents of the AutoencoderKL at `path` gets their scale; empty where it is not known."""
     file = find(path) or Path(path)
-    return _settings(file.parent / CONFIG_NAME).advice() if file.is_file() else ""
+    settings = _settings(file.parent / CONFIG_NAME) if file.is_file() else DiffusersSettings()
+    shift, scale = settings.shift_factor, settings.scaling_factor
+    if scale is None:
+        return ""
+    if shift:
+        return (
+            f"its latents are published as (z - {shift:g}) * {scale:g}; data.normalize (the default) does that per "
+            "channel, from the latents' own statistics"
+        )
+    return (
+        f"scaling_factor {scale:g}: its latents are published with data.normalize off and --data.multiplier {scale:g} "
+        "(the recipes on SD-VAE have 0.18215)"
+    )
 
 
 def to_ldm_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:

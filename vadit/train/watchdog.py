@@ -82,10 +82,8 @@ class Watchdog:
             watchdog.beat(step, doing="saving")     # before what takes long
 
     A process alone is guarded against its own hang. Time in which this process was itself stopped (Ctrl-Z, a laptop's
-    sleep) does not count, up to `timeout_s` and a minute where there are several processes.
-
-    Raises on leaving:
-        RunError: this process failed in a collective because another one has failed or gone, which it names.
+    sleep) does not count, up to `timeout_s` and a minute where there are several processes. On leaving, RunError: this
+    process failed in a collective because another one has failed or gone, which it names.
     """
 
     def __init__(self, timeout_s: float, *, grace_s: float = GRACE_S) -> None:
