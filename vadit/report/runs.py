@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,8 @@ from vadit.recipes import get_recipe
 from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
 from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
-from vadit.runtime.errors import RunError, UsageError
+from vadit.runtime.errors import UsageError
 from vadit.runtime.files import flat
-from vadit.runtime.json_files import read_json
 
 HEADLINE = "lightningdit-xl-64ep"
 EPOCHS = 64
@@ -223,12 +221,7 @@ def _first_at(x: np.ndarray, y: np.ndarray, value: float) -> tuple[float, bool]:
 
 def different_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows (setting, value in each run) of what differs between the configs of runs of one kind."""
-    every = []
-    for run in runs:
-        try:
-            every.append(flat(read_json(run.folder / "config.json", dict[str, Any])))
-        except RunError:  # there is none, or it is damaged
-            every.append({})
+    every = [flat(asdict(run.config)) if run.config else {} for run in runs]
     rows = []
     for name in dict.fromkeys(name for values in every for name in values):
         values = tuple(json.dumps(each[name]) if name in each else "-" for each in every)

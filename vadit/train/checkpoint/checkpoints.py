@@ -211,7 +211,7 @@ class Checkpoints:
                 if torch.cuda.is_available():
                     tensors["random.cuda"] = torch.cuda.get_rng_state()
             name = file_name(network, distributed.rank(), distributed.world_size())
-            files.append(TensorFile(name, tensors, {"vadit": header.to_json()}))
+            files.append(TensorFile(name, tensors, {"vadit": json.dumps(dataclasses.asdict(header))}))
         return files
 
     def _bytes_of_all(self, files: list[TensorFile]) -> int:

@@ -7,8 +7,6 @@ picks the pieces that it needs out of all files. One with as many processes and 
 own.
 """
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,9 +54,6 @@ class Header:
     steps: list[Any]  # step counts that the optimizer keeps by parameter group
     averages: list[float]  # decays of the averages
     frozen: dict[str, Piece]  # the piece in every `frozen.NAME`
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
 
 def file_name(network: str, rank: int, count: int) -> str:
