@@ -31,14 +31,23 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 from cost_steps import Case, Counted, configure, count, count_optimizer
-from virtual_gpu import Launch
+from virtual_gpu import Launch, OtherInternals
 
 from vadit.config import DiTConfig
 
+BUDGET = Path(__file__).with_name("cost_budget.json")
+"""What a compiled step of the default recipe may take, per precision: tests/test_cost.py holds it."""
+LIMITED = ("launches", "gb", "kept_gb", "host_waits", "graph_breaks", "recompilations", "optimizer_launches",
+           "optimizer_gb", "optimizer_host_waits")  # fmt: skip
+"""The columns that have a budget."""
+SLACK = 0.02
+"""How far launches, bytes and memory may grow beyond it; what is counted in ones may not grow at all."""
 SOURCES = ("../csrc", "../kernels", "../vadit")
 
 
@@ -135,16 +144,25 @@ def guided_steps(config: DiTConfig) -> tuple[int, int]:
 Row = dict[str, Any]
 
 
-def rows_of(
-    case: Case, found: list[Counted], optimizer: list[Counted] | None, ceilings: Ceilings
-) -> list[tuple[Row, Tally, Tally]]:
-    """The lines of the CSV, each with the launches of a block and of the step: of sampling one with guidance, too."""
+@functools.cache
+def optimizer_of(case: Case) -> list[Counted] | None:
+    """Its part, counted once for all that share it; None without DeepSpeed."""
+    return in_own_process("--count-optimizer", case) if importlib.util.find_spec("deepspeed") else None
+
+
+def rows_of(case: Case, ceilings: Ceilings) -> list[tuple[Row, Tally, Tally]]:
+    """Count a case: its lines of the CSV, each with the launches of a block and of the step.
+
+    One line for training; for sampling one without guidance, and one with the recipe's.
+    """
     config: Any = configure(case)
+    found = in_own_process("--count", case)
     if case.what == "train":
         low, high = found[0], found[-1]
         block, step, numbers = extrapolate(low, high, config.model.depth if low is not high else 0)
         row = row_of(case, block, step, numbers, ceilings)
-        if optimizer:
+        optimizer = optimizer_of(dataclasses.replace(case, batch=1, kernels="reference", compile=False))
+        if optimizer:  # to which batch, kernels and compilation of the network are nothing
             after = optimizer_part(*optimizer, numbers, ceilings)
             row |= {
                 "optimizer_launches": round(after.launches),
@@ -175,33 +193,24 @@ def rows_of(
 def row_of(case: Case, block: Tally, step: Tally, numbers: dict[str, int], ceilings: Ceilings) -> Row:
     """A line, without what is only known of a training step, or of sampling."""
     one, whole, others = sums(block, ceilings), sums(step, ceilings), sums(block, ceilings, "other")
-    values = {f.name: getattr(ceilings, f.name) for f in dataclasses.fields(Ceilings)}
+    counted = {"block_other_launches": others.launches, "block_other_gb": round(others.gb, 4)}
+    for prefix, part, kept in (("block_", one, "kept_block"), ("", whole, "kept")):
+        values = {"launches": part.launches, "gb": part.gb, "tflop": part.tflop, "kept_gb": numbers[kept] / 1e9}
+        counted |= {prefix + name: round(value, 4) for name, value in values.items()}
+    counted |= {name: numbers[name] for name in ("host_waits", "graph_breaks", "recompilations")}
+    later = [f"optimizer_{name}" for name in ("launches", "gb", "host_waits", "ms")]
     return {
         "date": datetime.date.today().isoformat(),
         "commit": harness.commit(*SOURCES),
         "origin": "modelled",
         "versions": harness.versions("cpu"),
-        "ceilings": " ".join(f"{name}={value:g}" for name, value in values.items()),
+        "ceilings": " ".join(f"{name}={value:g}" for name, value in dataclasses.asdict(ceilings).items()),
         **dataclasses.asdict(case),
         "settings": " ".join(case.settings),
-        "block_launches": one.launches,
-        "block_other_launches": others.launches,
-        "block_other_gb": round(others.gb, 4),
-        "block_gb": round(one.gb, 4),
-        "block_gflop": round(one.tflop * 1e3, 2),
-        "block_kept_mb": round(numbers["kept_block"] / 1e6, 1),
+        **counted,
         "block_ms": round(one.ms, 4),
-        "launches": whole.launches,
-        "gb": round(whole.gb, 3),
-        "tflop": round(whole.tflop, 3),
-        "kept_gb": round(numbers["kept"] / 1e9, 3),
-        "host_waits": numbers["host_waits"],
-        "graph_breaks": numbers["graph_breaks"],
-        "recompilations": numbers["recompilations"],
         "network_ms": round(whole.ms, 2),
-        **dict.fromkeys(("optimizer_launches", "optimizer_gb", "optimizer_ms", "optimizer_host_waits"), ""),
-        "images_per_s": "",
-        "hours_50k": "",
+        **dict.fromkeys([*later, "images_per_s", "hours_50k"], ""),
     }
 
 
@@ -233,14 +242,26 @@ def show(row: Row, block: Tally, step: Tally, ceilings: Ceilings, every: bool) -
     print(" ", ", ".join(f"{name} {row[name]}" for name in names if row[name] != ""))
 
 
+def over_budget(row: Row, budget: dict[str, float]) -> list[str]:
+    """What of a step is above its budget, a line each."""
+    grown = {name: (budget[name], row[name]) for name in LIMITED if row[name] > budget[name] * (1 + SLACK)}
+    return [f"{row['precision']}: {name} was {before:g}, is {now:g}" for name, (before, now) in grown.items()]
+
+
 def in_own_process(what: str, case: Case) -> list[Counted]:
-    """Count a case in a process of its own, which the virtual GPU takes over. SystemExit where that fails."""
+    """Count a case in a process of its own, which the virtual GPU takes over.
+
+    Raises OtherInternals, and RuntimeError for whatever else goes wrong there.
+    """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "", "DS_ACCELERATOR": "cpu"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__, what, json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{case}: failed\n{done.stderr[-3000:]}")
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        if OtherInternals.__name__ in last:
+            raise OtherInternals(last.partition(": ")[2])
+        raise RuntimeError(f"{case}: failed\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -258,6 +279,7 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="add rows to results/cost-modelled.csv")
     for field in dataclasses.fields(Ceilings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default, help="a ceiling")
+    parser.add_argument("--budget", action="store_true", help=f"make this run's numbers those of {BUDGET.name}")
     parser.add_argument("--count", help=argparse.SUPPRESS)
     parser.add_argument("--count-optimizer", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -267,23 +289,22 @@ def main() -> int:
             print("\n" + json.dumps(call(Case(**{**fields, "settings": tuple(fields["settings"])}))))
             return 0
     ceilings = Ceilings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ceilings)})
-    with_engine = importlib.util.find_spec("deepspeed") is not None
     choices = (options.recipe, options.what, options.batch, options.precision, options.kernels, options.compile)
+    budget = {}
     for recipe, what, batch, precision, kernels, compiled in itertools.product(*choices):
         case = Case(recipe, what, batch, precision, kernels, compiled == "on", tuple(options.settings))
-        found = in_own_process("--count", case)
-        plain = dataclasses.replace(case, batch=1, kernels="reference", compile=False)  # nothing of these reaches it
-        after = optimizer_of(plain) if with_engine and what == "train" else None
-        for row, block, step in rows_of(case, found, after, ceilings):
+        try:
+            counted = rows_of(case, ceilings)
+        except OtherInternals as error:
+            parser.error(str(error))
+        for row, block, step in counted:
             show(row, block, step, ceilings, options.launches)
+            budget[precision] = {name: row[name] for name in LIMITED}
             if options.save:
                 harness.append(harness.RESULTS / "cost-modelled.csv", [row])
+    if options.budget:
+        BUDGET.write_text(json.dumps({"torch": torch.__version__, "steps": budget}, indent=2) + "\n")
     return 0
-
-
-@functools.cache
-def optimizer_of(case: Case) -> list[Counted]:
-    return in_own_process("--count-optimizer", case)
 
 
 if __name__ == "__main__":

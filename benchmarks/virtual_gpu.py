@@ -16,6 +16,7 @@ Names inside torch are used here and nowhere else; where one is gone, OtherInter
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -24,6 +25,7 @@ import importlib
 import itertools
 import os
 import pkgutil
+import shutil
 import subprocess
 import tempfile
 import types
@@ -329,7 +331,8 @@ def install() -> None:
     """
     if torch.cuda.is_available():
         raise OtherInternals("this machine has a GPU; run with CUDA_VISIBLE_DEVICES= (empty)")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="virtual-gpu-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="virtual-gpu-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         _library().patch()
         _install_torch()
@@ -393,11 +396,8 @@ def _install_torch() -> None:
         if (plain := name.lstrip("_")) in vars(interface):
             setattr(interface, plain, staticmethod(answer))
     _replace(interface, get_raw_stream=staticmethod(lambda *args: 0))
-    _replace(
-        interface.Worker,
-        current_device=staticmethod(lambda: 0),
-        get_device_properties=staticmethod(lambda *args: PROPERTIES),
-    )
+    here = {"current_device": 0, "get_device_properties": PROPERTIES}
+    _replace(interface.Worker, **{n: staticmethod(lambda *args, _v=v: _v) for n, v in here.items()})
     torch.nn.functional.scaled_dot_product_attention = _attention
 
 
@@ -433,13 +433,8 @@ def _install_inductor() -> None:
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen.triton import TritonScheduling
 
-    _replace(
-        config,
-        compile_threads=1,
-        fx_graph_cache=False,
-        force_disable_caches=True,
-        joint_graph_constant_folding=False,  # it would compute on the device
-    )
+    _replace(config, compile_threads=1, fx_graph_cache=False, force_disable_caches=True)
+    _replace(config, joint_graph_constant_folding=False)  # it would compute on the device
     _replace(functorch_config, enable_autograd_cache=False)
     # what a compiled graph calls at run time: fake tensors have neither addresses nor memory
     guards = torch._C._dynamo.guards
