@@ -30,7 +30,7 @@ import subprocess
 import tempfile
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -166,10 +166,23 @@ class VirtualGPU(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
         kind = next((k for k in ("attention", "conv") if k in name), "matmul") if formula else "other"
+        arithmetic = _arithmetic(kind, read) if flops else ""
         for _ in range(KERNELS.get(name, 1) - 1):
             self.record(kind, f"{name} (more)", 0)
-        self.record(kind, name, size, flops, _arithmetic(kind, read) if flops else "")
+        self.record(kind, name, size, flops, arithmetic)
+        backward = name.endswith("backward")
+        if kind == "conv" and arithmetic != "fp32" and args[1 + backward].shape[2:].numel() > 1:
+            # cuDNN's kernels for tensor cores copy what has not its channels innermost (1x1 ones are plain products)
+            self._turn_round(name, (args[0], args[1] if backward else made[0], made[0]), torch.channels_last)
+        elif name.startswith("native_group_norm"):  # as ATen's on CUDA want it
+            self._turn_round(name, args[: 1 + backward], torch.contiguous_format)
         return result
+
+    def _turn_round(self, name: str, tensors: Sequence[Tensor], layout: torch.memory_format) -> None:
+        """Count copies of the images among `tensors` that lie otherwise."""
+        for tensor in {id(t): t for t in tensors if t is not None and t.ndim == 4}.values():
+            if not tensor.is_contiguous(memory_format=layout):
+                self.record("other", f"{name} (layout)", 2 * _bytes(tensor))
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -391,6 +404,7 @@ def _install_torch() -> None:
     torch._C._cuda_setDevice = lambda *args: None
     _replace(fake_tensor, init_gpu_context=lambda device: None)
     _replace(FakeTensorMode, avoid_device_init=property(lambda self: True))
+    _replace(torch._C, _conv_determine_backend_memory_format=_layout_of_convolution)  # there is no cuDNN to ask
     interface = device_interface.CudaInterface
     for name, answer in answers.items():
         if (plain := name.lstrip("_")) in vars(interface):
@@ -399,6 +413,12 @@ def _install_torch() -> None:
     here = {"current_device": 0, "get_device_properties": PROPERTIES}
     _replace(interface.Worker, **{n: staticmethod(lambda *args, _v=v: _v) for n, v in here.items()})
     torch.nn.functional.scaled_dot_product_attention = _attention
+
+
+def _layout_of_convolution(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """Channels innermost where input or weight have them so, as ATen asks of cuDNN."""
+    last = any(t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
