@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +164,12 @@ def test_both_trainers_are_measured_from_a_bare_checkout_without_deepspeed(tmp_p
         row = json.loads(done.stdout.splitlines()[-1])
         assert row["engine"] == "torch" and row["recipe"] == recipe and row["images_per_s"] > 0
         assert all(row[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer", "data"))
+    command = [sys.executable, str(BENCHMARKS / "bench_sample.py"), "--rounds", "2", "--precision", "fp32", "bf16"]
+    environment |= {"VADIT_REHEARSE": "1", "VADIT_RESULTS": str(tmp_path)}
+    done = subprocess.run([*command, "--device", "cpu", "--no-save"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    exact, rounded = (float(found) for found in re.findall(r"difference (\S+),", done.stdout))
+    assert exact < 1e-6 < rounded < 0.1
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
