@@ -29,6 +29,13 @@ STABLE_TORCH_LIBRARY(vadit, m) {
   m.def(
       "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor cos, Tensor sin, "
       "Tensor? q_weight, Tensor? k_weight, float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  // x (B, N, C): the pixels of an image in rows, its channels innermost; mean and rstd (B, groups).
+  m.def(
+      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool silu) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("vf_gram(Tensor features) -> (Tensor cosines, Tensor inverse_norm)");
   m.def("vf_distmat(Tensor u, Tensor v, Tensor cosines, float margin) -> (Tensor loss, Tensor sign)");
 }

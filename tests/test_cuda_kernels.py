@@ -14,8 +14,9 @@ import torch
 from simt import library
 from torch import Tensor
 
-from vadit.kernels import dispatch, gated_norm, rms_norm, rope_qkv, swiglu, vf_loss
+from vadit.kernels import dispatch, gated_norm, group_norm_silu, rms_norm, rope_qkv, swiglu, vf_loss
 from vadit.kernels.gated_norm import gated_norm_reference
+from vadit.kernels.group_norm_silu import group_norm_silu_reference
 from vadit.kernels.rms_norm import rms_norm_reference
 from vadit.kernels.rope import rope_reference
 from vadit.kernels.swiglu import swiglu_reference
@@ -185,6 +186,15 @@ class TestLarge:
     def test_swiglu(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         check(swiglu, swiglu_reference, [normal(*shape, dtype=dtype), normal(shape[-1], seed=2)])
 
+    @pytest.mark.parametrize("shape", [(1, 16, 50, 60), (1, 264, 7, 9)], ids=str)
+    def test_group_norm_silu(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        inputs = [normal(*shape, dtype=dtype), normal(shape[1], seed=1), normal(shape[1], seed=2)]
+
+        def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return group_norm_silu(x.contiguous(memory_format=torch.channels_last), weight, bias, 8)
+
+        check(op, lambda *t: group_norm_silu_reference(*t, 8, 1e-6, True), inputs)
+
     @pytest.mark.parametrize("shape", [(1, 16, 1024, 130), (2, 64, 100, 128)], ids=str)
     def test_vf_loss(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         B, d, D, N = shape
@@ -233,6 +243,8 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
             *ops.swiglu_backward(move(dy[..., :8]), move(x), move(weight)),
             *ops.rope(move(q), move(k), *tables),
             *ops.rope_backward(move(k), move(q), move(q), None, *tables),
+            *ops.group_norm_silu(move(x), move(weight), move(weight), 2, EPS, True),
+            *ops.group_norm_silu_backward(*map(move, (dy, x, weight, weight, u[:, 0, :2], u[:, 0, :2])), True),
             *ops.vf_gram(move(x)),
             *ops.vf_distmat(move(u), move(u), move(cosines), 0.5),
         ]
@@ -254,6 +266,7 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
         (lambda ops: ops.swiglu(torch.ones(2, 7), None), "even last axis"),
         (lambda ops: ops.swiglu(torch.ones(2, 8), torch.ones(4)), "bias must have"),
         (lambda ops: ops.rope(*[torch.ones(1, 1, 2, 4)] * 2, *[torch.ones(3, 4)] * 2, None, None, EPS), "cos"),
+        (lambda ops: ops.group_norm_silu(torch.ones(2, 3, 8), *torch.ones(2, 8), 3, EPS, True), "groups must divide"),
         (lambda ops: ops.vf_gram(torch.ones(2, 8)), "(B, D, N)"),
         (lambda ops: ops.vf_distmat(*[torch.ones(1, 2, 3)] * 2, torch.ones(1, 3, 2), 0.5), "cosines must"),
     ],

@@ -32,6 +32,9 @@ def calls() -> dict[str, object]:
     q = torch.ones(2, 1, 3, 8)
     return {
         "gated_norm": lambda: kernels.gated_norm(x, x, torch.ones(2, 8), torch.ones(8)),
+        "group_norm_silu": lambda: kernels.group_norm_silu(
+            torch.ones(2, 3, 3, 8).permute(0, 3, 1, 2), *torch.ones(2, 8), 2
+        ),
         "rms_norm": lambda: kernels.rms_norm(x, torch.ones(8)),
         "rope": lambda: kernels.rope(q, q, table, table),
         "swiglu": lambda: kernels.swiglu(x),

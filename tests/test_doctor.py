@@ -31,7 +31,7 @@ def test_report_covers_every_acceleration_with_version_or_reason(capsys) -> None
     text = capsys.readouterr().out
     for part in ("torch", "CUDA", "Triton", "vadit._C", "flash-attn", "apex", "DALI", "FFCV", "torchao", "DeepSpeed"):
         assert part in text, part
-    for op in ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss"):
+    for op in ("gated_norm", "group_norm_silu", "rms_norm", "rope", "swiglu", "vf_loss"):
         assert text.count(f"kernel {op}") == 2, op  # on the CPU and on GPUs
     for finding in doctor.examine():
         assert finding.detail, finding

@@ -30,7 +30,7 @@ def test_every_op_has_its_stem_everywhere() -> None:
     from vadit import kernels
     from vadit.kernels.dispatch import OPS
 
-    assert set(OPS) == {"gated_norm", "rms_norm", "rope", "swiglu", "vf_loss"}
+    assert set(OPS) == {"gated_norm", "group_norm_silu", "rms_norm", "rope", "swiglu", "vf_loss"}
     for folder, pattern in {
         "kernels/ops": "{}.py",
         "kernels/ops/triton_kernels": "{}.py",

@@ -156,9 +156,23 @@ def vf_loss(B: int, d: int, D: int, N: int, dtype: torch.dtype) -> Callable[[], 
     return run
 
 
+def norms_of_images(dtype: torch.dtype) -> Callable[[], None]:
+    """Of the autoencoder: at its widest level with SiLU, at its deepest without."""
+
+    def run() -> None:
+        from vadit.kernels.triton_kernels import group_norm_silu as op
+
+        for B, N, C, silu in ((8, 256 * 256, 128, True), (32, 16 * 16, 512, False)):
+            x, weight, statistics = empty(B, N, C, dtype=dtype), empty(C), empty(B, 32)
+            op.group_norm_silu(x, weight, weight, 32, 1e-6, silu)
+            op.group_norm_silu_backward(x, x, weight, weight, statistics, statistics, silu)
+
+    return run
+
+
 def ones() -> None:
     """Numbers that are 1 become constants, which other code in Triton compiles."""
-    from vadit.kernels.triton_kernels import rms_norm, rope, swiglu
+    from vadit.kernels.triton_kernels import group_norm_silu, rms_norm, rope, swiglu
 
     x, weight, bf16 = empty(1, 1, 6, dtype=torch.bfloat16), empty(6), torch.bfloat16
     rms_norm.rms_norm(x, weight, empty(1, 6), None, False, 1e-6)
@@ -168,6 +182,8 @@ def ones() -> None:
     q, table = empty(1, 1, 1, 6, dtype=bf16), empty(1, 6)
     rope.rope(q, q, table, table, weight, None, 1e-6)
     rope.rope_backward(q, q, q, None, table, table, weight, None, 1e-6)
+    group_norm_silu.group_norm_silu(x, weight, weight, 1, 1e-6, True)
+    group_norm_silu.group_norm_silu_backward(x, x, weight, weight, empty(1, 1), empty(1, 1), True)
     vf_loss(1, 1, 1, 1, torch.float32)()
 
 
@@ -178,9 +194,11 @@ CASES = {
     "2048-autocast": autocast(2048),
     "vf_loss-bfloat16": vf_loss(32, 32, 1024, 256, torch.bfloat16),
     "vf_loss-float32": vf_loss(32, 32, 1024, 256, torch.float32),
+    "images-bfloat16": norms_of_images(torch.bfloat16),
+    "images-float32": norms_of_images(torch.float32),
     "ones": ones,
 }
-ONCE = ("ones", "L-float32", "B-float32")
+ONCE = ("ones", "images-float32", "L-float32", "B-float32")
 """Cases for one architecture only: specialisation is no matter of it, and XL stands for the others in float32."""
 PAIRS = [(case, sm) for case in CASES for sm in ARCHITECTURES if case not in ONCE or sm == 90]
 

@@ -287,6 +287,58 @@ std::tuple<Tensor, Tensor> swiglu_backward_op(
   return {dx12, dbias};
 }
 
+// --- group_norm_silu
+
+GroupShape group_shape(const Tensor& x, int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be (B, N, C)");
+  STD_TORCH_CHECK(groups > 0 && x.size(2) % groups == 0, "the groups must divide the channels of x");
+  return GroupShape(x.size(0), x.size(1), x.size(2), groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_op(
+    const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, int64_t groups, double eps, bool silu) {
+  const Type type = type_of(x_in, "x");
+  const GroupShape shape = group_shape(x_in, groups);
+  const Tensor x = torch::stable::contiguous(x_in), weight = float_like(weight_in, x, shape.width, "weight");
+  const Tensor bias = float_like(bias_in, x, shape.width, "bias");
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor mean = zero_floats(x, {shape.images, groups}), rstd = zero_floats(x, {shape.images, groups});
+  if (x.numel() == 0) return {y, mean, rstd};
+  const Target target(x);
+  Tensor partial = new_floats(x, {shape.images * shape.chunks, 2, shape.width});
+  const GroupInput input{x.const_data_ptr(), floats(weight), floats(bias), floats(mean), floats(rstd), silu};
+  group_norm_silu(
+      type, shape, input, static_cast<float>(eps), mutable_floats(mean), mutable_floats(rstd), mutable_floats(partial),
+      y.mutable_data_ptr(), target.stream());
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_op(
+    const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, const Tensor& mean_in,
+    const Tensor& rstd_in, bool silu) {
+  const Type type = type_of(x_in, "x");
+  check_same(dy_in, x_in, "dy");
+  STD_TORCH_CHECK(mean_in.dim() == 2, "mean must be (B, G)");
+  const GroupShape shape = group_shape(x_in, mean_in.size(1));
+  const Tensor dy = torch::stable::contiguous(dy_in), x = torch::stable::contiguous(x_in);
+  const Tensor weight = float_like(weight_in, x, shape.width, "weight");
+  const Tensor bias = float_like(bias_in, x, shape.width, "bias");
+  const Tensor mean = float_like(mean_in, x, shape.images * shape.groups, "mean");
+  const Tensor rstd = float_like(rstd_in, x, shape.images * shape.groups, "rstd");
+  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Tensor dweight = zero_floats(x, {shape.width}), dbias = zero_floats(x, {shape.width});
+  if (x.numel() == 0) return {dx, dweight, dbias};
+  const Target target(x);
+  Tensor partial = new_floats(x, {shape.images * shape.chunks, 2, shape.width});
+  Tensor totals = new_floats(x, {2, shape.images, shape.width}), means = new_floats(x, {2, shape.images, shape.groups});
+  const GroupInput input{x.const_data_ptr(), floats(weight), floats(bias), floats(mean), floats(rstd), silu};
+  const GroupGradients gradients{
+      dx.mutable_data_ptr(),   mutable_floats(dweight), mutable_floats(dbias),
+      mutable_floats(partial), mutable_floats(totals),  mutable_floats(means)};
+  group_norm_silu_backward(type, shape, input, dy.const_data_ptr(), gradients, target.stream());
+  return {dx, dweight, dbias};
+}
+
 // --- rope
 
 // The stride of an axis with one member is any number: 0 says that it does not matter.
@@ -465,6 +517,8 @@ STABLE_TORCH_LIBRARY_IMPL(vadit, CUDA, m) {
   m.impl("rope", TORCH_BOX(&rope_op));
   m.impl("rope_backward", TORCH_BOX(&rope_backward_op));
   m.impl("rope_qkv_backward", TORCH_BOX(&rope_qkv_backward_op));
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_op));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_op));
   m.impl("vf_gram", TORCH_BOX(&vf_gram_op));
   m.impl("vf_distmat", TORCH_BOX(&vf_distmat_op));
 }

@@ -113,6 +113,15 @@ __device__ __forceinline__ void block_sums(float (&x)[kSums], float (&slots)[kSu
   }
 }
 
+// s(x) and 1 - s(x), each to a few ulp: as a difference 1 - s would lose its digits where s is near 1. |x| keeps exp
+// from overflowing.
+__device__ __forceinline__ void sigmoid(float x, float& s, float& one_minus_s) {
+  const float e = expf(-fabsf(x));
+  const float large = __fdividef(1.0f, 1.0f + e), small = e * large;
+  s = x >= 0.0f ? large : small;
+  one_minus_s = x >= 0.0f ? small : large;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(
     const char* name, void (*kernel)(Parameters...), int64_t blocks, dim3 threads, void* stream,

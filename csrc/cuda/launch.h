@@ -83,6 +83,31 @@ void swiglu_backward(
     Type type, int64_t rows, int64_t width, const void* dy, const void* x12, const float* bias, void* dx12,
     float* dbias, float* partial, void* stream);
 
+// x (images, rows, width), contiguous, its channels in groups; a block of a pass takes `chunk` rows of an image.
+struct GroupShape {
+  int64_t images, rows, width, groups, chunk, chunks;
+  GroupShape(int64_t images_, int64_t rows_, int64_t width_, int64_t groups_)
+      : images(images_), rows(rows_), width(width_), groups(groups_) {
+    chunk = std::max<int64_t>(rows_per_block(images * rows * ((width + 127) / 128), 512), 32);
+    chunks = (rows + chunk - 1) / chunk;
+  }
+};
+struct GroupInput {
+  const void* x;
+  const float *weight, *bias, *mean, *rstd;
+  bool silu;
+};
+// partial: 2 * images * chunks * width floats, in both; totals: 2 * images * width; means: 2 * images * groups.
+void group_norm_silu(
+    Type type, GroupShape shape, GroupInput input, float eps, float* mean, float* rstd, float* partial, void* y,
+    void* stream);
+struct GroupGradients {
+  void* dx;
+  float *dweight, *dbias, *partial, *totals, *means;
+};
+void group_norm_silu_backward(
+    Type type, GroupShape shape, GroupInput input, const void* dy, GroupGradients gradients, void* stream);
+
 // Heads of one of q, k, v: (B, H, N, K) with stride 1 along K.
 struct HeadShape {
   int64_t batch, heads, tokens, width;

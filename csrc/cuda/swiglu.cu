@@ -12,15 +12,6 @@ namespace {
 
 constexpr int kMaxThreads = 128;
 
-// s(x) and 1 - s(x), each to a few ulp: as a difference 1 - s would lose its digits where s is near 1. |x| keeps exp
-// from overflowing.
-__device__ __forceinline__ void sigmoid(float x, float& s, float& one_minus_s) {
-  const float e = expf(-fabsf(x));
-  const float large = __fdividef(1.0f, 1.0f + e), small = e * large;
-  s = x >= 0.0f ? large : small;
-  one_minus_s = x >= 0.0f ? small : large;
-}
-
 template <class T, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(int64_t rows, int64_t width, const T* x12, const float* bias, T* y) {

@@ -7,6 +7,7 @@ import importlib
 from . import dispatch
 from .dispatch import backends, exact, is_exact, reasons
 from .gated_norm import gated_norm
+from .group_norm_silu import group_norm_silu
 from .rms_norm import rms_norm
 from .rope import rope, rope_qkv
 from .swiglu import swiglu
@@ -17,6 +18,7 @@ __all__ = [
     "exact",
     "features_gram",
     "gated_norm",
+    "group_norm_silu",
     "is_exact",
     "reasons",
     "register",

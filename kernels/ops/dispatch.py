@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss")
+OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss", "group_norm_silu")
 SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
-NEWEST_OP = "vadit::gated_norm"
+NEWEST_OP = "vadit::group_norm_silu"
 DTYPES = (torch.float32, torch.bfloat16)
 AUTO = {
     "cpu": dict.fromkeys(OPS, "cpp"),

@@ -3,6 +3,7 @@ driver or compiler. What fails is left out, and plain torch does its work."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from .gated_norm import gated_norm
+from .group_norm_silu import group_norm_silu
 from .rms_norm import rms_norm
 from .rope import rope_qkv
 from .swiglu import swiglu
@@ -44,6 +46,9 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
         q, k, v = rope_qkv(qkv, angle.cos(), angle.sin(), *weights)
         return q, k, v * 1
 
+    def grouped(x: Tensor, weight: Tensor, bias: Tensor, *, silu: bool = True) -> Tensor:
+        return group_norm_silu(x.contiguous(memory_format=torch.channels_last), weight, bias, 32, silu=silu)
+
     D = 1152
     branch = [normal(2, 33, D), normal(2, D), normal(D), normal(D), normal(2, D)]  # h, gate, weight, bias, scale
     return {
@@ -52,6 +57,10 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
             (gated_norm, [normal(2, 33, D), *branch]),  # without a shift
             # what autocast makes of a block: a float32 stream
             (lambda *t: gated_norm(*t, dtype=dtype), [normal(2, 33, D, dtype=torch.float32), *branch]),
+        ],
+        "group_norm_silu": [
+            (grouped, [normal(2, 128, 24, 32), normal(128), normal(128)]),
+            (functools.partial(grouped, silu=False), [normal(2, 512, 3, 5), normal(512), normal(512)]),  # attention's
         ],
         "rms_norm": [
             (rms_norm, [normal(2, 33, D), normal(D), normal(2, D), normal(2, D)]),
