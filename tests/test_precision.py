@@ -68,7 +68,7 @@ def test_a_cpu_has_no_tf32():
     with computing("tf32", cpu):
         assert torch.get_float32_matmul_precision() == "highest"
     assert resolved("auto", cpu, generator=True) == "fp32" == resolved("auto", torch.device("cuda"))
-    pytest.raises(UsageError, resolved, "tf32", cpu).match("--precision fp32 or bf16")
+    pytest.raises(UsageError, resolved, "tf32", cpu).match("--evaluation.precision. fp32, bf16 or auto")
 
 
 @pytest.mark.parametrize("chosen", ["fp32", "tf32", "bf16"])

@@ -21,7 +21,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.owner import owned
 from vadit.sampling import draw as drawing
 from vadit.sampling.draw import draw, sample_labels, sampler_name
-from vadit.sampling.write import noted_sampler, write_samples
+from vadit.sampling.write import noted_precision, noted_sampler, write_samples
 
 
 @pytest.fixture(autouse=True)
@@ -264,10 +264,11 @@ def test_the_sampler_is_noted_beside_the_images(tmp_path):
     assert noted_sampler(tmp_path) == noted_sampler(tmp_path / "samples.npz") == "euler3_cfg2_listed"
     _write(tmp_path / "guided", num_samples=2, guide=SmallNet())
     assert noted_sampler(tmp_path / "guided") == "euler3_autoguided2_random"
-    assert noted_sampler(tmp_path.parent) is None
+    assert noted_sampler(tmp_path.parent) is None is noted_precision(tmp_path.parent)
+    assert noted_precision(tmp_path / "samples.npz") == "fp32"
     (tmp_path / "settings.json").write_text("{")
     pytest.raises(RunError, _write, tmp_path, num_samples=2).match("damaged")
-    assert noted_sampler(tmp_path / "images") is None
+    assert noted_sampler(tmp_path / "images") is None is noted_precision(tmp_path)
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -119,7 +119,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
     from vadit.eval.samples import SampleEvaluator, sample_sets
     from vadit.models.foundation import ImageSummary
     from vadit.runtime import distributed
-    from vadit.sampling.write import noted_sampler
+    from vadit.sampling.write import noted_precision, noted_sampler
 
     _check_outputs(options)
     sets = sample_sets(options.samples, options.num_samples, options.seeds)
@@ -138,7 +138,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
         sets, options.num_samples, lambda path: options.sampler or noted_sampler(path) or "unnamed"
     )
     inputs = {
-        "samples": [{"path": path, "first": first} for path, first in sets],
+        "samples": [{"path": path, "first": first, "precision": noted_precision(path)} for path, first in sets],
         "num_samples": options.num_samples,
         "precision": "fp32",  # of what judges
         "reference": options.reference,

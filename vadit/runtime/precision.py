@@ -57,7 +57,7 @@ def resolved(choice: Literal["auto"] | Precision, device: torch.device, *, gener
     For all else it is fp32.
     """
     if choice == "tf32" and not _has_tf32(device):
-        raise UsageError("precision tf32 is for GPUs; on a CPU set --precision fp32 or bf16")
+        raise UsageError("tf32 is for GPUs; set --precision (vadit train: --evaluation.precision) fp32, bf16 or auto")
     if choice != "auto":
         return choice
     return "tf32" if generator and _has_tf32(device) else "fp32"

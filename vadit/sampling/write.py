@@ -1,5 +1,6 @@
 """The files that samples become: PNGs, ADM's .npz and a picture, in a folder that belongs to one set of settings."""
 
+import contextlib
 import dataclasses
 import os
 import zipfile
@@ -136,16 +137,27 @@ def noted_sampler(samples: str | Path) -> str | None:
 
     A line where they are an average's that is not worth much yet.
     """
-    for file in (Path(samples) / SETTINGS, Path(samples).parent / SETTINGS):
-        if file.is_file():
-            try:
-                noted = read_json(file, _Noted)
-            except RunError as error:
-                note(f"{error}; the sampler is not known from it")
-                return None
-            checked(Origin, noted.source.get("origin", {}), str(file)).warn(str(samples))
-            return sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
+    try:
+        noted = _noted(samples)
+    except RunError as error:
+        note(f"{error}; the sampler is not known from it")
+        return None
+    if noted is None:
+        return None
+    checked(Origin, noted.source.get("origin", {}), f"{samples}: {SETTINGS}").warn(str(samples))
+    return sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
+
+
+def noted_precision(samples: str | Path) -> str | None:
+    """What the generator of such images computed in."""
+    with contextlib.suppress(RunError):
+        return getattr(_noted(samples), "precision", None)
     return None
+
+
+def _noted(samples: str | Path) -> "_Noted | None":
+    files = (Path(samples) / SETTINGS, Path(samples).parent / SETTINGS)
+    return next((read_json(file, _Noted) for file in files if file.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class _Noted:
     autoguidance: bool
     label_list: list[int] | None
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
 
 
 def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int, follow: bool) -> None:
