@@ -48,7 +48,7 @@ class Training:
         self.engine = Engine(
             LightningDiT(model).to(device).train(),
             optimizer=OptimizerSpec(lr=1e-5),
-            spec=EngineSpec(zero_stage=zero_stage, precision=precision),  # type: ignore[arg-type]
+            spec=EngineSpec(zero_stage=zero_stage, precision=precision, max_grad_norm=0.0),  # type: ignore[arg-type]
             global_batch=self.batch,
             device=device,
         )
@@ -65,6 +65,7 @@ class Training:
 
     def __call__(self) -> None:
         self.engine.begin_step(1e-5)
+        self.ema.begin_step(0)
         drawn = flow.draw(FlowSpec(), self.latents, images_seen=0)
         loss = flow.loss(FlowSpec(), drawn, self.engine(drawn.x_t, drawn.t, self.labels).float())["loss"]
         if self.guarded:

@@ -45,7 +45,10 @@ Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape and dtype. `contenders` are functions of `inputs`; those that need a gradient say so."""
+    """One op at one shape and dtype. `contenders` are functions of `inputs`; those that need a gradient say so.
+
+    An op that updates in place has no inputs: its bytes are the forward ones.
+    """
 
     op: str
     shape: str
@@ -89,11 +92,12 @@ def contenders(op: Op, eager: Op, device: str) -> dict[str, Op]:
     found: dict[str, Op] = {"eager": eager, "compile": torch.compile(eager, fullgraph=True, dynamic=False)}
     for name, backend in dispatch.BACKENDS.items():
         if backend.missing is None and backend.device == device:
-            found[name] = functools.partial(_on, name, op)
+            found[name] = functools.partial(on, name, op)
     return found
 
 
-def _on(backend: str, op: Op, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+def on(backend: str, op: Op, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """The op as a backend runs it."""
     with dispatch.setting(backend):
         return op(*inputs)
 
@@ -145,7 +149,9 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, clock: Clock)
 
 
 def _parts(case: Case, contender: Op) -> dict[str, Callable[[], object]]:
-    """The calls to time: the forward pass without a graph, the backward pass of one graph, both."""
+    """The calls to time: the forward pass without a graph, the backward pass of one graph, both; or an update."""
+    if not case.inputs:
+        return {"update": contender}
     differentiated = [t for t in case.inputs if t.requires_grad]
 
     def results() -> tuple[Tensor, ...]:
@@ -236,7 +242,8 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
                 print(f"{case.op} {case.shape}: without {name} ({type(error).__name__}: {error})", flush=True)
         moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         moved["forward+backward"] = case.forward_bytes + case.backward_bytes
-        for part, num_bytes in moved.items():
+        moved["update"] = case.forward_bytes
+        for part, num_bytes in ((part, moved[part]) for part in next(iter(parts.values()))):
             calls = {name: part_calls[part] for name, part_calls in parts.items()}
             calls["copy"] = copy_of(num_bytes, options.device)
             what = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "part": part}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("eager", "compile", "reference", "cpp", "triton", "cuda", "copy")
-OPS = ("rms_norm", "gated_norm", "swiglu", "rope", "vf_loss", "group_norm_silu")
+OPS = ("adamw_ema", "rms_norm", "gated_norm", "swiglu", "rope", "vf_loss", "group_norm_silu")
 
 
 def main() -> None:

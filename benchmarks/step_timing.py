@@ -111,6 +111,7 @@ def measure(task: Any, *, precision: str, device: torch.device, resident: bool, 
         for _ in range(count):
             for engine in task.engines.values():
                 engine.begin_step(1e-6)
+            task.ema.begin_step(done)
             task.step(batches, Position(step=done, images_seen=0))
             done += 1
         if cuda:

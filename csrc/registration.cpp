@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(vadit, m) {
+  // averages: those of all weights for the first rate, then for the next; numbers: see kernels/ops/adamw_ema.py
+  m.def(
+      "adamw_ema(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor? scale, float[] rates, float[] numbers) -> ()");
   // narrow: the result is bfloat16, whatever x is.
   m.def("rms_norm(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool narrow, float eps) -> Tensor");
   m.def(

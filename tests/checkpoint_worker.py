@@ -111,6 +111,8 @@ class Run:
             x, y = batch(self.step)
             for name, network in self.engines.items():
                 network.begin_step(LR)
+                if name == "model":
+                    self.ema.begin_step(self.step - 1)
                 loss = (network(x[part].to(network.compute_dtype())).float() - y[part]).square().mean()
                 if name == "model" or steps_critic(self.step):
                     network.backward(loss)

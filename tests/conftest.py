@@ -37,6 +37,7 @@ def resolve(backend: str) -> str:
             library.load_emulated()
             dispatch.BACKENDS["cuda_emulated"] = dispatch.Backend("vadit_emulated", "cpu", None)
             kernels.register("vadit_emulated")
+            dispatch.NOT_WRITTEN.update([(op, "cuda_emulated") for op, name in dispatch.NOT_WRITTEN if name == "cuda"])
         return "cuda_emulated"
     if missing := dispatch.BACKENDS[backend].missing:
         pytest.skip(missing)

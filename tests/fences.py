@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 MARGIN = 4096
-INTEGERS = {1: (torch.int8, 0, 100), 2: (torch.int16, 0x7FC0, 63), 4: (torch.int32, 0x7FC00000, 1 << 20)}
+INTEGERS = {1: (torch.int8, 0, 100), 2: (torch.int16, 0x7FC0, 63), 4: (torch.int32, 0x7FC00000, 1 << 20),
+            8: (torch.int64, 0x7FF8 << 48, 1 << 20)}  # fmt: skip
 """By the size of an element: integers of that size, a NaN as one, and how many others follow it."""
 
 

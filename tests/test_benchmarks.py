@@ -95,7 +95,10 @@ def test_parts_of_a_step_are_where_its_time_went(load: Any, monkeypatch, data: s
     engines = {
         name: SimpleNamespace(backward=lambda: clock.pass_ms(20), begin_step=lambda lr: None) for name in ("a", "b")
     }
-    guard, ema = SimpleNamespace(step=lambda: clock.pass_ms(7)), SimpleNamespace(update=lambda: clock.pass_ms(5))
+    guard, ema = (
+        SimpleNamespace(step=lambda: clock.pass_ms(7)),
+        SimpleNamespace(begin_step=lambda step: None, update=lambda: clock.pass_ms(5)),
+    )
 
     def step(batches: Iterator[Any], position: Any) -> None:
         for _ in range(2):

@@ -155,7 +155,7 @@ def test_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
 
 COMPARE = """
 import sys, torch
-from vadit.kernels import gated_norm, rms_norm, rope_qkv, swiglu, vf_loss
+from vadit.kernels import adamw_ema, gated_norm, rms_norm, rope_qkv, swiglu, vf_loss
 from vadit.kernels.testing import results_and_gradients
 g = torch.Generator().manual_seed(0)
 r = lambda *s: torch.randn(s, generator=g)
@@ -173,6 +173,11 @@ for dtype in (torch.float32, torch.bfloat16):
     found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype), r(36), r(36)])
     features = features.to(dtype)
     found += results_and_gradients(vf, [r(2, 5, 37), r(19, 5)])
+    weights, grads, m, v, average = ([r(5, 9).square(), r(35)] for _ in range(5))
+    half = [weight.bfloat16() for weight in weights] if dtype == torch.bfloat16 else []
+    adamw_ema(weights, [grad.to(dtype) for grad in grads], m, [each.abs() for each in v], averages=[average],
+              rates=(0.1,), copies=half, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=3)
+    found += weights + m + average + half
 """
 
 

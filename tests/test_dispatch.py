@@ -30,7 +30,9 @@ def calls() -> dict[str, object]:
     """A small call of each public op."""
     x, table = torch.ones(2, 3, 8), torch.ones(3, 8)
     q = torch.ones(2, 1, 3, 8)
+    weight, adam = [torch.ones(3)], {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
     return {
+        "adamw_ema": lambda: kernels.adamw_ema(weight, weight, weight, weight, **adam),  # type: ignore[arg-type]
         "gated_norm": lambda: kernels.gated_norm(x, x, torch.ones(2, 8), torch.ones(8)),
         "group_norm_silu": lambda: kernels.group_norm_silu(
             torch.ones(2, 3, 3, 8).permute(0, 3, 1, 2), *torch.ones(2, 8), 2
@@ -151,6 +153,8 @@ def test_self_check_leaves_out_what_is_wrong(monkeypatch, op: str, fault: str) -
                     raise RuntimeError("no kernel image\nis available")
                 found = right(*args)
                 spoil = (lambda t: t * 1.01) if fault == "wrong" else (lambda t: t * torch.nan)
+                if found is None:  # the op updates its first tensors in place
+                    return [weight.copy_(spoil(weight)) for weight in args[0]]  # type: ignore[attr-defined]
                 return spoil(found) if isinstance(found, Tensor) else (spoil(found[0]), *found[1:])
 
             return wrong
@@ -183,10 +187,10 @@ def test_self_check_passes(backend: str) -> None:
 
 
 def newest_medians(path: Path) -> dict[tuple[str, ...], dict[str, float]]:
-    """(op, shape, dtype) to the medians of forward+backward per contender, from the newest rows of a file."""
+    """(op, shape, dtype) to the medians of all of it per contender, from the newest rows of a file."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
     for row in csv.DictReader(path.open()):
-        if row["part"] == "forward+backward":
+        if row["part"] in ("forward+backward", "update"):
             found.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["contender"]] = float(row["median_ms"])
     return found
 

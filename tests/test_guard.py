@@ -163,6 +163,7 @@ def test_a_step_left_out_changes_no_bit(zero_stage: Any, precision: Any, offload
 
     def step(engine: Engine, ema: ShardedEMA, guard: Guard, fault: str | None = None) -> bool:
         engine.begin_step(0.1)
+        ema.begin_step(0)
         for micro in range(2):
             x = torch.randn(4, 5, 2, 2, generator=generator).to(engine.compute_dtype())
             loss = engine(x).float().square().mean()

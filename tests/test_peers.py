@@ -156,7 +156,7 @@ def test_both_engines_have_apex_unless_it_steps_wrongly(tmp_path: Path, apex: ty
     monkeypatch.setattr(apex, "scale", 0.5)
     weight = torch.nn.Parameter(torch.zeros(3))
     adam, choice = optimizers.build([weight], OptimizerSpec(kind="apex_fused"), device=CPU)
-    assert isinstance(adam, torch.optim.AdamW) and choice.name == "adamw"
+    assert isinstance(adam, optimizers.AdamW) and choice.name == "adamw"
     assert "its first step is 0.05 instead of 0.1" in choice.refused
 
 

@@ -24,7 +24,7 @@ from vadit.images.pixels import channels_last, image_grid
 from vadit.models.autoencoder import Autoencoder
 from vadit.recipes import get_recipe
 from vadit.sampling.draw import decode, draw
-from vadit.train import dit, loop, runs, tokenizer
+from vadit.train import dit, loop, optimizers, runs, tokenizer
 from vadit.train.checkpoint import export, publish
 from vadit.train.checkpoint.export import load_autoencoder, load_generator
 from vadit.train.checkpoint.shares import WEIGHTS, Shares
@@ -143,6 +143,7 @@ def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
     start = dict(engine.whole_weights(engine.masters()))
     for step in range(12):
         inputs = torch.randn(4, 5).to(engine.compute_dtype())
+        ema.begin_step(step)
         engine.backward(engine(inputs).float().square().mean())
         assert engine.step()
         ema.update(step)
@@ -158,6 +159,23 @@ def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
         assert found.keys() == average.keys()
         assert max((found[name] - value).abs().max().item() for name, value in average.items()) == 0
         assert start_share(12, decay, warmup) == pytest.approx(shares[decay], rel=1e-6, abs=1e-9)
+
+
+def test_adamw_goes_on_from_torchs_state_and_back() -> None:
+    torch.manual_seed(0)
+    starts = [torch.randn(5, 7), torch.randn(3)]
+    mixed, plain = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    takers = [optimizers.AdamW(mixed, **settings), torch.optim.AdamW(mixed, fused=True, **settings)]
+    takers[1].state = takers[0].state
+    alone = torch.optim.AdamW(plain, **settings)
+    for step in range(6):
+        for weight, other in zip(mixed, plain, strict=True):
+            weight.grad = other.grad = torch.randn_like(weight)
+        takers[step % 2].step()
+        alone.step()
+    for weight, other in zip(mixed, plain, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-6, atol=1e-6)
 
 
 def test_stages_follow_each_other_and_export(tmp_path: Path, monkeypatch) -> None:

@@ -26,7 +26,7 @@ ARCHITECTURES = [80, 90, 100]
 WIDTHS = {"XL": (1152, 3072, 16), "L": (1024, 2730, 16), "B": (768, 2048, 12)}
 """LightningDiT: hidden size, hidden width of SwiGLU, heads."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64"}
 STACK_BYTES = {("ones", "vf_loss._distmat", 90): 8}
 """Spills that are accepted: (case, kernel, architecture) -> bytes. One position is no shape that has to be fast."""
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]
@@ -170,6 +170,14 @@ def norms_of_images(dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
+def adamw_ema() -> None:
+    from vadit.kernels.triton_kernels import adamw_ema
+
+    weights = [empty(1152, 1152), empty(1152)]
+    half = [weight.bfloat16() for weight in weights]
+    adamw_ema.adamw_ema(weights, half, weights, weights, weights, half, empty(), [0.1], [0.1] * 7)
+
+
 def ones() -> None:
     """Numbers that are 1 become constants, which other code in Triton compiles."""
     from vadit.kernels.triton_kernels import group_norm_silu, rms_norm, rope, swiglu
@@ -196,6 +204,7 @@ CASES = {
     "vf_loss-float32": vf_loss(32, 32, 1024, 256, torch.float32),
     "images-bfloat16": norms_of_images(torch.bfloat16),
     "images-float32": norms_of_images(torch.float32),
+    "adamw_ema": adamw_ema,
     "ones": ones,
 }
 ONCE = ("ones", "images-float32", "L-float32", "B-float32")
@@ -216,6 +225,8 @@ def check(case: str, architecture: int) -> list[str]:
             loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
             narrow = [load for load in loads if not re.search(r"\.v[48]\.b32$", load)]
             assert loads and not narrow, f"{name} sm_{architecture}: {narrow}"
+        if case == "adamw_ema":  # but for the last tile of a weight
+            assert len(re.findall(r"(?:ld|st)\.global\.v4", kernel.asm["ptx"])) >= 18, f"{name} sm_{architecture}"
     assert lines, "nothing was launched"
     return lines
 

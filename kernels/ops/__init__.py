@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from . import dispatch
+from .adamw_ema import adamw_ema
 from .dispatch import backends, exact, is_exact, reasons
 from .gated_norm import gated_norm
 from .group_norm_silu import group_norm_silu
@@ -14,6 +15,7 @@ from .swiglu import swiglu
 from .vf_loss import features_gram, vf_loss
 
 __all__ = [
+    "adamw_ema",
     "backends",
     "exact",
     "features_gram",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss", "group_norm_silu")
 SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
-NEWEST_OP = "vadit::group_norm_silu"
+NEWEST_OP = "vadit::adamw_ema"
 DTYPES = (torch.float32, torch.bfloat16)
 AUTO = {
     "cpu": dict.fromkeys(OPS, "cpp"),
@@ -35,6 +35,8 @@ AUTO = {
     "cuda": dict.fromkeys(OPS, "triton"),
 }
 """What `auto` takes where it is there; a test holds it to the committed rows. Other devices take plain torch."""
+NOT_WRITTEN = {("adamw_ema", "cuda")}
+"""(op, backend) without kernels."""
 EVIDENCE = {"cpu": "the fastest in the committed benchmarks", "cuda": "auto's choice, not yet measured on a GPU"}
 
 
@@ -108,6 +110,8 @@ def _backend_of(op: str, device: str) -> tuple[str, str]:
         return "reference", backend.missing
     if backend.device != device:
         return "reference", f"the {name} kernels take {backend.device} tensors only"
+    if (op, name) in NOT_WRITTEN:
+        return "reference", f"there are no {name} kernels of it"
     if (op, name) in _distrusted:
         return "reference", f"{name} failed its self-check: {_distrusted[op, name]}"
     return name, f"VADIT_KERNELS={name}" if _setting == name else EVIDENCE[device]
@@ -120,7 +124,7 @@ def _auto(op: str, device: str) -> str:
         return first
     for name in (first, *BACKENDS):
         backend = BACKENDS[name]
-        if backend.device == device and backend.missing is None and (op, name) not in _distrusted:
+        if backend.device == device and backend.missing is None and (op, name) not in NOT_WRITTEN | _distrusted.keys():
             return name
     return first
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .adamw_ema import adamw_ema
 from .gated_norm import gated_norm
 from .group_norm_silu import group_norm_silu
 from .rms_norm import rms_norm
@@ -40,6 +41,17 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
     def vf(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return vf_loss(z, weight, features, cos_margin=0.5, distmat_margin=0.1)
 
+    def stepped(weight: Tensor, *others: Tensor) -> Tensor:
+        own, grad, average, *moments = (each.detach().clone() for each in (weight, *others))
+        copies = [torch.empty_like(own, dtype=torch.bfloat16)] if dtype == torch.bfloat16 else []
+        settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3.0}
+        adamw_ema(
+            [own], [grad.to(dtype)], *([moment.square()] for moment in moments), averages=[[average]], rates=(0.1,),
+            copies=copies, scale=torch.full((), 0.5, device=device), **settings,  # type: ignore[arg-type]
+        )  # fmt: skip
+        # a result for every input to have a gradient
+        return torch.stack([own, average, *copies]).float() + 0 * sum((weight, *others))
+
     def packed(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         tokens, width = qkv.shape[1], qkv.shape[-1]
         angle = torch.arange(tokens * width, device=device, dtype=torch.float32).view(tokens, width)
@@ -52,6 +64,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
     D = 1152
     branch = [normal(2, 33, D), normal(2, D), normal(D), normal(D), normal(2, D)]  # h, gate, weight, bias, scale
     return {
+        "adamw_ema": [(stepped, [normal(1030, 9, dtype=torch.float32) for _ in range(5)])],
         "gated_norm": [
             (gated_norm, [normal(2, 33, D), *branch, normal(2, D)]),
             (gated_norm, [normal(2, 33, D), *branch]),  # without a shift

@@ -34,10 +34,19 @@ class ShardedEMA:
     def __init__(self, engine: Engine, decays: tuple[float, ...]) -> None:
         self.engine = engine
         self.shards = {decay: [master.clone() for master in engine.masters()] for decay in decays}
+        self._along = False  # whether the optimizer's step moves them
+
+    def begin_step(self, step: int) -> None:
+        """Before an optimizer step, `step` having been made: where it can, it moves the averages in its own pass."""
+        self._along = self.engine.average_along(self.shards, self._rates(step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """One step of every average; call it after each optimizer step that changed weights, `step` before this one."""
-        masters = self.engine.masters()
-        for decay, shards in self.shards.items():
-            torch._foreach_lerp_(shards, masters, 1 - decay_of(step + 1, decay, self.engine.spec.ema_warmup))
+        """One step of every average, unless it is made; after each optimizer step that changed weights."""
+        if not self._along:
+            for shards, rate in zip(self.shards.values(), self._rates(step), strict=True):
+                torch._foreach_lerp_(shards, self.engine.masters(), rate)
+        self._along = False
+
+    def _rates(self, step: int) -> tuple[float, ...]:
+        return tuple(1 - decay_of(step + 1, decay, self.engine.spec.ema_warmup) for decay in self.shards)

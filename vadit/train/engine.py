@@ -175,8 +175,7 @@ class Engine:
             device=device,
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
         )
-        # Of an optimizer that is not on its list DeepSpeed warns at every start.
-        with _local_rank(), contextlib.nullcontext() if self.optimizer.name == optimizers.TORCH else quiet():
+        with _local_rank(), quiet():  # of an optimizer that is not on its list DeepSpeed warns at every start
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, model_parameters=trained, optimizer=adam, config=self.config
             )
@@ -235,6 +234,8 @@ class Engine:
             self._judged = norm if veto is None else torch.where(veto.to(norm.device), math.inf, norm)
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
+        if boundary:
+            self.average_along({}, ())
         if boundary and not applied and self._statistics:
             torch._foreach_copy_(self._running_statistics(), self._statistics)
         return applied
@@ -284,8 +285,22 @@ class Engine:
         optimizer.step = step_unless_vetoed
         return measure
 
+    def average_along(self, shards: dict[float, list[torch.Tensor]], rates: tuple[float, ...]) -> bool:
+        """Have the step to come move the averages `shards` by `rates`, too, where weights change; whether it can."""
+        optimizer = self._base_optimizer()
+        if not isinstance(optimizer, optimizers.AdamW):
+            return False
+        optimizer.rates = rates
+        along = map(list, zip(*shards.values(), strict=True))
+        optimizer.averages = dict(zip(self._masters(), along, strict=True)) if rates else {}
+        return True
+
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the optimizer steps: scale its gradients down where their norm is above engine.max_grad_norm."""
+        if isinstance(optimizer, optimizers.AdamW):
+            limit = self.spec.max_grad_norm
+            optimizer.scale = torch.clamp(limit / (self._judged + 1e-6), max=1.0) if limit > 0 else None
+            return
         weights = (weight for group in optimizer.param_groups for weight in group["params"])
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         if self.spec.max_grad_norm > 0 and gradients:

@@ -145,6 +145,7 @@ class _Run:
         self.rate = rate * guard.lr_factor
         for engine in task.engines.values():
             engine.begin_step(self.rate)
+        task.ema.begin_step(self.position.step)
         read = task.loader.state_dict()
         terms = task.step(self.batches, self.position)
         if guard.applied:

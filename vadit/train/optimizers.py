@@ -1,4 +1,4 @@
-"""AdamW of torch or apex, Muon of torch, and the learning rate over a run.
+"""AdamW of vadit's kernels or apex, Muon of torch, and the learning rate over a run.
 
 apex's is tried at start-up, on a small tensor of the run's device: where that fails, torch's AdamW takes its place and
 one line says why. The state of one kind is of no use to another: a checkpoint records which kind wrote it, and a
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vadit.config import OptimizerSpec
+from vadit.kernels import adamw_ema
 from vadit.runtime import distributed
 from vadit.runtime.choices import Choice
 from vadit.runtime.errors import UsageError, first_line
@@ -20,6 +21,62 @@ SETTING = "optimizer.kind"
 TORCH = "adamw"
 APEX = "apex_fused"
 MUON = "muon"
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's AdamW, its state included, which clips, moves averages and rounds to bf16 in the same pass.
+
+    copies: the bf16 weight of each fp32 one, whose gradient it has.
+    """
+
+    def __init__(
+        self,
+        weights: list[torch.nn.Parameter],
+        copies: dict[torch.nn.Parameter, torch.nn.Parameter] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(weights, settings)
+        self.copies = copies or {}
+        self.scale: torch.Tensor | None = None
+        """Of the gradients, () fp32, for the step to come."""
+        self.averages: dict[torch.Tensor, list[torch.Tensor]] = {}
+        """What follows each weight, as many tensors as `rates`; moved in the step to come."""
+        self.rates: tuple[float, ...] = ()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step."""
+        assert closure is None, "the engine computes gradients before it steps"
+        for group in self.param_groups:
+            alike: dict[float, list[torch.nn.Parameter]] = {}  # weights that have made as many steps
+            for weight in group["params"]:
+                if self.copies.get(weight, weight).grad is None:
+                    for average, rate in zip(self.averages.get(weight, ()), self.rates, strict=False):
+                        average.lerp_(weight, rate)
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                state["step"] += 1
+                alike.setdefault(state["step"].item(), []).append(weight)
+            for count, weights in alike.items():
+                self._step(weights, group, count)
+
+    def _step(self, weights: list[torch.nn.Parameter], group: dict[str, Any], step: float) -> None:
+        held = [self.copies.get(weight, weight) for weight in weights]
+        scale = None if self.scale is None else self.scale.to(weights[0].device)
+        adamw_ema(
+            [weight.data for weight in weights],
+            [each.grad for each in held],  # type: ignore[misc]
+            *([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq")),
+            averages=[[self.averages[weight][k] for weight in weights] for k in range(len(self.rates))],
+            rates=self.rates,
+            copies=[each.data for each in held] if self.copies else [],
+            scale=scale,
+            step=step,
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+        )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -55,11 +112,12 @@ def build(
     *,
     device: torch.device,
     matrices: Iterable[torch.nn.Parameter] = (),
+    copies: dict[torch.nn.Parameter, torch.nn.Parameter] | None = None,
 ) -> tuple[torch.optim.Optimizer, Choice]:
     """The optimizer of `weights` that `spec` asks for, or what takes its place. Collective.
 
-    torch's AdamW is its fused one, on a CPU as well (offloaded states): one pass over the memory instead of a dozen.
-    `matrices`: those of the weights that Muon takes where it is asked for.
+    `matrices`: those of the weights that Muon takes where it is asked for. `copies`: AdamW's bf16 weights, where
+    `weights` are the fp32 ones behind them.
     """
     settings: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
     if spec.kind == MUON:
@@ -77,7 +135,7 @@ def build(
             return _apex()(weights, **settings), Choice(SETTING, APEX, "asked for")
         why = fault or "another process lacks it"
         choice = Choice(SETTING, TORCH, "what is always there", refused=f"{APEX} cannot be had here ({why})")
-    return torch.optim.AdamW(weights, fused=True, **settings), choice
+    return AdamW(weights, copies, **settings), choice
 
 
 def _apex() -> type[torch.optim.Optimizer]:
