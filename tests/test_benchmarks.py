@@ -56,7 +56,7 @@ def step_row(**changes: Any) -> dict[str, str]:
     values = {
         "date": "2026-01-01", "commit": "aaaaaaa", "device": "cuda", "hardware": "nvidia-h100", "processes": 1,
         "threads": 1, "versions": "torch 2", "recipe": "lightningdit-xl-64ep", "trainer": "dit",
-        "engine": "deepspeed ZeRO 1", "precision": "autocast", "compile": True, "kernels": "auto", "batch": 128,
+        "engine": "deepspeed ZeRO 0", "precision": "autocast", "compile": True, "kernels": "auto", "batch": 128,
         "settings": "", "data": "resident", "images_per_s": 256.0, "q1_images_per_s": 250.0, "q3_images_per_s": 260.0,
         "step_ms": 500.0, "forward_ms": 150.0, "backward_ms": 300.0, "optimizer_ms": 50.0, "data_ms": 0.0,
         "peak_gib": 40.0, "gflops_per_image": 714.0, "tflops_per_s": 183.0, "matmul_tflops_per_s": 700.0,
@@ -135,7 +135,7 @@ def test_a_row_follows_from_what_was_measured(load: Any) -> None:
     assert row["matmul_tflops_per_s"] == pytest.approx(2 * 1024**3 / 0.5 / 1e12, abs=1e-5)
     assert row["share_of_matmul"] == pytest.approx(row["tflops_per_s"] / row["matmul_tflops_per_s"], rel=0.05)
     assert (row["forward_ms"], row["backward_ms"], row["optimizer_ms"], row["data_ms"]) == (50, 100, 40, 10)
-    assert (row["engine"], row["trainer"], row["share_of_peak"]) == ("deepspeed ZeRO 1", "dit", None)
+    assert (row["engine"], row["trainer"], row["share_of_peak"]) == ("deepspeed ZeRO 0", "dit", None)
 
 
 def test_settings_of_a_case_reach_the_config(load: Any, tmp_path: Path) -> None:
