@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
-from vadit.runtime.choices import Choice
 from vadit.runtime.errors import UsageError
 from vadit.runtime.precision import allow_tf32
+from vadit.train import optimizers
 
 
 class PlainEngine:
@@ -50,15 +50,14 @@ class PlainEngine:
                 block.forward = torch.compile(block.forward)
         self.spec, self.device = spec, device
         self.config: dict[str, Any] = {"engine": "torch", "train_batch_size": global_batch}
-        self.optimizer = Choice("optimizer.kind", "adamw", "a step in plain torch")
         self.module = module.to(device)
         if spec.precision == "bf16":
             self.module.to(torch.bfloat16)
         self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         low = spec.precision == "bf16"
         self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights] if low else self._weights
-        settings = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
-        self._adam = torch.optim.AdamW(self._masters, weight_decay=optimizer.weight_decay, fused=True, **settings)  # type: ignore[arg-type]
+        copies = dict(zip(self._masters, self._weights, strict=True)) if low else None
+        self._adam, self.optimizer = optimizers.build(self._masters, optimizer, device=device, copies=copies)
         self._micro = 0
         self._norm: Tensor | None = None
 
@@ -88,7 +87,7 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, checked: Tensor | None = None) -> None:
         """Add the gradients of a micro-batch; masters in fp32 take them at once."""
         (loss / self.spec.gradient_accumulation).backward()
-        if self._masters is not self._weights:
+        if self._masters is not self._weights and self.spec.gradient_accumulation > 1:
             for weight, master in zip(self._weights, self._masters, strict=True):
                 if weight.grad is not None:
                     grad = weight.grad.float()
@@ -101,8 +100,16 @@ class PlainEngine:
 
     def gradient_norm(self) -> Tensor:
         """Global norm before clipping, () fp32."""
-        self._norm = torch.nn.utils.get_total_norm([master.grad for master in self._masters if master.grad is not None])
+        gradients = map(self._adam.gradient, self._masters)
+        self._norm = optimizers.sum_of_squares([each for each in gradients if each is not None]).sqrt()
         return self._norm
+
+    def average_along(self, shards: dict[float, list[Tensor]], rates: tuple[float, ...]) -> bool:
+        """Have the step to come move the averages, too."""
+        self._adam.rates = rates
+        along = map(list, zip(*shards.values(), strict=True))
+        self._adam.averages = dict(zip(self._masters, along, strict=True)) if rates else {}
+        return True
 
     def grad_norm(self) -> float | None:
         """The last of them."""
@@ -118,11 +125,9 @@ class PlainEngine:
         bad = ~norm.isfinite() if veto is None else veto | ~norm.isfinite()
         applied = not bool(bad)
         if applied:
-            if self.spec.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self._masters, self.spec.max_grad_norm, norm)
+            self._adam.scale = optimizers.clipping(norm, self.spec.max_grad_norm)
             self._adam.step()
-            if self._masters is not self._weights:
-                with torch.no_grad():
-                    torch._foreach_copy_(self._weights, self._masters)
-        self._adam.zero_grad(set_to_none=True)
+        self._adam.rates = ()
+        for weight in (*self._weights, *self._masters):
+            weight.grad = None
         return applied

@@ -56,7 +56,7 @@ def step_row(**changes: Any) -> dict[str, str]:
     values = {
         "date": "2026-01-01", "commit": "aaaaaaa", "device": "cuda", "hardware": "nvidia-h100", "processes": 1,
         "threads": 1, "versions": "torch 2", "recipe": "lightningdit-xl-64ep", "trainer": "dit",
-        "engine": "deepspeed ZeRO 0", "precision": "autocast", "compile": True, "kernels": "auto", "batch": 128,
+        "engine": "deepspeed ZeRO 1", "precision": "autocast", "compile": True, "kernels": "auto", "batch": 128,
         "settings": "", "data": "resident", "images_per_s": 256.0, "q1_images_per_s": 250.0, "q3_images_per_s": 260.0,
         "step_ms": 500.0, "forward_ms": 150.0, "backward_ms": 300.0, "optimizer_ms": 50.0, "data_ms": 0.0,
         "peak_gib": 40.0, "gflops_per_image": 714.0, "tflops_per_s": 183.0, "matmul_tflops_per_s": 700.0,
@@ -216,7 +216,9 @@ def test_the_plain_network_step_and_sampler_are_ours(load: Any, qk_norm: bool) -
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
 def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_grad_norm: float) -> None:
     plain = load("plain_engine").PlainEngine
-    spec = EngineSpec(precision=precision, max_grad_norm=max_grad_norm, gradient_accumulation=2, ema_decays=())  # type: ignore[arg-type]
+    spec = EngineSpec(
+        zero_stage=1, precision=precision, max_grad_norm=max_grad_norm, gradient_accumulation=2, ema_decays=()
+    )  # type: ignore[arg-type]
     model = DiTSpec(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     weights, norms = [], []
     for kind in (Engine, plain):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss", "group_norm_silu")
+OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss", "group_norm_silu", "adamw_ema")
 SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
 NEWEST_OP = "vadit::adamw_ema"
 DTYPES = (torch.float32, torch.bfloat16)

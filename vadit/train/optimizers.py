@@ -6,7 +6,7 @@ resumed run that would end up with another one is refused (`vadit.train.checkpoi
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[float, list[torch.nn.Parameter]] = {}  # weights that have made as many steps
             for weight in group["params"]:
-                if self.copies.get(weight, weight).grad is None:
+                if self.gradient(weight) is None:
                     for average, rate in zip(self.averages.get(weight, ()), self.rates, strict=False):
                         average.lerp_(weight, rate)
                     continue
@@ -63,16 +63,19 @@ class AdamW(torch.optim.Optimizer):
             for count, weights in alike.items():
                 self._step(weights, group, count)
 
+    def gradient(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        """Its own, where micro-batches are summed in fp32, else its copy's."""
+        return weight.grad if weight.grad is not None else self.copies.get(weight, weight).grad
+
     def _step(self, weights: list[torch.nn.Parameter], group: dict[str, Any], step: float) -> None:
-        held = [self.copies.get(weight, weight) for weight in weights]
         scale = None if self.scale is None else self.scale.to(weights[0].device)
         adamw_ema(
             [weight.data for weight in weights],
-            [each.grad for each in held],  # type: ignore[misc]
+            [self.gradient(weight) for weight in weights],  # type: ignore[misc]
             *([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq")),
             averages=[[self.averages[weight][k] for weight in weights] for k in range(len(self.rates))],
             rates=self.rates,
-            copies=[each.data for each in held] if self.copies else [],
+            copies=[self.copies[weight].data for weight in weights] if self.copies else [],
             scale=scale,
             step=step,
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
@@ -104,6 +107,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         assert closure is None, "the engine computes gradients before it steps"
         self._muon.step()
         self._adamw.step()
+
+
+def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """() fp32, with one read of the gradients and no copy."""
+    norms = torch._foreach_norm(list(gradients), 2, torch.float32) if gradients else [torch.zeros(())]
+    return torch.stack(norms).square().sum()
+
+
+def clipping(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
+    """What gradients of this norm are multiplied by, () fp32; None without a limit."""
+    return torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else None
 
 
 def build(
