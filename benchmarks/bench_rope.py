@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import harness
 import torch
@@ -11,15 +11,25 @@ from torch import Tensor
 from vadit.kernels.rope import rope_qkv, rope_reference
 
 SHAPES = {"cpu": {"B": (8, 256, 12, 64)}, "cuda": {"XL": (128, 256, 16, 72), "B": (256, 256, 12, 64)}}
-Q_NORM = "+norm"
-"""Appended to a shape's name: with QK-norm."""
+Q_NORM, BIAS = "+norm", "+bias"
+"""Appended to a shape's name: with QK-norm; with the bias of the linear layer before, which v gets, too."""
 
 
 def eager(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    biased = qkv if bias is None else qkv + bias.view(qkv.shape[2:])
+    q, k, v = biased.permute(2, 0, 3, 1, 4).unbind(0)
     return *rope_reference(q, k, cos, sin, q_weight, k_weight, 1e-6), v
+
+
+def biased(op: Callable[..., tuple[Tensor, ...]]) -> harness.Op:
+    return lambda qkv, cos, sin, bias: op(qkv, cos, sin, bias=bias)
 
 
 def peers(device: str, normed: bool) -> dict[str, harness.Op]:
@@ -42,8 +52,8 @@ def peers(device: str, normed: bool) -> dict[str, harness.Op]:
 
 def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
     for name, (B, N, H, K) in SHAPES[device].items():
-        for normed in (False, True):
-            label = name + Q_NORM * normed
+        for kind in ("", Q_NORM, BIAS):
+            label, normed = name + kind, kind == Q_NORM
             if names and label not in names:
                 continue
             for dtype in (torch.float32, torch.bfloat16):
@@ -51,10 +61,14 @@ def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
                 cos, sin = (torch.randn(N, K, device=device) for _ in range(2))
                 weights = [torch.randn(K, device=device, requires_grad=True) for _ in range(2 * normed)]
                 size = qkv.numel() * qkv.element_size() // 3
+                forward = 4 * size
                 found = harness.contenders(rope_qkv, eager, device) | peers(device, normed)
+                if kind == BIAS:
+                    weights, forward = [torch.randn(3 * H * K, device=device, requires_grad=True)], 6 * size
+                    found = harness.contenders(biased(rope_qkv), biased(eager), device)
                 # back: dq, dk, dv in, dqkv out, and q and k once more for the norm
                 backward = (6 + 2 * normed) * size
-                yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, 4 * size, backward)
+                yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, forward, backward)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,18 @@ STABLE_TORCH_LIBRARY(vadit, m) {
   m.def(
       "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps) "
       "-> (Tensor, Tensor)");
-  // q and k, the inputs of rope, are needed only where their weight is given; dqkv is (B, N, 3, H, K) and holds dv too.
+  // bias is (3, H, K). q and k, the inputs of rope, are needed only where their weight is given; dqkv is (B, N, 3, H, K)
+  // and holds dv too.
+  m.def(
+      "rope_qkv(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor cos, Tensor sin, Tensor? q_weight, "
+      "Tensor? k_weight, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rope_backward(Tensor dq, Tensor dk, Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? q_weight, "
       "Tensor? k_weight, float eps) -> (Tensor dq_in, Tensor dk_in, Tensor dq_weight, Tensor dk_weight)");
   m.def(
-      "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor cos, Tensor sin, "
-      "Tensor? q_weight, Tensor? k_weight, float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+      "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor? bias, Tensor cos, Tensor sin, "
+      "Tensor? q_weight, Tensor? k_weight, float eps) "
+      "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)");
   // x (B, N, C): the pixels of an image in rows, its channels innermost; mean and rstd (B, groups).
   m.def(
       "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) "

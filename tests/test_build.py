@@ -168,9 +168,9 @@ for dtype in (torch.float32, torch.bfloat16):
     found += results_and_gradients(gated_norm, rows)
     found += results_and_gradients(swiglu, [(10 * r(4, 90)).to(dtype)])
     found += results_and_gradients(swiglu, [(10 * r(35, 90)).to(dtype), r(90)])
-    packed = lambda t, *w: rope_qkv(t, cos, sin, *w)[:2]
-    found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype)])
-    found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype), r(36), r(36)])
+    packed = lambda t, b, *w: rope_qkv(t, cos, sin, *w, bias=b)[: 2 if b is None else 3]
+    found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype), None])
+    found += results_and_gradients(packed, [r(2, 5, 3, 3, 36).to(dtype), r(324), r(36), r(36)])
     features = features.to(dtype)
     found += results_and_gradients(vf, [r(2, 5, 37), r(19, 5)])
     weights, grads, m, v, average = ([r(5, 9).square(), r(35)] for _ in range(5))

@@ -171,14 +171,16 @@ class TestLarge:
     def test_rope(self, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         B, H, N, K = shape
         cos, sin = normal(N, K, seed=5), normal(N, K, seed=6)
-        inputs = [normal(B, N, 3, H, K, dtype=dtype), *(1 + 0.2 * normal(K, seed=s) for s in (7, 8))]
+        weights = [1 + 0.2 * normal(K, seed=s) for s in (7, 8)]
+        inputs = [normal(B, N, 3, H, K, dtype=dtype), normal(3 * H * K, seed=9), *weights]
 
-        def op(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-            return rope_qkv(qkv, cos, sin, *weights)[:2]
+        def op(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return rope_qkv(qkv, cos, sin, *weights, bias=bias)
 
-        def formula(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-            q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            return rope_reference(q, k, cos.to(weights[0]), sin.to(weights[0]), *weights, 1e-6)
+        def formula(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = (qkv + bias.view(3, H, K)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = rope_reference(q, k, cos.to(weights[0]), sin.to(weights[0]), *weights, 1e-6)
+            return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
 
         check(op, formula, inputs)
 
@@ -228,7 +230,7 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
     x, dy, weight = normal(2, 3, 16, dtype=dtype), normal(2, 3, 16, seed=1, dtype=dtype), normal(16, seed=2)
     q, k = normal(2, 3, 5, 8, dtype=dtype), normal(2, 3, 5, 8, seed=1, dtype=dtype)
     cos, sin, u = normal(5, 8, seed=2), normal(5, 8, seed=3), normal(2, 8, 16, seed=4)
-    cosines = torch.zeros(2, 16, 16)
+    cosines, bias = torch.zeros(2, 16, 16), normal(3, 3, 8, seed=5)
 
     def results(move: Callable[[Tensor], Tensor]) -> list[Tensor]:
         tables = move(cos), move(sin), weight[:8], None, EPS
@@ -243,6 +245,8 @@ def test_misaligned_tensors(ops, dtype: torch.dtype) -> None:
             *ops.swiglu_backward(move(dy[..., :8]), move(x), move(weight)),
             *ops.rope(move(q), move(k), *tables),
             *ops.rope_backward(move(k), move(q), move(q), None, *tables),
+            *ops.rope_qkv(move(q), move(k), move(q), move(bias), *tables),
+            *ops.rope_qkv_backward(move(k), move(q), move(k), move(q), None, move(bias), *tables),
             *ops.group_norm_silu(move(x), move(weight), move(weight), 2, EPS, True),
             *ops.group_norm_silu_backward(*map(move, (dy, x, weight, weight, u[:, 0, :2], u[:, 0, :2])), True),
             *ops.vf_gram(move(x)),

@@ -1,5 +1,7 @@
 """RoPE with QK-norm against its formula in float64: results, all gradients, every backend."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,22 +94,26 @@ def test_strided_inputs_and_gradients(axes: tuple[int, ...], normed: bool) -> No
 
 @pytest.mark.parametrize("shape", [(2, 31, 3, 3, 72), (1, 16, 3, 4, 64), (3, 5, 3, 1, 6)])
 @pytest.mark.parametrize("normed", ["neither", "both", "queries", "keys"])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed(shape: tuple[int, ...], normed: str, dtype: torch.dtype) -> None:
+def test_packed(shape: tuple[int, ...], normed: str, biased: bool, dtype: torch.dtype) -> None:
     cos, sin = angles(shape[1], shape[-1])
+    bias = normal(math.prod(shape[2:]), seed=6).to(dtype) if biased else None
     weights = [(1 + 0.2 * normal(shape[-1], seed=s)).to(dtype) for s in (3, 4)]
     weights = [w if normed in ("both", name) else None for w, name in zip(weights, ("queries", "keys"), strict=True)]
 
-    def op(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, ...]:
+    def op(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        q, k, v = rope_qkv(qkv, cos.to(wide), sin.to(wide), q_weight, k_weight)
+        q, k, v = rope_qkv(qkv, cos.to(wide), sin.to(wide), q_weight, k_weight, bias=bias)
         return q, k, v * 1  # a view of the input is no result that could be compared before and after
 
-    def formula(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, ...]:
-        q, k, v = split(qkv)
+    def formula(
+        qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        q, k, v = split(qkv if bias is None else qkv + bias.view(shape[2:]))
         return rotate(q, cos, sin, q_weight), rotate(k, cos, sin, k_weight), v * 1
 
-    assert_as_exact_as_torch(op, formula, [normal(*shape).to(dtype), *weights])
+    assert_as_exact_as_torch(op, formula, [normal(*shape).to(dtype), *weights, bias])
 
 
 def test_packed_feeds_attention_without_a_copy_and_is_checked() -> None:
@@ -116,6 +122,9 @@ def test_packed_feeds_attention_without_a_copy_and_is_checked() -> None:
     assert v.data_ptr() == qkv[:, :, 2].data_ptr() and v.stride() == split(qkv)[2].stride()
     if dispatch.kernels_for("rope", qkv):
         assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
+        assert rope_qkv(qkv, *angles(16, 24), bias=normal(360))[2].transpose(1, 2).is_contiguous()
+    with pytest.raises(ValueError, match=r"^rope: found bias \(120,\); needed bias \(360,\) for qkv"):
+        rope_qkv(qkv, *angles(16, 24), bias=normal(120))
     with pytest.raises(ValueError, match=r"^rope: found qkv \(2, 5, 2, 3, 12\); needed qkv \(B, N, 3, H, K\)"):
         rope_qkv(torch.ones(2, 5, 2, 3, 12), *(t.cpu() for t in angles(5, 12)))
 
@@ -137,8 +146,9 @@ def test_empty(shape: tuple[int, ...]) -> None:
     *found, dweight = results_and_gradients(op, [normal(*shape), normal(*shape), normal(shape[-1])])
     assert all(t.shape == shape for t in found) and not dweight.any()
     B, H, N, K = shape
-    found = results_and_gradients(lambda qkv: rope_qkv(qkv, *angles(N, K))[:2], [normal(B, N, 3, H, K)])
-    assert [t.shape for t in found] == [shape, shape, (B, N, 3, H, K)]
+    op = lambda qkv, bias: rope_qkv(qkv, *angles(N, K), bias=bias)  # noqa: E731
+    *found, dbias = results_and_gradients(op, [normal(B, N, 3, H, K), normal(3 * H * K)])
+    assert [t.shape for t in found] == [shape, shape, shape, (B, N, 3, H, K)] and not dbias.any()
 
 
 def test_compiles_as_one_graph() -> None:
@@ -151,11 +161,11 @@ def test_packed_compiles_as_one_graph(normed: bool) -> None:
     cos, sin = angles(16, 24)
     weights = [1 + 0.2 * normal(24, seed=s) for s in (3, 4)] if normed else []
 
-    def op(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = rope_qkv(qkv, cos, sin, *weights)
+    def op(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = rope_qkv(qkv, cos, sin, *weights, bias=bias)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    assert_compiles(op, [normal(2, 16, 3, 5, 24), *weights])
+    assert_compiles(op, [normal(2, 16, 3, 5, 24), normal(360), *weights])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -169,7 +179,10 @@ def test_opcheck(normed: bool) -> None:
     torch.library.opcheck(ops.rope.default, (q, k, *tables, *weights, 1e-6))
     saved = (*((q, k) if normed else (None, None)), *tables, *weights, 1e-6)
     torch.library.opcheck(ops.rope_backward.default, (q, k, *saved))
-    torch.library.opcheck(ops.rope_qkv_backward.default, (q, k, q, *saved))
+    bias = normal(3, 3, 12)
+    torch.library.opcheck(ops.rope_qkv.default, (q, k, q, bias, *tables, *weights, 1e-6))
+    for given in (None, bias):
+        torch.library.opcheck(ops.rope_qkv_backward.default, (q, k, q, *saved[:2], given, *saved[2:]))
 
 
 def test_second_derivative_is_refused_by_kernels() -> None:

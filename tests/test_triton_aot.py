@@ -117,7 +117,9 @@ def operations(model: str, dtype: torch.dtype, *, norms: bool = False, modulated
         rest = (empty(N, K), empty(N, K), *([empty(K)] * 2 if norms else [None, None]), 1e-6)
         saved = (q, k) if norms else (None, None)
         rope.rope(q, k, *rest)
-        rope.rope_qkv_backward(gradient, gradient, gradient, *saved, *rest)
+        for bias in (None, empty(3, H, K)):
+            rope.rope_qkv_backward(gradient, gradient, gradient, *saved, bias, *rest)
+        rope.rope_qkv(q, k, q, empty(3, H, K), *rest)
 
     return run
 
@@ -190,6 +192,7 @@ def ones() -> None:
     q, table = empty(1, 1, 1, 6, dtype=bf16), empty(1, 6)
     rope.rope(q, q, table, table, weight, None, 1e-6)
     rope.rope_backward(q, q, q, None, table, table, weight, None, 1e-6)
+    rope.rope_qkv_backward(q, q, q, q, None, empty(3, 1, 6), table, table, weight, None, 1e-6)
     group_norm_silu.group_norm_silu(x, weight, weight, 1, 1e-6, True)
     group_norm_silu.group_norm_silu_backward(x, x, weight, weight, empty(1, 1), empty(1, 1), True)
     vf_loss(1, 1, 1, 1, torch.float32)()

@@ -12,7 +12,7 @@ from fences import fenced
 from torch import Tensor
 
 pytest.importorskip("triton")
-from vadit.kernels import rope, swiglu
+from vadit.kernels import rope_qkv, swiglu
 from vadit.kernels.rope import rope_reference
 from vadit.kernels.swiglu import swiglu_reference
 from vadit.kernels.testing import assert_as_exact_as_torch
@@ -28,12 +28,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_several_tiles_per_program(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(common, "PROGRAMS", 2)
     tables = normal(40, 64, seed=1), normal(40, 64, seed=2)
-    inputs = [*(normal(2, 3, 40, 64, seed=s) for s in (3, 4)), *(normal(64, seed=s) for s in (5, 6))]
+    inputs = [normal(2, 40, 3, 6, 64), normal(3 * 6 * 64, seed=4), *(normal(64, seed=s) for s in (5, 6))]
 
-    def formula(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_reference(q, k, *(t.to(q) for t in tables), *weights, 1e-6)
+    def op(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return rope_qkv(qkv, *tables, *weights, bias=bias)
 
-    assert_as_exact_as_torch(lambda q, k, *weights: rope(q, k, *tables, *weights), formula, inputs)
+    def formula(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (qkv + bias.view(3, 6, 64)).permute(2, 0, 3, 1, 4).unbind(0)
+        return *rope_reference(q, k, *(t.to(q) for t in tables), *weights, 1e-6), v
+
+    assert_as_exact_as_torch(op, formula, inputs)
     assert_as_exact_as_torch(swiglu, swiglu_reference, [normal(41, 320, seed=7), normal(320, seed=8)])
 
 

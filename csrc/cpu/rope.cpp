@@ -1,10 +1,12 @@
-// RMS-norm of queries and keys where a weight is given, then rotary embedding of pairs; float32 or bfloat16.
+// RMS-norm of queries and keys where a weight is given, then rotary embedding of pairs; float32 or bfloat16. Packed, the
+// bias of the linear layer before is added first to q, k and v.
 //
 //   t = x r w,  r = 1 / sqrt(mean(x^2) + eps);   y = t C + swap(t) S,   swap(t)[2i] = t[2i+1] and back,
 //   C = cos,  S = (-sin[2i], sin[2i+1]);  transposed, for the backward pass:  S = (sin[2i+1], -sin[2i]).
-// Backward, with dt the transposed rotation of dy and g = dt w:  dx = r (g - x r^2 mean(g x)),  dw = sum dt x r.
+// Backward, with dt the transposed rotation of dy and g = dt w:  dx = r (g - x r^2 mean(g x)),  dw = sum dt x r,
+// dbias = column sums of dx (and dv).
 //
-// Bytes moved, forward: read q and k, write q and k; backward: read dq, dk (q, k where normalised, dv where packed),
+// Bytes moved, forward: read q and k (and v where there is a bias), write them; backward: read dq, dk (q, k where normalised, dv where packed),
 // write dq, dk (dqkv). The (N, K) tables stay in cache. q, k and gradients are read through their strides (they are
 // views of one qkv); results lie in memory as (B, N, H, K), so that a token's heads are read and written in one stream.
 
@@ -23,48 +25,74 @@ VADIT_INLINE Vec swap_pairs(Vec v) {
 #endif
 }
 
+template <class T, bool kBias>
+VADIT_INLINE Vec load_biased(const T* x, const float* bias, int64_t n) {
+  return kBias ? load(x, n) + load(bias, n) : load(x, n);
+}
+
 // One token's heads. C and S are the token's rows; with a norm they contain the weight: y = r (x C w + swap(x) S w').
-template <class T, bool kNorm>
+template <class T, bool kNorm, bool kBias>
 VADIT_INLINE void rotate_heads(
-    T* y, const T* x, int64_t stride, int64_t heads, int64_t width, const float* C, const float* S, float eps) {
-  for (int64_t head = 0; head < heads; ++head, x += stride, y += width) {
+    T* y, const T* x, const float* bias, int64_t stride, int64_t heads, int64_t width, const float* C, const float* S,
+    float eps) {
+  for (int64_t head = 0; head < heads; ++head, x += stride, y += width, bias += kBias ? width : 0) {
     float r = 1.0f;
     if (kNorm) {
       Vec squares = {};
       each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
-        const Vec value = load(x + i, n);
+        const Vec value = load_biased<T, kBias>(x + i, bias + i, n);
         squares += value * value;
       });
       r = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(width) + eps);
     }
     each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
-      const Vec value = load(x + i, n);
+      const Vec value = load_biased<T, kBias>(x + i, bias + i, n);
       const Vec rotated = value * load(C + i, n) + swap_pairs(value) * load(S + i, n);
       store(y + i, kNorm ? rotated * r : rotated, n);
     });
   }
 }
 
+// `bias` may be null.
 template <class T>
 void rotate(
-    T* y, const T* x, int64_t stride, int64_t heads, int64_t width, const float* C, const float* S, bool norm,
-    float eps) {
-  if (norm) {
-    rotate_heads<T, true>(y, x, stride, heads, width, C, S, eps);
+    T* y, const T* x, const float* bias, int64_t stride, int64_t heads, int64_t width, const float* C, const float* S,
+    bool norm, float eps) {
+  if (bias && norm) {
+    rotate_heads<T, true, true>(y, x, bias, stride, heads, width, C, S, eps);
+  } else if (bias) {
+    rotate_heads<T, false, true>(y, x, bias, stride, heads, width, C, S, eps);
+  } else if (norm) {
+    rotate_heads<T, true, false>(y, x, bias, stride, heads, width, C, S, eps);
   } else {
-    rotate_heads<T, false>(y, x, stride, heads, width, C, S, eps);
+    rotate_heads<T, false, false>(y, x, bias, stride, heads, width, C, S, eps);
   }
 }
 
-// One token's heads through rotation and norm. `dt` is room for a row; the heads' dt x r are added to `dweight`.
+// One token's heads with their bias.
 template <class T>
-void rotate_norm_backward(
-    T* dx, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, int64_t heads, int64_t width, const float* C,
-    const float* S, const float* weight, float* dt, float* dweight, float eps) {
-  for (int64_t head = 0; head < heads; ++head, x += x_stride, dy += dy_stride, dx += width) {
+void add_bias(T* y, const T* x, const float* bias, int64_t stride, int64_t heads, int64_t width) {
+  for (int64_t head = 0; head < heads; ++head, x += stride, y += width, bias += width) {
+    each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA { store(y + i, load(x + i, n) + load(bias + i, n), n); });
+  }
+}
+
+// A token's gradient, of which all heads lie in one row, added to the sums for the bias.
+template <class T>
+void add_to_sums(float* sums, const T* row, int64_t size) {
+  each_vector(0, size, [&](int64_t i, int64_t n) VADIT_LAMBDA { store(sums + i, load(sums + i, n) + load(row + i, n), n); });
+}
+
+// One token's heads through rotation and norm. `dt` is room for a row; the heads' dt x r are added to `dweight`.
+template <class T, bool kBias>
+VADIT_INLINE void norm_backward_heads(
+    T* dx, const T* dy, int64_t dy_stride, const T* x, const float* bias, int64_t x_stride, int64_t heads,
+    int64_t width, const float* C, const float* S, const float* weight, float* dt, float* dweight, float eps) {
+  for (int64_t head = 0; head < heads;
+       ++head, x += x_stride, dy += dy_stride, dx += width, bias += kBias ? width : 0) {
     Vec squares = {}, dot = {};
     each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
-      const Vec value = load(x + i, n), gradient = load(dy + i, n);
+      const Vec value = load_biased<T, kBias>(x + i, bias + i, n), gradient = load(dy + i, n);
       const Vec rotated = gradient * load(C + i, n) + swap_pairs(gradient) * load(S + i, n);
       store(dt + i, rotated, n);
       squares += value * value;
@@ -73,10 +101,24 @@ void rotate_norm_backward(
     const float r = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(width) + eps);
     const float pull = sum(dot) / static_cast<float>(width) * r * r;
     each_vector(0, width, [&](int64_t i, int64_t n) VADIT_LAMBDA {
-      const Vec value = load(x + i, n), rotated = load(dt + i, n);
+      const Vec value = load_biased<T, kBias>(x + i, bias + i, n), rotated = load(dt + i, n);
       store(dx + i, (rotated * load(weight + i, n) - value * pull) * r, n);
       store(dweight + i, load(dweight + i, n) + rotated * (value * r), n);
     });
+  }
+}
+
+// `bias` may be null.
+template <class T>
+void rotate_norm_backward(
+    T* dx, const T* dy, int64_t dy_stride, const T* x, const float* bias, int64_t x_stride, int64_t heads,
+    int64_t width, const float* C, const float* S, const float* weight, float* dt, float* dweight, float eps) {
+  if (bias) {
+    norm_backward_heads<T, true>(
+        dx, dy, dy_stride, x, bias, x_stride, heads, width, C, S, weight, dt, dweight, eps);
+  } else {
+    norm_backward_heads<T, false>(
+        dx, dy, dy_stride, x, bias, x_stride, heads, width, C, S, weight, dt, dweight, eps);
   }
 }
 
@@ -176,7 +218,7 @@ void check_weight(const std::optional<Tensor>& weight, int64_t width) {
 // What the two backward ops share. `to` holds a token's gradients q, k (and v) beside each other or apart.
 struct Backward {
   Tensor cos, sin;
-  std::optional<Tensor> weights[2], inputs[2];
+  std::optional<Tensor> weights[2], inputs[2], bias;
   Tensor gradients[2];
   Shape shape;
   double eps;
@@ -201,15 +243,18 @@ struct Backward {
   }
 
   // Token t of dq goes to to_q + t * stride; dk and, where there is one, dv likewise.
-  // Returns the gradients of the weights.
+  // Returns the gradients of the weights and of the bias.
   template <class T>
-  std::tuple<Tensor, Tensor> run(T* to_q, T* to_k, T* to_v, int64_t stride, const Tensor* dv) const {
+  std::tuple<Tensor, Tensor, Tensor> run(T* to_q, T* to_k, T* to_v, int64_t stride, const Tensor* dv) const {
     const Tables tables(cos, sin, std::nullopt, true);
     const int64_t width = shape.width;
     const View<T> from[2] = {gradients[0], gradients[1]};
     const View<T> x[2] = {inputs[0] ? *inputs[0] : gradients[0], inputs[1] ? *inputs[1] : gradients[1]};
     const View<T> value = dv ? *dv : gradients[0];
-    T* const to[2] = {to_q, to_k};
+    T* const to[3] = {to_q, to_k, to_v};
+    const float* b = data<float>(bias);
+    const int64_t row = shape.row();
+    std::vector<float> bias_sums(b ? shape.chunks() * 3 * row : 0);
     const float* w[2] = {data<float>(weights[0]), data<float>(weights[1])};
     const bool any_norm = w[0] || w[1];
     std::vector<float> sums(any_norm ? shape.chunks() * 2 * width : 0);
@@ -223,15 +268,19 @@ struct Backward {
           T* dx = to[i] + token * stride;
           if (w[i]) {
             VADIT_CALL(
-                rotate_norm_backward<T>, dx, from[i].token(token), from[i].stride_h, x[i].token(token), x[i].stride_h,
-                shape.heads, width, C, S, w[i], dt.data(), sums.data() + (chunk * 2 + i) * width, eps);
+                rotate_norm_backward<T>, dx, from[i].token(token), from[i].stride_h, x[i].token(token),
+                b ? b + i * row : nullptr, x[i].stride_h, shape.heads, width, C, S, w[i], dt.data(),
+                sums.data() + (chunk * 2 + i) * width, eps);
           } else {
             VADIT_CALL(
-                rotate<T>, dx, from[i].token(token), from[i].stride_h, shape.heads, width, C, S, false, 0.0f);
+                rotate<T>, dx, from[i].token(token), nullptr, from[i].stride_h, shape.heads, width, C, S, false, 0.0f);
           }
         }
         for (int64_t head = 0; dv && head < shape.heads; ++head) {
           std::copy_n(value.token(token) + head * value.stride_h, width, to_v + token * stride + head * width);
+        }
+        for (int i = 0; b && i < 3; ++i) {
+          VADIT_CALL(add_to_sums<T>, bias_sums.data() + (chunk * 3 + i) * row, to[i] + token * stride, row);
         }
       }
     });
@@ -244,7 +293,12 @@ struct Backward {
         for (int64_t j = 0; j < width; ++j) dw[j] += sums[(chunk * 2 + i) * width + j];
       }
     }
-    return {dweights[0], dweights[1]};
+    Tensor dbias = torch::stable::new_zeros(cos, {b ? 3 * row : 0});
+    float* db = mutable_data<float>(dbias);
+    for (int64_t chunk = 0; b && chunk < shape.chunks(); ++chunk) {
+      for (int64_t j = 0; j < 3 * row; ++j) db[j] += bias_sums[chunk * 3 * row + j];
+    }
+    return {dweights[0], dweights[1], dbias};
   }
 };
 
@@ -254,37 +308,70 @@ Tensor token_major(const Tensor& like, const Shape& shape) {
   return torch::stable::transpose(t, 1, 2);
 }
 
-}  // namespace
+void check_bias(const std::optional<Tensor>& bias, const Shape& shape) {
+  if (!bias) return;
+  check_float(*bias, "bias");
+  STD_TORCH_CHECK(bias->numel() == 3 * shape.row(), "bias must have three times the heads and width of q");
+}
 
-std::tuple<Tensor, Tensor> rope(
-    const Tensor& q_in, const Tensor& k_in, const Tensor& cos_in, const Tensor& sin_in,
-    const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps) {
+// q and k rotated, and with a bias v with its part of it.
+std::tuple<Tensor, Tensor, Tensor> forward_all(
+    const Tensor& q_in, const Tensor& k_in, const std::optional<Tensor>& v_in, const std::optional<Tensor>& bias_in,
+    const Tensor& cos_in, const Tensor& sin_in, const std::optional<Tensor>& q_weight,
+    const std::optional<Tensor>& k_weight, double eps) {
   check_tables(q_in, cos_in, sin_in);
   check_like(k_in, q_in, "k");
   const Shape shape(q_in);
   check_weight(q_weight, shape.width);
   check_weight(k_weight, shape.width);
-  const Tensor inputs[2] = {with_unit_stride(q_in), with_unit_stride(k_in)};
+  check_bias(bias_in, shape);
+  if (v_in) check_like(*v_in, q_in, "v");
+  const std::optional<Tensor> bias = contiguous(bias_in);
+  const Tensor inputs[3] = {with_unit_stride(q_in), with_unit_stride(k_in), with_unit_stride(v_in ? *v_in : q_in)};
   const Tensor cos = torch::stable::contiguous(cos_in), sin = torch::stable::contiguous(sin_in);
   const std::optional<Tensor> weights[2] = {contiguous(q_weight), contiguous(k_weight)};
   const Tables tables[2] = {{cos, sin, weights[0], false}, {cos, sin, weights[1], false}};
-  Tensor results[2] = {token_major(q_in, shape), token_major(k_in, shape)};
+  Tensor results[3] = {token_major(q_in, shape), token_major(k_in, shape), q_in};
+  if (v_in) results[2] = token_major(q_in, shape);
   with_element(q_in, [&](auto element) {
     using T = decltype(element);
-    const View<T> from[2] = {inputs[0], inputs[1]};
-    T* const to[2] = {mutable_data<T>(results[0]), mutable_data<T>(results[1])};
+    const View<T> from[3] = {inputs[0], inputs[1], inputs[2]};
+    T* const to[3] = {
+        mutable_data<T>(results[0]), mutable_data<T>(results[1]), v_in ? mutable_data<T>(results[2]) : nullptr};
+    const float* b = data<float>(bias);
     shape.each_chunk([&](int64_t, int64_t first, int64_t end) {
       for (int64_t token = first; token < end; ++token) {
         const int64_t row = token % shape.tokens * shape.width;
         for (int i = 0; i < 2; ++i) {
           VADIT_CALL(
-              rotate<T>, to[i] + token * shape.row(), from[i].token(token), from[i].stride_h, shape.heads, shape.width,
-              tables[i].C.data() + row, tables[i].S.data() + row, weights[i].has_value(), eps);
+              rotate<T>, to[i] + token * shape.row(), from[i].token(token), b ? b + i * shape.row() : nullptr,
+              from[i].stride_h, shape.heads, shape.width, tables[i].C.data() + row, tables[i].S.data() + row,
+              weights[i].has_value(), eps);
+        }
+        if (to[2]) {
+          VADIT_CALL(
+              add_bias<T>, to[2] + token * shape.row(), from[2].token(token), b + 2 * shape.row(), from[2].stride_h,
+              shape.heads, shape.width);
         }
       }
     });
   });
-  return {results[0], results[1]};
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rope(
+    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& q_weight,
+    const std::optional<Tensor>& k_weight, double eps) {
+  const auto results = forward_all(q, k, std::nullopt, std::nullopt, cos, sin, q_weight, k_weight, eps);
+  return {std::get<0>(results), std::get<1>(results)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rope_qkv(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& cos, const Tensor& sin,
+    const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps) {
+  return forward_all(q, k, v, bias, cos, sin, q_weight, k_weight, eps);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward(
@@ -293,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward(
     double eps) {
   const Backward backward(dq, dk, q, k, cos, sin, q_weight, k_weight, eps);
   Tensor dq_in = token_major(dq, backward.shape), dk_in = token_major(dk, backward.shape);
-  std::tuple<Tensor, Tensor> dweights;
+  std::tuple<Tensor, Tensor, Tensor> dweights;
   with_element(dq, [&](auto element) {
     using T = decltype(element);
     dweights = backward.run<T>(
@@ -302,27 +389,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward(
   return {dq_in, dk_in, std::get<0>(dweights), std::get<1>(dweights)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rope_qkv_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qkv_backward(
     const Tensor& dq, const Tensor& dk, const Tensor& dv_in, const std::optional<Tensor>& q,
-    const std::optional<Tensor>& k, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& q_weight,
-    const std::optional<Tensor>& k_weight, double eps) {
-  const Backward backward(dq, dk, q, k, cos, sin, q_weight, k_weight, eps);
+    const std::optional<Tensor>& k, const std::optional<Tensor>& bias, const Tensor& cos, const Tensor& sin,
+    const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps) {
+  Backward backward(dq, dk, q, k, cos, sin, q_weight, k_weight, eps);
+  check_bias(bias, backward.shape);
+  backward.bias = contiguous(bias);
   check_like(dv_in, dq, "dv");
   const Tensor dv = with_unit_stride(dv_in);
   const Shape& shape = backward.shape;
   Tensor dqkv = new_large(dq, {shape.batch, shape.tokens, 3, shape.heads, shape.width});
-  std::tuple<Tensor, Tensor> dweights;
+  std::tuple<Tensor, Tensor, Tensor> dweights;
   with_element(dq, [&](auto element) {
     using T = decltype(element);
     T* to = mutable_data<T>(dqkv);
     dweights = backward.run<T>(to, to + shape.row(), to + 2 * shape.row(), 3 * shape.row(), &dv);
   });
-  return {dqkv, std::get<0>(dweights), std::get<1>(dweights)};
+  return {dqkv, std::get<0>(dweights), std::get<1>(dweights), std::get<2>(dweights)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vadit, CPU, m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("rope_backward", TORCH_BOX(&rope_backward));
+  m.impl("rope_qkv", TORCH_BOX(&rope_qkv));
   m.impl("rope_qkv_backward", TORCH_BOX(&rope_qkv_backward));
 }
 

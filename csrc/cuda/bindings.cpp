@@ -388,56 +388,79 @@ struct RopeCall {
   RopeTables tables() const { return {floats(cos), floats(sin), eps}; }
 };
 
-std::tuple<Tensor, Tensor> rope_op(
-    const Tensor& q_in, const Tensor& k_in, const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight,
-    const OptionalTensor& k_weight, double eps) {
+// q and k rotated, and with a bias v with its part of it.
+std::tuple<Tensor, Tensor, Tensor> rope_forward(
+    const Tensor& q_in, const Tensor& k_in, const OptionalTensor& v_in, const OptionalTensor& bias_in,
+    const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
   const RopeCall call(q_in, k_in, cos, sin, q_weight, k_weight, eps);
   const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in);
-  Tensor q_out = new_heads(q, call.shape), k_out = new_heads(q, call.shape);
-  if (call.empty()) return {q_out, k_out};
+  const OptionalTensor bias = float_like(bias_in, q, 3 * call.shape.heads * call.shape.width, "bias");
+  OptionalTensor v;
+  if (v_in) check_same(*v_in, q_in, "v"), v = with_dense_rows(*v_in);
+  Tensor q_out = new_heads(q, call.shape), k_out = new_heads(q, call.shape), v_out = v ? new_heads(q, call.shape) : q;
+  if (call.empty()) return {q_out, k_out, v_out};
   const Target target(q);
-  const Heads in[2] = {heads_of(q), heads_of(k)};
-  const MutableHeads out[2] = {mutable_heads_of(q_out), mutable_heads_of(k_out)};
-  const float* const weight[2] = {floats(call.weight[0]), floats(call.weight[1])};
-  rope(call.type, call.shape, in, weight, call.tables(), out, target.stream());
-  return {q_out, k_out};
+  const RopeInput input{
+      {heads_of(q), heads_of(k), v ? heads_of(*v) : Heads{}},
+      {floats(call.weight[0]), floats(call.weight[1])},
+      floats(bias)};
+  const MutableHeads out[3] = {
+      mutable_heads_of(q_out), mutable_heads_of(k_out), v ? mutable_heads_of(v_out) : MutableHeads{}};
+  rope(call.type, call.shape, input, call.tables(), out, target.stream());
+  return {q_out, k_out, v_out};
 }
 
-// Fills the gradients of q and k, and of v where it is given; returns those of the weights.
-std::tuple<Tensor, Tensor> rope_backward_into(
+std::tuple<Tensor, Tensor> rope_op(
+    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight,
+    const OptionalTensor& k_weight, double eps) {
+  const auto results = rope_forward(q, k, std::nullopt, std::nullopt, cos, sin, q_weight, k_weight, eps);
+  return {std::get<0>(results), std::get<1>(results)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rope_qkv_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& cos, const Tensor& sin,
+    const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
+  return rope_forward(q, k, v, bias, cos, sin, q_weight, k_weight, eps);
+}
+
+// Fills the gradients of q and k, and of v where it is given; returns those of the weights and of the bias.
+std::tuple<Tensor, Tensor, Tensor> rope_backward_into(
     MutableHeads q_out, MutableHeads k_out, MutableHeads v_out, const Tensor& dq_in, const Tensor& dk_in,
-    const Tensor* dv_in, const OptionalTensor& q_in, const OptionalTensor& k_in, const RopeCall& call) {
+    const Tensor* dv_in, const OptionalTensor& q_in, const OptionalTensor& k_in, const OptionalTensor& bias_in,
+    const RopeCall& call) {
+  const int64_t row = 3 * call.shape.heads * call.shape.width;
   const OptionalTensor* inputs[2] = {&q_in, &k_in};
-  const Tensor gradients[2] = {with_dense_rows(dq_in), with_dense_rows(dk_in)};
+  const OptionalTensor bias = float_like(bias_in, dq_in, row, "bias");
   OptionalTensor kept[2];
-  Heads in[2] = {};
-  Tensor dweight[2];
-  const float* weight[2];
-  for (int part = 0; part < 2; ++part) {
-    weight[part] = floats(call.weight[part]);
-    const std::vector<int64_t> sizes = {weight[part] ? call.shape.width : 0};
-    dweight[part] = call.empty() ? zero_floats(dq_in, sizes) : new_floats(dq_in, sizes);
-    if (weight[part] == nullptr) continue;
+  RopeInput input{{}, {floats(call.weight[0]), floats(call.weight[1])}, floats(bias)};
+  Tensor sums[3];  // the gradients of the weights and of the bias
+  for (int part = 0; part < 3; ++part) {
+    const bool wanted = part < 2 ? input.weight[part] != nullptr : input.bias != nullptr;
+    const std::vector<int64_t> sizes = {!wanted ? 0 : part < 2 ? call.shape.width : row};
+    sums[part] = call.empty() ? zero_floats(dq_in, sizes) : new_floats(dq_in, sizes);
+    if (part == 2 || !wanted) continue;
     STD_TORCH_CHECK(inputs[part]->has_value(), "q and k are needed where their weight is given");
     check_same(**inputs[part], dq_in, "q or k");
     kept[part] = with_dense_rows(**inputs[part]);
-    in[part] = heads_of(*kept[part]);
+    input.in[part] = heads_of(*kept[part]);
   }
-  if (call.empty()) return {dweight[0], dweight[1]};
+  if (call.empty()) return {sums[0], sums[1], sums[2]};
   const Target target(dq_in);
-  Tensor partial;
-  if (weight[0] || weight[1]) partial = new_floats(dq_in, {rope_partial_rows(call.shape), 2, call.shape.width});
+  const int64_t rows = rope_partial_rows(call.shape);
+  const bool normed = input.weight[0] || input.weight[1];
+  Tensor weight_sums = new_floats(dq_in, {normed ? rows * call.shape.heads : 0, 2, call.shape.width});
+  Tensor bias_sums = new_floats(dq_in, {bias ? rows : 0, row});
+  const Tensor dq = with_dense_rows(dq_in), dk = with_dense_rows(dk_in);
   OptionalTensor dv;
   if (dv_in) dv = with_dense_rows(*dv_in);
-  const Heads dy[2] = {heads_of(gradients[0]), heads_of(gradients[1])};
-  const RopeGradients results{{q_out, k_out},
-                              {weight[0] ? mutable_floats(dweight[0]) : nullptr,
-                               weight[1] ? mutable_floats(dweight[1]) : nullptr},
-                              weight[0] || weight[1] ? mutable_floats(partial) : nullptr,
-                              dv ? heads_of(*dv) : Heads{},
-                              v_out};
-  rope_backward(call.type, call.shape, dy, in, weight, call.tables(), results, target.stream());
-  return {dweight[0], dweight[1]};
+  const RopeGradients gradients{{heads_of(dq), heads_of(dk), dv ? heads_of(*dv) : Heads{}},
+                                {q_out, k_out, v_out},
+                                {mutable_floats(sums[0]), mutable_floats(sums[1])},
+                                mutable_floats(sums[2]),
+                                mutable_floats(weight_sums),
+                                mutable_floats(bias_sums)};
+  rope_backward(call.type, call.shape, input, call.tables(), gradients, target.stream());
+  return {sums[0], sums[1], sums[2]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward_op(
@@ -445,14 +468,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward_op(
     const Tensor& sin, const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
   const RopeCall call(dq, dk, cos, sin, q_weight, k_weight, eps);
   Tensor dq_out = new_heads(dq, call.shape), dk_out = new_heads(dq, call.shape);
-  auto [dq_weight, dk_weight] = rope_backward_into(
-      mutable_heads_of(dq_out), mutable_heads_of(dk_out), {}, dq, dk, nullptr, q, k, call);
+  const auto [dq_weight, dk_weight, none] = rope_backward_into(
+      mutable_heads_of(dq_out), mutable_heads_of(dk_out), {}, dq, dk, nullptr, q, k, std::nullopt, call);
   return {dq_out, dk_out, dq_weight, dk_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rope_qkv_backward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qkv_backward_op(
     const Tensor& dq, const Tensor& dk, const Tensor& dv, const OptionalTensor& q, const OptionalTensor& k,
-    const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight, const OptionalTensor& k_weight, double eps) {
+    const OptionalTensor& bias, const Tensor& cos, const Tensor& sin, const OptionalTensor& q_weight,
+    const OptionalTensor& k_weight, double eps) {
   const RopeCall call(dq, dk, cos, sin, q_weight, k_weight, eps);
   check_same(dv, dq, "dv");
   const HeadShape s = call.shape;
@@ -463,8 +487,9 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv_backward_op(
     return MutableHeads{
         data + index * row * static_cast<int64_t>(dqkv.element_size()), {s.tokens * 3 * row, s.width, 3 * row}};
   };
-  auto [dq_weight, dk_weight] = rope_backward_into(part(0), part(1), part(2), dq, dk, &dv, q, k, call);
-  return {dqkv, dq_weight, dk_weight};
+  const auto [dq_weight, dk_weight, dbias] =
+      rope_backward_into(part(0), part(1), part(2), dq, dk, &dv, q, k, bias, call);
+  return {dqkv, dq_weight, dk_weight, dbias};
 }
 
 // --- vf_loss
@@ -516,6 +541,7 @@ STABLE_TORCH_LIBRARY_IMPL(vadit, CUDA, m) {
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_op));
   m.impl("rope", TORCH_BOX(&rope_op));
   m.impl("rope_backward", TORCH_BOX(&rope_backward_op));
+  m.impl("rope_qkv", TORCH_BOX(&rope_qkv_op));
   m.impl("rope_qkv_backward", TORCH_BOX(&rope_qkv_backward_op));
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_op));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_op));

@@ -130,27 +130,33 @@ struct RopeTables {
   float eps;
 };
 
+// What q, k and v (its data null where nothing is done to it) get before the rotation: bias is (3, heads, width) or null.
+struct RopeInput {
+  Heads in[3];
+  const float* weight[2];
+  const float* bias;
+};
 void rope(
-    Type type, HeadShape shape, const Heads in[2], const float* const weight[2], RopeTables tables,
-    const MutableHeads out[2], void* stream);
+    Type type, HeadShape shape, const RopeInput& input, RopeTables tables, const MutableHeads out[3], void* stream);
 
-// Tokens per block of the backward pass (four warps take turns), and the rows of (q, k) weight gradients it leaves.
-inline int64_t rope_chunk(HeadShape shape) { return 4 * rows_per_block((shape.rows() + 3) / 4, 8); }
+// Tokens per block of the backward pass (four warps take turns), and the rows of sums for the bias that it leaves.
+inline int64_t rope_chunk(HeadShape shape) { return 4 * rows_per_block(shape.rows(), 16); }
 inline int64_t rope_partial_rows(HeadShape shape) {
   return (shape.rows() + rope_chunk(shape) - 1) / rope_chunk(shape);
 }
-// dv: where its data is not null it is copied to dv_out. partial: 2 * rope_partial_rows() * width floats, used where a
-// weight is given; in[i].data may be null where weight[i] is.
+// dy[2], dv: where its data is not null it is copied to out[2]. weight_sums: rope_partial_rows() * heads * 2 * width
+// floats, used where a weight is given, which may be fewer; bias_sums: rope_partial_rows() * 3 * heads * width.
 struct RopeGradients {
-  MutableHeads out[2];
+  Heads dy[3];
+  MutableHeads out[3];
   float* dweight[2];
-  float* partial;
-  Heads dv;
-  MutableHeads dv_out;
+  float* dbias;
+  float *weight_sums, *bias_sums;
 };
+// input.in[i].data may be null where input.weight[i] is.
 void rope_backward(
-    Type type, HeadShape shape, const Heads dy[2], const Heads in[2], const float* const weight[2], RopeTables tables,
-    const RopeGradients& gradients, void* stream);
+    Type type, HeadShape shape, const RopeInput& input, RopeTables tables, const RopeGradients& gradients,
+    void* stream);
 
 // features (B, D, N) with strides (image, channel, 1).
 struct FeatureShape {

@@ -1,15 +1,16 @@
-// Rotary embedding of interleaved pairs, after an optional RMSNorm over the head (QK-norm):
+// Rotary embedding of interleaved pairs, after an optional bias and RMSNorm over the head (QK-norm):
 // t <- t r weight,  r = 1 / sqrt(mean(t^2) + eps);  y[2i] = t[2i] cos[2i] - t[2i+1] sin[2i],
 // y[2i+1] = t[2i+1] cos[2i+1] + t[2i] sin[2i+1].
 //
 // Backward: dt[2i] = dy[2i] cos[2i] + dy[2i+1] sin[2i+1], dt[2i+1] = dy[2i+1] cos[2i+1] - dy[2i] sin[2i]; then, with
-// n = t r and g = dt weight:  dt_in = r (g - n mean(g n)),  dweight = sum dt n.
-// Bytes moved: forward reads and writes q and k once; backward reads dq, dk (and q, k where they were normalised) and
+// n = t r and g = dt weight:  dt_in = r (g - n mean(g n)),  dweight = sum dt n,  dbias = column sums of dt_in and dv.
+// Bytes moved: forward reads and writes q and k (with a bias, v) once; backward reads dq, dk (and q, k where they were normalised) and
 // writes their gradients; where these are packed with dv into dqkv, dv is copied in the same pass.
 //
-// A warp takes one token of one image and all its heads, so that the tables are read once: width / kRun lanes per head
-// with kRun elements each, as many heads at a time as fit. Other widths and alignments take the loop kernels: one head
-// at a time, a lane looping over its pairs.
+// Forward, a warp takes one token of one image and all its heads, so that the tables are read once: width / kRun lanes
+// per head with kRun elements each, as many heads at a time as fit. Backward, it keeps those heads for several tokens,
+// with their sums in registers. Other widths and alignments take the loop kernels: one head at a time, a lane looping
+// over its pairs.
 
 #include "column_sums.cuh"
 
@@ -21,9 +22,10 @@ constexpr int kMaxWidth = kWarp * kRun;  // of the vectorised kernels
 
 template <class T>
 struct Parts {
-  Heads in[2], dy[2], dv;
-  MutableHeads out[2], dv_out;
-  const float* weight[2];
+  Heads in[3], dy[3];  // q, k, v; the data of v is null where nothing is to be done to it
+  MutableHeads out[3];
+  const float* weight[3];
+  const float* bias;
 };
 
 __device__ __forceinline__ int64_t offset_of(const HeadStrides& s, int64_t image, int64_t head, int64_t token) {
@@ -81,6 +83,13 @@ __device__ __forceinline__ float squares(const float (&t)[kRun]) {
   return sum;
 }
 
+__device__ __forceinline__ void add_bias(float (&t)[kRun], const float* bias) {
+  float b[kRun];
+  load(b, bias);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) t[i] += b[i];
+}
+
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(HeadShape shape, Parts<T> parts, RopeTables tables) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -91,7 +100,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(HeadShape shape,
   load(cosine, tables.cos + token * shape.width + lanes.column);
   load(sine, tables.sin + token * shape.width + lanes.column);
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
+  for (int part = 0; part < 3; ++part) {
+    if (parts.in[part].data == nullptr) continue;
     float weight[kRun];
     const bool normed = parts.weight[part] != nullptr;
     if (normed) load(weight, parts.weight[part] + lanes.column);
@@ -100,38 +110,51 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(HeadShape shape,
       const bool active = lanes.slot < lanes.slots && head < shape.heads;
       float t[kRun] = {};
       if (active) load(t, head_of<T>(parts.in[part], image, head, token) + lanes.column);
+      if (active && parts.bias) add_bias(t, parts.bias + (part * shape.heads + head) * shape.width + lanes.column);
       if (normed) {
         const float r = rsqrtf(head_sum(squares(t), lanes) / static_cast<float>(shape.width) + tables.eps);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) t[i] *= r * weight[i];
       }
 #pragma unroll
-      for (int i = 0; i < kRun; i += 2) rotate(t[i], t[i + 1], &cosine[i], &sine[i]);
+      for (int i = 0; part < 2 && i < kRun; i += 2) rotate(t[i], t[i + 1], &cosine[i], &sine[i]);
       if (active) store(head_of<T>(parts.out[part], image, head, token) + lanes.column, t);
     }
   }
 }
+
+// One head of one token with its part of the bias, element by element.
+template <class T>
+struct Biased {
+  const T* at;
+  const float* bias;
+  __device__ Biased(const Parts<T>& parts, int part, const HeadShape& s, int64_t image, int64_t head, int64_t token)
+      : at(head_of<T>(parts.in[part], image, head, token)),
+        bias(parts.bias ? parts.bias + (part * s.heads + head) * s.width : nullptr) {}
+  __device__ float operator[](int64_t i) const { return to_float(at[i]) + (bias ? bias[i] : 0.0f); }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kWarp) forward_loop_kernel(HeadShape shape, Parts<T> parts, RopeTables tables) {
   const int64_t image = blockIdx.x / shape.tokens, token = blockIdx.x % shape.tokens;
   const float* cosine = tables.cos + token * shape.width;
   const float* sine = tables.sin + token * shape.width;
-  for (int part = 0; part < 2; ++part) {
+  for (int part = 0; part < 3; ++part) {
+    if (parts.in[part].data == nullptr) continue;
     const float* weight = parts.weight[part];
     for (int64_t head = 0; head < shape.heads; ++head) {
-      const T* in = head_of<T>(parts.in[part], image, head, token);
+      const Biased<T> in(parts, part, shape, image, head, token);
       T* out = head_of<T>(parts.out[part], image, head, token);
       float r = 1.0f;
       if (weight) {
         float sum = 0.0f;
-        for (int64_t i = threadIdx.x; i < shape.width; i += kWarp) sum += to_float(in[i]) * to_float(in[i]);
+        for (int64_t i = threadIdx.x; i < shape.width; i += kWarp) sum += in[i] * in[i];
         r = rsqrtf(warp_sum(sum) / static_cast<float>(shape.width) + tables.eps);
       }
       for (int64_t i = threadIdx.x; i < shape.width / 2; i += kWarp) {
-        float even = to_float(in[2 * i]), odd = to_float(in[2 * i + 1]);
+        float even = in[2 * i], odd = in[2 * i + 1];
         if (weight) even *= r * weight[2 * i], odd *= r * weight[2 * i + 1];
-        rotate(even, odd, cosine + 2 * i, sine + 2 * i);
+        if (part < 2) rotate(even, odd, cosine + 2 * i, sine + 2 * i);
         store(out + 2 * i, even);
         store(out + 2 * i + 1, odd);
       }
@@ -139,98 +162,112 @@ __global__ void __launch_bounds__(kWarp) forward_loop_kernel(HeadShape shape, Pa
   }
 }
 
-// One part's heads of one token; dweight: this lane's sums for its columns.
-template <class T>
-__device__ __forceinline__ void backward_part(
-    const HeadShape& shape, const Parts<T>& parts, int part, const Lanes& lanes, int64_t image, int64_t token,
-    const float (&cosine)[kRun], const float (&sine)[kRun], float eps, float (&dweight)[kRun]) {
-  const bool normed = parts.weight[part] != nullptr;
-  const float width = static_cast<float>(shape.width);
-  float weight[kRun];
-  if (normed) load(weight, parts.weight[part] + lanes.column);
-  for (int64_t first = 0; first < shape.heads; first += lanes.slots) {
-    const int64_t head = first + lanes.slot;
-    const bool active = lanes.slot < lanes.slots && head < shape.heads;
-    float dt[kRun] = {}, t[kRun] = {};
-    if (active) load(dt, head_of<T>(parts.dy[part], image, head, token) + lanes.column);
-    if (active && normed) load(t, head_of<T>(parts.in[part], image, head, token) + lanes.column);
+// Of the norm of one part's heads of a token: t in, with its bias; dt in and out; dweight: this lane's sums.
+__device__ __forceinline__ void norm_backward(
+    float (&dt)[kRun], float (&t)[kRun], const float* weights, const Lanes& lanes, float width, float eps,
+    float (&dweight)[kRun]) {
+  float weight[kRun], dot = 0.0f;
+  load(weight, weights + lanes.column);
+  const float r = rsqrtf(head_sum(squares(t), lanes) / width + eps);
 #pragma unroll
-    for (int i = 0; i < kRun; i += 2) rotate_back(dt[i], dt[i + 1], &cosine[i], &sine[i]);
-    if (normed) {
-      const float r = rsqrtf(head_sum(squares(t), lanes) / width + eps);
-      float dot = 0.0f;
+  for (int i = 0; i < kRun; ++i) {
+    t[i] *= r;
+    dweight[i] += dt[i] * t[i];
+    dt[i] *= weight[i];
+    dot += dt[i] * t[i];
+  }
+  const float mean = head_sum(dot, lanes) / width;
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        t[i] *= r;
-        dweight[i] += dt[i] * t[i];
-        dt[i] *= weight[i];
-        dot += dt[i] * t[i];
-      }
-      const float mean = head_sum(dot, lanes) / width;
+  for (int i = 0; i < kRun; ++i) dt[i] = r * (dt[i] - t[i] * mean);
+}
+
+// Adds up what the lanes of a block's warps hold, and calls f(run element of the warp, sum) for the first `count`.
+template <class F>
+__device__ __forceinline__ void warps_sum(
+    const float (&mine)[kRun], float (&slots)[kWarps][kMaxWidth], int64_t count, F f) {
+  __syncthreads();  // the slots may still be read from the call before
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) dt[i] = r * (dt[i] - t[i] * mean);
-    }
-    if (active) store(head_of<T>(parts.out[part], image, head, token) + lanes.column, dt);
+  for (int i = 0; i < kRun; ++i) slots[threadIdx.x / kWarp][threadIdx.x % kWarp * kRun + i] = mine[i];
+  __syncthreads();
+  for (int j = threadIdx.x; j < count; j += blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += slots[w][j];
+    f(j, sum);
   }
 }
 
-// A block takes `chunk` tokens, its warps one after the other. partial: (blocks, 2, width).
-template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    backward_kernel(HeadShape shape, Parts<T> parts, RopeTables tables, int64_t chunk, float* partial) {
-  __shared__ float slots[kWarps][2][kMaxWidth];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t begin = blockIdx.x * chunk, rows = shape.batch * shape.tokens;
-  const int64_t end = begin + chunk < rows ? begin + chunk : rows;
+// Blocks: chunks of tokens, which the warps take one after the other, and for each of them groups of as many heads as a
+// warp takes at a time. weight_sums: (blocks, 2, width); bias_sums: (chunks, 3, heads, width).
+template <class T, bool kNormed>
+__global__ void __launch_bounds__(kWarps* kWarp) backward_kernel(
+    HeadShape shape, Parts<T> parts, RopeTables tables, int64_t chunk, int64_t groups, float* weight_sums,
+    float* bias_sums) {
+  __shared__ float slots[kWarps][kMaxWidth];
   const Lanes lanes(shape.width);
-  float dweight[2][kRun] = {};
-  for (int64_t row = begin + warp; row < end; row += kWarps) {
+  const int64_t first_head = blockIdx.x % groups * lanes.slots, head = first_head + lanes.slot;
+  const bool active = lanes.slot < lanes.slots && head < shape.heads;
+  const int64_t begin = blockIdx.x / groups * chunk, rows = shape.batch * shape.tokens;
+  const int64_t end = begin + chunk < rows ? begin + chunk : rows;
+  float dweight[2][kRun] = {}, dbias[3][kRun] = {};
+  for (int64_t row = begin + threadIdx.x / kWarp; row < end; row += kWarps) {
     const int64_t image = row / shape.tokens, token = row % shape.tokens;
     float cosine[kRun], sine[kRun];
     load(cosine, tables.cos + token * shape.width + lanes.column);
     load(sine, tables.sin + token * shape.width + lanes.column);
 #pragma unroll
-    for (int part = 0; part < 2; ++part)
-      backward_part(shape, parts, part, lanes, image, token, cosine, sine, tables.eps, dweight[part]);
-    if (parts.dv.data == nullptr) continue;
-    for (int64_t head = lanes.slot; lanes.slot < lanes.slots && head < shape.heads; head += lanes.slots) {
-      float t[kRun];
-      load(t, head_of<T>(parts.dv, image, head, token) + lanes.column);
-      store(head_of<T>(parts.dv_out, image, head, token) + lanes.column, t);
+    for (int part = 0; part < 3; ++part) {
+      if (parts.dy[part].data == nullptr) continue;
+      float dt[kRun] = {};
+      if (active) load(dt, head_of<T>(parts.dy[part], image, head, token) + lanes.column);
+#pragma unroll
+      for (int i = 0; part < 2 && i < kRun; i += 2) rotate_back(dt[i], dt[i + 1], &cosine[i], &sine[i]);
+      if (kNormed && part < 2 && parts.weight[part]) {
+        float t[kRun] = {};
+        if (active) load(t, head_of<T>(parts.in[part], image, head, token) + lanes.column);
+        if (active && parts.bias) add_bias(t, parts.bias + (part * shape.heads + head) * shape.width + lanes.column);
+        const float width = static_cast<float>(shape.width);
+        norm_backward(dt, t, parts.weight[part], lanes, width, tables.eps, dweight[part % 2]);
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) dbias[part][i] += dt[i];
+      if (active) store(head_of<T>(parts.out[part], image, head, token) + lanes.column, dt);
     }
   }
-  if (parts.weight[0] == nullptr && parts.weight[1] == nullptr) return;
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
+  for (int part = 0; kNormed && part < 2; ++part) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const float mine = dweight[part][i];
-      float sum = mine;
       for (int slot = 1; slot < lanes.slots; ++slot)
-        sum += __shfl_sync(kAllLanes, mine, (lane + slot * lanes.per_head) % kWarp);
-      if (lane < lanes.per_head) slots[warp][part][lanes.column + i] = sum;
+        dweight[part][i] += __shfl_sync(kAllLanes, mine, (threadIdx.x + slot * lanes.per_head) % kWarp);
     }
+    warps_sum(dweight[part], slots, shape.width, [&](int column, float sum) {
+      weight_sums[(blockIdx.x * 2 + part) * shape.width + column] = sum;
+    });
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 2 * shape.width; i += blockDim.x) {
-    const int part = i / static_cast<int>(shape.width), column = i % static_cast<int>(shape.width);
-    float sum = 0.0f;
+  if (parts.bias == nullptr) return;
+  const int64_t left = shape.heads - first_head, heads = left < lanes.slots ? left : lanes.slots;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += slots[w][part][column];
-    partial[blockIdx.x * 2 * shape.width + i] = sum;
+  for (int part = 0; part < 3; ++part) {
+    warps_sum(dbias[part], slots, heads * shape.width, [&](int column, float sum) {
+      const int64_t row = (blockIdx.x / groups * 3 + part) * shape.heads + first_head;
+      bias_sums[row * shape.width + column] = sum;
+    });
   }
 }
 
+// Each lane adds to the sums for its own pairs alone.
 template <class T>
-__global__ void __launch_bounds__(kWarp)
-    backward_loop_kernel(HeadShape shape, Parts<T> parts, RopeTables tables, int64_t chunk, float* partial) {
+__global__ void __launch_bounds__(kWarp) backward_loop_kernel(
+    HeadShape shape, Parts<T> parts, RopeTables tables, int64_t chunk, float* weight_sums, float* bias_sums) {
   const int64_t begin = blockIdx.x * chunk, rows = shape.batch * shape.tokens;
   const int64_t end = begin + chunk < rows ? begin + chunk : rows;
   const float width = static_cast<float>(shape.width);
-  for (int part = 0; part < 2; ++part) {
+  for (int part = 0; part < 3; ++part) {
+    if (parts.dy[part].data == nullptr) continue;
     const float* weight = parts.weight[part];
-    float* dweight = partial + (blockIdx.x * 2 + part) * shape.width;
-    // Each lane adds to the columns of its own pairs alone.
+    float* dweight = weight ? weight_sums + (blockIdx.x * 2 + part) * shape.width : nullptr;
     for (int64_t i = threadIdx.x; weight && i < shape.width / 2; i += kWarp) dweight[2 * i] = dweight[2 * i + 1] = 0.0f;
     for (int64_t item = begin * shape.heads; item < end * shape.heads; ++item) {
       const int64_t row = item / shape.heads, head = item % shape.heads;
@@ -239,43 +276,42 @@ __global__ void __launch_bounds__(kWarp)
       const float* sine = tables.sin + token * shape.width;
       const T* dy = head_of<T>(parts.dy[part], image, head, token);
       T* out = head_of<T>(parts.out[part], image, head, token);
-      if (weight == nullptr) {
+      const auto gradient = [&](int64_t i, float& even, float& odd) {
+        even = to_float(dy[2 * i]), odd = to_float(dy[2 * i + 1]);
+        if (part < 2) rotate_back(even, odd, cosine + 2 * i, sine + 2 * i);
+      };
+      float r = 0.0f, pull = 0.0f;
+      const Biased<T> in(parts, part, shape, image, head, token);
+      if (weight) {
+        float sum = 0.0f, dot = 0.0f;
         for (int64_t i = threadIdx.x; i < shape.width / 2; i += kWarp) {
-          float even = to_float(dy[2 * i]), odd = to_float(dy[2 * i + 1]);
-          rotate_back(even, odd, cosine + 2 * i, sine + 2 * i);
-          store(out + 2 * i, even);
-          store(out + 2 * i + 1, odd);
+          const float t0 = in[2 * i], t1 = in[2 * i + 1];
+          float even, odd;
+          gradient(i, even, odd);
+          sum += t0 * t0 + t1 * t1;
+          dot += even * weight[2 * i] * t0 + odd * weight[2 * i + 1] * t1;
         }
-        continue;
+        r = rsqrtf(warp_sum(sum) / width + tables.eps);
+        pull = warp_sum(dot) / width * r * r;
       }
-      const T* in = head_of<T>(parts.in[part], image, head, token);
-      float sum = 0.0f, dot = 0.0f;
       for (int64_t i = threadIdx.x; i < shape.width / 2; i += kWarp) {
-        const float t0 = to_float(in[2 * i]), t1 = to_float(in[2 * i + 1]);
-        float even = to_float(dy[2 * i]), odd = to_float(dy[2 * i + 1]);
-        rotate_back(even, odd, cosine + 2 * i, sine + 2 * i);
-        sum += t0 * t0 + t1 * t1;
-        dot += even * weight[2 * i] * t0 + odd * weight[2 * i + 1] * t1;
-      }
-      const float r = rsqrtf(warp_sum(sum) / width + tables.eps);
-      const float pull = warp_sum(dot) / width * r * r;
-      for (int64_t i = threadIdx.x; i < shape.width / 2; i += kWarp) {
-        const float t0 = to_float(in[2 * i]), t1 = to_float(in[2 * i + 1]);
-        float even = to_float(dy[2 * i]), odd = to_float(dy[2 * i + 1]);
-        rotate_back(even, odd, cosine + 2 * i, sine + 2 * i);
-        dweight[2 * i] += even * (t0 * r);
-        dweight[2 * i + 1] += odd * (t1 * r);
-        store(out + 2 * i, r * (even * weight[2 * i] - t0 * pull));
-        store(out + 2 * i + 1, r * (odd * weight[2 * i + 1] - t1 * pull));
+        float even, odd;
+        gradient(i, even, odd);
+        if (weight) {
+          const float t0 = in[2 * i], t1 = in[2 * i + 1];
+          dweight[2 * i] += even * (t0 * r);
+          dweight[2 * i + 1] += odd * (t1 * r);
+          even = r * (even * weight[2 * i] - t0 * pull);
+          odd = r * (odd * weight[2 * i + 1] - t1 * pull);
+        }
+        store(out + 2 * i, even);
+        store(out + 2 * i + 1, odd);
+        if (parts.bias == nullptr) continue;
+        float* dbias = bias_sums + ((blockIdx.x * 3 + part) * shape.heads + head) * shape.width + 2 * i;
+        dbias[0] = (row > begin ? dbias[0] : 0.0f) + even;
+        dbias[1] = (row > begin ? dbias[1] : 0.0f) + odd;
       }
     }
-  }
-  if (parts.dv.data == nullptr) return;
-  for (int64_t item = begin * shape.heads; item < end * shape.heads; ++item) {
-    const int64_t row = item / shape.heads, head = item % shape.heads;
-    const T* from = head_of<T>(parts.dv, row / shape.tokens, head, row % shape.tokens);
-    T* to = head_of<T>(parts.dv_out, row / shape.tokens, head, row % shape.tokens);
-    for (int64_t i = threadIdx.x; i < shape.width; i += kWarp) to[i] = from[i];
   }
 }
 
@@ -283,9 +319,8 @@ bool aligned(const HeadStrides& s, const void* data) { return takes_runs({data},
 
 template <class T>
 bool takes_runs(HeadShape shape, const Parts<T>& parts, RopeTables tables) {
-  bool runs = shape.width <= kMaxWidth && cuda::takes_runs({tables.cos, tables.sin}, {shape.width}) &&
-              aligned(parts.dv.strides, parts.dv.data) && aligned(parts.dv_out.strides, parts.dv_out.data);
-  for (int part = 0; part < 2; ++part) {
+  bool runs = shape.width <= kMaxWidth && cuda::takes_runs({tables.cos, tables.sin, parts.bias}, {shape.width});
+  for (int part = 0; part < 3; ++part) {
     runs = runs && cuda::takes_runs({parts.weight[part]}, {});
     for (const Heads& heads : {parts.in[part], parts.dy[part]}) runs = runs && aligned(heads.strides, heads.data);
     runs = runs && aligned(parts.out[part].strides, parts.out[part].data);
@@ -296,11 +331,14 @@ bool takes_runs(HeadShape shape, const Parts<T>& parts, RopeTables tables) {
 }  // namespace
 
 void rope(
-    Type type, HeadShape shape, const Heads in[2], const float* const weight[2], RopeTables tables,
-    const MutableHeads out[2], void* stream) {
+    Type type, HeadShape shape, const RopeInput& input, RopeTables tables, const MutableHeads out[3], void* stream) {
   with_type(type, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const Parts<T> parts{{in[0], in[1]}, {}, {}, {out[0], out[1]}, {}, {weight[0], weight[1]}};
+    const Parts<T> parts{{input.in[0], input.in[1], input.in[2]},
+                         {},
+                         {out[0], out[1], out[2]},
+                         {input.weight[0], input.weight[1], nullptr},
+                         input.bias};
     if (takes_runs(shape, parts, tables))
       launch(
           "rope", forward_kernel<T>, ceil_div(shape.rows(), kWarps), dim3(kWarps * kWarp), stream, shape, parts,
@@ -311,28 +349,39 @@ void rope(
 }
 
 void rope_backward(
-    Type type, HeadShape shape, const Heads dy[2], const Heads in[2], const float* const weight[2], RopeTables tables,
-    const RopeGradients& gradients, void* stream) {
-  const int64_t chunk = rope_chunk(shape), blocks = rope_partial_rows(shape);
+    Type type, HeadShape shape, const RopeInput& input, RopeTables tables, const RopeGradients& gradients,
+    void* stream) {
+  const int64_t chunk = rope_chunk(shape), chunks = rope_partial_rows(shape);
+  const bool normed = input.weight[0] || input.weight[1];
+  int64_t blocks = chunks;
   with_type(type, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const Parts<T> parts{{in[0], in[1]},
-                         {dy[0], dy[1]},
-                         gradients.dv,
-                         {gradients.out[0], gradients.out[1]},
-                         gradients.dv_out,
-                         {weight[0], weight[1]}};
-    const bool runs = takes_runs(shape, parts, tables);
-    launch(
-        "rope_backward", runs ? backward_kernel<T> : backward_loop_kernel<T>, blocks,
-        dim3(runs ? kWarps * kWarp : kWarp), stream, shape, parts, tables, chunk, gradients.partial);
+    const Parts<T> parts{{input.in[0], input.in[1], input.in[2]},
+                         {gradients.dy[0], gradients.dy[1], gradients.dy[2]},
+                         {gradients.out[0], gradients.out[1], gradients.out[2]},
+                         {input.weight[0], input.weight[1], nullptr},
+                         input.bias};
+    float *weight_sums = gradients.weight_sums, *bias_sums = gradients.bias_sums;
+    if (takes_runs(shape, parts, tables)) {
+      const int64_t groups = ceil_div(shape.heads, kWarp / (shape.width / kRun));
+      blocks = chunks * groups;
+      launch(
+          "rope_backward", normed ? backward_kernel<T, true> : backward_kernel<T, false>, blocks, dim3(kWarps * kWarp),
+          stream, shape, parts, tables, chunk, groups, weight_sums, bias_sums);
+    } else {
+      launch(
+          "rope_backward", backward_loop_kernel<T>, blocks, dim3(kWarp), stream, shape, parts, tables, chunk,
+          weight_sums, bias_sums);
+    }
   });
   for (int part = 0; part < 2; ++part) {
-    if (weight[part] == nullptr) continue;
+    if (input.weight[part] == nullptr) continue;
     column_sums(
-        "rope_backward (dweight)", gradients.partial + part * shape.width, blocks, 2 * shape.width, shape.width,
+        "rope_backward (dweight)", gradients.weight_sums + part * shape.width, blocks, 2 * shape.width, shape.width,
         gradients.dweight[part], stream);
   }
+  const int64_t row = 3 * shape.heads * shape.width;
+  if (input.bias) column_sums("rope_backward (dbias)", gradients.bias_sums, chunks, row, row, gradients.dbias, stream);
 }
 
 }  // namespace vadit::cuda

@@ -27,7 +27,7 @@ from torch import Tensor
 
 OPS = ("gated_norm", "rms_norm", "rope", "swiglu", "vf_loss", "group_norm_silu", "adamw_ema")
 SETTINGS = ("auto", "reference", "cpp", "triton", "cuda")
-NEWEST_OP = "vadit::adamw_ema"
+NEWEST_OP = "vadit::rope_qkv"
 DTYPES = (torch.float32, torch.bfloat16)
 AUTO = {
     "cpu": dict.fromkeys(OPS, "cpp"),

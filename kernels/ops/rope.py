@@ -1,16 +1,20 @@
 """Rotary position embedding of queries and keys, with optional QK-norm before it.
 
+    t <- t + bias                                    where `rope_qkv` is given one: that of the linear layer before
     t <- t / sqrt(mean(t^2) + eps) * weight          where a weight is given (Dehghani et al. 2023)
     y[2i]   = t[2i]   cos[2i]   - t[2i+1] sin[2i]    (Su et al. 2021; interleaved pairs, as EVA-02's 2-D form)
     y[2i+1] = t[2i+1] cos[2i+1] + t[2i]   sin[2i+1]
 
 Bytes moved, forward: read q and k, write q and k (the tables stay in cache). `rope_qkv` takes what the one linear layer
-of attention makes, and its backward pass writes the gradient of that in one piece: read dq, dk, dv, write dqkv.
+of attention makes, and its backward pass writes the gradient of that in one piece: read dq, dk, dv, write dqkv. With a
+bias v is written, too (4/3 of the bytes forward), and qkv need not be kept where nothing is normed; the gradient of the
+bias is the column sums of dqkv, which then is not read again for them.
 Shape suffixes: B batch, H heads, N tokens, K head width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,8 +28,9 @@ SCHEMAS = {
     "rope": f"(Tensor q, Tensor k, {_ARGUMENTS}) -> (Tensor, Tensor)",
     "rope_backward": f"(Tensor dq, Tensor dk, Tensor? q, Tensor? k, {_ARGUMENTS})"
     " -> (Tensor dq_in, Tensor dk_in, Tensor dq_weight, Tensor dk_weight)",
-    "rope_qkv_backward": f"(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, {_ARGUMENTS})"
-    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)",
+    "rope_qkv": f"(Tensor q, Tensor k, Tensor v, Tensor bias, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    "rope_qkv_backward": f"(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor? bias, {_ARGUMENTS})"
+    " -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight, Tensor dbias)",
 }
 
 
@@ -84,23 +89,30 @@ def register(namespace: str) -> None:
     def _(dq: Tensor, dk: Tensor, q: Tensor | None, k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         return _token_major(dq), _token_major(dk), *weights(*rest)
 
+    @torch.library.register_fake(f"{namespace}::rope_qkv")
+    def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return _token_major(q), _token_major(k), _token_major(v)
+
     @torch.library.register_fake(f"{namespace}::rope_qkv_backward")
-    def _(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    def _(
+        dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, k: Tensor | None, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
         B, H, N, K = dq.shape
-        return dq.new_empty(B, N, 3, H, K), *weights(*rest)
+        dbias = rest[0].new_empty(0 if bias is None else 3 * H * K)
+        return dq.new_empty(B, N, 3, H, K), *weights(*rest), dbias
 
 
-def _keep(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> None:
+def _keep(ctx: Any, q: Tensor, k: Tensor, rest: tuple[Any, ...], *bias: Tensor | None) -> None:
     """Save what the backward pass needs. The gradient of a rotation needs no input; that of the norm does."""
     cos, sin, q_weight, k_weight, ctx.eps, ctx.namespace = rest
     q_kept, k_kept = None if q_weight is None else q, None if k_weight is None else k
-    ctx.save_for_backward(q_kept, k_kept, cos, sin, q_weight, k_weight)
+    ctx.save_for_backward(q_kept, k_kept, *bias, cos, sin, q_weight, k_weight)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        _keep(ctx, q, k, *rest)
+        _keep(ctx, q, k, rest)
         return getattr(torch.ops, ctx.namespace).rope(q, k, *rest[:-1])
 
     @staticmethod
@@ -112,21 +124,24 @@ class _Rope(torch.autograd.Function):
 
 
 class _RopeQKV(torch.autograd.Function):
-    """q and k rotated, v a view of qkv, and one gradient for all three."""
+    """q and k rotated, v with its bias or a view of qkv, and one gradient for all three."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _split(qkv)
-        _keep(ctx, q, k, *rest)
-        q, k = getattr(torch.ops, ctx.namespace).rope(q, k, *rest[:-1])
-        return q, k, v
+        _keep(ctx, q, k, rest, bias)
+        ops = getattr(torch.ops, ctx.namespace)
+        if bias is not None:
+            return ops.rope_qkv(q, k, v, bias, *rest[:-1])
+        return *ops.rope(q, k, *rest[:-1]), v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        dqkv, *dweights = dispatch.run_backward(ctx.namespace, "rope_qkv_backward", dq, dk, dv, *saved, ctx.eps)
+        inputs = (dq, dk, dv, *saved, ctx.eps)
+        dqkv, *dweights, dbias = dispatch.run_backward(ctx.namespace, "rope_qkv_backward", *inputs)
         dq_weight, dk_weight = (None if w is None else dw for w, dw in zip(saved[-2:], dweights, strict=True))
-        return dqkv, None, None, dq_weight, dk_weight, None, None
+        return dqkv, None if saved[2] is None else dbias, None, None, dq_weight, dk_weight, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -186,19 +201,27 @@ def rope_qkv(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rope` on the packed projection of attention, without a layout copy in either direction.
 
-    Args: qkv (B, N, 3, H, K), its last axis contiguous; the rest as `rope`.
-    Returns: (q, k, v), each (B, H, N, K) with memory of layout (B, N, H, K) or a view of qkv; v is not changed.
+    Args: qkv (B, N, 3, H, K), its last axis contiguous; the rest as `rope`; bias (3 H K,) is added first, or None.
+    Returns: (q, k, v), each (B, H, N, K) with memory of layout (B, N, H, K) or a view of qkv, which v is without a
+        bias; nothing but that is done to v.
     Raises: ValueError naming the shapes found and needed.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         checks.fail(OP, f"qkv {checks.shape(qkv)}", "qkv (B, N, 3, H, K)")
     q, k, v = _split(qkv)
     _check(q, k, cos, sin, q_weight, k_weight)
+    checks.check_kind(OP, qkv=qkv, bias=bias)
+    checks.check_shape(OP, "bias", bias, (math.prod(qkv.shape[2:]),), f"qkv {checks.shape(qkv)}")
     ops = _kernels_for(qkv, cos, sin)
     if ops is None:
-        return *rope_reference(q, k, cos, sin, q_weight, k_weight, eps), v
-    tables_and_weights = _wide(cos.contiguous(), sin.contiguous(), q_weight, k_weight)
-    return _RopeQKV.apply(qkv, *tables_and_weights, eps, ops.name)
+        if bias is not None:
+            wide = torch.promote_types(qkv.dtype, torch.float32)
+            q, k, v = _split(qkv.to(wide) + bias.to(wide).view(qkv.shape[2:]))
+        q, k = rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
+        return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+    bias, *tables_and_weights = _wide(bias, cos.contiguous(), sin.contiguous(), q_weight, k_weight)
+    return _RopeQKV.apply(qkv, bias, *tables_and_weights, eps, ops.name)

@@ -52,11 +52,14 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
         # a result for every input to have a gradient
         return torch.stack([own, average, *copies]).float() + 0 * sum((weight, *others))
 
-    def packed(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def packed(qkv: Tensor, *weights: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         tokens, width = qkv.shape[1], qkv.shape[-1]
         angle = torch.arange(tokens * width, device=device, dtype=torch.float32).view(tokens, width)
-        q, k, v = rope_qkv(qkv, angle.cos(), angle.sin(), *weights)
+        q, k, v = rope_qkv(qkv, angle.cos(), angle.sin(), *weights, bias=bias)
         return q, k, v * 1
+
+    def biased(qkv: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return packed(qkv, *weights, bias=bias)
 
     def grouped(x: Tensor, weight: Tensor, bias: Tensor, *, silu: bool = True) -> Tensor:
         return group_norm_silu(x.contiguous(memory_format=torch.channels_last), weight, bias, 32, silu=silu)
@@ -81,9 +84,10 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, list[Case]]:
             (rms_norm, [normal(2, 33, 72), normal(72)]),  # of a head
         ],
         "rope": [
-            (packed, [normal(2, 33, 3, 4, 72), normal(72), normal(72)]),
-            (packed, [normal(2, 32, 3, 16, 72)]),
-            (packed, [normal(2, 33, 3, 12, 64)]),
+            (biased, [normal(2, 33, 3, 4, 72), normal(864), normal(72), normal(72)]),
+            (biased, [normal(2, 32, 3, 16, 72), normal(3456)]),
+            (biased, [normal(2, 33, 3, 12, 64), normal(2304)]),
+            (packed, [normal(2, 32, 3, 16, 72)]),  # of a layer that adds its bias itself
         ],
         "swiglu": [
             (swiglu, [normal(2, 33, 6144), normal(6144)]),

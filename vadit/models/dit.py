@@ -168,7 +168,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = spec.num_heads
         self.head_dim = spec.hidden_size // spec.num_heads
-        self.qkv = nn.Linear(spec.hidden_size, 3 * spec.hidden_size)
+        self.qkv = LateBiasLinear(spec.hidden_size, 3 * spec.hidden_size)
         self.proj = nn.Linear(spec.hidden_size, spec.hidden_size)
         self.attend: Attend = torch_attention
         self.q_norm: nn.Module | None = None
@@ -183,7 +183,9 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens, and with value residual the values (B, H, N, K), into which those of the first block are mixed."""
         B, N, D = x_BND.shape
-        q_BHNK, k_BHNK, v_BHNK = self.placed(self.qkv(x_BND).view(B, N, 3, self.num_heads, self.head_dim), places)
+        rotated = isinstance(places, tuple) and (self.q_norm is None or isinstance(self.q_norm, RMSNorm))
+        qkv, bias = without_bias(self.qkv, x_BND) if rotated else (self.qkv(x_BND), None)
+        q_BHNK, k_BHNK, v_BHNK = self.placed(qkv.view(B, N, 3, self.num_heads, self.head_dim), places, bias)
         own_BHNK = None if self.value_share is None else v_BHNK
         if self.value_share is not None and first_BHNK is not None:
             v_BHNK = torch.lerp(v_BHNK, first_BHNK, self.value_share.to(v_BHNK.dtype))
@@ -191,13 +193,13 @@ class Attention(nn.Module):
         out_BHNK = self.mix(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK, places)
         return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)), own_BHNK
 
-    def placed(self, qkv_BN3HK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normed and rotated, and values, each (B, H, N, K)."""
+    def placed(self, qkv_BN3HK: Tensor, places: Places, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and rotated, and values, each (B, H, N, K); `bias` is one not yet added to qkv."""
         assert not isinstance(places, Tensor), "a relative bias needs PlacedAttention"
         if places is not None and self.q_norm is None:
-            return rope_qkv(qkv_BN3HK, *places)
+            return rope_qkv(qkv_BN3HK, *places, bias=bias)
         if places is not None and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            return rope_qkv(qkv_BN3HK, *places, self.q_norm.weight, self.k_norm.weight)
+            return rope_qkv(qkv_BN3HK, *places, self.q_norm.weight, self.k_norm.weight, bias=bias)
         q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)

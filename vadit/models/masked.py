@@ -66,15 +66,15 @@ class PlacedAttention(Attention):
         if relative_grid is not None:
             self.relative_bias = nn.Parameter(torch.zeros((2 * relative_grid - 1) ** 2, self.num_heads))
 
-    def placed(self, qkv_BN3HK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    def placed(self, qkv_BN3HK: Tensor, places: Places, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if places is None or isinstance(places, Tensor):
-            return super().placed(qkv_BN3HK, None)
+            return super().placed(qkv_BN3HK, None, bias)
         if places[0].ndim == 2:
-            return super().placed(qkv_BN3HK, places)
+            return super().placed(qkv_BN3HK, places, bias)
         # The kernel takes one table for all samples: here the samples are laid in one row, and their tables too.
         B, N, _, H, K = qkv_BN3HK.shape
         cos, sin = (table.reshape(B * N, K) for table in places)
-        row = super().placed(qkv_BN3HK.reshape(1, B * N, 3, H, K), (cos, sin))
+        row = super().placed(qkv_BN3HK.reshape(1, B * N, 3, H, K), (cos, sin), bias)
         q, k, v = (t.transpose(1, 2).reshape(B, N, H, K).transpose(1, 2) for t in row)
         return q, k, v
 

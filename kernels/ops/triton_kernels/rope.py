@@ -2,9 +2,10 @@
 
 A tile is some (token, head) rows of one image, K columns padded to a power of two (72 to 128: the padding is neither
 read nor written). Rows are read whole with 128-bit loads and split into pairs in registers, since loads with a stride
-of 2 are not vectorised. One launch does q and k (and copies dv), so that cos and sin are read once for both.
-Bytes moved: forward reads and writes q and k; backward reads dq, dk (and dv), where there is a norm q and k too, and
-writes as much as it reads of gradients.
+of 2 are not vectorised. One launch does q and k (and copies dv), so that cos and sin are read once for both. Backward,
+all tiles of a program are of the same heads, so that sums for the bias stay in registers.
+Bytes moved: forward reads and writes q and k (and v, where there is a bias); backward reads dq, dk (and dv), where
+there is a norm q and k too, and writes as much as it reads of gradients.
 Shape suffixes: B batch, H heads, N tokens, K head width.
 """
 
@@ -27,6 +28,13 @@ def _rows(tile, heads, ROWS: tl.constexpr):
     """Token and head of each row of a tile: heads of one token follow each other, as in memory."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     return (row // heads).to(tl.int64), row % heads
+
+
+@triton.jit
+def _rows_of_group(tile, group, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """The same for a tile of HEADS neighbouring heads."""
+    row = tl.arange(0, ROWS)[:, None]
+    return (tile * (ROWS // HEADS) + row // HEADS).to(tl.int64), group * HEADS + row % HEADS
 
 
 @triton.jit
@@ -53,18 +61,27 @@ def _load_weight(weight, column, mask):
 
 
 @triton.jit
-def _normed(tile, weight, column, mask, eps, K: tl.constexpr):
-    """A tile in float32, RMS-normalised where there is a weight."""
+def _biased(tile, bias, place, mask):
+    """A tile in float32, with the bias at `place`, if any."""
     t = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        t += tl.load(bias + place, mask=mask, other=0.0)
+    return t
+
+
+@triton.jit
+def _normed(tile, bias, place, weight, column, mask, eps, K: tl.constexpr):
+    """The same, RMS-normalised where there is a weight."""
+    t = _biased(tile, bias, place, mask)
     if weight is not None:
         t *= _inverse_rms(t, eps, K) * _load_weight(weight, column, mask)
     return t
 
 
 @triton.jit
-def _norm_backward(dt, tile, weight, column, mask, eps, K: tl.constexpr):
+def _norm_backward(dt, tile, bias, place, weight, column, mask, eps, K: tl.constexpr):
     """The gradient for the tile t of t r weight, and what its gradient for the weight sums."""
-    t = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+    t = _biased(tile, bias, place, mask)
     r = _inverse_rms(t, eps, K)
     g = dt * _load_weight(weight, column, mask)
     return r * (g - t * (r * r * (tl.sum(g * t, axis=1) / K)[:, None])), dt * t * r
@@ -74,8 +91,11 @@ def _norm_backward(dt, tile, weight, column, mask, eps, K: tl.constexpr):
 def _forward(
     q_out,
     k_out,
+    v_out,
     q,
     k,
+    v,
+    bias,
     cos,
     sin,
     q_weight,
@@ -86,10 +106,13 @@ def _forward(
     eps,
     q_stride_b,
     k_stride_b,
+    v_stride_b,
     Q_STRIDE_N: tl.constexpr,
     Q_STRIDE_H: tl.constexpr,
     K_STRIDE_N: tl.constexpr,
     K_STRIDE_H: tl.constexpr,
+    V_STRIDE_N: tl.constexpr,
+    V_STRIDE_H: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,15 +121,27 @@ def _forward(
     n, h = _rows(tl.program_id(0) % tiles, heads, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (n < tokens) & (column < K)
-    cos_even, cos_odd = _pairs(tl.load(cos + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
-    sin_even, sin_odd = _pairs(tl.load(sin + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
     q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
     k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
     out = ((image * tokens + n) * heads + h) * K + column
-    t = _normed(q_tile, q_weight, column, mask, eps, K)
+    place = h * K + column
+    if v is not None:
+        v_tile = v + image * v_stride_b + n * V_STRIDE_N + h * V_STRIDE_H + column
+        tl.store(v_out + out, _biased(v_tile, bias, place + 2 * heads * K, mask), mask=mask)
+    cos_even, cos_odd = _pairs(tl.load(cos + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+    sin_even, sin_odd = _pairs(tl.load(sin + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
+    t = _normed(q_tile, bias, place, q_weight, column, mask, eps, K)
     tl.store(q_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
-    t = _normed(k_tile, k_weight, column, mask, eps, K)
+    t = _normed(k_tile, bias, place + heads * K, k_weight, column, mask, eps, K)
     tl.store(k_out + out, _rotate(t, cos_even, sin_even, cos_odd, sin_odd, ROWS, COLUMNS), mask=mask)
+
+
+@triton.jit
+def _store_sums(sums, tile, place, column, HEADS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of a tile over its tokens, of HEADS heads from `place` on."""
+    head = tl.arange(0, HEADS)[:, None]
+    total = tl.sum(tl.reshape(tile, (ROWS // HEADS, HEADS, tile.shape[1])), axis=0)
+    tl.store(sums + place + head * K + column, total, mask=(head < HEADS) & (column < K))
 
 
 @triton.jit
@@ -115,11 +150,13 @@ def _backward(
     dk_out,
     dv_out,
     sums,
+    bias_sums,
     dq,
     dk,
     dv,
     q,
     k,
+    bias,
     cos,
     sin,
     q_weight,
@@ -146,19 +183,29 @@ def _backward(
     K_STRIDE_N: tl.constexpr,
     K_STRIDE_H: tl.constexpr,
     OUT_STRIDE_N: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The transposed rotation, then the norm's gradient; `sums` (programs, 2, K) gets the sums for the weights."""
-    program = tl.program_id(0)
+    """The transposed rotation, then the norm's gradient, of some tiles of HEADS heads.
+
+    `sums` (programs, 2, K) gets the sums for the weights; `bias_sums` (programs of a group, 3, heads, K) for the bias.
+    """
+    group = tl.program_id(0) % (heads // HEADS)
+    program = tl.program_id(0) // (heads // HEADS)
     image = (program // programs_per_image).to(tl.int64)
     first = (program % programs_per_image) * tiles_per_program
     column = tl.arange(0, COLUMNS)[None, :]
     q_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     k_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if bias is not None:
+        q_bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        k_bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        v_bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
-        n, h = _rows(tile, heads, ROWS)
+        n, h = _rows_of_group(tile, group, HEADS, ROWS)
+        place = h * K + column
         mask = (n < tokens) & (column < K)
         out = (image * tokens + n) * OUT_STRIDE_N + h * K + column
         cos_even, cos_odd = _pairs(tl.load(cos + n * K + column, mask=mask, other=0.0), ROWS, COLUMNS)
@@ -168,32 +215,50 @@ def _backward(
         dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
         if q_weight is not None:
             q_tile = q + image * q_stride_b + n * Q_STRIDE_N + h * Q_STRIDE_H + column
-            dt, dweight = _norm_backward(dt, q_tile, q_weight, column, mask, eps, K)
+            dt, dweight = _norm_backward(dt, q_tile, bias, place, q_weight, column, mask, eps, K)
             q_sums += dweight
+        if bias is not None:
+            q_bias_sums += dt
         tl.store(dq_out + out, dt, mask=mask)
         dk_tile = dk + image * dk_stride_b + n * DK_STRIDE_N + h * DK_STRIDE_H + column
         dt = tl.load(dk_tile, mask=mask, other=0.0).to(tl.float32)
         dt = _rotate(dt, cos_even, -sin_odd, cos_odd, -sin_even, ROWS, COLUMNS)
         if k_weight is not None:
             k_tile = k + image * k_stride_b + n * K_STRIDE_N + h * K_STRIDE_H + column
-            dt, dweight = _norm_backward(dt, k_tile, k_weight, column, mask, eps, K)
+            dt, dweight = _norm_backward(dt, k_tile, bias, place + heads * K, k_weight, column, mask, eps, K)
             k_sums += dweight
+        if bias is not None:
+            k_bias_sums += dt
         tl.store(dk_out + out, dt, mask=mask)
         if dv is not None:
             dv_tile = dv + image * dv_stride_b + n * DV_STRIDE_N + h * DV_STRIDE_H + column
-            tl.store(dv_out + out, tl.load(dv_tile, mask=mask, other=0.0), mask=mask)
+            dt = tl.load(dv_tile, mask=mask, other=0.0)
+            tl.store(dv_out + out, dt, mask=mask)
+            if bias is not None:
+                v_bias_sums += dt.to(tl.float32)
+    if bias is not None:
+        bias_sums += program.to(tl.int64) * (3 * K) * heads
+        place = group * HEADS * K
+        _store_sums(bias_sums, q_bias_sums, place, column, HEADS, K, ROWS)
+        _store_sums(bias_sums, k_bias_sums, place + heads * K, column, HEADS, K, ROWS)
+        _store_sums(bias_sums, v_bias_sums, place + 2 * heads * K, column, HEADS, K, ROWS)
     column = tl.arange(0, COLUMNS)
-    sums += program.to(tl.int64) * (2 * K) + column
+    sums += tl.program_id(0).to(tl.int64) * (2 * K) + column
     if q_weight is not None:
         tl.store(sums, tl.sum(q_sums, axis=0), mask=column < K)
     if k_weight is not None:
         tl.store(sums + K, tl.sum(k_sums, axis=0), mask=column < K)
 
 
-def _tile(K: int) -> dict[str, int]:
+def _tile(K: int, elements: int = 2048) -> dict[str, int]:
     """2048 elements for 4 warps: two 128-bit loads of bfloat16 per thread and tensor."""
     columns = max(triton.next_power_of_2(K), 2)
-    return {"K": K, "COLUMNS": columns, "ROWS": max(2048 // columns, 1), "num_warps": 4, "num_stages": 1}
+    return {"K": K, "COLUMNS": columns, "ROWS": max(elements // columns, 1), "num_warps": 4, "num_stages": 1}
+
+
+def _backward_tile(K: int, biased: bool) -> dict[str, int]:
+    """Half of that where sums for the bias take registers, too."""
+    return _tile(K, 1024 if biased else 2048)
 
 
 def _strides(**tensors: Sequence[int] | None) -> tuple[list[int], dict[str, int]]:
@@ -205,32 +270,39 @@ def _strides(**tensors: Sequence[int] | None) -> tuple[list[int], dict[str, int]
 
 
 def _decide_forward(
-    shape: torch.Size, q_strides: Sequence[int], k_strides: Sequence[int], eps: float
+    shape: torch.Size, q_strides: Sequence[int], k_strides: Sequence[int], v_strides: Sequence[int] | None, eps: float
 ) -> common.Decision:
     B, H, N, K = shape
     tile = _tile(K)
     tiles = triton.cdiv(N * H, tile["ROWS"])
-    strides_b, strides = _strides(Q=q_strides, K=k_strides)
+    strides_b, strides = _strides(Q=q_strides, K=k_strides, V=v_strides)
     return B * tiles, (N, H, tiles, eps, *strides_b), strides | tile
 
 
 @functools.cache
-def _programs(shape: torch.Size, weighted: bool) -> tuple[int, int, int]:
-    """Of the backward pass: tiles per image, tiles per program (up to 16 with sums for weights), programs per image."""
+def _programs(shape: torch.Size, weighted: bool, biased: bool) -> tuple[int, int, int, int]:
+    """Of the backward pass: heads of a group; its tiles per image, tiles per program, and programs per image.
+
+    Each program that sums leaves a row for the weights, or three of its heads for the bias: it takes several tiles.
+    """
     B, H, N, K = shape
-    tiles = triton.cdiv(N * H, _tile(K)["ROWS"])
-    tiles_per_program = min(max(B * tiles // common.PROGRAMS, 1), 16) if weighted else 1
-    return tiles, tiles_per_program, triton.cdiv(tiles, tiles_per_program)
+    rows = _backward_tile(K, biased)["ROWS"]
+    heads = min(H & -H, rows)
+    tiles = triton.cdiv(N * heads, rows)
+    most = 64 if biased else 16 if weighted else 1
+    tiles_per_program = min(max(B * tiles * (H // heads) // common.PROGRAMS, 1), most)
+    return heads, tiles, tiles_per_program, triton.cdiv(tiles, tiles_per_program)
 
 
 def _decide_backward(
-    shape: torch.Size, weighted: bool, out_stride_n: int, eps: float, *strides: Sequence[int] | None
+    shape: torch.Size, weighted: bool, biased: bool, out_stride_n: int, eps: float, *strides: Sequence[int] | None
 ) -> common.Decision:
-    tiles, tiles_per_program, programs_per_image = _programs(shape, weighted)
+    heads, tiles, tiles_per_program, programs_per_image = _programs(shape, weighted, biased)
     B, H, N, K = shape
     strides_b, constants = _strides(**dict(zip(("DQ", "DK", "DV", "Q", "K"), strides, strict=True)))
     numbers = (N, H, tiles, tiles_per_program, programs_per_image, eps, *strides_b)
-    return B * programs_per_image, numbers, constants | {"OUT_STRIDE_N": out_stride_n} | _tile(K)
+    constants |= {"OUT_STRIDE_N": out_stride_n, "HEADS": heads}
+    return B * programs_per_image * (H // heads), numbers, constants | _backward_tile(K, biased)
 
 
 def _token_major(t: Tensor) -> Tensor:
@@ -246,9 +318,20 @@ def rope(q: Tensor, k: Tensor, *tables_and_weights: Any) -> tuple[Tensor, Tensor
     *tables_and_weights, eps = tables_and_weights
     q_out, k_out = _token_major(q), _token_major(k)
     if q.numel():
-        sizes = (q.shape, q.stride(), k.stride(), eps)
-        common.launch(_forward, _decide_forward, sizes, q_out, k_out, q, k, *tables_and_weights)
+        sizes = (q.shape, q.stride(), k.stride(), None, eps)
+        tensors = (q_out, k_out, None, q, k, None, None)
+        common.launch(_forward, _decide_forward, sizes, *tensors, *tables_and_weights)
     return q_out, k_out
+
+
+def rope_qkv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *tables_and_weights: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a bias (3, H, K) added first, to v (B, H, N, K) too."""
+    *tables_and_weights, eps = tables_and_weights
+    out = _token_major(q), _token_major(k), _token_major(v)
+    if q.numel():
+        sizes = (q.shape, q.stride(), k.stride(), v.stride(), eps)
+        common.launch(_forward, _decide_forward, sizes, *out, q, k, v, bias.contiguous(), *tables_and_weights)
+    return out
 
 
 def _launch_backward(
@@ -257,29 +340,33 @@ def _launch_backward(
     gradients: tuple[Tensor, Tensor, Tensor | None],
     q: Tensor | None,
     k: Tensor | None,
+    bias: Tensor | None,
     cos_NK: Tensor,
     sin_NK: Tensor,
     q_weight_K: Tensor | None,
     k_weight_K: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Fills `out`; returns the gradients of the weights, of size 0 where there is none."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills `out`; returns the gradients of the weights and the bias, of size 0 where there is none."""
     weights = q_weight_K, k_weight_K
     shape = gradients[0].shape
+    B, H, _, K = shape
     weighted = q_weight_K is not None or k_weight_K is not None
+    biased = bias is not None
     if gradients[0].numel():
-        programs = shape[0] * _programs(shape, weighted)[2]
-        sums = cos_NK.new_empty(programs, 2, shape[3]) if weighted else cos_NK.new_empty(0)
+        heads, _, _, programs_per_image = _programs(shape, weighted, biased)
+        sums = cos_NK.new_empty(B * programs_per_image * (H // heads) if weighted else 0, 2, K)
+        bias_sums = cos_NK.new_empty(B * programs_per_image, 3 * H * K) if biased else None
         # Whatever strides a gradient has are followed, but for that of its last axis.
         dq, dk, dv = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in gradients)
         strides = (None if t is None else t.stride() for t in (dq, dk, dv, q, k))
-        sizes = (shape, weighted, out_stride_n, eps, *strides)
-        tensors = (*out, sums, dq, dk, dv, q, k, cos_NK, sin_NK, *weights)
+        sizes = (shape, weighted, biased, out_stride_n, eps, *strides)
+        tensors = (*out, sums, bias_sums, dq, dk, dv, q, k, bias, cos_NK, sin_NK, *weights)
         common.launch(_backward, _decide_backward, sizes, *tensors)
     else:
-        sums = cos_NK.new_zeros(1, 2, shape[3])
+        sums, bias_sums = cos_NK.new_zeros(1, 2, K), cos_NK.new_zeros(1, 3 * H * K) if biased else None
     dq_weight, dk_weight = (sums.new_empty(0) if w is None else sums[:, i].sum(0) for i, w in enumerate(weights))
-    return dq_weight, dk_weight
+    return dq_weight, dk_weight, sums.new_empty(0) if bias_sums is None else bias_sums.sum(0)
 
 
 def rope_backward(dq: Tensor, dk: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,11 +376,13 @@ def rope_backward(dq: Tensor, dk: Tensor, *saved: Any) -> tuple[Tensor, Tensor, 
     """
     _, H, _, K = dq.shape
     dq_in, dk_in = _token_major(dq), _token_major(dk)
-    return dq_in, dk_in, *_launch_backward((dq_in, dk_in, None), H * K, (dq, dk, None), *saved)
+    q, k, *rest = saved
+    dweights = _launch_backward((dq_in, dk_in, None), H * K, (dq, dk, None), q, k, None, *rest)[:2]
+    return dq_in, dk_in, *dweights
 
 
-def rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient for the packed qkv (B, N, 3, H, K), dv copied into it, and those for the weights."""
+def rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient for the packed qkv (B, N, 3, H, K), dv copied into it, and those for the weights and the bias."""
     B, H, N, K = dq.shape
     dqkv = dq.new_empty(B, N, 3, H, K)
     return dqkv, *_launch_backward(dqkv.unbind(2), 3 * H * K, (dq, dk, dv), *saved)
