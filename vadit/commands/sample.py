@@ -8,7 +8,7 @@ import tyro
 
 from vadit.commands.arguments import parse
 from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
-from vadit.config import AutoencoderSpec, DiTConfig, DiTSpec, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
+from vadit.config import DiTConfig, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
 from vadit.config.files import load_run_config
 from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
 from vadit.recipes import RECIPES, get_recipe
@@ -146,9 +146,19 @@ def _dry_run(options: SampleOptions) -> None:
     from vadit.estimate.sampling import SHARES, hours, sampling_bytes
     from vadit.runtime import distributed
     from vadit.sampling.draw import DECODE_BATCH, GROUP, rows_per_sample, sampler_name
+    from vadit.train.checkpoint.export import load_autoencoder, load_generator
 
-    specs = [_generator_specs(path) for path in (options.generator, options.guide) if path]
-    autoencoder, share = _autoencoder_spec(options.tokenizer), options.num_samples / distributed.world_size()
+    specs = []
+    for path in (options.generator, options.guide):
+        if path in RECIPES and isinstance(recipe := get_recipe(path), DiTConfig):
+            specs.append((recipe.model, recipe.mask))
+        elif path:
+            specs.append(((network := load_generator(path)).spec, getattr(network, "mask", MaskSpec())))
+    if options.tokenizer in RECIPES and isinstance(recipe := get_recipe(options.tokenizer), TokenizerConfig):
+        autoencoder = recipe.autoencoder
+    else:
+        autoencoder = load_autoencoder(options.tokenizer).spec
+    share = options.num_samples / distributed.world_size()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if (peak := named_peak(card)) is None:
         card, peak = "H200", PEAK_TFLOPS["H200"] * 1e12
@@ -170,25 +180,6 @@ def _dry_run(options: SampleOptions) -> None:
             table.add_row(precision, name, *(f"{value:.3g}" for value in (drawing, decoding, drawing + decoding, gib)))
     if distributed.is_main():
         show(table)
-
-
-def _generator_specs(path: str) -> tuple[DiTSpec, MaskSpec]:
-    """Of a run, an exported folder or a recipe."""
-    from vadit.train.checkpoint.export import load_generator
-
-    if path in RECIPES and isinstance(config := get_recipe(path), DiTConfig):
-        return config.model, config.mask
-    model = load_generator(path)
-    return model.spec, getattr(model, "mask", MaskSpec())
-
-
-def _autoencoder_spec(path: str) -> AutoencoderSpec:
-    """Of all that `load_autoencoder` takes, or of a recipe."""
-    from vadit.train.checkpoint.export import load_autoencoder
-
-    if path in RECIPES and isinstance(config := get_recipe(path), TokenizerConfig):
-        return config.autoencoder
-    return load_autoencoder(path).spec
 
 
 def _settings_of_run(path: str) -> dict[str, Any]:
