@@ -400,12 +400,9 @@ std::tuple<Tensor, Tensor, Tensor> rope_forward(
   Tensor q_out = new_heads(q, call.shape), k_out = new_heads(q, call.shape), v_out = v ? new_heads(q, call.shape) : q;
   if (call.empty()) return {q_out, k_out, v_out};
   const Target target(q);
-  const RopeInput input{
-      {heads_of(q), heads_of(k), v ? heads_of(*v) : Heads{}},
-      {floats(call.weight[0]), floats(call.weight[1])},
-      floats(bias)};
-  const MutableHeads out[3] = {
-      mutable_heads_of(q_out), mutable_heads_of(k_out), v ? mutable_heads_of(v_out) : MutableHeads{}};
+  RopeInput input{{heads_of(q), heads_of(k)}, {floats(call.weight[0]), floats(call.weight[1])}, floats(bias)};
+  MutableHeads out[3] = {mutable_heads_of(q_out), mutable_heads_of(k_out)};
+  if (v) input.in[2] = heads_of(*v), out[2] = mutable_heads_of(v_out);
   rope(call.type, call.shape, input, call.tables(), out, target.stream());
   return {q_out, k_out, v_out};
 }
@@ -453,12 +450,10 @@ std::tuple<Tensor, Tensor, Tensor> rope_backward_into(
   const Tensor dq = with_dense_rows(dq_in), dk = with_dense_rows(dk_in);
   OptionalTensor dv;
   if (dv_in) dv = with_dense_rows(*dv_in);
-  const RopeGradients gradients{{heads_of(dq), heads_of(dk), dv ? heads_of(*dv) : Heads{}},
-                                {q_out, k_out, v_out},
-                                {mutable_floats(sums[0]), mutable_floats(sums[1])},
-                                mutable_floats(sums[2]),
-                                mutable_floats(weight_sums),
-                                mutable_floats(bias_sums)};
+  RopeGradients gradients{
+      {heads_of(dq), heads_of(dk)}, {q_out, k_out, v_out}, {mutable_floats(sums[0]), mutable_floats(sums[1])},
+      mutable_floats(sums[2]), mutable_floats(weight_sums), mutable_floats(bias_sums)};
+  if (dv) gradients.dy[2] = heads_of(*dv);
   rope_backward(call.type, call.shape, input, call.tables(), gradients, target.stream());
   return {sums[0], sums[1], sums[2]};
 }
