@@ -30,7 +30,7 @@ import subprocess
 import tempfile
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -85,14 +85,18 @@ READ_TWICE = {"native_group_norm": 1, "native_group_norm_backward": 2}
 
 
 class VirtualGPU(TorchDispatchMode):
-    """Records what runs on fake `cuda` tensors while `recording`; with "cpu", on real ones of the CPU."""
+    """Records what runs on fake `cuda` tensors while `recording`.
+
+    With "cpu", on real ones there: those that follow from `weights` then stand for what a GPU would hold.
+    """
 
     current: VirtualGPU
     """The last one made: what kernels without a dispatcher report to."""
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self, device: str = "cuda", weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.device = device
+        self._followed = {weight.untyped_storage()._cdata for weight in weights}
         self.launches: list[Launch] = []
         self.host_waits: list[str] = []
         """Reads of values, and copies between host and device that are not asynchronous."""
@@ -139,19 +143,22 @@ class VirtualGPU(TorchDispatchMode):
             self.changed = {t.untyped_storage()._cdata for t in written}
             with self:
                 return _triton_op(name)(*args)
-        if name in HOST_READS and any(t.device.type == self.device for t in ins):
+        before = {t.untyped_storage()._cdata for t in ins}
+        if name in HOST_READS and self.device == "cuda" and any(t.device.type == "cuda" for t in ins):
             self.wait(name)
-            if self.device == "cuda":
-                return HOST_READS[name]
+            return HOST_READS[name]
+        if name in HOST_READS and before & self._followed:
+            self.wait(name)
         if self.device == "cuda" and _on_host(ins, kwargs):  # times of a sampler, say: the host decides by their values
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         outs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        before = {t.untyped_storage()._cdata for t in ins}
         made = [t for t in outs if t.untyped_storage()._cdata not in before]
         for tensor in made:
             self._hold(tensor)
+        if before & self._followed:
+            self._followed |= {t.untyped_storage()._cdata for t in (*made, *written)}
         devices = {t.device.type for t in (*ins, *outs)}
         # views, memory without values, and other devices' work
         if not (made or written) or "empty" in name or name in NO_KERNEL or self.device not in devices:
@@ -195,6 +202,7 @@ class VirtualGPU(TorchDispatchMode):
 
     def _let_go(self, key: int, size: int) -> None:
         self._known.discard(key)
+        self._followed.discard(key)
         self.held -= size
 
 
