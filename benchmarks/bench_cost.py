@@ -118,7 +118,7 @@ def extrapolate(low: Counted, high: Counted, depth: int) -> tuple[Tally, Tally, 
     a, b, more = tally(low), tally(high), depth - low["depth"]
     assert not a - b, f"not in the deeper step: {list((a - b).items())[:3]}"
     step = Tally({launch: a[launch] + more * (n - a[launch]) for launch, n in b.items()})
-    numbers = {name: low[name] + more * (high[name] - low[name]) for name in ("kept", "peak", "weights", "tensors")}
+    numbers = {name: low[name] + more * (high[name] - low[name]) for name in ("kept", "weights", "tensors")}
     waits = [len(each["host_waits"]) for each in (low, high)]
     numbers |= {"kept_block": high["kept"] - low["kept"], "host_waits": waits[0] + more * (waits[1] - waits[0])}
     return b - a, step, numbers | {name: high[name] for name in ("graph_breaks", "recompilations")}

@@ -239,7 +239,7 @@ def counted(case: Case, depth: int, make: Callable[[VirtualGPU], Step]) -> Count
     with dispatch.setting(case.kernels), fake():
         step, engines = make(gpu)
         for _ in range(1 + case.compile):
-            gpu.launches, gpu.host_waits, gpu.peak = [], [], gpu.held
+            gpu.launches, gpu.host_waits = [], []
             utils.clear_compilation_metrics()
             with gpu.recording("forward"):
                 step()
@@ -248,7 +248,6 @@ def counted(case: Case, depth: int, make: Callable[[VirtualGPU], Step]) -> Count
         "depth": depth,
         "launches": gpu.launches,
         "kept": engines[0].kept if engines else 0,
-        "peak": gpu.peak,
         "weights": sum(weight.numel() for weight in trained),
         "tensors": len(trained),
         "host_waits": gpu.host_waits,

@@ -100,8 +100,8 @@ class VirtualGPU(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.host_waits: list[str] = []
         """Reads of values, and copies between host and device that are not asynchronous."""
-        self.held = self.peak = 0
-        """Bytes of the tensors made while recording that are alive, and their most."""
+        self.held = 0
+        """Bytes of the tensors made while recording that are alive."""
         self.phase = ""
         self.changed: set[int] = set()
         """Storages that the Triton op under way changes in place."""
@@ -163,7 +163,7 @@ class VirtualGPU(TorchDispatchMode):
         # views, memory without values, and other devices' work
         if not (made or written) or "empty" in name or name in NO_KERNEL or self.device not in devices:
             return result
-        if name in ("_to_copy", "copy_") and len(devices) > 1 and not _asynchronous(args, kwargs):
+        if name in ("_to_copy", "copy_") and len(devices) > 1 and not (kwargs.get("non_blocking") or any(args[2:3])):
             self.wait(name)
         over = {id(t) for t in written} if name in ONLY_WRITE or "out" in kwargs else set()
         read = [t for t in ins if id(t) not in over]
@@ -197,7 +197,6 @@ class VirtualGPU(TorchDispatchMode):
         if self._on and tensor.device.type == self.device and key not in self._known:
             self._known.add(key)
             self.held += size
-            self.peak = max(self.peak, self.held)
             weakref.finalize(storage, self._let_go, key, size)
 
     def _let_go(self, key: int, size: int) -> None:
@@ -238,10 +237,6 @@ def _on_host(ins: list[Tensor], kwargs: Any) -> bool:
     """Whether an op is one of real tensors on the CPU alone."""
     real = all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in ins)
     return real and torch.device(kwargs.get("device") or "cpu").type == "cpu"
-
-
-def _asynchronous(args: Any, kwargs: Any) -> bool:
-    return bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
 def _arithmetic(kind: str, read: list[Tensor]) -> str:
