@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_plain import BATCH, flow_loss, logged, plain_dit, tiny_dit
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec
-from vadit.models.dit import LightningDiT
+from vadit.models.dit import LightningDiT, closed
 from vadit.models.interop import save_reference
 from vadit.models.masked import MDT, MaskDiT, MaskedDiT, build_generator
 from vadit.objectives import ddpm, flow, masked
@@ -92,15 +92,15 @@ class NaiveAttention(torch.nn.Module):
         super().__init__()
         self.inner, self.hidden = attention, hidden
 
-    def forward(self, x: Tensor, places: Any, first: None = None) -> tuple[Tensor, None]:
-        return naive_attention(self.inner, x, places if isinstance(places, tuple) else None, self.hidden), None
+    def forward(self, x: Tensor, places: Any, first: None = None) -> tuple[Tensor, None, None]:
+        return naive_attention(self.inner, x, places if isinstance(places, tuple) else None, self.hidden), None, None
 
 
 def naive_blocks(model: Any, blocks: Any, x: Tensor, c: Tensor, hidden: Tensor | None) -> Tensor:
     rope = None if model.feat_rope is None else model.feat_rope()
     for block in blocks:
         attention, block.attn = block.attn, NaiveAttention(block.attn, hidden)
-        x, _ = block(x, c, rope)
+        x = closed(block(x, c, rope))
         block.attn = attention
     return x
 
@@ -111,7 +111,7 @@ def naive_maskdit(model: MaskDiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor)
     tokens = torch.where(mask[:, :, None], model.mask_token, model.narrowing(tokens, c)) + model.decoder_pos_embed
     rope = None if model.decoder_rope is None else model.decoder_rope()
     for block in model.decoder_blocks:
-        tokens, _ = block(tokens, c, rope)
+        tokens = closed(block(tokens, c, rope))
     return model.head(tokens, c)
 
 

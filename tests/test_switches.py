@@ -14,7 +14,7 @@ from torch import Tensor
 from training_plain import flow_terms
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
-from vadit.models.dit import DiTOutput, LightningDiT
+from vadit.models.dit import DiTOutput, LightningDiT, closed
 from vadit.models.repa import AlignedDiT
 from vadit.objectives import flow, regularisers
 from vadit.recipes import get_recipe
@@ -81,7 +81,7 @@ def test_taps_are_the_outputs_of_blocks_and_change_nothing(recompute: bool) -> N
     x, t, y = batch()
     caught: list[Tensor] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _module, _inputs, output: caught.append(output[0]))
+        block.register_forward_hook(lambda _module, _inputs, output: caught.append(closed(output)))
     output = model.forward_features(x, t, y, taps=(2, 4))
     prediction, (second, fourth) = output.prediction, output.hidden.values()
     assert torch.equal(second, caught[1]) and torch.equal(fourth, caught[3])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vadit.config import DiTSpec
-from vadit.kernels import is_exact, rms_norm, rope, rope_qkv, swiglu
+from vadit.kernels import gated_norm, is_exact, rms_norm, rope, rope_qkv, swiglu
 from vadit.models.attention import Attend, torch_attention
 from vadit.models.pretrained import Pretrained
 
@@ -124,27 +124,74 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y_B)
 
 
+class Pending(NamedTuple):
+    """The end of a block's branch, x + gate * (h + bias), left to the norm that comes next: one pass over memory."""
+
+    x_BND: Tensor
+    h_BND: Tensor
+    gate_BD: Tensor
+    bias_D: Tensor | None  # None where h has it
+    values_BHNK: Tensor | None = None  # with value residual those of the block's attention
+
+
+Tokens = Tensor | Pending
+
+
+def closed(tokens: Tokens) -> Tensor:
+    """The tokens themselves, (B, N, D)."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    x_BND, h_BND, gate_BD, bias_D, _ = tokens
+    return x_BND + gate_BD.unsqueeze(1) * (h_BND if bias_D is None else h_BND + bias_D)
+
+
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight; scale and shift (B, D) apply the adaLN modulation in the same pass."""
+    """RMSNorm with a weight, over the last axis."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, scale_BD: Tensor | None = None, shift_BD: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, scale_BD, shift_BD, eps=NORM_EPS)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=NORM_EPS)
+
+
+class ModulatedRMSNorm(nn.Module):
+    """Closed tokens and, from the same pass, their RMSNorm with a weight and the adaLN modulation (B, D).
+
+    The norm comes in the dtype that autocast gives to the linear layer after it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, tokens: Tokens, scale_BD: Tensor, shift_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(tokens, Pending) and not is_exact():
+            x_BND, h_BND, gate_BD, bias_D, _ = tokens
+            rest = (h_BND, gate_BD, self.weight, bias_D, scale_BD, shift_BD)
+            return gated_norm(x_BND, *rest, eps=NORM_EPS, dtype=_linear_dtype(x_BND))
+        x_BND = closed(tokens)
+        return x_BND, rms_norm(x_BND, self.weight, scale_BD, shift_BD, eps=NORM_EPS, dtype=_linear_dtype(x_BND))
+
+
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 class PlainLayerNorm(nn.Module):
-    """LayerNorm without a weight, as the plain DiT has it, with the same modulation."""
+    """Closed tokens and their LayerNorm without a weight, as the plain DiT has it, with the same modulation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
-    def forward(self, x_BND: Tensor, scale_BD: Tensor, shift_BD: Tensor | None = None) -> Tensor:
-        x_BND = F.layer_norm(x_BND, (self.width,), eps=NORM_EPS) * (1 + scale_BD.unsqueeze(1))
-        return x_BND if shift_BD is None else x_BND + shift_BD.unsqueeze(1)
+    def forward(self, tokens: Tokens, scale_BD: Tensor, shift_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_BND = closed(tokens)
+        y_BND = F.layer_norm(x_BND, (self.width,), eps=NORM_EPS) * (1 + scale_BD.unsqueeze(1))
+        return x_BND, y_BND if shift_BD is None else y_BND + shift_BD.unsqueeze(1)
 
 
 class LateBiasLinear(nn.Linear):
@@ -154,11 +201,22 @@ class LateBiasLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias if add_bias else None)
 
 
+def _last_linear(spec: DiTSpec) -> type[nn.Linear]:
+    """Of a branch: RMSNorm's op adds its bias, LayerNorm is plain torch."""
+    return LateBiasLinear if spec.rmsnorm else nn.Linear
+
+
 def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A layer's product and the bias left to the op after it; None where the layer adds it (float8's, `exact()`)."""
     if not isinstance(layer, LateBiasLinear) or is_exact():
         return layer(x), None
     return layer(x, add_bias=False), layer.bias
+
+
+def end_of_branch(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`without_bias` for the next block, too: a copy of the bias, which ZeRO 3 takes away behind its module."""
+    product, bias_D = without_bias(layer, x)
+    return product, None if bias_D is None else bias_D.clone()
 
 
 class Attention(nn.Module):
@@ -169,7 +227,7 @@ class Attention(nn.Module):
         self.num_heads = spec.num_heads
         self.head_dim = spec.hidden_size // spec.num_heads
         self.qkv = LateBiasLinear(spec.hidden_size, 3 * spec.hidden_size)
-        self.proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.proj = _last_linear(spec)(spec.hidden_size, spec.hidden_size)
         self.attend: Attend = torch_attention
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
@@ -180,8 +238,10 @@ class Attention(nn.Module):
         # share of the first block's values (Zhou et al. 2024, ResFormer, with a learnt share); one half at the start
         self.value_share = nn.Parameter(torch.full((1,), 0.5)) if spec.value_residual else None
 
-    def forward(self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and with value residual the values (B, H, N, K), into which those of the first block are mixed."""
+    def forward(
+        self, x_BND: Tensor, places: Places, first_BHNK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tokens; the bias that they lack, if any; with value residual its values, the first block's mixed in."""
         B, N, D = x_BND.shape
         rotated = isinstance(places, tuple) and (self.q_norm is None or isinstance(self.q_norm, RMSNorm))
         qkv, bias = without_bias(self.qkv, x_BND) if rotated else (self.qkv(x_BND), None)
@@ -191,7 +251,7 @@ class Attention(nn.Module):
             v_BHNK = torch.lerp(v_BHNK, first_BHNK, self.value_share.to(v_BHNK.dtype))
         # norms may hand back float32 under autocast; attention needs one dtype
         out_BHNK = self.mix(q_BHNK.to(v_BHNK.dtype), k_BHNK.to(v_BHNK.dtype), v_BHNK, places)
-        return self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)), own_BHNK
+        return *end_of_branch(self.proj, out_BHNK.transpose(1, 2).reshape(B, N, D)), own_BHNK
 
     def placed(self, qkv_BN3HK: Tensor, places: Places, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed and rotated, and values, each (B, H, N, K); `bias` is one not yet added to qkv."""
@@ -215,25 +275,26 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """w3(silu(x1) * x2) with x1, x2 = w12(x) (Shazeer 2020); two thirds of the width keep the parameter count."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.w12 = LateBiasLinear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = LateBiasLinear(spec.hidden_size, 2 * mlp_width(spec))
+        self.w3 = _last_linear(spec)(mlp_width(spec), spec.hidden_size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.w3(swiglu(*without_bias(self.w12, x_BND)))
+    def forward(self, x_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens and the bias that they lack (None: nothing)."""
+        return end_of_branch(self.w3, swiglu(*without_bias(self.w12, x_BND)))
 
 
 class MLP(nn.Module):
     """Two layers with GELU (tanh form) between: the plain DiT's."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(spec.hidden_size, mlp_width(spec))
+        self.fc2 = _last_linear(spec)(mlp_width(spec), spec.hidden_size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
+    def forward(self, x_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+        return end_of_branch(self.fc2, F.gelu(self.fc1(x_BND), approximate="tanh"))
 
 
 def mlp_width(spec: DiTSpec) -> int:
@@ -243,7 +304,7 @@ def mlp_width(spec: DiTSpec) -> int:
 
 
 def _norm(spec: DiTSpec) -> nn.Module:
-    return RMSNorm(spec.hidden_size) if spec.rmsnorm else PlainLayerNorm(spec.hidden_size)
+    return (ModulatedRMSNorm if spec.rmsnorm else PlainLayerNorm)(spec.hidden_size)
 
 
 def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
@@ -263,13 +324,21 @@ class Block(nn.Module):
         self.norm1 = _norm(spec)
         self.attn = Attention(spec)
         self.norm2 = _norm(spec)
-        self.mlp: nn.Module = (SwiGLU if spec.swiglu else MLP)(width, mlp_width(spec))
+        self.mlp: nn.Module = (SwiGLU if spec.swiglu else MLP)(spec)
         self.adaLN_modulation = _modulation(condition_width or width, (4 if spec.shift_free else 6) * width)
 
     def forward(
-        self, x_BND: Tensor, c_BD: Tensor, places: Places, first_BHNK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and with value residual the values of its attention."""
+        self,
+        x_BND: Tensor,
+        c_BD: Tensor,
+        places: Places,
+        first_BHNK: Tensor | None = None,
+        h_BND: Tensor | None = None,
+        gate_BD: Tensor | None = None,
+        bias_D: Tensor | None = None,
+    ) -> Pending:
+        """h, gate and bias are what the block before left pending: one by one, since torch's hooks see no others."""
+        before = x_BND if h_BND is None or gate_BD is None else Pending(x_BND, h_BND, gate_BD, bias_D)
         modulation = self.adaLN_modulation(c_BD)
         shift_attn: Tensor | None = None
         shift_mlp: Tensor | None = None
@@ -277,10 +346,11 @@ class Block(nn.Module):
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
         else:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        attended_BND, values_BHNK = self.attn(self.norm1(x_BND, scale_attn, shift_attn), places, first_BHNK)
-        x_BND = x_BND + gate_attn.unsqueeze(1) * attended_BND
-        x_BND = x_BND + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x_BND, scale_mlp, shift_mlp))
-        return x_BND, values_BHNK
+        x_BND, normed_BND = self.norm1(before, scale_attn, shift_attn)
+        attended_BND, bias_D, values_BHNK = self.attn(normed_BND, places, first_BHNK)
+        x_BND, normed_BND = self.norm2(Pending(x_BND, attended_BND, gate_attn, bias_D), scale_mlp, shift_mlp)
+        h_BND, bias_D = self.mlp(normed_BND)
+        return Pending(x_BND, h_BND, gate_mlp, bias_D, values_BHNK)
 
 
 class FinalLayer(nn.Module):
@@ -292,9 +362,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(spec.hidden_size, out_width)
         self.adaLN_modulation = _modulation(condition_width or spec.hidden_size, 2 * spec.hidden_size)
 
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, tokens: Tokens, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(self.norm_final(x_BND, scale, shift))
+        return self.linear(self.norm_final(tokens, scale, shift)[1])
 
 
 class LightningDiT(Pretrained):
@@ -375,12 +445,12 @@ class LightningDiT(Pretrained):
         """`forward` as training wants it: with the outputs of the blocks `taps`, or from a part of the tokens."""
         c_BD = self.condition(t_B, y_B, drop_B)
         hidden: dict[int, Tensor] = {}
-        x_BND, mask_BN = self.trunk(self.tokens(x_BChw), c_BD, taps=taps, hidden=hidden, masked=masked)
-        return DiTOutput(self.head(x_BND, c_BD, with_variance=with_variance), hidden, mask_BN=mask_BN)
+        tokens, mask_BN = self.trunk(self.tokens(x_BChw), c_BD, taps=taps, hidden=hidden, masked=masked)
+        return DiTOutput(self.head(tokens, c_BD, with_variance=with_variance), hidden, mask_BN=mask_BN)
 
     def trunk(
         self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tokens, Tensor | None]:
         """All tokens as the last layer takes them, and which of them were masked."""
         assert not masked, "a pass over a part of the tokens needs a MaskedDiT"
         places = None if self.feat_rope is None else self.feat_rope()
@@ -399,13 +469,13 @@ class LightningDiT(Pretrained):
     def through(
         self,
         blocks: Iterable[nn.Module],
-        x_BND: Tensor,
+        tokens: Tokens,
         c_BD: Tensor,
         places: Places,
         *,
         taps: tuple[int, ...] = (),
         hidden: dict[int, Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tokens:
         """Tokens (B, N, D) through some of the blocks; `places` are those of the tokens that are there.
 
         The outputs of the blocks `taps`, counted from 1 among `blocks`, are put into `hidden`.
@@ -413,16 +483,17 @@ class LightningDiT(Pretrained):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         first_BHNK: Tensor | None = None
         for number, block in enumerate(blocks, start=1):
-            arguments = (x_BND, c_BD, places, first_BHNK)
-            x_BND, values_BHNK = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-            first_BHNK = values_BHNK if first_BHNK is None else first_BHNK
+            x_BND, *pending = (tokens,) if isinstance(tokens, Tensor) else tokens[:4]
+            arguments = (x_BND, c_BD, places, first_BHNK, *pending)
+            after = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            first_BHNK, tokens = after.values_BHNK if first_BHNK is None else first_BHNK, after
             if hidden is not None and number in taps:
-                hidden[number] = x_BND
-        return x_BND
+                hidden[number] = closed(tokens)
+        return tokens
 
-    def head(self, x_BND: Tensor, c_BD: Tensor, *, with_variance: bool = True) -> Tensor:
+    def head(self, tokens: Tokens, c_BD: Tensor, *, with_variance: bool = True) -> Tensor:
         """Tokens (B, N, D) to all output channels (B, C or 2C, h, w), or to the prediction (B, C, h, w) alone."""
-        output = self._unpatchify(self.final_layer(x_BND, c_BD))
+        output = self._unpatchify(self.final_layer(tokens, c_BD))
         return output if with_variance else output[:, : self.in_channels]
 
     def forward_with_variance(self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> Tensor:

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from vadit.config import DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
 from vadit.config.masks import check_masks
-from vadit.models.dit import Attention, Block, FinalLayer, LightningDiT, Places, RotaryTable, sincos_positions
+from vadit.models.dit import (
+    Attention,
+    Block,
+    FinalLayer,
+    LightningDiT,
+    Places,
+    RotaryTable,
+    Tokens,
+    closed,
+    sincos_positions,
+)
 from vadit.models.pretrained import read_model, read_spec
 from vadit.runtime.errors import UsageError, naming
 
@@ -121,7 +131,7 @@ class MaskedDiT(LightningDiT):
 
     def trunk(
         self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tokens, Tensor | None]:
         assert not taps, "no loss of a masked generator takes outputs of its blocks"
         if not masked:
             return self._through_all(x_BND, c_BD, None), None
@@ -129,7 +139,7 @@ class MaskedDiT(LightningDiT):
         x_BVD = x_BND.gather(1, visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1]))
         return self._through_all(x_BVD, c_BD, visible_BV), self._mask(visible_BV)
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
         """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
         raise NotImplementedError
 
@@ -188,7 +198,7 @@ class MaskDiT(MaskedDiT):
     def compiled_blocks(self) -> list[nn.Module]:
         return [*self.blocks, *self.decoder_blocks]
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
         x_BND = self.narrowing(self.through(self.blocks, x_BND, c_BD, self._places(visible_BV)), c_BD)
         if visible_BV is not None:
             x_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens)
@@ -230,16 +240,16 @@ class MDT(MaskedDiT):
     def compiled_blocks(self) -> list[nn.Module]:
         return [*self.blocks, self.side_block]
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tensor:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
         blocks = list(self.blocks)
         first, last = blocks[: -self.mask.decoder_depth], blocks[-self.mask.decoder_depth :]
-        x_BND = self.through(first, x_BND, c_BD, self._places(visible_BV))
+        x_BND = closed(self.through(first, x_BND, c_BD, self._places(visible_BV)))
         everywhere = self._places()
         positions = self.decoder_pos_embed.to(x_BND.dtype)
         if visible_BV is None:
             x_BND = x_BND + positions
         else:
             before_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens) + positions
-            side_BND = self.through([self.side_block], before_BND, c_BD, everywhere)
+            side_BND = closed(self.through([self.side_block], before_BND, c_BD, everywhere))
             x_BND = torch.where(self._mask(visible_BV)[:, :, None], side_BND, before_BND)
         return self.through(last, x_BND, c_BD, everywhere)
