@@ -5,6 +5,8 @@ CPU allocator: the peak of their sum is what torch.cuda.max_memory_allocated tel
 """
 
 import json
+import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,26 @@ from vadit.runtime import launcher
 from vadit.sampling.draw import DECODE_BATCH, GROUP, decode, draw
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_a_block_that_is_freed_is_there_again_without_new_pages() -> None:
+    code = """
+import resource, torch
+from vadit.runtime import distributed
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(16 << 20)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+mapped = [new_pages() for _ in range(4)]
+distributed.device("cpu")
+kept = [new_pages() for _ in range(4)]
+assert min(mapped) >= 32 > 4 * min(kept[1:]), (mapped, kept)  # 32 pages of 2 MB, or 16384 of 4 KB
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_peaks_by_name() -> None:
