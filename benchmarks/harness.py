@@ -15,9 +15,11 @@ import csv
 import datetime
 import functools
 import logging
+import os
 import re
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +34,10 @@ from torch._functorch import config as functorch_config
 
 from vadit.kernels import dispatch
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = Path(os.environ.get("VADIT_RESULTS") or HERE / "results")
+REHEARSAL = bool(os.environ.get("VADIT_REHEARSE"))
+"""Whether sizes are to be small: what is wanted is that everything runs (gpu_day.sh --rehearse)."""
 PEERS = ("liger-kernel", "apex", "flash-attn", "quack-kernels")
 PART_BUDGET_S = 8.0
 MIN_ROUNDS = 5
@@ -76,6 +81,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", help="names of shapes; all of the device's if left out")
+    parser.add_argument("--first", action="store_true", help="the device's first shape, the largest, alone")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -84,6 +90,12 @@ def arguments(description: str | None) -> argparse.Namespace:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # the backward pass is timed alone, on one graph that is kept
     functorch_config.donated_buffer = False
+    shapes = sys.modules["__main__"].SHAPES[options.device]  # every bench_OP.py has some
+    for number, (name, sizes) in enumerate(list(shapes.items())):
+        if number and options.first:
+            del shapes[name]
+        elif REHEARSAL:
+            shapes[name] = tuple(min(size, {0: 2, 1: 32}.get(axis, 8)) for axis, size in enumerate(sizes))
     return options
 
 
@@ -134,6 +146,8 @@ class Clock:
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Times in milliseconds of each call, one per round, the calls taking turns."""
+    if REHEARSAL:
+        return {name: [clock(call, 1) for _ in range(2)] for name, call in calls.items()}
     repeats, round_ms = {}, 0.0
     for name, call in calls.items():
         clock(call, 1)  # compiles, allocates, fills caches
@@ -195,15 +209,23 @@ def hardware(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it fails or is not there."""
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def commit(*sources: str) -> str:
-    """The commit measured; "+" marks sources (relative to this folder) that differ from it."""
-    changed = _git("status", "--porcelain", "--", *sources)
-    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    """The commit measured; "+" marks sources (relative to this folder) that differ from it.
+
+    VADIT_COMMIT says it where there is no git.
+    """
+    if "VADIT_COMMIT" in os.environ:
+        return os.environ["VADIT_COMMIT"]
+    changed = _output("git", "status", "--porcelain", "--", *sources)
+    return (_output("git", "rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def versions(device: str, *others: str) -> str:
@@ -215,14 +237,13 @@ def versions(device: str, *others: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     if device == "cuda":
-        driver = Path("/sys/module/nvidia/version")
-        parts.append(f"driver {driver.read_text().strip()}" if driver.exists() else f"CUDA {torch.version.cuda}")
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        parts.append(f"driver {driver[0]}" if driver else f"CUDA {torch.version.cuda}")
     return ", ".join(parts)
 
 
 def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
     """Measure, print and save: a line of the CSV per part and contender, times in milliseconds per call."""
-    rows: list[dict[str, Any]] = []
     clock = Clock(options.device)
     stamp = {
         "date": datetime.date.today().isoformat(),
@@ -242,6 +263,7 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
                 print(f"{case.op} {case.shape}: without {name} ({type(error).__name__}: {error})", flush=True)
         moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         moved["forward+backward"] = case.forward_bytes + case.backward_bytes
+        rows: list[dict[str, Any]] = []
         moved["update"] = case.forward_bytes
         for part, num_bytes in ((part, moved[part]) for part in next(iter(parts.values()))):
             calls = {name: part_calls[part] for name, part_calls in parts.items()}
@@ -250,8 +272,8 @@ def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
             line = _lines(alternate(calls, options.rounds, clock), num_bytes, what)
             show(line)
             rows += [stamp | row for row in line.values()]
-    if rows and not options.no_save:
-        append(RESULTS / f"kernels-{stamp['hardware']}.csv", rows)
+        if not options.no_save:  # case by case: what is stopped leaves what it has
+            append(RESULTS / f"kernels-{stamp['hardware']}.csv", rows)
 
 
 def _lines(times: dict[str, list[float]], num_bytes: int, what: dict[str, str]) -> dict[str, dict[str, Any]]:

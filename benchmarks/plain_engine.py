@@ -52,7 +52,8 @@ class PlainEngine:
         self.config: dict[str, Any] = {"engine": "torch", "train_batch_size": global_batch}
         self.module = module.to(device)
         if spec.precision == "bf16":
-            self.module.to(torch.bfloat16)
+            for weight in self.module.parameters():  # buffers stay: running statistics and tables are fp32
+                weight.data = weight.data.bfloat16()
         self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         low = spec.precision == "bf16"
         self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights] if low else self._weights

@@ -160,7 +160,8 @@ class PlainTraining:
             self.network.compile()
         self.loader = LatentLoader(open_latents(config.data, config.model, config.repa), config.run.batch_size)
         self.engines = {"model": self}
-        self.guard, self.ema = SimpleNamespace(step=self._optimize), SimpleNamespace(update=self._average)
+        self.guard = SimpleNamespace(step=self._optimize)
+        self.ema = SimpleNamespace(update=self._average, begin_step=lambda step: None)
 
     def begin_step(self, lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr

@@ -1,12 +1,11 @@
 """Benchmarks of the training step: what a row says, that rows are compared and projected soundly, bytes and rings."""
 
 import copy
+import csv
 import dataclasses
 import itertools
-import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 from vadit.config import DiTSpec, EngineSpec, OptimizerSpec, SampleSpec, vary
 from vadit.estimate.flops import dit_flops
+from vadit.kernels import dispatch
 from vadit.kernels.testing import relative_error
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
@@ -153,26 +153,47 @@ def test_settings_of_a_case_reach_the_config(load: Any, tmp_path: Path) -> None:
     assert Path(tokenizer.loss.vgg_weights or "").is_file()
 
 
-def test_both_trainers_are_measured_from_a_bare_checkout_without_deepspeed(tmp_path: Path) -> None:
+def test_a_day_with_a_gpu_is_rehearsed_on_a_bare_machine(tmp_path: Path) -> None:
     # What a machine for measurements may lack must not be needed.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('deepspeed', 'pydantic', 'tyro', 'torch_fidelity'):\n    sys.modules[name] = None\n"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1"}
-    for recipe in ("lightningdit-b-debug", "vavae-f16d32-dinov2-debug"):
-        case = json.dumps(CASE | {"recipe": recipe, "batch": 2, "data": "loader", "rounds": 2})
-        command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--case", case]
+    lacking = ["deepspeed", "pydantic", "tyro", "torch_fidelity", "lpips", "torchao", "ffcv", "flash_attn", "diffusers"]
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {lacking}:\n    sys.modules[name] = None\n")
+    sanitizer = tmp_path / "bin/compute-sanitizer"  # stands for the program, and runs what it is asked to watch
+    sanitizer.parent.mkdir()
+    sanitizer.write_text('#!/bin/sh\nshift 2\n"$@" || exit 1\nexit ${FOUND:-0}\n')
+    sanitizer.chmod(0o755)
+    results = tmp_path / "results"
+    environment = os.environ | {
+        "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "PATH": f"{sanitizer.parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1", "VADIT_RESULTS": str(results),
+        "TORCHDYNAMO_DISABLE": "1",  # inductor takes most of a minute, and other tests run it
+    }  # fmt: skip
+
+    def rehearse(*parts: str) -> tuple[int, dict[str, list[str]]]:
+        command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--rehearse", *parts]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        row = json.loads(done.stdout.splitlines()[-1])
-        assert row["engine"] == "torch" and row["recipe"] == recipe and row["images_per_s"] > 0
-        assert all(row[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer", "data"))
-    command = [sys.executable, str(BENCHMARKS / "bench_sample.py"), "--rounds", "2", "--precision", "fp32", "bf16"]
-    environment |= {"VADIT_REHEARSE": "1", "VADIT_RESULTS": str(tmp_path)}
-    done = subprocess.run([*command, "--device", "cpu", "--no-save"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    exact, rounded = (float(found) for found in re.findall(r"difference (\S+),", done.stdout))
-    assert exact < 1e-6 < rounded < 0.1
+        (folder,) = results.glob("gpu-day-*")
+        lines = [line.split(maxsplit=3) for line in (folder / "summary.txt").read_text().splitlines()[1:]]
+        assert all((folder / f"{part}.log").exists() for part, *_ in lines), done.stderr
+        return done.returncode, {part: rest for part, *rest in lines}
+
+    code, parts = rehearse()
+    logs = "".join(path.read_text() for path in results.glob("*/*.log"))
+    assert code == 0 and {result for *_, result in parts.values()} == {"done"}, logs[-5000:]
+    kernels, samples, steps = ([*csv.DictReader(path.open())] for path in sorted(results.glob("[ks]*.csv")))
+    assert {row["op"] for row in kernels} == set(dispatch.OPS)
+    assert {row["contender"] for row in kernels} >= {"eager", "compile", "triton", "copy"}
+    assert [(row["trainer"], row["engine"], row["precision"]) for row in steps] == [
+        ("dit", "torch", "autocast"), ("dit", "plain", "autocast"), ("dit", "torch", "bf16"),
+        ("tokenizer", "torch", "bf16"),
+    ]  # fmt: skip
+    assert list(steps[0]) == list(step_row()) and all(float(row["images_per_s"]) > 0 for row in steps)
+    exact, rounded = (float(row["difference"]) for row in samples)
+    assert exact < 1e-6 < rounded < 0.1 and [row["precision"] for row in samples] == ["fp32", "bf16"]
+    counts = [int(parts[part][1]) for part in ("kernels", "steps", "samples", "tokenizer")]
+    assert counts == [len(kernels), 3, 2, 1]
+    environment["FOUND"] = "3"
+    code, parts = rehearse("sanitizer", "build")
+    assert code == 1 and [result for *_, result in parts.values()] == ["FAILED", "done"]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
