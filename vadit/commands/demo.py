@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vadit.config.ranges import Checked, PathName
+from vadit.config.ranges import Checked, PathName, Seed
 from vadit.runtime.files import check_output
 
 
@@ -16,6 +16,8 @@ class DemoOptions(Checked):
     """Folder for everything that is made; the same command goes on from what is there."""
     data: Literal["digits", "photos"] = "digits"
     """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""
+    seed: Seed = 0
+    """Seed of every network but the judge, and of the samples."""
     quick: bool = False
     """A quarter of the training steps: everything runs, the pictures are worse."""
 
@@ -29,6 +31,6 @@ def run(options: DemoOptions) -> None:
 
     try:
         with owned(options.out, "set another --out"):
-            run_demo(Path(options.out), options.data, quick=options.quick)
+            run_demo(Path(options.out), options.data, quick=options.quick, seed=options.seed)
     finally:
         engine.finish()
