@@ -159,6 +159,8 @@ class VirtualGPU(TorchDispatchMode):
             self._hold(tensor)
         if before & self._followed:
             self._followed |= {t.untyped_storage()._cdata for t in (*made, *written)}
+        elif self.device == "cpu":  # the host's own counters
+            return result
         devices = {t.device.type for t in (*ins, *outs)}
         # views, memory without values, and other devices' work
         if not (made or written) or "empty" in name or name in NO_KERNEL or self.device not in devices:
