@@ -15,6 +15,9 @@ INTEGERS = {1: (torch.int8, 0, 100), 2: (torch.int16, 0x7FC0, 63), 4: (torch.int
             8: (torch.int64, 0x7FF8 << 48, 1 << 20)}  # fmt: skip
 """By the size of an element: integers of that size, a NaN as one, and how many others follow it."""
 
+ROUNDED = {"bf16": (torch.bfloat16, np.uint16), "fp8e4nv": (torch.float8_e4m3fn, np.uint8)}
+"""By Triton's names of types."""
+
 
 class Fenced:
     """A copy of a tensor with its strides and its place between two addresses that 16 divides."""
@@ -60,11 +63,13 @@ def fenced(launch: Any) -> Any:
 
 
 def rounded(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """triton.runtime.interpreter._convert_float, which cuts bfloat16 off where a GPU rounds to the nearest."""
+    """triton.runtime.interpreter._convert_float, which cuts off where a GPU rounds to the nearest."""
 
     def call(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        if (str(source), str(target)) != ("fp32", "bf16"):
+        if str(source) != "fp32" or str(target) not in ROUNDED:
             return convert(data, source, target, mode)
-        return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        dtype, kind = ROUNDED[str(target)]
+        rounded = torch.from_numpy(np.array(data, np.float32)).to(dtype)
+        return rounded.view(bits(rounded).dtype).numpy().view(kind)
 
     return call

@@ -44,7 +44,8 @@ def test_every_op_has_its_stem_everywhere() -> None:
             assert (ROOT / folder / pattern.format(op)).is_file(), (folder, op)
         found = {path.name for path in (ROOT / folder).glob(pattern.format("*"))}
         if folder.startswith("csrc") or folder == "tests":
-            assert found - {"bindings.cpp"} == {pattern.format(op) for op in ops}, folder
+            # float8's casts serve layers of a GPU alone, and are no op that is chosen among backends
+            assert found - {"bindings.cpp", "test_op_float8.py"} == {pattern.format(op) for op in ops}, folder
     assert all(callable(getattr(kernels, op)) for op in OPS)
 
 

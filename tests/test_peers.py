@@ -183,17 +183,17 @@ def float8_dit(out: Path, recipe: str | None, *, mlp_ratio: float = 3.0, precisi
 
 
 def converted(model: LightningDiT) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    return {name for name, module in model.named_modules() if type(module).__name__.startswith("Float8")}
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+@pytest.mark.parametrize("recipe", ["fused", "rowwise", "tensorwise"])
 def test_float8_changes_blocks_and_no_name(recipe: str, torchao: Any) -> None:
     model = LightningDiT(float8_dit(Path("unused"), None).model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = {name: id(value) for name, value in model.named_parameters()}
     choice = float8.convert(model.blocks, recipe, rows=64, device=CPU, emulate=True)
     assert (choice.name, choice.refused, choice.left_out) == (recipe, "", "")
-    layers = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+    layers = ("attn.qkv", "mlp") if recipe == "fused" else ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
     assert converted(model) == {f"blocks.{index}.{layer}" for index in (0, 1) for layer in layers}
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -211,7 +211,9 @@ def test_float8_names_what_it_leaves_out_or_refuses(torchao: Any, monkeypatch) -
     assert choice.name == "bf16" and "of a small layer is off by" in choice.refused and not converted(model)
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [("rowwise", "autocast"), ("tensorwise", "bf16")])
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [("rowwise", "autocast"), ("tensorwise", "bf16"), ("fused", "autocast"), ("fused", "bf16")]
+)
 def test_float8_trains_near_bf16_and_exports_alike(
     recipe: str, precision: str, tmp_path: Path, torchao: Any, monkeypatch
 ) -> None:

@@ -26,7 +26,10 @@ ARCHITECTURES = [80, 90, 100]
 WIDTHS = {"XL": (1152, 3072, 16), "L": (1024, 2730, 16), "B": (768, 2048, 12)}
 """LightningDiT: hidden size, hidden width of SwiGLU, heads."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
 STACK_BYTES = {("ones", "vf_loss._distmat", 90): 8}
 """Spills that are accepted: (case, kernel, architecture) -> bytes. One position is no shape that has to be fast."""
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]
@@ -147,6 +150,19 @@ def autocast(D: int) -> Callable[[], None]:
     return run
 
 
+def float8() -> None:
+    """The casts of XL's products, and of a weight in float32."""
+    from vadit.kernels.triton_kernels import float8
+
+    D, hidden, _ = WIDTHS["XL"]
+    M, bf16 = 128 * 256, torch.bfloat16
+    for x in (empty(M, D, dtype=bf16), empty(M, 3 * D, dtype=bf16), empty(2 * hidden, D), empty(D, 2 * hidden)):
+        float8.float8_rows(x)
+    x12, bias = empty(M, 2 * hidden, dtype=bf16), empty(2 * hidden)
+    float8.float8_swiglu(x12, bias)
+    float8.float8_swiglu_backward(empty(M, hidden, dtype=bf16), x12, bias)
+
+
 def vf_loss(B: int, d: int, D: int, N: int, dtype: torch.dtype) -> Callable[[], None]:
     def run() -> None:
         from vadit.kernels.triton_kernels import vf_loss
@@ -209,10 +225,12 @@ CASES = {
     "images-float32": norms_of_images(torch.float32),
     "adamw_ema": adamw_ema,
     "ones": ones,
+    "float8": float8,
 }
 ONCE = ("ones", "images-float32", "L-float32", "B-float32")
 """Cases for one architecture only: specialisation is no matter of it, and XL stands for the others in float32."""
 PAIRS = [(case, sm) for case in CASES for sm in ARCHITECTURES if case not in ONCE or sm == 90]
+PAIRS.remove(("float8", 80))  # which has no float8
 
 
 def check(case: str, architecture: int) -> list[str]:
