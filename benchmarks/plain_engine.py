@@ -88,12 +88,8 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, checked: Tensor | None = None) -> None:
         """Add the gradients of a micro-batch; masters in fp32 take them at once."""
         (loss / self.spec.gradient_accumulation).backward()
-        if self._masters is not self._weights and self.spec.gradient_accumulation > 1:
-            for weight, master in zip(self._weights, self._masters, strict=True):
-                if weight.grad is not None:
-                    grad = weight.grad.float()
-                    master.grad = grad if master.grad is None else master.grad.add_(grad)
-                    weight.grad = None
+        if self.spec.gradient_accumulation > 1:
+            optimizers.add_gradients(self._adam.copies)
 
     def at_boundary(self) -> bool:
         """Whether this is the last micro-batch of a step."""
@@ -101,7 +97,7 @@ class PlainEngine:
 
     def gradient_norm(self) -> Tensor:
         """Global norm before clipping, () fp32."""
-        gradients = map(self._adam.gradient, self._masters)
+        gradients = (optimizers.gradient(weight, self._adam.copies) for weight in self._masters)
         self._norm = optimizers.sum_of_squares([each for each in gradients if each is not None]).sqrt()
         return self._norm
 

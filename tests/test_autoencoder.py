@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from training_plain import BATCH, PlainTokenizer, tiny_tokenizer
 
 from vadit.config import AutoencoderSpec
+from vadit.models import autoencoder
 from vadit.models.autoencoder import Autoencoder, DiagonalGaussian
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.objectives import tokenizer as objective
@@ -248,7 +249,11 @@ class Perceptual(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("adversarial", "adaptive"), [(False, True), (True, True), (True, False)])
-def test_surrogate_equals_autograd_at_the_weights(adversarial: bool, adaptive: bool, tmp_path: Path) -> None:
+def test_surrogate_equals_autograd_at_the_weights(
+    adversarial: bool, adaptive: bool, tmp_path: Path, monkeypatch
+) -> None:
+    # oneDNN's channels-last convolutions round more at these widths of 8, and each way of adding gradients its own way.
+    monkeypatch.setattr(autoencoder, "_inner_channels", lambda _, x: x)
     loss = {"vf_adaptive": adaptive, "cos_margin": 0.1, "distmat_margin": 0.05}
     config = tiny_tokenizer(tmp_path, zero_stage=0, loss={**loss, "kl_weight": 0.01})
     spec = dataclasses.replace(config.loss, perceptual_weight=0.7)
@@ -282,7 +287,7 @@ def test_surrogate_equals_autograd_at_the_weights(adversarial: bool, adaptive: b
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_frozen_networks_multiply_in_bf16_where_the_trained_ones_do(precision: str, tmp_path: Path) -> None:
-    config = tiny_tokenizer(tmp_path, precision=precision)
+    config = tiny_tokenizer(tmp_path, precision=precision, zero_stage=1)
     networks = dataclasses.replace(tokenizer._build(config, tmp_path, CPU), perceptual=Perceptual())
     assert networks.perceptual is not None and networks.foundation is not None
     seen = []

@@ -49,6 +49,7 @@ SHORT: list[tuple[str, dict[str, Any]]] = [
 # All of ZeRO 1 to 3 in fp32 and bf16 go through test_training.py, on two processes.
 LONG: list[tuple[str, dict[str, Any]]] = [
     ("dit", {"zero_stage": 0, "precision": "autocast"}),
+    ("dit", {"zero_stage": 0, "precision": "bf16"}),
     ("dit", {"zero_stage": 3, "precision": "bf16"}),
     ("dit", {"zero_stage": 1, **OFFLOADED}),
     ("dit", {"zero_stage": 3, "offload_weights": True, **OFFLOADED}),

@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from vadit import cli
+from vadit.commands import train
+from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
+from vadit.train import float8
 from vadit.train.loop import Stopped
 
 
@@ -295,3 +299,23 @@ def test_dry_run_of_samples_models_hours_with_and_without_guidance(capsys, monke
 def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys) -> None:
     config, _ = dry_run(capsys, "--local_rank=0", "lightningdit-b-debug", "--run.seed", "7", "--local-rank=1")
     assert config["run"]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "outcome"),
+    [
+        ("cuda", [], ("bf16", "rowwise")),
+        ("cuda", ["--engine.zero-stage", "3"], ("bf16", None)),
+        ("cuda", ["--engine.precision", "fp32"], ("fp32", None)),
+        ("cpu", [], ("autocast", None)),
+    ],
+)
+def test_fast_changes_what_no_flag_sets(device: str, arguments: list[str], outcome: Any, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(distributed, "device", lambda wanted: torch.device(device))
+    monkeypatch.setattr(float8, "fault", lambda *_: None)
+    options = train._options(["lightningdit-xl-64ep", "--fast", "--dry-run", *arguments])
+    assert options is not None
+    engine = options.config.engine
+    assert (engine.precision, engine.float8) == outcome
+    told = capsys.readouterr().err
+    assert ("no change" in told) == (device == "cpu") and ("-> bf16" in told) == (outcome[0] == "bf16")

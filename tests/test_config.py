@@ -78,7 +78,6 @@ MASKDIT_CLASHES: dict[str, Any] = {
     "more than one number": {"model.in_channels": 1},
 }
 DIT_CLASHES: dict[str, Any] = {
-    "set --engine.zero-stage 1, or --engine.precision autocast": {"engine.precision": "bf16", "engine.zero_stage": 0},
     "engine.offload_weights needs engine.zero_stage 3, found 2": {
         "engine.offload_weights": True,
         "engine.zero_stage": 2,
@@ -131,6 +130,9 @@ def test_settings_that_clash_are_refused_with_what_to_set(base: str, words: str)
         ("dit", {}, 1, "cuda", (0, True)),
         ("dit", {}, 4, "cuda", (1, True)),
         ("dit", {"engine.compile": False, "engine.zero_stage": 1}, 1, "cuda", (1, False)),
+        ("dit", {"engine.precision": "bf16"}, 1, "cuda", (0, True)),
+        ("dit", {"engine.precision": "bf16"}, 2, "cuda", (1, True)),
+        ("dit", {"engine.precision": "bf16", "optimizer.kind": "apex_fused"}, 1, "cuda", (1, True)),
         ("dit", {"engine.offload_optimizer": True}, 1, "cpu", (1, False)),
         ("dit", {"engine.offload_weights": True}, 1, "cuda", (3, True)),
         ("dit", {"optimizer.kind": "muon"}, 4, "cpu", (0, False)),
@@ -142,6 +144,12 @@ def test_settings_that_clash_are_refused_with_what_to_set(base: str, words: str)
 def test_what_auto_takes(base: str, settings: dict[str, Any], processes: int, device: str, taken: Any) -> None:
     engine = settled(changed(base, settings), processes=processes, device=device).engine
     assert (engine.zero_stage, engine.compile) == taken
+
+
+def test_bf16_unsharded_is_for_one_process() -> None:
+    config = changed("dit", {"engine.precision": "bf16", "engine.zero_stage": 0})
+    with pytest.raises(UsageError, match=r"found 2 process\(es\) and adamw: set --engine.zero-stage 1, or"):
+        settled(config, processes=2, device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def everything(engine: Engine, ema: ShardedEMA) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "offload"),
     [
-        *[(0, precision, False) for precision in ("fp32", "autocast")],
+        *[(0, precision, False) for precision in ("fp32", "bf16", "autocast")],
         *[(stage, precision, False) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "autocast")],
         (1, "fp32", True),
         *[pytest.param(stage, "fp32", True, marks=pytest.mark.faults) for stage in (2, 3)],

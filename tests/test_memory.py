@@ -209,6 +209,7 @@ LONG = [
     Case(2, batch=2, processes=2),
     Case(3, batch=4),
     Case(0, batch=1, precision="autocast", gradient_checkpointing=True),
+    Case(0, batch=1, precision="bf16", gradient_accumulation=2),
     Case(1, batch=1, precision="bf16"),
     Case(2, batch=2, precision="autocast"),
     Case(3, batch=1, precision="bf16", processes=2),

@@ -84,7 +84,7 @@ def test_tokenizer_accumulates_in_both_networks(tmp_path: Path) -> None:
     assert logged(tmp_path, "disc") == pytest.approx(expected_disc, rel=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("bf16", 3), ("autocast", 1)])
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 0), ("bf16", 1), ("bf16", 3), ("autocast", 1)])
 def test_half_precision_stays_near(precision: Any, zero_stage: int, tmp_path: Path) -> None:
     expected, _ = plain_dit(tiny_dit(tmp_path))
     found = logged(dit.train(tiny_dit(tmp_path / "dit", zero_stage=zero_stage, precision=precision)))
@@ -126,7 +126,7 @@ def test_deepspeeds_config() -> None:
     assert stages == [1, 2]
 
 
-@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp32")])
 def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
     warmup = zero_stage == 1
     torch.manual_seed(0)
@@ -159,6 +159,16 @@ def test_average_equals_a_plain_one(zero_stage: Any, precision: Any) -> None:
         assert found.keys() == average.keys()
         assert max((found[name] - value).abs().max().item() for name, value in average.items()) == 0
         assert start_share(12, decay, warmup) == pytest.approx(shares[decay], rel=1e-6, abs=1e-9)
+
+
+def test_one_odd_weight_leaves_all_others_aligned() -> None:
+    network = torch.nn.ModuleList(torch.nn.Linear(width, 8) for width in (8, 3))
+    network.register_parameter("odd", torch.nn.Parameter(torch.ones(1)))  # the first of all parameters
+    spec = EngineSpec(zero_stage=1, precision="bf16")
+    engine = Engine(network, optimizer=OptimizerSpec(), spec=spec, global_batch=4, device=CPU)
+    assert next(network.parameters()) is network.odd
+    assert all(weight.data_ptr() % 16 == 0 for weight in network.parameters() if weight.numel() % 8 == 0)
+    assert {piece.name for (pieces,) in [engine.layout()] for piece in pieces} == set(engine.shapes())
 
 
 def test_adamw_goes_on_from_torchs_state_and_back() -> None:

@@ -11,7 +11,7 @@ from vadit.commands.arguments import parse, reported_once
 from vadit.config import Config, DiTConfig, TokenizerConfig, settled, vary
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
-from vadit.runtime.console import say, show
+from vadit.runtime.console import note_once, say, show
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -20,6 +20,9 @@ from vadit.runtime.files import check_output
 class DryRun(Checked):
     """What `vadit train` takes besides the recipe's settings."""
 
+    fast: bool = False
+    """On a GPU bf16 weights with fp32 masters, and a generator's products in float8 where the card passes their check;
+    what is set by name stays so, and config.json holds the outcome. No change on a CPU, where bf16 is slower."""
     dry_run: bool = False
     """Print the resolved config, the parameters and the memory per GPU, and exit."""
     world_size: Count | None = None
@@ -74,6 +77,10 @@ def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
     kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
     options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
+    if options.fast:
+        quick = _faster(recipe, options.config)
+        options = parse(kind, rest, command=f"train {name}", default=kind(config=quick), description=about)
+        _say_changes(recipe, options.config)
     if isinstance(options, TrainTokenizer) and options.config.stages:
         options = replace(options, config=_whole_of_stages(options.config, recipe))
     if options.dry_run:
@@ -87,6 +94,31 @@ def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
     check_output("--run.out", options.config.run.out)
     distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
     return options
+
+
+def _faster(recipe: Config, given: Config) -> Config:
+    """`recipe` with the fastest arithmetic of the device that `given` runs on, less what `given` says otherwise."""
+    from vadit.runtime import distributed
+
+    device = distributed.device(given.run.device)
+    if device.type != "cuda":
+        return recipe
+    engine = settled(given, processes=distributed.world_size(), device=device.type).engine
+    if isinstance(given, DiTConfig) and engine.precision != "fp32" and engine.zero_stage != 3 and engine.compile:
+        from vadit.train import float8
+
+        tokens = (given.model.input_size // given.model.patch_size) ** 2
+        if float8.fault("rowwise", tokens, device) is None:
+            return vary(recipe, engine={"precision": "bf16", "float8": "rowwise"})
+    return vary(recipe, engine={"precision": "bf16"})
+
+
+def _say_changes(recipe: Config, config: Config) -> None:
+    """A line on what --fast changes."""
+    names = ("precision", "float8")
+    pairs = {name: (getattr(recipe.engine, name), getattr(config.engine, name)) for name in names}
+    found = [f"engine.{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    note_once(f"--fast: {', '.join(found) or 'no change, for this device has nothing faster'}")
 
 
 def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:

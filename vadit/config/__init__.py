@@ -153,11 +153,16 @@ def settled(config: C, *, processes: int, device: str) -> C:
     """`config` with what its settings at auto mean for so many processes on devices of this type ("cpu", "cuda")."""
     engine = config.engine
     stage, compiled = engine.zero_stage, engine.compile
-    if stage == "auto" and engine.offload_weights:
-        stage = 3
-    elif stage == "auto":
-        needed = engine.offload_optimizer or engine.precision == "bf16" or processes > 1
-        stage = 1 if needed and config.optimizer.kind != "muon" else 0
+    kind, half = config.optimizer.kind, engine.precision == "bf16"
+    whole = processes == 1 and not engine.offload_optimizer and (kind == "adamw" or not half)
+    if stage == "auto":
+        stage = 3 if engine.offload_weights else 0 if whole or kind == "muon" else 1
+    if half and stage == 0 and not whole:
+        raise UsageError(
+            "engine.precision is bf16 and engine.zero_stage 0, where the optimizer of one process keeps the fp32 "
+            f"weights (optimizer.kind adamw); found {processes} process(es) and {kind}: set --engine.zero-stage 1, or "
+            "--engine.precision autocast"
+        )
     if compiled == "auto":
         refused = isinstance(config, DiTConfig) and config.mask.kind == "mdt" and stage == 3
         compiled = device == "cuda" and isinstance(config, DiTConfig) and not refused

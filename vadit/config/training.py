@@ -75,11 +75,6 @@ class EngineSpec(Checked, group="engine"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise UsageError(
-                "engine.precision is bf16 and engine.zero_stage 0; bf16 needs stage 1, 2 or 3 (its fp32 weights lie in "
-                "ZeRO): set --engine.zero-stage 1, or --engine.precision autocast"
-            )
         if self.offload_optimizer and self.zero_stage == 0:
             raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, found 0")
         if self.offload_weights and self.zero_stage not in ("auto", 3):

@@ -84,8 +84,8 @@ def _stage(config: Config, found: list[Network], activations: Activations, stage
     trained, averaged = (sum(n.num_trained for n in found if n.averaged or both) for both in (True, False))
     number = BF16 if spec.precision == "bf16" else FP32
     shards = world_size if stage else 1
-    # ZeRO keeps its own fp32 masters even where the weights are fp32 already; without it the weights are the masters.
-    per_weight = 2 * FP32 + (FP32 if stage else 0)
+    # ZeRO keeps its own fp32 masters even where the weights are fp32 already; without it fp32 weights are the masters.
+    per_weight = 2 * FP32 + (FP32 if stage or number == BF16 else 0)
     moments = _moments(config, [n.num_trained for n in found], activations, stage, world_size)
     if config.evaluation.every_images:  # fills a network of its own, between two steps
         moments["evaluation"] = (0, FP32 * averaged, 0)
@@ -118,8 +118,10 @@ def _moments(
     bucket = number * min(MAX_BUCKET, largest)
     # Under autocast some gradients are sent in bf16, the rest in fp32: a bucket for each, each as large as if for all.
     buckets = bucket * (2 if spec.overlap_comm else 1) * (2 if autocast else 1) if stage else 0
-    sent = bucket if world_size > 1 or stage == 0 else 0  # a copy, which ZeRO 0 makes for a single process, too
+    sent = bucket if world_size > 1 else 0  # a copy
     kept = whole if stage < 2 else share
+    if stage == 0 and spec.gradient_accumulation > 1:
+        kept = share = FP32 * sum(sizes)
     passes = (kept if spec.gradient_accumulation > 1 else 0, buckets, activations.alone)
     if stage < 2 and spec.gradient_accumulation == 1:
         passes = (activations.with_gradients - activations.alone, buckets, activations.alone)

@@ -59,7 +59,7 @@ class AlignedAutoencoder(Autoencoder):
 
         KL is the mean over images of the sum over the latent; the last two are zero without features.
         """
-        moments = self.encoder(x_BCHW.to(self.dtype), self.gradient_checkpointing)
+        moments = self.features(x_BCHW)
         tail = partial(checkpoint, self._tail, use_reentrant=False) if self.recompute_tail else self._tail
         images, kl, cos_loss, distmat_loss = tail(moments, features_BDhw)
         self.inner = Inner(moments, images, cos_loss, distmat_loss)

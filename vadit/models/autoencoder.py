@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vadit.config import AutoencoderSpec
+from vadit.kernels import group_norm_silu
 from vadit.models.pretrained import Pretrained
 from vadit.runtime.errors import UsageError
 
@@ -58,9 +59,18 @@ def _exact(module: nn.Module, x: Tensor) -> bool:
     return not module.training and x.dtype == torch.float32
 
 
-def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the normalised features."""
+def _inner_channels(module: nn.Module, x: Tensor) -> Tensor:
+    """x in channels-last memory, which convolutions and the fused norm then keep; as it is where rounding is LDM's."""
+    return x if _exact(module, x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def _norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = True) -> Tensor:
+    """The normalised features, or their SiLU."""
+    if not _exact(norm, x) and x.is_contiguous(memory_format=torch.channels_last):
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
     h = norm(x)
+    if not silu:
+        return h
     return h * torch.sigmoid(h) if _exact(norm, h) else F.silu(h)
 
 
@@ -76,8 +86,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else None
 
     def forward(self, x_BEhw: Tensor) -> Tensor:
-        h = self.conv1(_norm_silu(self.norm1, x_BEhw))
-        h = self.conv2(_norm_silu(self.norm2, h))
+        h = self.conv1(_norm(self.norm1, x_BEhw))
+        h = self.conv2(_norm(self.norm2, h))
         return h + (x_BEhw if self.nin_shortcut is None else self.nin_shortcut(x_BEhw))
 
 
@@ -94,7 +104,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BEhw: Tensor) -> Tensor:
         B, E, h, w = x_BEhw.shape
-        normed = self.norm(x_BEhw)
+        normed = _norm(self.norm, x_BEhw, silu=False)
         q_BEN, k_BEN, v_BEN = (conv(normed).flatten(2) for conv in (self.q, self.k, self.v))
         if _exact(self, normed):
             weights_BNN = (torch.bmm(q_BEN.transpose(1, 2), k_BEN) * E**-0.5).softmax(dim=-1)
@@ -189,7 +199,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x_BCHW)
         for part in (*self.down, self.mid):
             h = _run(part, h, recompute)
-        return self.conv_out(_norm_silu(self.norm_out, h))
+        return self.conv_out(_norm(self.norm_out, h))
 
 
 class Decoder(nn.Module):
@@ -213,7 +223,7 @@ class Decoder(nn.Module):
         h = self.conv_in(z_Bdhw)
         for part in (self.mid, *reversed(self.up)):
             h = _run(part, h, recompute)
-        return self.conv_out(_norm_silu(self.norm_out, h))
+        return self.conv_out(_norm(self.norm_out, h))
 
 
 class Autoencoder(Pretrained):
@@ -239,6 +249,10 @@ class Autoencoder(Pretrained):
         """Dtype of the weights (asked of the iterator: an attribute would make ZeRO 3 gather the tensor)."""
         return next(self.parameters()).dtype
 
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """What the encoder makes of images, before quant_conv: (B, 2d, h, w)."""
+        return self.encoder(_inner_channels(self, x_BCHW.to(self.dtype)), self.gradient_checkpointing)
+
     def moments(self, x_BCHW: Tensor) -> Tensor:
         """Mean and unclamped logvar along channels: (B, 2d, h, w)."""
         ratio = self.spec.downsample_ratio
@@ -248,7 +262,7 @@ class Autoencoder(Pretrained):
                 f"image size {height}x{width} is not divisible by the autoencoder's downsample ratio {ratio}; "
                 f"resize the images to multiples of {ratio}"
             )
-        return self.quant_conv(self.encoder(x_BCHW.to(self.dtype), self.gradient_checkpointing))
+        return self.quant_conv(self.features(x_BCHW))
 
     def encode(self, x_BCHW: Tensor) -> DiagonalGaussian:
         """Posterior over the latents of images in [-1, 1]."""
@@ -256,7 +270,8 @@ class Autoencoder(Pretrained):
 
     def decode(self, z_Bdhw: Tensor) -> Tensor:
         """Images (B, C, H, W), in [-1, 1] up to overshoot."""
-        return self.decoder(self.post_quant_conv(z_Bdhw.to(self.dtype)), self.gradient_checkpointing)
+        z_Bdhw = _inner_channels(self, z_Bdhw.to(self.dtype))
+        return self.decoder(self.post_quant_conv(z_Bdhw), self.gradient_checkpointing)
 
     def forward(self, x_BCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction from a posterior sample, and the posterior."""

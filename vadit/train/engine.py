@@ -51,13 +51,13 @@ def deepspeed_config(spec: EngineSpec, *, global_batch: int, num_weights: int) -
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": spec.precision == "bf16", "immediate_grad_update": False},
+        "bf16": {"enabled": spec.precision == "bf16" and spec.stage > 0, "immediate_grad_update": False},
         "fp16": {"enabled": False},
         "steps_per_print": 1_000_000_000,
         "timers": {"throughput": {"enabled": False}},  # they would wait for the device, twice in a micro-batch
         "wall_clock_breakdown": False,
     }
-    if spec.precision == "bf16" and spec.gradient_accumulation > 1:
+    if spec.precision == "bf16" and spec.stage and spec.gradient_accumulation > 1:
         # Micro-batches are summed in fp32. At stage 1 DeepSpeed would take another optimizer for that, of other
         # habits; its stage 2 does it with the same one, and shards the sum besides.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -167,13 +167,23 @@ class Engine:
         self.spec, self.device = spec, device
         self.module = module.to(device)  # the network itself: calling it goes round DeepSpeed's hooks
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # ZeRO lays the weights end to end: those of odd sizes come last, so that all others begin at 16 bytes.
+        trained.sort(key=lambda weight: weight.numel() % 8 != 0)
         num_weights = sum(parameter.numel() for parameter in trained)
         self.config = deepspeed_config(spec, global_batch=global_batch, num_weights=num_weights)
+        masters = trained
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}  # at ZeRO 0 in bf16, the weight of each fp32 one
+        if spec.precision == "bf16" and spec.stage == 0:
+            for weight in module.parameters():
+                weight.data = weight.data.bfloat16()
+            masters = [nn.Parameter(weight.detach().float()) for weight in trained]
+            self._copies = dict(zip(masters, trained, strict=True))
         adam, self.optimizer = optimizers.build(
-            trained,
+            masters,
             optimizer,
             device=device,
             matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
+            copies=self._copies,
         )
         with _local_rank(), quiet():  # of an optimizer that is not on its list DeepSpeed warns at every start
             self._engine, *_ = deepspeed.initialize(
@@ -185,7 +195,7 @@ class Engine:
         self._next_norm: torch.Tensor | None = None  # of the step to come, once asked for
         self._judged: torch.Tensor  # what DeepSpeed gets as the norm of the step under way: infinite if vetoed
         self._statistics: list[torch.Tensor] = []
-        self._measure = self._take_over_norm(trained)
+        self._measure = self._take_over_norm()
         self._base_optimizer().register_step_pre_hook(self._clip)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -208,6 +218,8 @@ class Engine:
         """
         sound = torch.isfinite(loss.detach() if checked is None else checked)
         self._engine.backward(loss * torch.where(sound, 1.0, math.nan))
+        if self.spec.gradient_accumulation > 1:  # micro-batches are summed in fp32
+            optimizers.add_gradients(self._copies)
 
     def at_boundary(self) -> bool:
         """Whether this is the last micro-batch of an optimizer step."""
@@ -240,7 +252,7 @@ class Engine:
             torch._foreach_copy_(self._running_statistics(), self._statistics)
         return applied
 
-    def _take_over_norm(self, trained: list[nn.Parameter]) -> Callable[[], torch.Tensor]:
+    def _take_over_norm(self) -> Callable[[], torch.Tensor]:
         """Come between DeepSpeed and its gradient norm; returns what measures it.
 
         ZeRO reads the norm on the host in every step and leaves out a step where it is not finite: a veto is an
@@ -248,7 +260,7 @@ class Engine:
         """
         optimizer = self._engine.optimizer
         if self.spec.zero_stage == 0:
-            return self._take_over_plain_step(trained)
+            return self._take_over_plain_step()
         optimizer.unscale_and_clip_grads = lambda *_: None
         if not self.spec.offload_optimizer:  # DeepSpeed's own makes an fp64 copy of every gradient
             optimizer.get_grad_norm_direct = _norm_of_shares
@@ -264,14 +276,15 @@ class Engine:
         optimizer.check_overflow = lambda partition_gradients=True: None
         return measure
 
-    def _take_over_plain_step(self, trained: list[nn.Parameter]) -> Callable[[], torch.Tensor]:
+    def _take_over_plain_step(self) -> Callable[[], torch.Tensor]:
         optimizer = self._engine.optimizer
         step = optimizer.step
         if distributed.world_size() == 1:  # DeepSpeed would lay the gradients end to end, to sum them over one process
             self._engine.enable_backward_allreduce = False
 
         def measure() -> torch.Tensor:
-            norm = optimizers.sum_of_squares([weight.grad for weight in trained if weight.grad is not None]).sqrt()
+            gradients = (optimizers.gradient(weight, self._copies) for weight in self._masters())
+            norm = optimizers.sum_of_squares([each for each in gradients if each is not None]).sqrt()
             norm = torch.where(norm.isfinite(), norm, math.inf)
             if distributed.world_size() > 1:  # equal but for a bit, perhaps: a verdict must be alike
                 torch.distributed.all_reduce(norm, op=torch.distributed.ReduceOp.MAX)
@@ -281,6 +294,7 @@ class Engine:
             optimizer.overflow = not bool(self._judged.isfinite())  # where DeepSpeed looks whether a step was applied
             if not optimizer.overflow:
                 step()
+            optimizer.zero_grad()
 
         optimizer.step = step_unless_vetoed
         return measure
@@ -357,6 +371,7 @@ class Engine:
         if self.spec.zero_stage:  # the weights, laid end to end, are cut
             rows = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, masters, strict=True)
             return [cut_row(group, starts, names, master.numel()) for group, starts, master in rows]
+        names |= {weight: names[copy] for weight, copy in self._copies.items()}
         return [[Piece(names[weight], 0, 0, weight.numel())] for weight in masters]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -446,6 +461,8 @@ class Engine:
             optimizer.checkpoint_event_epilogue()
         elif self.spec.zero_stage:
             optimizer.update_lp_params()
+        for master, weight in self._copies.items():
+            weight.copy_(master)
 
 
 def _norm_of_shares(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2.0) -> torch.Tensor:

@@ -39,11 +39,11 @@ def convert(
     """
     if recipe is None:
         return Choice(SETTING, "none", "the default")
-    fault = _fault(recipe, rows, device, emulate)
+    why = fault(recipe, rows, device, emulate)
     # Gradients of float8 layers are reduced in other buckets: all processes must have the same.
-    if distributed.any_rank(fault is not None, device):
-        fault = fault or "another process cannot"
-        return Choice(SETTING, "bf16", "what is always there", refused=f"{recipe} cannot be had here ({fault})")
+    if distributed.any_rank(why is not None, device):
+        why = why or "another process cannot"
+        return Choice(SETTING, "bf16", "what is always there", refused=f"{recipe} cannot be had here ({why})")
     left: dict[str, None] = {}  # an ordered set: blocks are alike
 
     def wanted(layer: nn.Module, name: str) -> bool:
@@ -92,7 +92,7 @@ def _swap(module: nn.Module, recipe: str, emulate: bool, wanted: Callable[[nn.Mo
             layer.__class__ = Float8Linear
 
 
-def _fault(recipe: str, rows: int, device: torch.device, emulate: bool) -> str | None:
+def fault(recipe: str, rows: int, device: torch.device, emulate: bool = False) -> str | None:
     """What is in the way: hardware, sizes, package, or a small layer whose numbers are wrong; None if nothing is."""
     if not emulate:
         if device.type != "cuda":

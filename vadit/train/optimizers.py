@@ -6,7 +6,7 @@ resumed run that would end up with another one is refused (`vadit.train.checkpoi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[float, list[torch.nn.Parameter]] = {}  # weights that have made as many steps
             for weight in group["params"]:
-                if self.gradient(weight) is None:
+                if gradient(weight, self.copies) is None:
                     for average, rate in zip(self.averages.get(weight, ()), self.rates, strict=False):
                         average.lerp_(weight, rate)
                     continue
@@ -63,15 +63,11 @@ class AdamW(torch.optim.Optimizer):
             for count, weights in alike.items():
                 self._step(weights, group, count)
 
-    def gradient(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
-        """Its own, where micro-batches are summed in fp32, else its copy's."""
-        return weight.grad if weight.grad is not None else self.copies.get(weight, weight).grad
-
     def _step(self, weights: list[torch.nn.Parameter], group: dict[str, Any], step: float) -> None:
         scale = None if self.scale is None else self.scale.to(weights[0].device)
         adamw_ema(
             [weight.data for weight in weights],
-            [self.gradient(weight) for weight in weights],  # type: ignore[misc]
+            [gradient(weight, self.copies) for weight in weights],  # type: ignore[misc]
             *([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq")),
             averages=[[self.averages[weight][k] for weight in weights] for k in range(len(self.rates))],
             rates=self.rates,
@@ -107,6 +103,21 @@ class MuonWithAdamW(torch.optim.Optimizer):
         assert closure is None, "the engine computes gradients before it steps"
         self._muon.step()
         self._adamw.step()
+
+
+def gradient(weight: torch.Tensor, copies: Mapping[Any, torch.Tensor]) -> torch.Tensor | None:
+    """A weight's own, where micro-batches are summed in fp32, else that of its bf16 copy."""
+    return weight.grad if weight.grad is not None else copies.get(weight, weight).grad
+
+
+@torch.no_grad()
+def add_gradients(copies: Mapping[Any, torch.Tensor]) -> None:
+    """Add the gradients of bf16 copies to those of their fp32 weights, and clear them."""
+    for weight, copy in copies.items():
+        if copy.grad is not None:
+            added = copy.grad.float()
+            weight.grad = added if weight.grad is None else weight.grad.add_(added)
+            copy.grad = None
 
 
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
