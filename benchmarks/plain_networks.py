@@ -156,7 +156,7 @@ class PlainTraining:
         self.adam = torch.optim.AdamW(
             self.network.parameters(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
-        if config.engine.compile:
+        if config.engine.compile is True:  # auto is for settled() to say
             self.network.compile()
         self.loader = LatentLoader(open_latents(config.data, config.model, config.repa), config.run.batch_size)
         self.engines = {"model": self}

@@ -201,7 +201,7 @@ def test_the_plain_network_step_and_sampler_are_ours(load: Any, qk_norm: bool) -
     plain = load("plain_networks")
     config = get_recipe("lightningdit-xl-64ep-debug")
     # two patches a side and an average that moves
-    config = vary(config, model={"qk_norm": qk_norm, "patch_size": 2, "class_dropout": 0.0},
+    config = vary(config, model={"qk_norm": qk_norm, "patch_size": 2},
                   engine={"ema_decays": (0.5,), "zero_stage": 1},
                   optimizer={"lr": 1e-3})  # fmt: skip
     torch.manual_seed(0)
