@@ -17,7 +17,6 @@ from vadit import cli
 from vadit.commands import train
 from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError
-from vadit.train import float8
 from vadit.train.loop import Stopped
 
 
@@ -304,7 +303,7 @@ def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys) -> None
 @pytest.mark.parametrize(
     ("device", "arguments", "outcome"),
     [
-        ("cuda", [], ("bf16", "rowwise")),
+        ("cuda", [], ("bf16", "fused")),
         ("cuda", ["--engine.zero-stage", "3"], ("bf16", None)),
         ("cuda", ["--engine.precision", "fp32"], ("fp32", None)),
         ("cpu", [], ("autocast", None)),
@@ -312,7 +311,6 @@ def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys) -> None
 )
 def test_fast_changes_what_no_flag_sets(device: str, arguments: list[str], outcome: Any, monkeypatch, capsys) -> None:
     monkeypatch.setattr(distributed, "device", lambda wanted: torch.device(device))
-    monkeypatch.setattr(float8, "fault", lambda *_: None)
     options = train._options(["lightningdit-xl-64ep", "--fast", "--dry-run", *arguments])
     assert options is not None
     engine = options.config.engine

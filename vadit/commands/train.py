@@ -21,8 +21,8 @@ class DryRun(Checked):
     """What `vadit train` takes besides the recipe's settings."""
 
     fast: bool = False
-    """On a GPU bf16 weights with fp32 masters, and a generator's products in float8 where the card passes their check;
-    what is set by name stays so, and config.json holds the outcome. No change on a CPU, where bf16 is slower."""
+    """On a GPU bf16 weights with fp32 masters, and engine.float8 fused for a generator, or bf16 where a card fails
+    its check at start-up; what is set by name stays so. No change on a CPU, where bf16 is slower."""
     dry_run: bool = False
     """Print the resolved config, the parameters and the memory per GPU, and exit."""
     world_size: Count | None = None
@@ -104,13 +104,9 @@ def _faster(recipe: Config, given: Config) -> Config:
     if device.type != "cuda":
         return recipe
     engine = settled(given, processes=distributed.world_size(), device=device.type).engine
-    if isinstance(given, DiTConfig) and engine.precision != "fp32" and engine.zero_stage != 3 and engine.compile:
-        from vadit.train import float8
-
-        tokens = (given.model.input_size // given.model.patch_size) ** 2
-        if float8.fault("rowwise", tokens, device) is None:
-            return vary(recipe, engine={"precision": "bf16", "float8": "rowwise"})
-    return vary(recipe, engine={"precision": "bf16"})
+    # Whether the cards can is for all processes to find out together, at start-up (vadit.train.float8).
+    eight = isinstance(given, DiTConfig) and engine.precision != "fp32" and engine.zero_stage != 3 and engine.compile
+    return vary(recipe, engine={"precision": "bf16", "float8": "fused" if eight else None})
 
 
 def _say_changes(recipe: Config, config: Config) -> None:

@@ -55,11 +55,11 @@ class EngineSpec(Checked, group="engine"):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["auto", True, False] = "auto"
-    """torch.compile each block; auto: a generator's on GPUs."""
+    """torch.compile each block (True, False); auto: a generator's on GPUs."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3"] = "auto"
     """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
     float8: Literal["fused", "rowwise", "tensorwise"] | None = None
-    """float8 products in the generator's blocks (GPUs from sm_89, with --engine.compile). fused: by vadit's kernels,
+    """float8 products in the generator's blocks (GPUs from sm_89, compiled blocks). fused: by vadit's kernels,
     gradients of weights in bf16 (engine.zero_stage 0-2); rowwise, tensorwise: torchao's scalings."""
     ema_decays: tuple[Decay, ...] = (0.9999,)
     """Decay of each exponential moving average of the weights; empty for none."""
@@ -79,10 +79,6 @@ class EngineSpec(Checked, group="engine"):
             raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, found 0")
         if self.offload_weights and self.zero_stage not in ("auto", 3):
             raise UsageError(f"engine.offload_weights needs engine.zero_stage 3, found {self.zero_stage}")
-        if self.float8 == "fused" and self.zero_stage == 3:  # whose weights come and go with the layers it reaches into
-            raise UsageError(
-                "engine.float8 fused needs engine.zero_stage 0, 1 or 2, found 3; set --engine.float8 rowwise"
-            )
 
 
 @dataclass(frozen=True)
