@@ -16,6 +16,8 @@ from vadit.runtime.console import ProgressBar, note_once, say_once, show
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
+SOURCES = ("generator", "ema", "tokenizer", "guide", "guide_ema")  # options that the samples' settings.json names
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Checked):
@@ -128,10 +130,7 @@ def run(arguments: list[str]) -> None:
                 labels=options.classes or None,
                 precision=precision,
                 compiled=options.compile,
-                source={
-                    name: getattr(options, name) for name in ("generator", "ema", "tokenizer", "guide", "guide_ema")
-                }
-                | {"origin": asdict(generator.origin)},
+                source={name: getattr(options, name) for name in SOURCES} | {"origin": asdict(generator.origin)},
                 progress=progress,
             )
     say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")

@@ -126,9 +126,7 @@ def rows_per_sample(spec: SampleSpec, flow: FlowSpec, channels: int, *, guide: b
         raise UsageError("dopri5 takes as many steps as the network needs: nobody knows before; set --method euler")
     model, weak = _Counter(), _Counter()
     noise, label = torch.zeros(1, channels, 1, 1), torch.zeros(1, dtype=torch.int64)
-    options = {} if spec.method == "ddpm" else {"flow": flow}
-    solve: Any = {"ddpm": sample_ddpm, "euler_maruyama": sample_sde}.get(spec.method, sample_ode)
-    solve(model, noise, label, spec, guide=weak if guide else None, **options)
+    _solve(model, noise, label, spec, flow, weak if guide else None, range(1))
     return model.rows, weak.rows
 
 
@@ -169,13 +167,17 @@ def draw_group(
     labels = sample_labels(indices, spec.seed, trained_classes(model), spec.labels, fixed_labels).to(device)
     noise = rng.normal(rng.fold(spec.seed, "x0"), indices, shape).to(device)
     with computing(precision, device):
-        if spec.method == "ddpm":
-            latents = sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
-        elif spec.method == "euler_maruyama":
-            latents = sample_sde(model, noise, labels, spec, flow=flow, guide=guide, indices=indices)
-        else:
-            latents = sample_ode(model, noise, labels, spec, flow=flow, guide=guide)
-    return Drawn(list(indices), latents, labels)
+        return Drawn(list(indices), _solve(model, noise, labels, spec, flow, guide, indices), labels)
+
+
+def _solve(
+    model: Any, noise: Tensor, labels: Tensor, spec: SampleSpec, flow: FlowSpec | None, guide: Any, indices: range
+) -> Tensor:
+    if spec.method == "ddpm":
+        return sample_ddpm(model, noise, labels, spec, guide=guide, indices=indices)
+    if spec.method == "euler_maruyama":
+        return sample_sde(model, noise, labels, spec, flow=flow, guide=guide, indices=indices)
+    return sample_ode(model, noise, labels, spec, flow=flow, guide=guide)
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
