@@ -8,7 +8,6 @@ Shape suffixes: B batch, C image channels, H W image sides, d latent channels, h
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +43,10 @@ class AlignedAutoencoder(Autoencoder):
         self.inner: Inner | None = None
         self.conv_inputs: dict[str, Tensor] = {}
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
-            part.conv_out.register_forward_pre_hook(self._keep_input(name))
+            part.conv_out.register_forward_pre_hook(partial(self._keep_input, name))
 
-    def _keep_input(self, name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.conv_inputs[name] = inputs[0].detach()
-
-        return hook
+    def _keep_input(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.conv_inputs[name] = inputs[0].detach()
 
     def forward(  # type: ignore[override]
         self, x_BCHW: Tensor, features_BDhw: Tensor | None

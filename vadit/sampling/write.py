@@ -77,9 +77,8 @@ def write_samples(
     reader. Each process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how
     many of this process's images are there. `compiled` auto: as the folder's samples were, else where it pays.
 
-    Raises:
-        UsageError: the folder holds samples of other weights or settings, or more images.
-        RunError: latents that are not finite, a damaged folder, a full disk.
+    UsageError: the folder holds samples of other weights or settings, or more images. RunError: latents that are not
+    finite, a damaged folder, a full disk.
     """
     check_request(model, spec, flow, labels, guide)
     classes = trained_classes(model)

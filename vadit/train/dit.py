@@ -35,10 +35,8 @@ from vadit.train.guard import Guard
 def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     """Train to the end, or go on from where the run folder stands. Returns the run folder.
 
-    Raises:
-        UsageError: a setting does not fit the data, the checkpoint or the number of processes.
-        RunError: damaged data, steps that fail again and again, a disk that is full.
-        loop.Stopped: a signal asked to stop; everything is saved.
+    UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
+    steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
     with runs.owned_folder(config):
         return _train(config, title)
@@ -224,11 +222,7 @@ def tapped_blocks(config: DiTConfig) -> tuple[int, ...]:
 
 
 def _with_regularisers(
-    config: DiTConfig,
-    terms: dict[str, Tensor],
-    output: DiTOutput,
-    companions: list[Tensor],
-    features: Features | None,
+    config: DiTConfig, terms: dict[str, Tensor], output: DiTOutput, companions: list[Tensor], features: Features | None
 ) -> dict[str, Tensor]:
     """The terms with alignment and dispersion of the tapped blocks added, as far as they are on."""
     terms = dict(terms)

@@ -332,11 +332,9 @@ class Engine:
         """Dtype that inputs of the network must have."""
         return torch.bfloat16 if self.spec.precision == "bf16" else torch.float32
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """The arithmetic of the engine's forward, for a call of `module` that goes round the engine."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast"):
-            yield
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "autocast")
 
     def masters(self) -> list[torch.Tensor]:
         """This process's share of the fp32 weights, flat; the whole weights where nothing is sharded (ZeRO 0)."""

@@ -48,10 +48,8 @@ class Networks:
 def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     """Train all stages to the end, or go on from where the run folder stands. Returns the run folder.
 
-    Raises:
-        UsageError: a setting does not fit the data, the checkpoint or the number of processes.
-        RunError: damaged data, steps that fail again and again, a disk that is full.
-        loop.Stopped: a signal asked to stop; everything is saved.
+    UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
+    steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
     with runs.owned_folder(config):
         if not config.stages:
