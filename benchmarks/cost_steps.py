@@ -125,6 +125,7 @@ Step = tuple[Callable[[], object], list[Any]]
 def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
     """A step of vadit.train.dit without the optimizer."""
     from vadit.models.repa import training_network
+    from vadit.train import float8
     from vadit.train.dit import train_step
 
     model = built(lambda: training_network(config).train())
@@ -132,6 +133,10 @@ def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
     if config.engine.compile:
         compile_parts(model.compiled_blocks)
     spec, images = config.model, config.run.batch_size
+    with mock.patch.object(float8, "_try_out", lambda *_: None):  # it compares numbers, and there are none
+        rows = images * (spec.input_size // spec.patch_size) ** 2
+        choice = float8.convert(model.blocks, config.engine.float8, rows=rows, device=engine.device)
+    assert not choice.refused, choice.refused
     latents = torch.empty(images, spec.in_channels, spec.input_size, spec.input_size, device="cuda")
     batch = (latents, torch.empty(images, dtype=torch.long, device="cuda"))
     return lambda: train_step(engine, None, engine, config, iter([batch]), Position(0, 0)), [engine]
