@@ -243,8 +243,9 @@ def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch
     ("engine", "gpus", "expected"),
     [
         # Weights without activations, in units of a weight: (fp32 weights, optimizer, averages, gradients, buffers).
+        # A process alone sends no gradients: at stage 0 it needs no bucket.
         ({}, 64, [(4, 8, 4, 4, 4), (4, 12 / 64, 4 / 64, 4, 8), (4, 12 / 64, 4 / 64, 4 / 64, 8), None]),
-        ({}, 1, [(4, 8, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 8)]),
+        ({}, 1, [(4, 8, 4, 4, 0), (4, 12, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 8)]),
         ({"precision": "bf16"}, 64, [None, (2, 12 / 64, 4 / 64, 2, 4), (2, 12 / 64, 4 / 64, 2 / 64, 4), None]),
         ({"precision": "bf16"}, 1, [None, (2, 12, 4, 2, 6), None, (2, 12, 4, 2, 8)]),
         ({"precision": "autocast"}, 2, [None, (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
