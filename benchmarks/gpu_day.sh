@@ -24,7 +24,7 @@ fi
 export VADIT_RESULTS=${VADIT_RESULTS:-$PWD/benchmarks/results}
 if [[ ${VADIT_REHEARSE:-} ]]; then
     device=cpu patience=10 backends=(cpp) rounds=2 warmup=1 debug=-debug batch=4 images=2 compile=(on) also=()
-    tests=(tests/test_op_swiglu.py -k "triton and test_results")
+    tests=(tests/test_op_swiglu.py -k "triton and test_empty")
     sampling=(--precision fp32 bf16)
 else
     device=cuda patience=1 backends=(triton cuda) rounds=7 warmup=3 debug="" batch=${VADIT_BATCH:-128} images=32

@@ -320,7 +320,7 @@ def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys
         [*DEBUG, "--run.out", run, "--data.path", str(here / "latents")],
         ["sample", "--generator", run, *tokenizer, "--out", str(here / "s"), *drawing],
         ["evaluate", "tokenizer", *tokenizer, "--images", beton, "--out", str(here / "n.json")],
-        ["report", run, "--title", here.name],
+        ["report", run],
         ["export", run, "--out", str(here / "exported")],
     ):
         assert cli.main(command) == 0, capsys.readouterr().err

@@ -57,13 +57,15 @@ def formula(
 @pytest.mark.parametrize(
     ("shape", "left_out"),
     [
-        *(((2, 17, 136), names) for names in ("", "bias", "shift", "bias scale shift")),
-        *(((2, 33, 9), names) for names in ("", "scale", "shift")),
+        ((2, 17, 136), ""),
+        *(((2, 3, 136), names) for names in ("bias", "shift", "bias scale shift")),
+        ((2, 33, 9), ""),
+        *(((2, 3, 9), names) for names in ("scale", "shift")),
         ((1, 3, 1152), "shift"),
         ((5, 64), "bias"),
         ((2, 3, 4, 24), ""),
         ((1, 1, 3), ""),
-        ((1, 2, 5000), ""),
+        ((1, 1, 5000), ""),
     ],
 )
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -78,18 +80,18 @@ def test_results_and_gradients(shape: tuple[int, ...], left_out: str, dtypes: st
 @pytest.mark.parametrize("magnitude", [1e4, 1e-4])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_magnitudes(magnitude: float, dtypes: str) -> None:
-    inputs = make(2, 16, 72, dtypes=dtypes, magnitude=magnitude)
+    inputs = make(2, 5, 72, dtypes=dtypes, magnitude=magnitude)
     assert_as_exact_as_torch(op, formula, inputs)
     assert all(t.isfinite().all() for t in results_and_gradients(op, inputs))
 
 
 def test_rows_of_nan_and_of_zeros() -> None:
-    inputs = make(2, 37, 72)
+    inputs = make(2, 17, 72)
     inputs[1][1, 5] = torch.nan
     total, y, dx, dh, *_ = results_and_gradients(op, inputs)
     for t in (total, y, dx, dh):
         assert t[1, 5].isnan().all() and t.isfinite().sum() == t.numel() - 72
-    inputs = make(2, 16, 72)
+    inputs = make(2, 3, 72)
     for t in (*inputs[:2], inputs[4]):
         t.zero_()
     assert_as_exact_as_torch(op, formula, inputs)

@@ -42,18 +42,19 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, mean: flo
 
 
 SHAPES = [
-    ((2, 64, 9, 7), 32),
+    ((2, 32, 9, 7), 16),
     ((1, 6, 5, 5), 3),
-    ((2, 160, 3, 4), 32),  # two parts of columns; groups of 5
-    ((1, 32, 40, 33), 1),  # several chunks of rows
+    ((1, 160, 3, 4), 32),  # two parts of columns; groups of 5
+    ((1, 16, 20, 33), 1),  # several chunks of rows
     ((7, 24, 1, 1), 4),
     ((1, 8, 1, 70), 8),
 ]
 
 
-@pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "groups", "silu"), [(*case, True) for case in SHAPES] + [(*case, False) for case in SHAPES[:2]]
+)
 def test_results_and_gradients(shape: tuple[int, ...], groups: int, dtype: torch.dtype, silu: bool) -> None:
     assert_as_exact_as_torch(op(groups, silu), formula(groups, silu), inputs(shape, dtype))
 

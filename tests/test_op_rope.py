@@ -45,7 +45,7 @@ def with_tables(cos: Tensor, sin: Tensor):
     return op, formula
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 31, 72), (2, 2, 32, 64), (1, 5, 7, 12), (3, 1, 1, 2), (11, 2, 4, 6)])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 72), (2, 2, 32, 64), (1, 5, 7, 12), (3, 1, 1, 2), (11, 2, 4, 6)])
 @pytest.mark.parametrize("normed", ["neither", "both", "queries", "keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_and_gradients(shape: tuple[int, ...], normed: str, dtype: torch.dtype) -> None:
@@ -92,9 +92,11 @@ def test_strided_inputs_and_gradients(axes: tuple[int, ...], normed: bool) -> No
     assert_as_exact_as_torch(through_views(op), through_views(formula), [normal(2, 16, 3, 5, 24), *weights])
 
 
-@pytest.mark.parametrize("shape", [(2, 31, 3, 3, 72), (1, 16, 3, 4, 64), (3, 5, 3, 1, 6)])
-@pytest.mark.parametrize("normed", ["neither", "both", "queries", "keys"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(2, 17, 3, 3, 72), (1, 16, 3, 4, 64), (3, 5, 3, 1, 6)])
+@pytest.mark.parametrize(
+    ("normed", "biased"),
+    [("neither", False), ("neither", True), ("both", False), ("both", True), ("queries", True), ("keys", False)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed(shape: tuple[int, ...], normed: str, biased: bool, dtype: torch.dtype) -> None:
     cos, sin = angles(shape[1], shape[-1])
@@ -179,10 +181,10 @@ def test_opcheck(normed: bool) -> None:
     torch.library.opcheck(ops.rope.default, (q, k, *tables, *weights, 1e-6))
     saved = (*((q, k) if normed else (None, None)), *tables, *weights, 1e-6)
     torch.library.opcheck(ops.rope_backward.default, (q, k, *saved))
-    bias = normal(3, 3, 12)
-    torch.library.opcheck(ops.rope_qkv.default, (q, k, q, bias, *tables, *weights, 1e-6))
-    for given in (None, bias):
-        torch.library.opcheck(ops.rope_qkv_backward.default, (q, k, q, *saved[:2], given, *saved[2:]))
+    bias = normal(3, 3, 12) if normed else None
+    if bias is not None:
+        torch.library.opcheck(ops.rope_qkv.default, (q, k, q, bias, *tables, *weights, 1e-6))
+    torch.library.opcheck(ops.rope_qkv_backward.default, (q, k, q, *saved[:2], bias, *saved[2:]))
 
 
 def test_second_derivative_is_refused_by_kernels() -> None:
