@@ -40,6 +40,8 @@ from cost_steps import Case, Counted, configure, count, count_optimizer
 from virtual_gpu import Launch, OtherInternals
 
 from vadit.config import DiTConfig
+from vadit.recipes import get_recipe
+from vadit.runtime.errors import UsageError
 
 BUDGET = Path(__file__).with_name("cost_budget.json")
 """What a compiled step of the default recipe may take, per precision: tests/test_cost.py holds it."""
@@ -289,6 +291,11 @@ def main() -> int:
             print("\n" + json.dumps(call(Case(**{**fields, "settings": tuple(fields["settings"])}))))
             return 0
     ceilings = Ceilings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ceilings)})
+    try:
+        for recipe in options.recipe:
+            get_recipe(recipe)
+    except UsageError as error:
+        parser.error(str(error))
     choices = (options.recipe, options.what, options.batch, options.precision, options.kernels, options.compile)
     budget = {}
     for recipe, what, batch, precision, kernels, compiled in itertools.product(*choices):

@@ -75,6 +75,7 @@ if [[ ${1:-} == --inside ]]; then
             step --precision bf16 --compile on --kernels "${backends[0]}"
             if [[ $device == cuda ]]; then
                 step --precision bf16 --compile on --kernels cuda reference
+                step --precision bf16 --compile on --with engine.float8=fused
                 "$python" -c 'import torchao' && step --precision bf16 --compile on --with engine.float8=rowwise
                 step --precision autocast --compile on --kernels cuda reference
                 step --precision autocast bf16 --compile off --kernels triton cuda reference
@@ -98,11 +99,14 @@ fi
 # ---------------------------------------------------------------------------------------------------- all parts
 rows() { cat "$VADIT_RESULTS"/*.csv 2>/dev/null | grep -vc ^date,; }
 
+[[ $# -gt 0 ]] || set -- build checks kernels steps samples tokenizer sanitizer
+for part in "$@"; do
+    [[ -n ${seconds[$part]:-} ]] || { echo "no part is named $part; the parts are ${!seconds[*]}" >&2; exit 2; }
+done
 log=$VADIT_RESULTS/gpu-day-$(date +%F)
 mkdir -p "$log"
 until=0 failed=0
 summary=$(printf '%-10s %7s %5s  %s' part seconds rows result)
-[[ $# -gt 0 ]] || set -- build checks kernels steps samples tokenizer sanitizer
 for part in "$@"; do
     until=$((until + patience * ${seconds[$part]:-1})) start=$SECONDS before=$(rows)
     echo "== $part, $((until - start)) s at most"

@@ -462,7 +462,8 @@ def _install_inductor() -> None:
     from torch._inductor.codegen.triton import TritonScheduling
 
     _replace(config, compile_threads=1, fx_graph_cache=False, force_disable_caches=True)
-    _replace(config, joint_graph_constant_folding=False)  # it would compute on the device
+    # these would compute, and time, on the device
+    _replace(config, joint_graph_constant_folding=False, shape_padding=False)
     _replace(functorch_config, enable_autograd_cache=False)
     # what a compiled graph calls at run time: fake tensors have neither addresses nor memory
     guards = torch._C._dynamo.guards

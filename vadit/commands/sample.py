@@ -93,11 +93,7 @@ def run(arguments: list[str]) -> None:
                     )
         autoencoder = load_tokenizer(options.tokenizer, device)
         channels = generator.in_channels
-        if autoencoder.spec.latent_channels != channels:
-            raise UsageError(
-                f"{options.generator} makes latents of {channels} channels, {options.tokenizer} decodes "
-                f"{autoencoder.spec.latent_channels}; name the tokenizer that encoded its training data"
-            )
+        _check_pair(options, channels, autoencoder.spec.latent_channels)
         mean, std = torch.zeros(channels), torch.ones(channels)
         if options.normalize:
             if not options.latents:
@@ -136,6 +132,14 @@ def run(arguments: list[str]) -> None:
     say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")
 
 
+def _check_pair(options: SampleOptions, made: int, decoded: int) -> None:
+    if made != decoded:
+        raise UsageError(
+            f"{options.generator} makes latents of {made} channels, {options.tokenizer} decodes {decoded}; name the "
+            "tokenizer that encoded its training data"
+        )
+
+
 def _dry_run(options: SampleOptions) -> None:
     """Print what the samples would take on the GPU of each process, or on an H200 where there is none."""
     import torch
@@ -157,6 +161,7 @@ def _dry_run(options: SampleOptions) -> None:
         autoencoder = recipe.autoencoder
     else:
         autoencoder = load_autoencoder(options.tokenizer).spec
+    _check_pair(options, specs[0][0].in_channels, autoencoder.latent_channels)
     share = options.num_samples / distributed.world_size()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if (peak := named_peak(card)) is None:

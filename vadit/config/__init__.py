@@ -175,8 +175,16 @@ def _check_optimizer(optimizer: OptimizerSpec, engine: EngineSpec) -> None:
             f"optimizer.kind {optimizer.kind} steps on the GPU, engine.offload_optimizer keeps its state on the host; "
             "set --optimizer.kind adamw or --engine.no-offload-optimizer"
         )
-    if optimizer.kind == "muon" and engine.zero_stage not in ("auto", 0):
-        raise UsageError(
-            f"optimizer.kind muon needs whole matrices, which engine.zero_stage {engine.zero_stage} cuts into shards; "
-            "set --engine.zero-stage 0"
-        )
+    if optimizer.kind != "muon":
+        return
+    for clashes, found, remedy in (
+        (engine.offload_weights, "engine.offload_weights cuts into shards", "no-offload-weights"),
+        (
+            engine.zero_stage not in ("auto", 0),
+            f"engine.zero_stage {engine.zero_stage} cuts into shards",
+            "zero-stage 0",
+        ),
+        (engine.precision == "bf16", "engine.precision bf16 does not keep", "precision autocast"),
+    ):
+        if clashes:
+            raise UsageError(f"optimizer.kind muon needs whole matrices in fp32, which {found}; set --engine.{remedy}")

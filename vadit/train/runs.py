@@ -126,7 +126,11 @@ def settle(config: C, device: torch.device) -> tuple[C, list[Choice]]:
     taken = []
     for name in ("zero_stage", "compile"):
         wanted, value = getattr(config.engine, name), getattr(found.engine, name)
-        why = f"auto, with {distributed.world_size()} process(es) on {device.type}" if wanted == "auto" else "asked for"
+        why = (
+            f"auto, for {distributed.world_size()} process(es) on {device.type} and the other settings"
+            if wanted == "auto"
+            else "asked for"
+        )
         taken.append(Choice(f"engine.{name}", str(value), why))
     if automatic := [f"{choice.setting} is {choice.name}" for choice in taken if choice.reason != "asked for"]:
         note_once(f"  {', '.join(automatic)} (auto)", "dim")
