@@ -171,6 +171,7 @@ def _dry_run(options: SampleOptions) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("precision", "sampler", "drawing h", "decoding h", "total h", "GiB"):
         table.add_column(column, justify="right")
+    decoding = hours(share * decoder_flops(autoencoder), "fp32", peak)
     for scale in dict.fromkeys((options.sampler.cfg_scale, 1.0)):
         sampler = replace(options.sampler, cfg_scale=scale)
         rows = rows_per_sample(sampler, options.flow, specs[0][0].in_channels, guide=len(specs) == 2)
@@ -178,7 +179,6 @@ def _dry_run(options: SampleOptions) -> None:
         largest = 2 * GROUP if scale != 1 and len(specs) == 1 else GROUP
         for precision in SHARES:
             drawing = hours(share * flops, precision, peak)
-            decoding = hours(share * decoder_flops(autoencoder), "fp32", peak)
             gib = sampling_bytes(specs, largest, autoencoder, DECODE_BATCH, precision) / 2**30
             name = sampler_name(sampler, autoguidance=len(specs) == 2)
             table.add_row(precision, name, *(f"{value:.3g}" for value in (drawing, decoding, drawing + decoding, gib)))

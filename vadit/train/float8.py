@@ -39,7 +39,7 @@ def convert(
     """
     if recipe is None:
         return Choice(SETTING, "none", "the default")
-    why = fault(recipe, rows, device, emulate)
+    why = _fault(recipe, rows, device, emulate)
     # Gradients of float8 layers are reduced in other buckets: all processes must have the same.
     if distributed.any_rank(why is not None, device):
         why = why or "another process cannot"
@@ -92,7 +92,7 @@ def _swap(module: nn.Module, recipe: str, emulate: bool, wanted: Callable[[nn.Mo
             layer.__class__ = Float8Linear
 
 
-def fault(recipe: str, rows: int, device: torch.device, emulate: bool = False) -> str | None:
+def _fault(recipe: str, rows: int, device: torch.device, emulate: bool) -> str | None:
     """What is in the way: hardware, sizes, package, or a small layer whose numbers are wrong; None if nothing is."""
     if not emulate:
         if device.type != "cuda":

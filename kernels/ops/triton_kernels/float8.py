@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
+from .swiglu import gate, gate_gradients
 
 TILE = 4096
 """Elements of a program's tile, for 8 warps: two loads of 128 bits per thread in bfloat16."""
@@ -53,8 +54,7 @@ def _gate(y, y8, scales, x12, bias, rows, WIDTH: tl.constexpr, COLUMNS: tl.const
     x2 = tl.load(first + WIDTH, mask=mask, other=0.0).to(tl.float32)
     x1 += tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
     x2 += tl.load(bias + WIDTH + column, mask=column < WIDTH, other=0.0)[None, :]
-    # exp may overflow to infinity: the quotient is then the 0 that it should be
-    value = tl.where(mask, x1 / (1 + tl.exp(-x1)) * x2, 0.0)
+    value = tl.where(mask, gate(x1, x2), 0.0)
     scale = _scale(tl.max(tl.abs(value), axis=1))
     tl.store(scales + row, scale, mask=row < rows)
     tl.store(y + place, value, mask=mask)
@@ -88,9 +88,7 @@ def _gate_backward(
         place += row[:, None] * WIDTH
         x1 = tl.load(x12 + place, mask=mask, other=0.0).to(tl.float32) + bias_1
         x2 = tl.load(x12 + place + WIDTH, mask=mask, other=0.0).to(tl.float32) + bias_2
-        s = 1 / (1 + tl.exp(-x1))
-        dx1 = grad * x2 * s * (1 + x1 * (1 - s))
-        dx2 = grad * x1 * s
+        dx1, dx2 = gate_gradients(grad, x1, x2)
         scale = _scale(tl.max(tl.maximum(tl.abs(dx1), tl.abs(dx2)), axis=1))
         tl.store(scales + row, scale, mask=row < rows)
         tl.store(dx12 + place, dx1, mask=mask)

@@ -95,19 +95,29 @@ def _per_channel(values, image, column, G: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _affine(weight, bias, mean, rstd, image, column, G: tl.constexpr, C: tl.constexpr):
+    """Each channel's mean, rstd, weight and bias."""
+    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
+    b = tl.load(bias + column, mask=column < C, other=0.0)[None, :]
+    return _per_channel(mean, image, column, G, C), _per_channel(rstd, image, column, G, C), w, b
+
+
+@triton.jit
+def _tile(tile, image, rows, end, column, C: tl.constexpr, ROWS: tl.constexpr):
+    """Mask and offsets of an image's rows from `tile` on."""
+    row = tile + tl.arange(0, ROWS)[:, None]
+    return (row < end) & (column < C)[None, :], (image * rows + row) * C + column[None, :]
+
+
+@triton.jit
 def _forward(
     y, x, weight, bias, mean, rstd, rows, chunk, chunks, SILU: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     image, _, begin, end, column = _place(rows, chunk, chunks, C, COLUMNS)
-    center = _per_channel(mean, image, column, G, C)
-    scale = _per_channel(rstd, image, column, G, C)
-    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
-    b = tl.load(bias + column, mask=column < C, other=0.0)[None, :]
+    center, scale, w, b = _affine(weight, bias, mean, rstd, image, column, G, C)
     for tile in range(begin, end, ROWS):
-        row = tile + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & (column < C)[None, :]
-        place = (image * rows + row) * C + column[None, :]
+        mask, place = _tile(tile, image, rows, end, column, C, ROWS)
         z = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - center) * scale * w + b
         if SILU:  # exp may overflow to infinity: the quotient is then the 0 that it should be
             z = z / (1 + tl.exp(-z))
@@ -131,16 +141,11 @@ def _sums(
 ):  # fmt: skip
     """A chunk's sums of dz h and of dz, per channel."""
     image, index, begin, end, column = _place(rows, chunk, chunks, C, COLUMNS)
-    center = _per_channel(mean, image, column, G, C)
-    scale = _per_channel(rstd, image, column, G, C)
-    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
-    b = tl.load(bias + column, mask=column < C, other=0.0)[None, :]
+    center, scale, w, b = _affine(weight, bias, mean, rstd, image, column, G, C)
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
     plain = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(begin, end, ROWS):
-        row = tile + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & (column < C)[None, :]
-        place = (image * rows + row) * C + column[None, :]
+        mask, place = _tile(tile, image, rows, end, column, C, ROWS)
         h = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - center) * scale
         dz = _dz(tl.load(dy + place, mask=mask, other=0.0).to(tl.float32), h, w, b, SILU)
         products += dz * h  # 0 beyond the mask, where dy is
@@ -180,16 +185,11 @@ def _backward(
     C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     image, _, begin, end, column = _place(rows, chunk, chunks, C, COLUMNS)
-    center = _per_channel(mean, image, column, G, C)
-    scale = _per_channel(rstd, image, column, G, C)
+    center, scale, w, b = _affine(weight, bias, mean, rstd, image, column, G, C)
     slopes = _per_channel(slope, image, column, G, C)
     pulls = _per_channel(pull, image, column, G, C)
-    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
-    b = tl.load(bias + column, mask=column < C, other=0.0)[None, :]
     for tile in range(begin, end, ROWS):
-        row = tile + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & (column < C)[None, :]
-        place = (image * rows + row) * C + column[None, :]
+        mask, place = _tile(tile, image, rows, end, column, C, ROWS)
         h = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - center) * scale
         dz = _dz(tl.load(dy + place, mask=mask, other=0.0).to(tl.float32), h, w, b, SILU)
         tl.store(dx + place, scale * (dz * w - pulls - h * slopes), mask=mask)

@@ -39,6 +39,19 @@ def _load_bias(bias, column, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def gate(x1, x2):
+    """silu(x1) * x2. exp may overflow to infinity: the quotient is then the 0 that it should be."""
+    return x1 / (1 + tl.exp(-x1)) * x2
+
+
+@triton.jit
+def gate_gradients(grad, x1, x2):
+    """Those of `gate` for x1 and x2."""
+    s = 1 / (1 + tl.exp(-x1))
+    return grad * x2 * s * (1 + x1 * (1 - s)), grad * x1 * s
+
+
+@triton.jit
 def _forward(y, x12, bias, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     tile, column = _columns(WIDTH, COLUMNS)
     row = _rows(tile, ROWS)
@@ -49,8 +62,7 @@ def _forward(y, x12, bias, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROW
     if bias is not None:
         x1 += _load_bias(bias, column, WIDTH, ROWS)
         x2 += _load_bias(bias + WIDTH, column, WIDTH, ROWS)
-    # exp may overflow to infinity: the quotient is then the 0 that it should be.
-    tl.store(y + row * WIDTH + column, x1 / (1 + tl.exp(-x1)) * x2, mask=mask)
+    tl.store(y + row * WIDTH + column, gate(x1, x2), mask=mask)
 
 
 @triton.jit
@@ -85,9 +97,7 @@ def _backward(
         if bias is not None:
             x1 += bias_1
             x2 += bias_2
-        s = 1 / (1 + tl.exp(-x1))
-        dx1 = grad * x2 * s * (1 + x1 * (1 - s))
-        dx2 = grad * x1 * s
+        dx1, dx2 = gate_gradients(grad, x1, x2)
         tl.store(dx12 + first, dx1, mask=mask)
         tl.store(dx12 + first + WIDTH, dx2, mask=mask)
         if bias is not None:
