@@ -55,8 +55,8 @@ def new_pages():
 
 mapped = [new_pages() for _ in range(4)]
 distributed.device("cpu")
-kept = [new_pages() for _ in range(4)]
-assert min(mapped) >= 32 > 4 * min(kept[1:]), (mapped, kept)  # 32 pages of 2 MB, or 16384 of 4 KB
+kept = [new_pages() for _ in range(32)]  # small blocks may split the first few that come back
+assert min(mapped) >= 32 > 4 * max(kept[-8:]), (mapped, kept)  # 32 pages of 2 MB, or 16384 of 4 KB
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
