@@ -67,6 +67,21 @@ def test_classes_are_sorted_folder_names_and_pixels_follow_the_crop_rule(folder:
         assert np.array_equal(load(dataset, index, seed=0, epoch=0), expected)
 
 
+def test_pictures_of_formats_that_are_not_read_are_counted_and_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.HEIC", "b/2.heic", "b/.3.heic", "c/4.avif", "c/5.Jp2", "c/notes.txt"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic")
+    opened = open_images(ImageDataSpec(str(folder)), SIZE)
+    line = f"{folder} holds pictures of formats that are not read, convert them to JPEG or PNG: 2 HEIC, 1 AVIF, 1 JP2"
+    assert len(opened) == 13 and capsys.readouterr().err.splitlines() == [line]
+    assert "not read" not in capsys.readouterr().err
+    (folder / "a" / "6.jpg").write_bytes(b"\0\0\0\x18ftypheic")  # its name lies
+    bad = open_images(ImageDataSpec(str(folder)), SIZE)
+    index = next(index for index in range(14) if bad.source.describe(index).endswith("6.jpg"))
+    pytest.raises(RunError, decode, bad, Request(index)).match("it is HEIC, or a film; needed: JPEG")
+
+
 @pytest.mark.parametrize("new_world_size", [1, 2, 3])
 def test_resume_in_mid_epoch_continues_exactly_also_with_other_ranks(folder: Path, new_world_size: int) -> None:
     dataset = image_set(folder, crop="random", flip=True)
@@ -146,6 +161,8 @@ def test_unusable_folders_are_named(tmp_path: Path, folder: Path) -> None:
         pytest.raises(UsageError, FolderSource, path).match(rf"'{path}' is no folder; {needed}")
     (tmp_path / "empty").mkdir()
     pytest.raises(UsageError, FolderSource, tmp_path / "empty").match(r"empty holds no images")
+    (tmp_path / "empty" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    pytest.raises(UsageError, FolderSource, tmp_path / "empty").match(r"no images .*JPEG or PNG: 1 HEIC\)")
     (folder / "d").mkdir()
     pytest.raises(UsageError, FolderSource, folder).match(r"class folder d holds no images")
     save_picture(folder / "stray.png", 0)

@@ -102,14 +102,14 @@ def test_harmless_members_are_passed_over(tmp_path: Path) -> None:
 
 def test_shards_without_any_label_are_one_class_and_say_what_they_hold(tmp_path: Path, caplog) -> None:
     write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("0.json", b'{"class_id": 7}'), ("0.txt", b"3"), ("README", b"")])
-    write_tar(tmp_path / "b.tar", [("1.jpg", b"1"), ("1.label", b"3")])
+    write_tar(tmp_path / "b.tar", [("1.jpg", b"1"), ("1.label", b"3"), ("2.heic", b"2"), ("3.HEIC", b"3")])
     for _ in range(2):  # the second time from the index
         source = TarSource(tmp_path)
         assert source.classes == ["all"] and source.labels.tolist() == [0, 0]
+        assert source.unread == {"HEIC": 2}
     (first, second) = caplog.messages
-    assert (
-        first == second and "no labels were found" in first and "lie .json .label .txt; store labels as .cls" in first
-    )
+    assert first == second and "no labels were found" in first
+    assert "lie .heic .json .label .txt; store labels as .cls" in first
     caplog.clear()
     assert TarSource(write_tar(tmp_path / "c.tar", samples(0, 3))).labels.tolist() == [0, 1, 2] and not caplog.messages
 

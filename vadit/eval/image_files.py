@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vadit.images.formats import EXTENSIONS
+from vadit.images.formats import EXTENSIONS, OTHER_EXTENSIONS
 from vadit.images.pixels import read_png
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.npz_files import Npz
 from vadit.runtime.walk import walk
 
 # Left out in silence, they would leave the scores of a part of a set.
-_OTHER_PICTURES = (*(ending for ending in EXTENSIONS if ending != ".png"), ".avif")
+_OTHER_PICTURES = (*(ending for ending in EXTENSIONS if ending != ".png"), *OTHER_EXTENSIONS)
 
 MAX_SIDE, MAX_IMAGES = 8192, 10_000_000
 MAX_BATCH_BYTES = 128 << 20

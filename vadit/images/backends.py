@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from vadit.config import ImageDataSpec
+from vadit.images.formats import describe_unread
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
 from vadit.images.pillow import decode, pillow_decoder
 from vadit.images.sources.beton import BetonSource
@@ -14,6 +15,7 @@ from vadit.images.sources.folders import DebugSource, FolderSource
 from vadit.images.sources.page_order import PageOrder
 from vadit.images.sources.tar import TarSource
 from vadit.runtime.choices import Choice
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.stream import PositionedLoader, debug_count
 from vadit.runtime.walk import visible
@@ -25,8 +27,14 @@ TRIAL_ERROR = 4.0
 
 
 def open_images(spec: ImageDataSpec, size: int) -> ImageSet:
-    """The images that the settings name; `size` is the side in pixels that the network needs."""
-    return ImageSet(_open_source(spec, size), size, spec.crop, spec.flip, spec.on_error, spec.max_bad_share)
+    """The images that the settings name; `size` is the side in pixels that the network needs.
+
+    Of pictures that are left out by their format a line is printed.
+    """
+    source = _open_source(spec, size)
+    if unread := describe_unread(getattr(source, "unread", {})):
+        note_once(f"{source.name} holds {unread}")
+    return ImageSet(source, size, spec.crop, spec.flip, spec.on_error, spec.max_bad_share)
 
 
 def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:

@@ -5,6 +5,7 @@ Pillow on its own opens forty formats, and starts another program (Ghostscript) 
 
 import contextlib
 import io
+from collections.abc import Mapping
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,6 +13,11 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+OTHER_EXTENSIONS = (
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".tga", ".psd", ".svg", ".exr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
+"""Of pictures that are not read here, whatever is installed; they are counted, and named where pictures are opened."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow is asked to read, by the content, whatever a file is called."""
 MAX_PIXELS = 2 * (1 << 30) // 12  # of a picture, as Pillow's own limit: 0.5 GB of RGB
@@ -42,6 +48,13 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise NoPicture(f"it is {_kind(data)}; needed: {', '.join(FORMATS)}") from None
 
 
+def describe_unread(unread: Mapping[str, int]) -> str:
+    """How many pictures are left out by their formats ({"HEIC": 12}), the most frequent first; empty where none is."""
+    counts = sorted(unread.items(), key=lambda each: (-each[1], each[0]))
+    kinds = ", ".join(f"{count:,} {name}" for name, count in counts)
+    return f"pictures of formats that are not read, convert them to JPEG or PNG: {kinds}" if counts else ""
+
+
 def reason(error: Exception) -> str:
     """Why a picture cannot be had, by the error of `open_image`."""
     return str(error) if isinstance(error, NoPicture) else f"{type(error).__name__}: {error}"
@@ -54,4 +67,6 @@ def _kind(data: bytes) -> str:
         with contextlib.suppress(Exception):  # some look further than a short file goes
             if accepts is not None and accepts(data[:16]):
                 return f"a damaged {name}" if name in FORMATS else name
+    if data[4:8] == b"ftyp":
+        return "HEIC, or a film"
     return next((name for start, name in _OTHERS.items() if data[: max(len(start), 1)] == start), "no known picture")

@@ -2,18 +2,19 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from vadit.images.formats import EXTENSIONS
+from vadit.images.formats import EXTENSIONS, OTHER_EXTENSIONS, describe_unread
 from vadit.images.sources.labels import GIVE_LABELS, LabelsFile
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.runtime.reading import read_file, readable
-from vadit.runtime.walk import walk
+from vadit.runtime.walk import Tree, walk
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class FolderSource:
 
     `.paths` are the files, sorted by class and name. With `labels_file` (see `LabelsFile`) the order is that of its
     lines, of names relative to the folder. One without its image is an error, or read in vain (on_error="skip").
+    `.unread`: as `walk_pictures` counts.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class FolderSource:
         root = Path(path)
         if not self.name or not root.is_dir():
             raise UsageError(f"{self.name!r} is no folder; {SET_FOLDER} to a folder of images")
+        tree, self.unread = walk_pictures(root)
         if labels_file is None:
-            self.classes, self.paths, labels = _scan(root)
+            self.classes, self.paths, labels = _scan(root, tree, describe_unread(self.unread))
         else:
-            self.classes, self.paths, labels = _read_labels(root, Path(labels_file), all_needed=on_error == "raise")
+            there = set(tree.files())
+            self.classes, self.paths, labels = _read_labels(root, there, Path(labels_file), on_error == "raise")
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -81,8 +85,18 @@ def ppm(width: int, height: int, pixels: bytes) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + pixels
 
 
-def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
-    tree = walk(root, EXTENSIONS)
+def walk_pictures(root: Path) -> tuple[Tree, Counter[str]]:
+    """The pictures below a folder that are read, and how many are not, by their endings: {"HEIC": 12, "AVIF": 2}."""
+    tree, unread = walk(root, EXTENSIONS + OTHER_EXTENSIONS), Counter[str]()
+    for folder, names in tree.folders.items():
+        others = [name for name in names if name.lower().endswith(OTHER_EXTENSIONS)]
+        unread.update(name.rpartition(".")[2].upper() for name in others)
+        tree.folders[folder] = sorted(set(names).difference(others)) if others else names
+    return tree, unread
+
+
+def _scan(root: Path, tree: Tree, unread: str) -> tuple[list[str], list[str], list[int]]:
+    unread = unread and f" ({unread})"
     by_class: dict[str, list[str]] = {}
     for folder, names in tree.folders.items():
         by_class.setdefault(folder.partition("/")[0], []).extend(os.path.join(root, folder, name) for name in names)
@@ -92,7 +106,8 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
             raise UsageError(f"{root}: the class folder {link} is a link to {place}, which is read already; remove it")
     if not any(by_class.values()):
         if not flat:
-            raise UsageError(f"{root} holds no images ({' '.join(EXTENSIONS)}); {SET_FOLDER} to a folder of images")
+            endings = " ".join(EXTENSIONS)
+            raise UsageError(f"{root} holds no images ({endings}){unread}; {SET_FOLDER} to a folder of images")
         return ["all"], sorted(flat), [0] * len(flat)
     if flat:
         raise UsageError(
@@ -101,7 +116,7 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int]]:
         )
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
-        raise UsageError(f"{root}: the class folder {min(empty)} holds no images; remove it, or fill it")
+        raise UsageError(f"{root}: the class folder {min(empty)} holds no images{unread}; remove it, or fill it")
     classes = in_order(by_class)
     paths = [path for name in classes for path in sorted(by_class[name])]
     return classes, paths, [label for label, name in enumerate(classes) for _ in by_class[name]]
@@ -113,8 +128,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numeric else (0, name))
 
 
-def _read_labels(root: Path, file: Path, *, all_needed: bool) -> tuple[list[str], list[str], list[int]]:
-    there = set(walk(root, EXTENSIONS).files())
+def _read_labels(root: Path, there: set[str], file: Path, all_needed: bool) -> tuple[list[str], list[str], list[int]]:
     listed = LabelsFile(file, lambda name: name.lower().endswith(EXTENSIONS) or os.path.isfile(root / name))
     paths = {name: os.path.join(root, name) for name in listed.lines}
     absent = {name for name, path in paths.items() if name not in there and not os.path.exists(path)}

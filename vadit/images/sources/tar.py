@@ -6,6 +6,7 @@ Shards of samples KEY.jpg + KEY.cls (or KEY.json with "label" or "cls"), which n
 import logging
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vadit.images.formats import OTHER_EXTENSIONS
 from vadit.images.sources.folders import SET_FOLDER
 from vadit.images.sources.tar_index import IMAGE_EXTENSIONS, NO_LABEL, Damaged, members, shard_index, stamp_of, text
 from vadit.runtime.errors import RunError, UsageError
@@ -56,7 +58,9 @@ class TarSource:
                 f"{self.name} holds no images ({len(self._shards)} shards; images end in "
                 f"{' '.join(sorted(IMAGE_EXTENSIONS))}); {SET_FOLDER} to shards of images"
             )
-        self.classes = self._label(sorted({other for index in indices for other in index.others}))
+        others = sum((Counter(index.others) for index in indices), Counter[str]())
+        self.unread = {end[1:].upper(): others[end] for end in others if end in OTHER_EXTENSIONS}
+        self.classes = self._label(sorted(others))
         self.labels: Tensor = torch.from_numpy(self._records["label"].astype(np.int64))
         if self.bad_files:
             names = "; ".join(f"{place} {why}" for place, why in list(self.bad_files.items())[:10])

@@ -54,7 +54,7 @@ class ShardIndex:
 
     records: np.ndarray
     bad: dict[str, str] = field(default_factory=dict)  # sample (or "from byte N on") -> why
-    others: list[str] = field(default_factory=list)  # extensions of members that are neither images nor labels, sorted
+    others: dict[str, int] = field(default_factory=dict)  # members that are neither images nor labels, by extension
     stamp: list[int] = field(default_factory=list)  # size and time of change of the shard that this is the index of
 
 
@@ -110,7 +110,7 @@ def _load(path: Path, stamp: list[int]) -> ShardIndex | None:
             return None
         records = kept.array("records", (None,), "V").astype(RECORD, casting="no")
         bad = parse_json(str(kept.array("bad", (), "U")), dict[str, str], str(path))
-        others = parse_json(str(kept.array("others", (), "U")), list[str], str(path))
+        others = parse_json(str(kept.array("others", (), "U")), dict[str, int], str(path))
     except (RunError, UsageError, TypeError):  # there is none, or it is damaged
         return None
     header, start, size, label = (records[name] for name in ("header", "start", "size", "label"))
@@ -127,7 +127,7 @@ def walk(file: BinaryIO) -> ShardIndex:
     kinds (.txt, .npy), what is hidden, and texts without an image.
     """
     samples: dict[str, list[tuple[str, Member]]] = {}
-    others: set[str] = set()
+    others: dict[str, int] = {}
     bad: dict[str, str] = {}
     try:
         for member in members(file):
@@ -139,8 +139,9 @@ def walk(file: BinaryIO) -> ShardIndex:
             is_read = extension.rpartition(".")[2] in IMAGE_EXTENSIONS | {"cls"}
             if is_read or extension == "json":
                 samples.setdefault(folder + slash + stem, []).append((extension, member))
-            if extension and not is_read and len(others) < MAX_OTHERS:
-                others.add(text(f".{extension}"))
+            ending = text(f".{extension}")
+            if extension and not is_read and (ending in others or len(others) < MAX_OTHERS):
+                others[ending] = others.get(ending, 0) + 1
     except Damaged as error:
         bad[f"from byte {error.position} on"] = str(error)
     rows: list[tuple[int, int, int, int]] = []
@@ -149,7 +150,7 @@ def walk(file: BinaryIO) -> ShardIndex:
             rows += _record(found, file.fileno())
         except ValueError as error:
             bad[text(key)] = str(error)
-    return ShardIndex(np.array(sorted(rows), RECORD), bad, sorted(others))
+    return ShardIndex(np.array(sorted(rows), RECORD), bad, dict(sorted(others.items())))
 
 
 def _record(found: list[tuple[str, Member]], descriptor: int) -> list[tuple[int, int, int, int]]:
