@@ -110,14 +110,6 @@ def built(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def compile_parts(parts: list[Any]) -> None:
-    """As `vadit.train.engine.Engine` does."""
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 2 * len(parts))
-    for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
-
-
 Step = tuple[Callable[[], object], list[Any]]
 """A step, and the engines that it goes through."""
 
@@ -127,11 +119,12 @@ def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
     from vadit.models.repa import training_network
     from vadit.train import float8
     from vadit.train.dit import train_step
+    from vadit.train.engine import compile_each
 
     model = built(lambda: training_network(config).train())
     engine: Any = StandIn(gpu, model, config, "", model.forward_features)
     if config.engine.compile:
-        compile_parts(model.compiled_blocks)
+        compile_each(model.compiled_blocks)
     spec, images = config.model, config.run.batch_size
     with mock.patch.object(float8, "_try_out", lambda *_: None):  # it compares numbers, and there are none
         rows = images * (spec.input_size // spec.patch_size) ** 2
@@ -145,11 +138,11 @@ def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
 def train_tokenizer(gpu: VirtualGPU, config: TokenizerConfig) -> Step:
     """A step of vadit.train.tokenizer with its discriminator, without the optimizers. Frozen networks lack weights."""
     from vadit.models.aligned import AlignedAutoencoder
-    from vadit.models.autoencoder import AttentionBlock, ResBlock
     from vadit.models.discriminator import PatchDiscriminator
     from vadit.models.foundation import FoundationModel
     from vadit.models.lpips import LPIPS
     from vadit.train import tokenizer
+    from vadit.train.engine import compile_each
 
     spec, loss = config.autoencoder, config.loss
     random = dataclasses.replace(config.foundation, weights="random")
@@ -164,8 +157,7 @@ def train_tokenizer(gpu: VirtualGPU, config: TokenizerConfig) -> Step:
         module.register_forward_pre_hook(lambda *_, phase=phase: setattr(gpu, "phase", phase))
     engines = [StandIn(gpu, model, config, "autoencoder "), StandIn(gpu, critic, config, "discriminator ")]
     if config.engine.compile:
-        compile_parts([part for part in model.modules() if isinstance(part, (ResBlock, AttentionBlock))])
-    torch._functorch.config.donated_buffer = False  # as the trainer does
+        compile_each(tokenizer.frozen_parts(foundation, lpips))
     networks: Any = tokenizer.Networks(engines[0], engines[1], foundation, lpips)
     images = torch.empty(
         config.run.batch_size, spec.in_channels, *[spec.image_size] * 2, dtype=torch.uint8, device="cuda"
@@ -179,11 +171,12 @@ def sample_step(config: DiTConfig, guided: bool, precision: Any) -> Step:
     """A step of Euler's method on a batch of samples, as vadit.sampling draws them."""
     from vadit.models.repa import training_network
     from vadit.sampling.solvers import sample_ode
+    from vadit.train.engine import compile_each
 
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = on_device(built(lambda: training_network(config).eval()), dtype)
     if config.engine.compile:
-        compile_parts(model.compiled_blocks)
+        compile_each(model.compiled_blocks)
     spec, images = config.model, config.run.batch_size
     noise = torch.empty(images, spec.in_channels, spec.input_size, spec.input_size, device="cuda")
     labels = torch.empty(images, dtype=torch.long, device="cuda")

@@ -103,7 +103,6 @@ DIT_CLASHES: dict[str, Any] = {
 TOKENIZER_CLASHES: dict[str, Any] = {
     "leave out --engine.float8": FLOAT8,
     "leave out --engine.attention": {"engine.attention": "flash"},
-    "set --engine.zero-stage 2": {"engine.compile": True, "engine.zero_stage": 3},
     "set --loss.vf-weight 0, or --foundation.name dinov2": {"foundation.name": "none"},
     "autoencoder.in_channels is 1; images to train on have 3": {"autoencoder.in_channels": 1},
     "loss.disc_layers is 7, which leaves nothing of autoencoder.image_size 256": {"loss.disc_layers": 7},
@@ -137,7 +136,7 @@ def test_settings_that_clash_are_refused_with_what_to_set(base: str, words: str)
         ("dit", {"engine.offload_weights": True}, 1, "cuda", (3, True)),
         ("dit", {"optimizer.kind": "muon"}, 4, "cpu", (0, False)),
         ("mdt", {"engine.zero_stage": 3}, 4, "cuda", (3, False)),
-        ("tokenizer", {}, 1, "cuda", (0, False)),
+        ("tokenizer", {}, 1, "cuda", (0, True)),
     ],
     ids=str,
 )
@@ -164,7 +163,7 @@ def test_bf16_unsharded_is_for_one_process() -> None:
         ("dit", {"repa.weight": 0.5, "repa.block": 28}),
         ("dit", {"repa.weight": 0.0, "repa.block": 99}),
         ("dit", {"model.num_heads": 64, "model.rope": False}),
-        ("tokenizer", {"engine.compile": True, "engine.zero_stage": 2}),
+        ("tokenizer", {"engine.compile": True, "engine.zero_stage": 3}),
         ("tokenizer", {"loss.vf_weight": 0.0, "foundation.name": "none"}),
         ("maskdit", {"mask.unmasked_after_images": 0}),
         ("mdt", {"mask.decoder_depth": 27}),

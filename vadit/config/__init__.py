@@ -80,11 +80,6 @@ class TokenizerConfig:
         for name in ("float8", "attention"):
             if (value := getattr(self.engine, name)) != getattr(EngineSpec, name):
                 raise UsageError(f"engine.{name} is {value}, which is for generators; leave out --engine.{name}")
-        if self.engine.compile is True and self.engine.zero_stage == 3:
-            raise UsageError(
-                "engine.compile at engine.zero_stage 3 is a generator's: the adaptive weights pass the tokenizer's "
-                "blocks twice, which compiled blocks cannot share with ZeRO 3; set --engine.zero-stage 2"
-            )
         if self.loss.vf_weight > 0 and self.foundation.name == "none":
             raise UsageError(
                 f"loss.vf_weight is {self.loss.vf_weight} but foundation.name is none; set --loss.vf-weight 0, or "
@@ -165,7 +160,7 @@ def settled(config: C, *, processes: int, device: str) -> C:
         )
     if compiled == "auto":
         refused = isinstance(config, DiTConfig) and config.mask.kind == "mdt" and stage == 3
-        compiled = device == "cuda" and isinstance(config, DiTConfig) and not refused
+        compiled = device == "cuda" and not refused
     return vary(config, engine={"zero_stage": stage, "compile": compiled})
 
 

@@ -55,7 +55,7 @@ class EngineSpec(Checked, group="engine"):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["auto", True, False] = "auto"
-    """torch.compile each block (True, False); auto: a generator's on GPUs."""
+    """torch.compile a generator's blocks, or a tokenizer's LPIPS and foundation model (True, False); auto: on GPUs."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3"] = "auto"
     """The generator's attention: one of torch's kernels, the flash-attn package, or auto (by GPU and head width)."""
     float8: Literal["fused", "rowwise", "tensorwise"] | None = None

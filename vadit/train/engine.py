@@ -131,6 +131,15 @@ def communication_backend() -> Any:
     return comm.cdb
 
 
+def compile_each(parts: Sequence[nn.Module]) -> None:
+    """torch.compile every part by itself, for the shapes that it meets."""
+    # Parts of one class share their graphs by shape, and past this number of graphs would run uncompiled.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(parts))
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
+
+
 class Engine:
     """A network under DeepSpeed: call it, then `backward(loss)`, then `step()`.
 
@@ -159,11 +168,7 @@ class Engine:
         if spec.compile is True and blocks:
             if spec.zero_stage == 3:  # weights of a block come and go together: no hooks inside it, to cut its graph
                 deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in blocks}))
-            # Blocks of one class share their graphs by shape, and past this number of graphs would run uncompiled.
-            limits = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
-            for block in blocks:
-                block.forward = torch.compile(block.forward, dynamic=False)
+            compile_each(blocks)
         self.spec, self.device = spec, device
         self.module = module.to(device)  # the network itself: calling it goes round DeepSpeed's hooks
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -19,7 +19,6 @@ from vadit.images.backends import SETTING, open_images, open_loader
 from vadit.images.loader import describe_classes
 from vadit.images.pixels import to_signed
 from vadit.models.aligned import AlignedAutoencoder
-from vadit.models.autoencoder import AttentionBlock, ResBlock
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
@@ -29,7 +28,7 @@ from vadit.runtime.console import note_once
 from vadit.train import loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine, start
+from vadit.train.engine import Engine, compile_each, start
 from vadit.train.evaluation import Reconstructions
 from vadit.train.guard import Guard
 from vadit.train.watchdog import Watchdog
@@ -124,9 +123,8 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
         runs.initialise(model, config.run.init_from)
         if discriminator is not None:
             runs.initialise_discriminator(discriminator, config.run.init_from)
-
-    # An adaptive weight differentiates the decoder once more: no graph may overwrite what its first pass has kept.
-    torch._functorch.config.donated_buffer = False
+    if config.engine.compile is True:
+        compile_each(frozen_parts(foundation, perceptual))
 
     def engine(module: nn.Module) -> Engine:
         return Engine(
@@ -135,10 +133,19 @@ def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Netwo
             spec=config.engine,
             global_batch=config.run.batch_size,
             device=device,
-            blocks=[part for part in module.modules() if isinstance(part, (ResBlock, AttentionBlock))],
         )
 
     return Networks(engine(model), None if discriminator is None else engine(discriminator), foundation, perceptual)
+
+
+def frozen_parts(foundation: FoundationModel | None, perceptual: LPIPS | None) -> list[nn.Module]:
+    """What engine.compile compiles: LPIPS and the foundation model's blocks, whose elementwise work fuses.
+
+    The networks that train lose by it: their norms are fused ops already, and compiled graphs would redo convolutions
+    for the adaptive weights (modelled: benchmarks/bench_cost.py).
+    """
+    blocks = getattr(foundation and foundation.model, "blocks", ())
+    return [*([] if perceptual is None else [perceptual]), *blocks]
 
 
 class _Discriminator(nn.Module):
