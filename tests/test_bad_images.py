@@ -221,6 +221,11 @@ def test_skip_has_a_limit(tmp_path: Path, loader: str) -> None:
     with pytest.raises(RunError, match=r"4 of 12 images .* more than data.max_bad_share .*cut-middle") as caught:
         list(ImageLoader(images, 4, decoder=decoder_of(loader, images)))
     assert all(BAD[kind][0] in str(caught.value) for kind in SOME_BAD)
+    os.unlink(root / BAD[SOME_BAD[0]][0])
+    for share, fine in ((0.01, True), (0.0, False)):  # three are tolerated, but not where none is to be
+        images = image_set(root, on_error="skip", max_bad_share=share)
+        with contextlib.nullcontext() if fine else pytest.raises(RunError, match=r"1 of 11 images"):
+            assert len(ids_of(list(ImageLoader(images, 4, decoder=decoder_of(loader, images))))) == 11
 
 
 @pytest.mark.parametrize("loader", DECODERS)

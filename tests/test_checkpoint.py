@@ -6,6 +6,7 @@ Small networks (`checkpoint_worker.py`) write and read on one process, which is 
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,11 +18,12 @@ import pytest
 import torch
 from checkpoint_worker import SHARE, assert_same_end, flip, log, names, printed
 from guard_help import counted
+from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_folder, write_images
 from launched import run_ranks
 from safetensors.torch import load_file
 from training_plain import BATCH, tiny_dit, tiny_tokenizer
 
-from vadit.config import OptimizerSpec
+from vadit.config import OptimizerSpec, StageSpec, vary
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.train import dit, loop, runs, tokenizer
@@ -173,15 +175,66 @@ def test_what_interrupted_saves_left_is_cleared_up(folder: Path) -> None:
     assert not (folder / "step-00000004" / "junk").exists()
 
 
-def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    dit.train(tiny_dit(tmp_path, steps=1))
-    with pytest.raises(UsageError, match=r"engine\.precision 'fp32', this command says 'bf16'; set it as it was"):
-        dit.train(tiny_dit(tmp_path, steps=1, precision="bf16"))
-    with pytest.raises(UsageError, match=r"run\.seed \d+, this command says 77"):
-        dit.train(tiny_dit(tmp_path, steps=1, run={"seed": 77}))
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file with its bytes and its time, and every folder."""
+    return {
+        str(path): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
+    moments_folder(tmp_path / "latents")
+    reference_folder(tmp_path / "more")
+    run, shape = tmp_path / "run", {"in_channels": CHANNELS, "input_size": SIDE, "num_classes": CLASSES}
+
+    def train(data: str = "latents", steps: int = 1, evaluation: dict[str, Any] | None = None, **settings: Any) -> None:
+        config = tiny_dit(run, steps=steps, **settings)
+        dit.train(vary(config, model=shape, data={"path": str(tmp_path / data)}, evaluation=evaluation or {}))
+
+    train()
+    before = contents(run)
+    nowhere = {"every_images": BATCH, "tokenizer": str(tmp_path / "nowhere")}
+    for words, settings in (
+        (r"engine\.precision 'fp32', this command says 'bf16'; set it as it was", {"precision": "bf16"}),
+        (r"run\.seed \d+, this command says 77", {"run": {"seed": 77}}),
+        (r"counts 6 samples but the data set has 13; .*--run\.init-from with this run", {"data": "more"}),
+        (r"nowhere does not exist", {"data": "nowhere"}),
+        (r"nowhere is no run folder", {"evaluation": nowhere, "steps": 2}),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train(**settings)
+        assert contents(run) == before
     # What only says when to tell and keep, or how the work is spread, may change.
-    dit.train(tiny_dit(tmp_path, steps=1, run={"log_every_images": 100, "keep_checkpoints": 7}))
-    dit.train(tiny_dit(tmp_path, steps=1, zero_stage=3))
+    train(run={"log_every_images": 100, "keep_checkpoints": 7})
+    train(zero_stage=3)
+    assert '"zero_stage": 3' in (run / "config.json").read_text()
+    (manifest,) = run.glob("checkpoints/*/manifest.json")
+    manifest.write_text("{}")
+    before = contents(run)
+    pytest.raises(RunError, train).match("none of the 1 checkpoints")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_refused_resume_of_a_tokenizer_changes_nothing(staged: bool, tmp_path: Path) -> None:
+    images, run = write_images(tmp_path / "images"), tmp_path / "run"
+    stages = (StageSpec(BATCH), StageSpec(BATCH)) if staged else ()
+
+    def train(**data: Any) -> None:
+        config = tiny_tokenizer(run, steps=2 if staged else 1)
+        tokenizer.train(vary(config, data={"path": images.source.name, "loader": "torch", **data}, stages=stages))
+
+    train()
+    before = contents(run)
+    pytest.raises(UsageError, train, crop="center").match("data.crop 'random'")
+    shutil.copy(images.source.describe(0), tmp_path / "images" / "class0" / "more.png")
+    pytest.raises(UsageError, train).match(r"counts 11 samples but the data set has 12; .*--run\.init-from")
+    assert contents(run) == before
+    (tmp_path / "images" / "class0" / "more.png").write_bytes(b"")
+    os.unlink(images.source.describe(1))
+    train(on_error="skip", max_bad_share=0.5)  # how bad images are met may change
+    assert '"on_error": "skip"' in (run / "config.json").read_text()
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

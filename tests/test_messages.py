@@ -34,6 +34,7 @@ from vadit.recipes import get_recipe
 from vadit.runtime import console
 from vadit.runtime.errors import RunError, UsageError
 from vadit.train import runs
+from vadit.train.checkpoint import publish
 
 PACKAGE = Path(vadit.__file__).parent
 ROOT = PACKAGE.parent
@@ -159,9 +160,9 @@ def test_every_flag_and_file_that_a_document_names_is_there(document: Path) -> N
 
 def test_runs_of_another_kind_and_files_of_the_authors_are_told(tmp_path: Path, monkeypatch) -> None:
     save_config(get_recipe("vavae-f16d32-dinov2"), tmp_path / "config.json")
-    monkeypatch.setattr(runs, "has_checkpoint", lambda folder: True)
+    monkeypatch.setattr(publish, "newest", lambda folder, hashes: folder)
     with pytest.raises(UsageError, match=r"kind tokenizer.* --run\.out"):
-        runs.open_folder(vary(get_recipe("lightningdit-b"), run={"out": str(tmp_path)}))
+        runs.check_folder(vary(get_recipe("lightningdit-b"), run={"out": str(tmp_path)}), 1)
     torch.save({"ema": {}}, tmp_path / "theirs.pt")
     with pytest.raises(UsageError, match=r"is a file of \.pt; needed: a run, .* `vadit import .*theirs\.pt --out"):
         runs.initialise(torch.nn.Linear(1, 1), str(tmp_path / "theirs.pt"))

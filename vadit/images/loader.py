@@ -28,6 +28,9 @@ from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, split_epoch
 
 logger = logging.getLogger(__name__)
 
+FEW_BAD = 3
+"""Bad images that are always tolerated where any are: a share means nothing in a small set."""
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -115,7 +118,7 @@ class ImageSet:
         if self.on_error == "raise" or isinstance(error, ReadFault):
             raise error
         self.bad.setdefault(index, error)
-        if len(self.bad) > self.max_bad_share * len(self):
+        if len(self.bad) > most_bad(self.max_bad_share, len(self)):
             raise RunError(
                 f"{len(self.bad)} of {len(self)} images of {self.source.name} do not decode, more than "
                 f"data.max_bad_share {self.max_bad_share:g} allows: {self._bad_names()}; replace them, or raise "
@@ -129,6 +132,11 @@ class ImageSet:
 
     def _bad_names(self) -> str:
         return ", ".join(self.source.describe(index) for index in sorted(self.bad)[:10])
+
+
+def most_bad(share: float, num_images: int) -> float:
+    """How many bad images a share above 0 allows: FEW_BAD at least."""
+    return max(share * num_images, FEW_BAD if share > 0 else 0)
 
 
 def describe_classes(classes: Sequence[str], labels: Tensor) -> str:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from vadit.config import ImageDataSpec
 from vadit.images.backends import open_images
 from vadit.images.formats import open_image, reason
-from vadit.images.loader import ImageSource
+from vadit.images.loader import ImageSource, most_bad
 from vadit.images.sources.beton import BetonFile, BetonSource, EncodedImage
 from vadit.images.sources.beton_writer import GOES_ON, PAGE_SIZE, BetonWriter, encode_image
 from vadit.images.transforms import plan_crop, scale, to_rgb
@@ -108,7 +108,7 @@ def prepare_images(
         left_out = {source.describe(int(index)): why for index, why in bad.items()}
         left_out |= getattr(source, "bad_files", {})  # what the shards of a source could not give
         bad_file = _list_bad(out, left_out)
-        if len(left_out) > spec.max_bad_share * len(source):
+        if len(left_out) > most_bad(spec.max_bad_share, len(source)):
             raise RunError(
                 f"{len(left_out)} of {len(source)} images are bad, more than max_bad_share {spec.max_bad_share:g} "
                 f"allows; see {bad_file}, then replace them and begin anew without {out}, or set --max-bad-share"

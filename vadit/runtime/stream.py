@@ -55,6 +55,18 @@ class _Saved:
     num_samples: Count | None = None
 
 
+def check_position(state: dict[str, Any], num_samples: int) -> _Saved:
+    """A loader's saved state; UsageError where it is of another number of samples than there are now."""
+    saved = checked(_Saved, state, "the loader's state in the checkpoint", remedy="take another checkpoint")
+    if saved.num_samples not in (None, num_samples):
+        raise UsageError(
+            f"the saved position counts {saved.num_samples} samples but the data set has {num_samples}; set data.path "
+            "to the data of the first part of the run, or start from its weights: --run.init-from with this run "
+            "folder, and another --run.out"
+        )
+    return saved
+
+
 class PositionedLoader(ABC, Generic[Batch]):
     """A loader with an exact position; subclasses say how the samples at some positions become a batch.
 
@@ -92,12 +104,7 @@ class PositionedLoader(ABC, Generic[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; iterators that are already running follow with their next batch."""
-        saved = checked(_Saved, state, "the loader's state in the checkpoint", remedy="take another checkpoint")
-        if saved.num_samples not in (None, self.num_samples):
-            raise UsageError(
-                f"the saved position counts {saved.num_samples} samples but the data set has {self.num_samples}; "
-                "set data.path to the data of the first part of the run, or start a new run folder"
-            )
+        saved = check_position(state, self.num_samples)
         self.seed, self.images_seen = saved.seed, saved.images_seen
 
     def ids_between(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[int]:

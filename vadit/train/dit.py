@@ -12,7 +12,7 @@ from vadit.images.loader import describe_classes
 from vadit.images.online import open_online_images
 from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
-from vadit.latents.dataset import open_latents
+from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
 from vadit.latents.loader import LatentLoader
 from vadit.models import attention
 from vadit.models.dit import Attention, DiTOutput, LightningDiT
@@ -38,18 +38,18 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
     steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
-    with runs.owned_folder(config):
-        return _train(config, title)
-
-
-def _train(config: DiTConfig, title: str) -> Path:
-    device = distributed.device(config.run.device)
-    batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     dataset = open_latents(config.data, config.model, config.repa)
+    runs.check_folder(config, len(dataset))
+    with runs.owned_folder(config):
+        return _train(config, dataset, title)
+
+
+def _train(config: DiTConfig, dataset: LatentDataset | DebugLatents, title: str) -> Path:
+    device, folder, asked = distributed.device(config.run.device), Path(config.run.out), config
+    batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     if config.repa.weight > 0 and config.repa.features == "online":
         grid = config.model.input_size // config.model.patch_size
         dataset.companion = open_online_images(config.data, dataset, grid, device)
-    folder = runs.open_folder(config)
     config, automatic = runs.settle(config, device)
     if distributed.is_main():
         classes = [str(label) for label in range(dataset.num_classes)]
@@ -74,7 +74,7 @@ def _train(config: DiTConfig, title: str) -> Path:
         forward=model.forward_features,
     )
     engines = {"model": engine}
-    runs.save_choices(folder, engines, [*chosen, *automatic, engine.optimizer, *choices.kernels(device)])
+    chosen += [*automatic, engine.optimizer, *choices.kernels(device)]
     loader = LatentLoader(
         dataset,
         batch_size,
@@ -94,6 +94,7 @@ def _train(config: DiTConfig, title: str) -> Path:
         guard=guard,
         loader=loader,
         step=lambda batches, position: train_step(engine, ema, guard, config, batches, position, features),
+        save_start=lambda: runs.save_start([asked], engines, chosen),
         evaluation=evaluation,
     )
     loop.run(task, config=config)

@@ -36,6 +36,8 @@ class Task:
     loader: PositionedLoader[Any]
     step: Callable[[Iterator[Any], Position], dict[str, torch.Tensor]]
     """Take batches, step through the guard; returns the terms of the loss as scalars on the device."""
+    save_start: Callable[[], None]
+    """Write what the run folder says of this start, which nothing refuses any more. Collective."""
     evaluation: Evaluation | None = None
 
     @property
@@ -111,6 +113,8 @@ class _Run:
             self.position, loader_state, guard_state = restored
             task.loader.load_state_dict(loader_state)
             task.guard.load_state_dict(guard_state)
+        task.save_start()
+        self.checkpoints.read_config()
         self.before = self.position.images_seen  # images at the start of the step
         overlaps = self.device.type == "cuda" and task.engine.spec.overlap_comm and distributed.world_size() > 1
         self.tracker = Tracker(

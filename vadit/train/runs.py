@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.runtime.safetensors_file import load_tensors
+from vadit.runtime.stream import check_position
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
@@ -36,29 +37,30 @@ _FREE = {
 }
 # How the work is spread over processes, and rounding that only GPUs have: a checkpoint serves all of it.
 _FREE_ENGINE = ("tf32", "zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
-_FREE_DATA = ("path", "images", "num_workers")
+_FREE_DATA = ("path", "images", "num_workers", "on_error", "max_bad_share")
 _PROJECTION = ("linear_proj.", "projector.")
 
 
 C = TypeVar("C", bound=Config)
 
 
-def open_folder(config: TokenizerConfig | DiTConfig) -> Path:
-    """Make the run folder, or check that the one there belongs to the same config, but for what may change.
+def check_folder(config: TokenizerConfig | DiTConfig, num_samples: int) -> None:
+    """Check that what the run folder holds is of the same config and as many samples, but for what may change.
 
-    Where nothing was saved yet there is nothing to continue, and the new config takes the old one's place.
+    Nothing is written: `save_start` does that once nothing refuses the start any more. Where nothing was saved yet
+    there is nothing to continue, and the new config takes the old one's place.
     """
-    folder = Path(config.run.out)
-    if has_checkpoint(final_folder(folder)) and (before := _before(config)) is not None:
+    folder, now = Path(config.run.out), _fixed(config)
+    if (newest := publish.newest(final_folder(folder) / "checkpoints", hashes=False)) is None:
+        return
+    if (before := _before(config)) is not None:
         if before.kind != config.kind:
             raise UsageError(
                 f"{folder} holds a run of kind {before.kind}, this one is {config.kind}; set another --run.out"
             )
         remedy = "set it as it was to continue it, or another --run.out"
-        refuse_other_settings(folder, "a run", _fixed(before), _fixed(config), remedy)
-    if distributed.is_main():
-        save_config(config, folder / "config.json")
-    return folder
+        refuse_other_settings(folder, "a run", _fixed(before), now, remedy)
+    check_position(publish.read_state(newest).loader, num_samples)
 
 
 def _before(config: TokenizerConfig | DiTConfig) -> TokenizerConfig | DiTConfig | None:
@@ -137,17 +139,20 @@ def settle(config: C, device: torch.device) -> tuple[C, list[Choice]]:
     return found, taken
 
 
-def save_choices(folder: Path, engines: dict[str, Engine], chosen: list[Choice]) -> None:
-    """Keep DeepSpeed's own config of each network and what was chosen. Collective.
+def save_start(configs: Sequence[Config], engines: dict[str, Engine], chosen: list[Choice]) -> None:
+    """Keep the config, in its run folder, DeepSpeed's own of each network and what was chosen. Collective.
 
-    Tells of wishes that could not be met, and of processes that compute otherwise: another kernel on one machine is
-    slower there and rounds otherwise, worth a line, not an end.
+    The last of `configs` is the run's; before it, that of the run whose stage it is. Tells of wishes that could not be
+    met, and of processes that compute otherwise: another kernel on one machine is slower there and rounds otherwise,
+    worth a line, not an end.
     """
     for choice in chosen:
         choices.report(choice)
-    own = [(choice.setting, choice.name) for choice in chosen]
+    own, folder = [(choice.setting, choice.name) for choice in chosen], Path(configs[-1].run.out)
 
     def keep() -> list[tuple[str, str]]:
+        for config in configs:
+            save_config(config, Path(config.run.out) / "config.json")
         save_json(folder / "deepspeed.json", {name: engine.config for name, engine in engines.items()})
         choices.save(folder, chosen)
         return own

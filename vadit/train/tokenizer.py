@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vadit.config import TokenizerConfig, TokenizerLossSpec
 from vadit.images.backends import SETTING, open_images, open_loader
-from vadit.images.loader import describe_classes
+from vadit.images.loader import ImageSet, describe_classes
 from vadit.images.pixels import to_signed
 from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
@@ -50,25 +50,29 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
     steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
+    images = open_images(config.data, config.autoencoder.image_size)
+    runs.check_folder(config, len(images))
     with runs.owned_folder(config):
         if not config.stages:
-            return _train_stage(config, title)
-        folder = runs.open_folder(config)
+            return _train_stage([config], images, title)
         start(distributed.device(config.run.device))
         with Watchdog(config.run.hang_timeout_s) as watchdog:  # between the stages, too
             for index in range(len(config.stages)):
                 watchdog.beat(0, doing=f"getting ready for stage {index + 1}")
                 stage = runs.stage_config(config, index)
+                runs.check_folder(stage, len(images))
                 with runs.owned_folder(stage):
-                    _train_stage(stage, f"{title} ({index + 1}/{len(config.stages)})", watchdog)
-    return folder
+                    _train_stage([config, stage], images, f"{title} ({index + 1}/{len(config.stages)})", watchdog)
+    return Path(config.run.out)
 
 
-def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None = None) -> Path:
+def _train_stage(
+    configs: list[TokenizerConfig], images: ImageSet, title: str, watchdog: Watchdog | None = None
+) -> Path:
+    """Train with the last of `configs`; one before it is of the whole run."""
+    config, folder = configs[-1], Path(configs[-1].run.out)
     device = distributed.device(config.run.device)
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
-    images = open_images(config.data, config.autoencoder.image_size)
-    folder = runs.open_folder(config)
     config, automatic = runs.settle(config, device)
     runs.seed_everything(config.run)
     networks = _build(config, folder, device)
@@ -88,7 +92,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
     note_once(f"  images by {decoding.name} ({decoding.reason})", "dim")
     note_once(f"  {describe_classes(images.source.classes, images.source.labels)}", "dim")
     # The discriminator's optimizer is the same.
-    runs.save_choices(folder, engines, [decoding, *automatic, networks.model.optimizer, *choices.kernels(device)])
+    chosen = [decoding, *automatic, networks.model.optimizer, *choices.kernels(device)]
     ema = ShardedEMA(networks.model, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
     evaluation = Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None
@@ -100,6 +104,7 @@ def _train_stage(config: TokenizerConfig, title: str, watchdog: Watchdog | None 
         guard=guard,
         loader=loader,
         step=lambda batches, position: train_step(networks, ema, guard, config, batches, position),
+        save_start=lambda: runs.save_start(configs, engines, chosen),
         evaluation=evaluation,
     )
     loop.run(task, config=config, watchdog=watchdog)

@@ -55,14 +55,17 @@ class Checkpoints:
         self.failures = 0  # saves in a row that have failed
         self._main, engine = next(iter(engines.items()))
         self._device = engine.device
-        config = folder.parent / "config.json"
-        # As it was at the start: the run's own file may be damaged while it runs, its copies must not be.
-        self._config = {config.name: config.read_text()} if distributed.is_main() and config.is_file() else {}
+        self._config: dict[str, str] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._saving: Saving | None = None
         self._token = ""
         self._count = 0
         self._costs: dict[str, float] = {}
+
+    def read_config(self) -> None:
+        """Take the run's config as it is now: its own file may be damaged while it runs, its copies must not be."""
+        if distributed.is_main():
+            self._config = {"config.json": (self.folder.parent / "config.json").read_text()}
 
     def restore(self) -> tuple[Position, dict[str, Any], dict[str, Any]] | None:
         """Load the newest whole checkpoint: position, loader's state, guard's state; None where there is none.
