@@ -171,6 +171,21 @@ def _orientation(value: int) -> bytes:
     return exif.tobytes()
 
 
+_SIDES = "top left, top right, bottom right, bottom left, left top, right top, right bottom, left bottom"
+SIDES = dict(enumerate(_SIDES.split(", "), start=1))
+"""By EXIF's orientation: where the first stored row lies in the picture, and the first stored column."""
+
+
+def turned(upright: np.ndarray, value: int, kind: str = "JPEG", **options: Any) -> bytes:
+    """A file that shows `upright` (H, W, 3) where its EXIF is applied."""
+    rows, columns = SIDES[value].split()
+    pixels = upright.swapaxes(0, 1) if rows in ("left", "right") else upright
+    pixels = pixels[::-1] if rows in ("bottom", "right") else pixels
+    pixels = pixels[:, ::-1] if columns in ("bottom", "right") else pixels
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return encode(image, kind, **({"exif": _orientation(value)} | options))
+
+
 def _gif(palette: Image.Image) -> tuple[bytes, np.ndarray]:
     """Three frames; the first is what is shown."""
     others = [photo(number).quantize(32) for number in (1, 2)]

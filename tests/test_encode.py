@@ -196,16 +196,19 @@ def test_other_settings_are_refused(autoencoder: Autoencoder, images: ImageSet, 
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     other = Autoencoder(dataclasses.replace(autoencoder.spec, latent_channels=4))
     same_shape = Autoencoder(autoencoder.spec)
+    white, upright = dataclasses.replace(images, alpha="white"), dataclasses.replace(images, exif="apply")
     for tokenizer, change, message in (
         (autoencoder, {"dtype": "bf16"}, "dtype 'fp32', this command says 'bf16'"),
         (autoencoder, {"store": "sample"}, "store 'moments', this command says 'sample'"),
         (autoencoder, {"shard_size": 5}, "shard_size 4, this command says 5"),
         (autoencoder, {"flip": False}, "flip True, this command says False"),
+        (autoencoder, {"images": white}, "alpha 'drop', this command says 'white'"),
+        (autoencoder, {"images": upright}, "exif 'ignore', this command says 'apply'"),
         (same_shape, {}, "tokenizer '[0-9a-f]{16}', this command says '[0-9a-f]{16}'"),
         (other, {}, "config.latent_channels 3, this command says 4"),
     ):
         with pytest.raises(UsageError, match=rf"holds latents made with {message}; set --out to an empty folder"):
-            run(tokenizer, images, tmp_path / "out", **change)
+            run(tokenizer, change.pop("images", images), tmp_path / "out", **change)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out" / "copy.safetensors").write_bytes(before["shard-00001.safetensors"])
     with pytest.raises(UsageError, match=r"copy.safetensors is none of this folder's 3 shards; remove it"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import center_crop, ids_of
+from image_files import SIDES, center_crop, ids_of, photo, psnr, turned
 from PIL import Image
 
 from vadit.config import ImageDataSpec
@@ -377,6 +377,75 @@ def test_crops_of_odd_shapes() -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     source = picture(20, 20, "L").convert(mode) if mode in ("LA", "F", "I") else picture(20, 20, mode)
     assert transforms.to_rgb(source).mode == "RGB"
+
+
+def transparent(mode: str) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """A picture of a mode, its colours (8, 6, 3) and their opacity (8, 6) from 0 to 1."""
+    draw = np.random.default_rng(len(mode))
+    rgb, alpha = draw.integers(0, 256, (8, 6, 3), dtype=np.uint8), draw.integers(0, 256, (8, 6), dtype=np.uint8)
+    if mode in ("RGBA", "LA"):
+        rgb = np.repeat(rgb[..., :1], 3, axis=2) if mode == "LA" else rgb
+        pixels = np.dstack([rgb[..., :1], alpha]) if mode == "LA" else np.dstack([rgb, alpha])
+        return Image.fromarray(pixels), rgb, alpha / 255
+    colours = draw.integers(1, 256, (4, 3), dtype=np.uint8)
+    indices = draw.integers(0, 4, (8, 6), dtype=np.uint8)
+    image = Image.fromarray(indices, "P")
+    image.putpalette(colours.tobytes())
+    image.info["transparency"] = 2
+    if mode == "RGB":  # a PNG's transparent colour
+        image = Image.fromarray(colours[indices])
+        image.info["transparency"] = tuple(colours[2].tolist())
+    return image, colours[indices], (indices != 2).astype(float)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_dropped_or_laid_on_a_colour(mode: str, tmp_path: Path) -> None:
+    image, rgb, opacity = transparent(mode)
+    image.save(tmp_path / "it.png", transparency=image.info.get("transparency"))
+    for alpha, ground in (("drop", None), ("white", 255), ("black", 0)):
+        with Image.open(tmp_path / "it.png") as opened:
+            opened.load()
+            found = np.asarray(transforms.to_rgb(opened, alpha))  # type: ignore[arg-type]
+        expected = rgb if ground is None else rgb * opacity[..., None] + ground * (1 - opacity[..., None])
+        assert np.abs(found - expected).max() <= (0 if ground is None else 1), alpha
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_turns_pictures_where_it_is_applied(kind: str, tmp_path: Path) -> None:
+    upright = np.array(photo(0, 61, 40))
+    options = {} if kind == "PNG" else {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0}
+    for value in SIDES:
+        (tmp_path / f"{value}.png").write_bytes(turned(upright, value, kind, **options))
+    images = {exif: ImageSet(FolderSource(tmp_path), 40, exif=exif) for exif in ("ignore", "apply")}  # type: ignore[arg-type]
+    expected = np.asarray(center_crop(Image.fromarray(upright), 40))
+    for index, value in enumerate(SIDES):
+        found = {exif: decode(each, Request(index)) for exif, each in images.items()}
+        assert psnr(found["apply"], expected) >= 38, value
+        assert (psnr(found["ignore"], expected) >= 38) == (value == 1), value
+    assert not psnr(expected[:, ::-1], expected) >= 38 and not psnr(expected.swapaxes(0, 1), expected) >= 38
+    (tmp_path / "1.png").write_bytes(turned(upright, 1, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"))  # cut
+    assert psnr(decode(images["apply"], Request(0)), expected) == float("inf")
+
+
+def test_what_alpha_and_exif_concern_is_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.array(photo(0))
+    transparent("RGBA")[0].save(folder / "a" / "clear.png")
+    (folder / "b" / "phone.jpg").write_bytes(turned(pixels, 6))
+    (folder / "b" / "scanner.jpg").write_bytes(turned(pixels, 1))
+    (folder / "c" / "damaged.png").write_bytes(b"no picture")
+    open_images(ImageDataSpec(str(folder)), SIZE)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{folder} holds 1 of 17 pictures with transparency: dropped (data.alpha)",
+        f"{folder} holds 1 of 17 pictures with EXIF's orientation: ignored (data.exif)",
+    ]
+    monkeypatch.setattr(backends, "SURVEYED", 9)
+    open_images(ImageDataSpec(str(folder), alpha="white", exif="apply"), SIZE)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{folder} holds 1 of 9 pictures (looked at, of 17) with transparency: laid on white (data.alpha)",
+        f"{folder} holds 1 of 9 pictures (looked at, of 17) with EXIF's orientation: applied (data.exif)",
+    ]
 
 
 def test_grids_and_pairs_of_pictures() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import encode, jpeg, photo, psnr, write_folder
+from image_files import SIDES, encode, jpeg, photo, psnr, turned, write_folder
 from launched import LIMIT_S
 from PIL import Image
 
@@ -77,6 +77,18 @@ def test_photographs_are_cropped_as_by_pillow(photos: ImageSet, kind: CropKind, 
         for axis in (0, 1):
             assert psnr(pixels[1:, 1:], np.roll(expected, 1, axis)[1:, 1:]) < MIN_PSNR - 10
         assert psnr(pixels[:, ::-1], expected) < MIN_PSNR - 10
+
+
+def test_exif_is_applied_as_by_pillow_or_not_at_all(tmp_path: Path) -> None:
+    contents = [turned(np.array(PHOTOS[0]), value) for value in SIDES]
+    for exif in ("ignore", "apply"):
+        images = image_set(tmp_path / exif, contents, exif=exif)
+        requests = [Request(index, "random", 3) for index in range(len(images))]
+        for pixels, request in zip(decode_all(images, requests).pixels.numpy(), requests, strict=True):
+            assert psnr(pixels, decode(images, request)) >= MIN_PSNR
+    clear = Image.new("RGBA", (80, 80), (10, 20, 30, 0))
+    laid = image_set(tmp_path / "clear", [encode(clear, "PNG")], alpha="white")
+    assert (decode_all(laid, [Request(0)]).pixels == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_files import SIDES, turned
 from launched import LIMIT_S
 from PIL import Image
 
@@ -96,6 +97,22 @@ def loader(shared: ImageLoader) -> ImageLoader:
 def pillow(beton: Path, crop: Any = "center") -> ImageLoader:
     images = ImageSet(BetonSource(beton), SIZE, crop, flip=True)
     return ImageLoader(images, 5, seed=3, decoder=pillow_decoder(images, 2))
+
+
+@needs_ffcv
+def test_exif_is_applied_as_by_pillow_or_not_at_all(tmp_path: Path) -> None:
+    files = [turned(np.asarray(picture(number)), value) for number, value in enumerate(SIDES)]
+    sizes = [Image.open(io.BytesIO(data)).size for data in files]
+    images = [EncodedImage("jpg", *size, data) for size, data in zip(sizes, files, strict=True)]
+    path = write(tmp_path / "a.beton", images)
+    requests = [Request(index, "random", 5, mirror=index % 2 == 1) for index in range(len(files))]
+    for exif in ("ignore", "apply"):
+        opened = ImageSet(BetonSource(path), SIZE, exif=exif)  # type: ignore[arg-type]
+        found = []
+        for decoder in (ffcv_decoder(opened, 2), pillow_decoder(opened, 2)):
+            with decoder() as active:
+                found.append(active.submit(requests)().pixels)
+        assert torch.equal(*found), exif
 
 
 @needs_ffcv

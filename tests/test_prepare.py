@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import bad_files, jpeg, odd_files, photo
+from image_files import SIDES, bad_files, encode, jpeg, odd_files, photo, psnr, turned, write_folder
 from launched import LIMIT_S, room_for
 from PIL import Image
 from tar_files import write_tar
 
 from vadit import cli
 from vadit.config import ImageDataSpec
+from vadit.images import prepare as preparing
 from vadit.images.loader import ImageSet, ImageSource
 from vadit.images.pillow import decode
 from vadit.images.prepare import PrepareSummary, prepare_images
@@ -44,7 +45,7 @@ def fill(root: Path, count: int, kind: str = "png") -> Path:
 
 
 def prepare(source: Path, out: Path, **settings: Any) -> PrepareSummary:
-    spec_names = ("labels_file", "on_error", "max_bad_share")
+    spec_names = ("labels_file", "on_error", "max_bad_share", "alpha", "exif")
     spec = {name: settings.pop(name) for name in spec_names if name in settings}
     spec.setdefault("on_error", "skip")
     defaults = {"size": SIZE, "num_workers": 1}
@@ -116,6 +117,31 @@ def test_size_0_keeps_pixels_and_jpegs_as_they_are(tmp_path: Path) -> None:
             if image.format == "JPEG" and image.mode == "RGB":
                 assert one.read(index) == source.read(index)
             assert np.array_equal(pixels(other.read(index)), np.asarray(to_rgb(image)))
+
+
+def test_alpha_and_exif_are_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upright = np.array(photo(1, 60, 40))
+    clear = Image.new("RGBA", (60, 40), (10, 20, 30, 0))
+    source = tmp_path / "src"
+    files = {f"{value}.jpg": turned(upright, value) for value in SIDES}
+    write_folder(source, files | {"9.png": encode(clear, "PNG")})
+    prepare(source, out := tmp_path / "a.beton", size=0, encode="jpeg", exif="apply", alpha="white")
+    made = BetonSource(out)
+    assert made.widths.tolist() == [60] * 9 and pixels(made.read(8)).min() == 255
+    assert all(psnr(pixels(made.read(index)), upright) > 24 for index in range(8))
+    assert made.read(0) == (source / "1.jpg").read_bytes()  # nothing to turn: no second loss
+    prepare(source, tmp_path / "b.beton", size=0, encode="jpeg")
+    assert BetonSource(tmp_path / "b.beton").read(5) == (source / "6.jpg").read_bytes()
+    with pytest.raises(UsageError, match="made with alpha 'white', this command says 'drop'"):
+        prepare(source, out, size=0, encode="jpeg", exif="apply")
+    # a file from before there was a choice is of the default
+    of = preparing._settings
+    monkeypatch.setattr(preparing, "_settings", lambda *args: dict([*of(*args).items()][:-2]))
+    prepare(source, tmp_path / "old.beton")
+    monkeypatch.undo()
+    assert prepare(source, tmp_path / "old.beton").num_new == 0
+    with pytest.raises(UsageError, match="made with exif 'ignore', this command says 'apply'"):
+        prepare(source, tmp_path / "old.beton", exif="apply")
 
 
 def test_other_sources(tmp_path: Path) -> None:

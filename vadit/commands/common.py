@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from vadit.config import ImageDataSpec
 from vadit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ def image_size(autoencoder: Autoencoder, size: int | None) -> int:
             f"set it to {max(round(size / spec.downsample_ratio), 1) * spec.downsample_ratio}"
         )
     return size
+
+
+def image_data(options: Any) -> ImageDataSpec:
+    """The images of a command, by its settings of those names."""
+    names = ("labels_file", "on_error", "max_bad_share", "alpha", "exif")
+    return ImageDataSpec(options.images, **{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 @contextlib.contextmanager

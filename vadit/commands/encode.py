@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from vadit.commands.common import Arithmetic, Device, image_size, load_tokenizer, processes
-from vadit.config import FoundationSpec, ImageDataSpec
-from vadit.config.ranges import Batch, Checked, Count, PathName, Range, Seed, Share, Side, Workers
+from vadit.commands.common import Arithmetic, Device, image_data, image_size, load_tokenizer, processes
+from vadit.config import FoundationSpec, ImageDataSpec, PictureSpec
+from vadit.config.ranges import Batch, Count, PathName, Range, Seed, Share, Side, Workers
 from vadit.runtime.console import ProgressBar, say, say_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
@@ -23,7 +23,7 @@ PIXELS_PER_FEATURE = 16
 
 
 @dataclass(frozen=True)
-class EncodeOptions(Checked):
+class EncodeOptions(PictureSpec):
     """Encode a folder of images to latent shards with their statistics; the same command continues."""
 
     tokenizer: PathName = ""
@@ -101,11 +101,8 @@ def run(options: EncodeOptions) -> None:
         precision = resolved(options.precision, device)
         autoencoder = load_tokenizer(options.tokenizer, device)
         size = image_size(autoencoder, options.image_size)
-        spec = ImageDataSpec(
-            options.images, options.labels_file, on_error=options.on_error, max_bad_share=options.max_bad_share
-        )
         features = _load_features(options, size, device)
-        images = open_images(spec, size)
+        images = open_images(image_data(options), size)
         decoder, chosen = open_decoder(options.loader, images, options.num_workers, device)
         choices.report(chosen)
         classes = describe_classes(images.source.classes, images.source.labels)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vadit.commands.common import Arithmetic, Device, image_size, load_tokenizer, processes
-from vadit.config import FoundationSpec, ImageDataSpec
+from vadit.commands.common import Arithmetic, Device, image_data, image_size, load_tokenizer, processes
+from vadit.config import FoundationSpec, ImageDataSpec, PictureSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
@@ -41,7 +41,7 @@ class EvaluateSamplesOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTokenizerOptions(Checked):
+class EvaluateTokenizerOptions(PictureSpec):
     """PSNR, SSIM, and with weights LPIPS and rFID, of a tokenizer's reconstructions."""
 
     tokenizer: PathName
@@ -92,7 +92,7 @@ class EvaluateLatentsOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeReferenceOptions(Checked):
+class MakeReferenceOptions(PictureSpec):
     """A reference like ADM's for any set of images: statistics of all, and some of them for precision and recall."""
 
     images: Positional[PathName]
@@ -163,7 +163,7 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
     seeds = range(options.seed, options.seed + options.seeds)
     with processes(options.device) as device:
         autoencoder = load_tokenizer(options.tokenizer, device)
-        images = open_images(ImageDataSpec(path=options.images), image_size(autoencoder, options.image_size))
+        images = open_images(image_data(options), image_size(autoencoder, options.image_size))
         weights, precision = options.inception_weights, resolved(options.precision, device)
         evaluate = partial(
             evaluate_tokenizer,
@@ -181,6 +181,8 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
         "tokenizer": options.tokenizer,
         "images": options.images,
         "num_images": len(images),
+        "alpha": images.alpha,
+        "exif": images.exif,
         "precision": precision,
         "seeds": list(seeds),
         **inception.provenance(options.inception_weights),
@@ -217,7 +219,7 @@ def make_reference(options: MakeReferenceOptions) -> None:
     from vadit.runtime.console import say
 
     _check_outputs(options)
-    images = open_images(ImageDataSpec(path=options.images), options.image_size)
+    images = open_images(image_data(options), options.image_size)
     write_reference(
         options.out,
         images,

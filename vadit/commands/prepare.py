@@ -5,15 +5,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from vadit.config import ImageDataSpec
-from vadit.config.ranges import Checked, PathName, Range, Share, Workers
+from vadit.commands.common import image_data
+from vadit.config import ImageDataSpec, PictureSpec
+from vadit.config.ranges import PathName, Range, Share, Workers
 from vadit.runtime.files import check_output
 
 NAMED_BAD = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions(Checked):
+class PrepareOptions(PictureSpec):
     """Scale images once and write them as one .beton; the same command goes on where it stopped."""
 
     images: Positional[PathName]
@@ -46,11 +47,8 @@ def run(options: PrepareOptions) -> None:
     from vadit.runtime.console import say
 
     check_output("OUT", options.out, folder=False)
-    spec = ImageDataSpec(
-        options.images, options.labels_file, on_error=options.on_error, max_bad_share=options.max_bad_share
-    )
     summary = prepare_images(
-        spec,
+        image_data(options),
         options.out,
         size=options.size,
         encode=options.encode,

@@ -8,7 +8,7 @@ Progress is counted in images, so a recipe survives a change of batch size. Noth
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from vadit.config.data import ImageDataSpec, LatentDataSpec
+from vadit.config.data import ImageDataSpec, LatentDataSpec, PictureSpec
 from vadit.config.masks import check_masks
 from vadit.config.networks import AutoencoderSpec, DiTSpec, FoundationSpec
 from vadit.config.objectives import FlowSpec, MaskSpec, RepaSpec, SampleSpec, TokenizerLossSpec

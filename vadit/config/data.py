@@ -5,9 +5,22 @@ from typing import Literal
 
 from vadit.config.ranges import Checked, Factor, PathName, Share, Workers
 
+Alpha = Literal["drop", "white", "black"]
+Exif = Literal["ignore", "apply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSpec(Checked):
+    """How any picture becomes RGB. Latents, statistics and references are of one choice."""
+
+    alpha: Alpha = "drop"
+    """Transparency: drop it, as ADM's and the authors' code does, or lay pictures on white or black."""
+    exif: Exif = "ignore"
+    """Orientation in EXIF: ignore it, as ADM's and the authors' code does, or turn pictures by it."""
+
 
 @dataclass(frozen=True)
-class ImageDataSpec(Checked, group="data"):
+class ImageDataSpec(PictureSpec, group="data"):
     """Images for the tokenizer."""
 
     path: PathName = ""

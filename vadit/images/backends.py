@@ -1,26 +1,31 @@
 """Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
 
+import contextlib
 import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vadit.config import ImageDataSpec
-from vadit.images.formats import describe_unread
+from vadit.config import ImageDataSpec, PictureSpec
+from vadit.images.formats import describe_unread, peek
 from vadit.images.loader import Decoder, ImageBatch, ImageLoader, ImageSet, ImageSource, Request
 from vadit.images.pillow import decode, pillow_decoder
 from vadit.images.sources.beton import BetonSource
 from vadit.images.sources.folders import DebugSource, FolderSource
 from vadit.images.sources.page_order import PageOrder
 from vadit.images.sources.tar import TarSource
+from vadit.images.transforms import turn_of
+from vadit.runtime import launcher
 from vadit.runtime.choices import Choice
-from vadit.runtime.console import note_once
+from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.spread import spread
 from vadit.runtime.stream import PositionedLoader, debug_count
 from vadit.runtime.walk import visible
 
 SETTING = "data.loader"
+SURVEYED = 1000  # pictures whose headers are looked at before a run, at most
 TRIAL_IMAGES = 4
 TRIAL_ERROR = 4.0
 """Largest root mean square difference, in levels of 255, between a decoder's pixels and Pillow's (36 dB)."""
@@ -29,12 +34,28 @@ TRIAL_ERROR = 4.0
 def open_images(spec: ImageDataSpec, size: int) -> ImageSet:
     """The images that the settings name; `size` is the side in pixels that the network needs.
 
-    Of pictures that are left out by their format a line is printed.
+    A line each is printed of pictures that are left out by their format, and of what data.alpha and data.exif concern.
     """
     source = _open_source(spec, size)
-    if unread := describe_unread(getattr(source, "unread", {})):
-        note_once(f"{source.name} holds {unread}")
-    return ImageSet(source, size, spec.crop, spec.flip, spec.on_error, spec.max_bad_share)
+    if launcher.place().rank == 0 and not isinstance(source, DebugSource):
+        for line in filter(None, [describe_unread(getattr(source, "unread", {})), *survey(source, spec)]):
+            note(f"{source.name} holds {line}")
+    return ImageSet(source, size, spec.crop, spec.flip, spec.on_error, spec.max_bad_share, spec.alpha, spec.exif)
+
+
+def survey(source: ImageSource, spec: PictureSpec) -> list[str]:
+    """How many pictures, of SURVEYED by their headers, have transparency or an orientation, and what becomes of it."""
+    looked, transparent, turned = spread(len(source), SURVEYED).tolist(), 0, 0
+    for index in looked:
+        with contextlib.suppress(Exception):  # whoever decodes it will name it
+            image = peek(source.read(index))
+            transparent += image.has_transparency_data
+            turned += turn_of(image) is not None
+    of = f"{len(looked):,} pictures" + (f" (looked at, of {len(source):,})" if len(looked) < len(source) else "")
+    alpha = "dropped" if spec.alpha == "drop" else f"laid on {spec.alpha}"
+    exif = "ignored" if spec.exif == "ignore" else "applied"
+    found = {f"transparency: {alpha} (data.alpha)": transparent, f"EXIF's orientation: {exif} (data.exif)": turned}
+    return [f"{count:,} of {of} with {what}" for what, count in found.items() if count]
 
 
 def _open_source(spec: ImageDataSpec, size: int) -> ImageSource:

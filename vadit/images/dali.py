@@ -80,13 +80,16 @@ class DaliDecoder(ThreadedDecoder):
             except RunError as error:
                 failures[place] = error
         with torch.cuda.stream(self._stream):
-            for places, is_jpeg in _groups({place: jpeg_area(data) for place, data in contents.items()}):
+            areas = {place: jpeg_area(data) for place, data in contents.items()}
+            areas |= {place: 0 for place, area in areas.items() if area and self._images.is_turned(contents[place])}
+            for places, is_jpeg in _groups(areas):
                 by_dali, refusal = self._run([contents[place] for place in places]) if is_jpeg else ([], "")
                 for place, image in itertools.zip_longest(places, by_dali):
                     request = requests[place]
                     try:
                         if image is None:
-                            image = torch.from_numpy(np.array(to_rgb(open_image(contents[place]))))
+                            rgb = to_rgb(open_image(contents[place]), self._images.alpha, self._images.exif)
+                            image = torch.from_numpy(np.array(rgb))
                         pixels[place] = self._finish(image, request)
                     except Exception as error:  # damaged data makes Pillow's decoders raise almost any type
                         failures[place] = undecodable(self._images, request.index, error)
@@ -152,7 +155,7 @@ class _JpegPipeline:
             return fn.decoders.image(
                 encoded,
                 device=self._backend,
-                adjust_orientation=False,  # EXIF rotation is not applied, as everywhere
+                adjust_orientation=False,  # what EXIF turns is Pillow's to decode
                 jpeg_fancy_upsampling=True,  # chroma is interpolated, as in Pillow
                 # On a GPU: an image's decoder must not depend on the batch that it comes in, and the ranks of a machine
                 # must not tie their threads to the same cores.

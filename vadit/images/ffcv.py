@@ -79,6 +79,7 @@ class FfcvDecoder(ThreadedDecoder):
         failures: dict[int, RunError] = {}
         plan = np.zeros((len(requests), 3), _PLAN)
         good: list[int] = []
+        turned: set[int] = set()
         self._pipeline.source.file.check_size()
         for place, request in enumerate(requests):
             try:
@@ -89,10 +90,12 @@ class FfcvDecoder(ThreadedDecoder):
                 continue
             plan[place] = (*crop.window, request.mirror)
             good.append(place)
+            if image.mode == "jpg" and self._images.is_turned(image.data):
+                turned.add(place)
         indices = np.array([requests[place].index for place in good], np.int64)
         statuses = self._pipeline.run(indices, np.array(good, np.int64), pixels.numpy(), plan)
         for place, status in zip(good, statuses.tolist(), strict=True):
-            if status:  # turbojpeg refuses or warns: Pillow has the last word, as with every other loader
+            if status or place in turned:  # turbojpeg refuses or warns: Pillow has the last word, as with every loader
                 try:
                     pixels[place].numpy()[:] = decode(self._images, requests[place])
                 except RunError as error:

@@ -28,6 +28,11 @@ class NoPicture(ValueError):
     """What a file holds that is no picture that is read here, in words for people."""
 
 
+def peek(data: bytes | memoryview) -> Image.Image:
+    """An image file's header; the pixels are not decoded. Raises what Pillow does."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file's content as a decoded image, in whatever mode, its `format` that of the content.
 
@@ -35,7 +40,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     NoPicture: it is of another format, or has more than `max_pixels`. Damaged data makes Pillow raise almost any type.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with peek(data) as image:
             if image.width * image.height > max_pixels:
                 raise NoPicture(f"it has {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed")
             if image.format == "PNG":

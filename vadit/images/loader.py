@@ -16,11 +16,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from vadit.config import ImageDataSpec
-from vadit.images.formats import reason
+from vadit.config.data import Alpha, Exif, ImageDataSpec
+from vadit.images.formats import peek, reason
 from vadit.images.sources.folders import REMEDY
 from vadit.images.sources.page_order import PageOrder
-from vadit.images.transforms import CropKind
+from vadit.images.transforms import CropKind, turn_of
 from vadit.runtime import rng
 from vadit.runtime.errors import RunError
 from vadit.runtime.reading import ReadFault, no_memory
@@ -96,11 +96,19 @@ class ImageSet:
     flip: bool = ImageDataSpec.flip
     on_error: Literal["raise", "skip"] = ImageDataSpec.on_error
     max_bad_share: float = ImageDataSpec.max_bad_share
+    alpha: Alpha = ImageDataSpec.alpha
+    exif: Exif = ImageDataSpec.exif
     bad: dict[int, RunError] = field(default_factory=dict, init=False)
     """Images that did not decode so far, and why (on_error="skip")."""
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def is_turned(self, data: bytes | memoryview) -> bool:
+        """Whether EXIF turns a JPEG, which is then Pillow's to decode."""
+        with contextlib.suppress(Exception):  # whoever decodes it will say what it is
+            return self.exif == "apply" and turn_of(peek(data)) is not None
+        return False
 
     def requests(self, ids: Sequence[int] | Tensor, *, seed: int, epoch: int) -> list[Request]:
         """Images as training samples: crop and mirroring are functions of (seed, id, epoch)."""

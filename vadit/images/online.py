@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vadit.config import ImageDataSpec, LatentDataSpec
+from vadit.config import ImageDataSpec, LatentDataSpec, PictureSpec
 from vadit.images.backends import open_images
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import ThreadedDecoder
@@ -21,6 +21,7 @@ class Latents(Protocol):
 
     labels: Tensor
     image_size: int | None  # side in pixels, where the latents' files have it
+    pictures: PictureSpec  # how the images became RGB
 
     def image_ids(self) -> tuple[Tensor, int]:
         """Index of each latent's image, int64 (N,), and the number of images."""
@@ -67,7 +68,8 @@ def open_online_images(
             "repa.features is online but data.images is empty; set --data.images to the images that the latents were "
             "encoded from, or --repa.features cached"
         )
-    images = open_images(ImageDataSpec(path=path), latents.image_size or PIXELS_PER_TOKEN * grid)
+    spec_of_images = ImageDataSpec(path, alpha=latents.pictures.alpha, exif=latents.pictures.exif)
+    images = open_images(spec_of_images, latents.image_size or PIXELS_PER_TOKEN * grid)
     ids, expected = latents.image_ids()
     if made_up:
         return OnlineImages(images, ids % len(images), device)

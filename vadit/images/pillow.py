@@ -76,7 +76,7 @@ def pillow_decoder(images: ImageSet, num_workers: int, device: torch.device | st
 def decode(images: ImageSet, request: Request) -> np.ndarray:
     """One image, uint8 (size, size, 3); RunError names one that does not decode."""
     try:
-        rgb = to_rgb(open_image(images.source.read(request.index)))
+        rgb = to_rgb(open_image(images.source.read(request.index)), images.alpha, images.exif)
         crop = plan_crop(request.crop, *rgb.size, images.size, request.crop_seed)
         pixels = np.asarray(apply_crop(rgb, crop))
     except Exception as error:  # damaged data makes Pillow's decoders raise almost any type

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vadit.config import ImageDataSpec
+from vadit.config.data import Alpha, Exif, ImageDataSpec, PictureSpec
 from vadit.images.backends import open_images
 from vadit.images.formats import open_image, reason
 from vadit.images.loader import ImageSource, most_bad
@@ -61,6 +61,8 @@ class Job(NamedTuple):
     size: int  # short side in pixels; 0: as it is
     encode: Literal["raw", "jpeg"]
     quality: int  # of JPEGs; 0 for raw pixels
+    alpha: Alpha = PictureSpec.alpha
+    exif: Exif = PictureSpec.exif
 
 
 def prepare_images(
@@ -84,7 +86,7 @@ def prepare_images(
     out = Path(out)
     if out.suffix != ".beton":
         raise UsageError(f"{out} is no name for the result; it must end in .beton")
-    job = Job(size, encode, quality if encode == "jpeg" else 0)
+    job = Job(size, encode, quality if encode == "jpeg" else 0, spec.alpha, spec.exif)
     num_workers = num_workers or len(os.sched_getaffinity(0))
     source = open_images(spec, max(size, 1)).source
     settings = _settings(job, source)
@@ -149,7 +151,8 @@ def _bad_of_finished(out: Path, settings: dict[str, Any]) -> dict[str, str]:
     notes = BetonFile(out).notes
     if "settings" not in notes:
         raise UsageError(f"{out} is there, and not from vadit prepare; choose another name")
-    refuse_other_settings(out, "images", notes["settings"], settings, "set it as it was, or choose another name")
+    kept = {"alpha": PictureSpec.alpha, "exif": PictureSpec.exif} | notes["settings"]  # of before there was a choice
+    refuse_other_settings(out, "images", kept, settings, "set it as it was, or choose another name")
     bad: dict[str, str] = notes["bad"]
     return bad
 
@@ -220,8 +223,8 @@ def encode_file(data: bytes, job: Job) -> EncodedImage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         image = open_image(data)
-        is_plain_jpeg = image.format == "JPEG" and image.mode == "RGB"
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, job.alpha, job.exif)
+        is_plain_jpeg = image.format == "JPEG" and rgb is image
     if job.size:
         rgb = scale(rgb, plan_crop("center", *rgb.size, job.size))
     if job.encode == "jpeg" and not job.size and is_plain_jpeg:

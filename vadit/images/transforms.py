@@ -1,9 +1,11 @@
 """The pixel rules, once: how an image becomes RGB, and how it is cropped.
 
-EXIF rotation is left unapplied and transparency is dropped, as in ADM's and the authors' preprocessing: the
-statistics that FID is measured against were made that way.
+By default EXIF's orientation is left unapplied and transparency is dropped, as in ADM's and the authors' preprocessing
+(both call Pillow's convert("RGB")): the statistics that FID is measured against were made that way. Pillow itself turns
+a TIFF by its orientation, which is a tag of that format, always.
 """
 
+import contextlib
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +13,31 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from vadit.config.data import Alpha, Exif, PictureSpec
+
 CropKind = Literal["center", "random"]
 
 MAX_ASPECT = 256  # longer images are refused: scaled to the crop's height they would take gigabytes
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+_ORDER = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(enumerate(map(Image.Transpose.__getitem__, _ORDER.split()), start=2))  # by EXIF's orientation; 1: upright
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What sets an image upright by its EXIF, if anything; decodes nothing."""
+    with contextlib.suppress(Exception):  # damaged metadata says nothing
+        return TURNS[Image.Image.getexif(image)[0x0112]]
+    return None
+
+
+def to_rgb(image: Image.Image, alpha: Alpha = PictureSpec.alpha, exif: Exif = PictureSpec.exif) -> Image.Image:
     """Any Pillow mode as RGB; 16-bit grey keeps its high byte (Pillow alone would clip it to white)."""
+    if exif == "apply" and (turn := turn_of(image)) is not None:
+        image = image.transpose(turn)
+    if alpha != "drop" and image.has_transparency_data and not image.mode.startswith("I"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, alpha), image).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vadit.config import DiTSpec, LatentDataSpec, RepaSpec
+from vadit.config import DiTSpec, LatentDataSpec, PictureSpec, RepaSpec
 from vadit.latents.companions import Companion, DebugFeatures, open_features
 from vadit.latents.noise import posterior_noise
 from vadit.latents.rows import RowReader
@@ -53,6 +53,7 @@ class LatentDataset:
             raise UsageError(f"{folder} holds no mirrored latents; set --data.no-flip, or encode anew with --flip")
         self.labels = torch.cat([shard.labels for shard in self.shards])
         self.image_size = None if first.settings is None else first.settings.size
+        self.pictures: PictureSpec = first.settings or PictureSpec()
         self.mean, self.std = torch.zeros(1, self.channels, 1, 1), torch.ones(1, self.channels, 1, 1)
         if normalize:
             statistics = load_statistics(self.folder, self.channels)
@@ -129,6 +130,7 @@ class DebugLatents:
         self.size = model.input_size
         self.num_classes = model.num_classes
         self.image_size: int | None = None
+        self.pictures = PictureSpec()
         self.companion: Companion | None = None
         self.labels = rng.integers(rng.fold(0, "debug labels"), torch.arange(num_images), model.num_classes)
 

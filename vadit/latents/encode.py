@@ -166,6 +166,8 @@ def _settings(
         num_images=len(images),
         num_classes=len(images.source.classes),
         size=images.size,
+        alpha=images.alpha,
+        exif=images.exif,
         features=about,
         **choices,
     )

@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vadit.config import PictureSpec
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
@@ -43,7 +44,7 @@ NAME_FOLDER = "name a folder that `vadit encode` wrote (vadit train: --data.path
 
 
 @dataclass(frozen=True)
-class LatentSettings:
+class LatentSettings(PictureSpec):
     """What the latents of a folder depend on; it stands in every shard's header and in the index."""
 
     config: dict[str, Any]  # the autoencoder's spec
