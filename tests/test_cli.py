@@ -68,10 +68,10 @@ REFUSALS = {
     f"{B} --run.out=~nobodys/x": ["--run.out is ~nobodys/x", "nobody's home"],
     "demo --out ~nobodys/x": ["--out is ~nobodys/x"],
     "report ~nobodys/x": ["runs is ~nobodys/x"],
-    "sample --out x --generator x --tokenizer x --cfg-scale nan": ["--cfg-scale is nan"],
+    "sample x --out x --tokenizer x --cfg-scale nan": ["--cfg-scale is nan"],
     "encode --num-workers 0": ["--num-workers is 0"],
     "prepare x y.beton --quality 101": ["--quality is 101"],
-    "sample --out x": ["--generator", "--tokenizer"],
+    "sample --out x": ["needs folder"],
     "evaluate": ["make-reference first, found nothing"],
     "doctor --all": ["unknown setting --all"],
 }
@@ -93,7 +93,7 @@ def test_refusal_is_one_sentence_that_names_the_setting(command: str, capsys) ->
         "train vavae-f16d32-dinov2-debug --run.init-from nowhere",
         "train lightningdit-b-debug --run.init-from nowhere",
         "encode --tokenizer nowhere --images nowhere --out out",
-        "sample --generator nowhere --tokenizer nowhere --out out",
+        "sample nowhere --tokenizer nowhere --out out",
         "evaluate latents --latents nowhere",
         "import nowhere.pt --out out",
         "encode --stats-only nowhere",
@@ -111,7 +111,7 @@ def test_missing_input_is_named_and_nothing_is_written(command: str, tmp_path: P
     "command",
     [
         *("train lightningdit-b-debug --run.out", "train vavae-f16d32-dinov2-debug --run.out", "demo --out"),
-        *("encode --tokenizer x --images x --out", "sample --generator x --tokenizer x --out", "prepare x"),
+        *("encode --tokenizer x --images x --out", "sample x --tokenizer x --out", "prepare x"),
         *("evaluate samples x --reference x --out", "evaluate tokenizer --tokenizer x --images x --out"),
         *("evaluate latents --latents x --picture", "evaluate make-reference x --out"),
         *("export x --out", "export x --format reference --out", "import x --out"),
@@ -284,7 +284,7 @@ def test_dry_run_prints_what_the_overrides_resolve_to(capsys, monkeypatch) -> No
 
 def test_dry_run_of_samples_models_hours_with_and_without_guidance(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    networks = ["--generator", "lightningdit-xl-64ep-debug", "--tokenizer", "vavae-f16d32-dinov2-debug", "--out=none"]
+    networks = ["lightningdit-xl-64ep-debug", "--tokenizer", "vavae-f16d32-dinov2-debug", "--out=none"]
     large = ("--num-samples", "1000000000", "--num-steps", "11", "--cfg-interval", "0.25", "1", "--timestep-shift", "0")
     assert cli.main(["sample", *networks, *large, "--dry-run"]) == 0
     said = capsys.readouterr().out

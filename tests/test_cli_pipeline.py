@@ -59,8 +59,19 @@ def encode(folder: Path, *settings: str) -> list[str]:
 
 
 def sample(folder: Path, out: Path, *settings: str) -> list[str]:
-    paths = ("--generator", str(folder / "run"), "--tokenizer", str(folder / "tokenizer"), "--out", str(out))
-    return ["sample", *paths, "--method", "euler", "--num-steps", "3", "--num-samples", "3", *settings]
+    return [
+        "sample",
+        str(folder / "run"),
+        "--out",
+        str(out),
+        "--method",
+        "euler",
+        "--num-steps",
+        "3",
+        "--num-samples",
+        "3",
+        *settings,
+    ]
 
 
 def files(folder: Path) -> list[str]:
@@ -97,7 +108,7 @@ def test_sample_takes_statistics_and_flow_from_the_run(house: Path, tmp_path: Pa
 
 
 def test_sample_has_the_runs_settings_and_those_that_are_typed(house: Path, tmp_path: Path) -> None:
-    common = ["--generator", str(house / "run"), "--tokenizer", str(house / "tokenizer"), "--num-samples", "1"]
+    common = [str(house / "run"), "--tokenizer", str(house / "tokenizer"), "--num-samples", "1"]
     assert cli.main(["sample", *common, "--out", str(tmp_path), "--cfg-scale", "1.5", "--rtol", "0.1"]) == 0
     found = json.loads((tmp_path / "settings.json").read_text())["sampler"]
     run = dataclasses.replace(load_run_config(house / "run").sample, cfg_scale=1.5, rtol=0.1)  # type: ignore[union-attr]
@@ -111,7 +122,7 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(house: Path, tmp_path:
     said = capsys.readouterr().err
     assert "holds samples of 2 of the 10 classes" in said and "model.class_dropout 0" in said
     common = ["sample", "--tokenizer", str(house / "tokenizer"), "--num-samples", "12", "--num-steps", "2"]
-    common += ["--method", "euler", "--latents", str(house / "latents"), "--generator"]
+    common += ["--method", "euler", "--latents", str(house / "latents")]
     message = refusal(capsys, [*common, str(tmp_path / "run"), "--out", str(tmp_path / "none")], 2)
     assert "--cfg-scale is 2" in message and "model.class_dropout 0" in message and not (tmp_path / "none").exists()
     for ema, share in (("0.9", "81%"), ("0.5", "25%"), ("0.001", ""), ("0", "")):
@@ -133,6 +144,70 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(house: Path, tmp_path:
     assert cli.main([*common, str(house / "run"), "--out", str(tmp_path / "warm"), "--classes", "1", "7"]) == 0
     said = capsys.readouterr().err
     assert "5% of the average with decay 0.9999" in said and "class 7 of --classes was not trained" in said
+
+
+@pytest.fixture
+def mine(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project, moved from where it was made, with an average more, and another folder to work in."""
+    made = tmp_path / "made"
+    for name in ("tokenizer", "latents"):
+        shutil.copytree(house / name, made / name)
+    index = made / "latents" / "index.json"
+    index.write_text(index.read_text().replace('"a",', '"Blue jay, young",').replace('"b"', '"caf\\u00e9"'))
+    train = [*DEBUG, "--run.out", str(made / "generator"), "--data.path", str(made / "latents")]
+    assert (
+        cli.main(
+            [*train, "--engine.no-ema-warmup", "--engine.ema-decays", "0.9", "0.5", "--sample.timestep-shift", "0.3"]
+        )
+        == 0
+    )
+    made.rename(tmp_path / "mine")
+    (tmp_path / "mine" / "latents").rename(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "mine"
+
+
+def test_a_folder_says_all_that_its_samples_need(mine: Path, capsys) -> None:
+    common = ["--num-samples", "3", "--num-steps", "3", "--method", "euler", "--cfg-scale", "2"]
+    made = {}
+    for folder, ema in (("../mine", "0.9"), ("../mine/generator", "0.9"), ("../exported", "0.9"), ("../mine", "0.5")):
+        if folder == "../exported":
+            assert cli.main(["export", "../mine/generator", "--out", "../exported"]) == 0
+        given = ["--ema", "0.5"] * (ema == "0.5")
+        names = ["--classes", "cafe\u0301", "blue  JAY, Young,1"]
+        capsys.readouterr()
+        assert cli.main(["sample", folder, *common, *names, *given]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "method euler, num_steps 3, cfg_scale 2, classes café (1), Blue jay, young (0), café (1) (flag)" in said
+        assert "timestep_shift 0.3 (recipe's)" in said and "seed 0 (default)" in said and "labels" not in said
+        found = (mine.parent / folder.removeprefix("../") / "samples").glob("euler2_shift0.3_cfg2_listed-*/samples.npz")
+        with np.load(max(found, key=lambda path: path.stat().st_mtime_ns)) as archive:
+            made[folder, ema] = archive["arr_0"]
+            assert archive["labels"].tolist() == [1, 0, 1]
+    images = list(made.values())
+    assert all(np.array_equal(each, images[0]) for each in images[1:3]) and not np.array_equal(images[3], images[0])
+    assert len(list((mine / "samples").iterdir())) == 2  # other weights, another folder
+    assert [*mine.parent.joinpath("elsewhere").iterdir()] == []
+    (mine / "tokenizer").rename(mine / "moved")
+    said = refusal(capsys, ["sample", "../exported", *common], 2)
+    assert str(mine / "tokenizer") in said and "is not there; set --tokenizer" in said
+    again = ["sample", "../exported", *common, "--classes", "1", "0", "1", "--tokenizer"]
+    assert cli.main([*again, "../mine/moved"]) == 0
+    assert len(list((mine.parent / "exported" / "samples").iterdir())) == 1  # the very same weights and settings
+    torch.manual_seed(1)
+    Autoencoder(get_recipe("vavae-f16d32-dinov2-debug").autoencoder).save_pretrained(mine / "tokenizer")
+    said = refusal(capsys, ["sample", "../mine", *common], 2)
+    assert "has other weights (" in said and "--no-check-tokenizer" in said
+    assert cli.main(["sample", "../mine", *common, "--no-check-tokenizer"]) == 0
+    for folder in ("exported", "mine/generator"):  # of before the file
+        (mine.parent / folder / "sampling.json").unlink()
+        given, flags = ["--tokenizer", "../mine/moved"], ["--latents", "../gone"]
+        assert "set --tokenizer" in refusal(capsys, ["sample", f"../{folder}", *common], 2)
+        assert "statistics of its latents; set --latents" in refusal(
+            capsys, ["sample", f"../{folder}", *common, *given], 2
+        )
+        assert cli.main(["sample", f"../{folder}", *common, *given, *flags, "--timestep-shift", "0.3"]) == 0
 
 
 def test_a_guide_changes_the_samples_is_named_and_must_fit(house: Path, tmp_path: Path, capsys) -> None:
@@ -168,7 +243,7 @@ def test_impossible_requests_are_refused(house: Path, tmp_path: Path, capsys) ->
     assert not (tmp_path / "x").exists()
     elsewhere = ["--data.path", str(house / "images"), "--run.out", str(tmp_path / "run")]
     assert str(house / "images") in refusal(capsys, [*DEBUG, *elsewhere], 2)
-    wrong_kind = ["sample", "--generator", str(house / "run"), "--tokenizer", str(house / "run"), "--out", "x"]
+    wrong_kind = ["sample", str(house / "run"), "--tokenizer", str(house / "run"), "--out", "x"]
     assert "tokenizer" in refusal(capsys, wrong_kind, 2)
 
 
@@ -318,7 +393,7 @@ def test_names_that_are_no_utf8(house: Path, tmp_path: Path, monkeypatch, capsys
         encode(here),
         ["prepare", images, beton, "--size", "64", "--num-workers", "1"],
         [*DEBUG, "--run.out", run, "--data.path", str(here / "latents")],
-        ["sample", "--generator", run, *tokenizer, "--out", str(here / "s"), *drawing],
+        ["sample", run, "--classes", os.fsdecode(b"caf\xe9"), "--out", str(here / "s"), *drawing],
         ["evaluate", "tokenizer", *tokenizer, "--images", beton, "--out", str(here / "n.json")],
         ["report", run],
         ["export", run, "--out", str(here / "exported")],

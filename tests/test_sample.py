@@ -21,6 +21,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.owner import owned
 from vadit.sampling import draw as drawing
 from vadit.sampling.draw import draw, sample_labels, sampler_name
+from vadit.sampling.info import SamplingInfo
 from vadit.sampling.write import noted_precision, noted_sampler, write_samples
 
 
@@ -325,3 +326,31 @@ def test_guidance_by_a_null_label_that_was_never_trained_is_refused():
         next(draw(model, spec, num_samples=1))
     next(draw(model, spec, num_samples=1, guide=SmallNet()))
     next(draw(model, dataclasses.replace(spec, cfg_scale=1.0), num_samples=1))
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        (["cat", "cat", "dog"], [0, 0, 1]),
+        (["cat,dog", "dog, CAT ,"], [0, 1, 1, 0]),
+        (["Gold fish, Carassius", "cat,gold_fish,  carassius,3"], [2, 0, 2, 5]),
+        (["cafe\u0301", "7", "03"], [3, 7, 5]),
+        (["Owl"], "'OWL' (label 4)|'owl' (label 6)"),
+        (["owl"], [6]),
+        (["cta"], "did you mean cat? it has 7 names"),
+        (["zebra"], "known: cat, dog, Gold fish, Carassius, caf\u00e9, OWL, 3, owl; it has 7 names, or take a label"),
+        (["9" * 5000], "no class of this generator"),
+    ],
+)
+def test_classes_go_by_name_then_by_label(words, outcome, capsys):
+    info = SamplingInfo(classes=["cat", "dog", "Gold fish, Carassius", "caf\u00e9", "OWL", "3", "owl"])
+    if isinstance(outcome, list):
+        assert info.labels(words) == outcome
+        assert ("whose label is 5" in capsys.readouterr().err) == (5 in outcome)
+    else:
+        with pytest.raises(UsageError) as refused:
+            info.labels(words)
+        assert all(part in str(refused.value) for part in outcome.split("|"))
+    thousand = SamplingInfo(classes=[f"n{number:08}" for number in range(1000)])
+    with pytest.raises(UsageError, match=r"^.{0,200}$"):
+        thousand.labels(["n0000100"])

@@ -19,14 +19,25 @@ from vadit.runtime import launcher
 from vadit.runtime.errors import UsageError, leave_for_torchrun
 
 T = TypeVar("T")
+_of_recipes: list[type] = []  # see `parse`
 
 
 def parse(
-    kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = ""
+    kind: type[T],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    default: T | None = None,
+    description: str = "",
+    of_recipes: tuple[type, ...] = (),
 ) -> T:
-    """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits."""
+    """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits.
+
+    of_recipes: settings whose defaults a recipe gives, which is not known yet: --help says so.
+    """
     options: dict[str, Any] = {} if default is None else {"default": default}
     _show_ranges(typing.cast(Any, kind))
+    _of_recipes[:] = of_recipes
     with reported_once(), _one_sentence(kind):
         about = description or kind.__doc__
         try:
@@ -84,13 +95,19 @@ def _one_sentence(kind: type) -> Iterator[None]:
 def _show_ranges(kind: Any) -> None:
     """Have --help say the range of each setting beside its default."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    for name, _, limits in notes(kind):
-        if isinstance(limits, Range):
-            words = functools.partial("(default: {1}) ({0})".format, limits)
-            kind.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words)]
+    ranges = {name: f" ({limits})" for name, _, limits in notes(kind) if isinstance(limits, Range)}
+    plain = {each.name: "" for each in dataclasses.fields(kind) if each.default is not dataclasses.MISSING}
+    for name, limits in (plain | ranges).items():
+        words = functools.partial(_words, kind, limits)
+        kind.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words)]
     for hint in typing.get_type_hints(kind).values():
         for part in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
             _show_ranges(part)  # type: ignore[arg-type]
+
+
+def _words(kind: type, limits: str, default: str) -> str:
+    shown = "the recipe's" if kind in _of_recipes else default
+    return f"(default: {shown}){limits}"
 
 
 def _misread(message: str, metavar: str) -> str:

@@ -57,8 +57,10 @@ def import_command(options: ImportOptions) -> None:
 
 def export_command(options: ExportOptions) -> None:
     """Write a run's network, or turn an exported one into the authors' format."""
+    from vadit.models.dit import LightningDiT
     from vadit.models.interop import save_reference
     from vadit.runtime.owner import owned
+    from vadit.sampling.info import read_info, save_info
     from vadit.train.checkpoint.export import is_exported, load_network
 
     check_output("--out", options.out, folder=options.format == "vadit")
@@ -70,4 +72,6 @@ def export_command(options: ExportOptions) -> None:
     else:
         with owned(options.out, "set another --out"):
             model.save_pretrained(options.out)
+            if isinstance(model, LightningDiT):
+                save_info(read_info(options.run), options.out)
     say(options.out)

@@ -1,41 +1,52 @@
 """vadit sample: images from a generator."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from vadit.commands.arguments import parse
 from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
 from vadit.config import DiTConfig, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
-from vadit.config.files import load_run_config
-from vadit.config.ranges import Checked, Count, Decay, Factor, Label, PathName
+from vadit.config.ranges import Checked, Count, Decay, Factor, PathName
 from vadit.recipes import RECIPES, get_recipe
 from vadit.runtime.console import ProgressBar, note_once, say_once, show
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
-SOURCES = ("generator", "ema", "tokenizer", "guide", "guide_ema")  # options that the samples' settings.json names
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vadit.models.autoencoder import Autoencoder
+    from vadit.sampling.info import SamplingInfo
+
+SOURCES = ("ema", "tokenizer", "guide", "guide_ema")  # options that the samples' settings.json names
+ALWAYS_SAID = ("method", "num_steps", "cfg_scale", "labels", "seed")  # also where they are nobody's choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Checked):
     """Draw images: PNGs, an .npz for evaluation and a picture of the first ones. The same command continues."""
 
-    generator: PathName
-    """Generator: a run folder, or one from `vadit export` or `vadit import`."""
-    tokenizer: PathName
+    folder: Annotated[Positional[PathName], tyro.conf.arg(metavar="FOLDER")]
+    """Generator: a project that holds it, its run folder, or one from `vadit export` or `vadit import`."""
+    tokenizer: PathName = ""
     """Tokenizer that decodes: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers,
-    or a file of the authors."""
-    out: PathName
-    """Folder for the images."""
+    or a file of the authors; default: the one that made the latents of the generator's training."""
+    check_tokenizer: bool = True
+    """Refuse a tokenizer whose weights are not those that made the latents."""
+    out: PathName = ""
+    """Folder for the images; default: one in FOLDER/samples that is named after sampler and settings."""
     latents: PathName = ""
-    """Folder of latents with latents_stats.pt; default: the one that the generator's run was trained on."""
+    """Folder with a latents_stats.pt to take, instead of the statistics that the generator was trained with."""
     num_samples: Count = 64
     """Images to draw (FID-50k: 50,000)."""
-    classes: tuple[Label, ...] = ()
-    """Labels to take in turn, instead of those that --labels draws."""
+    classes: tuple[str, ...] = ()
+    """Classes to take in turn, by name or label, instead of those that --labels draws."""
     ema: Decay | None = None
     """Decay of the average to take from a run; 0 for the plain weights; default: the run's first average."""
     guide: PathName | None = None
@@ -43,9 +54,9 @@ class SampleOptions(Checked):
     guide_ema: Decay | None = None
     """Decay of the guide's average; default: its run's first."""
     normalize: bool = True
-    """The generator's latents are normalised per channel (LatentDataSpec.normalize of its training)."""
-    multiplier: Factor = 1.0
-    """Factor that the latents were trained with (SD-VAE: 0.18215)."""
+    """Undo the normalisation by the statistics; off: the generator's latents were not normalised."""
+    multiplier: Factor | None = None
+    """Factor that the latents were trained with (SD-VAE: 0.18215); default: the run's, else 1."""
     device: Device = "auto"
     """Device of both networks."""
     precision: Arithmetic = "auto"
@@ -54,7 +65,7 @@ class SampleOptions(Checked):
     """torch.compile the generator's blocks; auto: as the folder's samples were, else on a GPU for many samples that are
     not fp32."""
     dry_run: bool = False
-    """Print the hours and the memory that this would take, modelled, and exit; --generator and --tokenizer may be
+    """Print the hours and the memory that this would take, modelled, and exit; FOLDER and --tokenizer may be
     recipes."""
     sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
@@ -62,16 +73,22 @@ class SampleOptions(Checked):
 
 def run(arguments: list[str]) -> None:
     """Draw, decode and write."""
-    options = parse(SampleOptions, arguments, command="sample")
-    if settings := _settings_of_run(options.generator):
-        options = parse(SampleOptions, arguments, command="sample", default=replace(options, **settings))
-    if options.dry_run:
-        _dry_run(options)
-        return
-    check_output("--out", options.out)
-    import torch
+    options = parse(SampleOptions, arguments, command="sample", of_recipes=(SampleSpec, FlowSpec))
+    from vadit.sampling.info import SamplingInfo, find_generator, read_info
 
-    from vadit.latents.statistics import load_statistics
+    out = options.out or str(Path(options.folder) / "samples")
+    if not options.dry_run:
+        check_output("--out", out)
+    source = options.folder if _recipe(options.folder) else str(find_generator(options.folder))
+    recipe = _recipe(source)
+    info = SamplingInfo(sampler=recipe.sample, flow=recipe.flow) if recipe else read_info(source)
+    defaults = replace(options, sampler=info.sampler or SampleSpec(), flow=info.flow or FlowSpec())
+    options = parse(SampleOptions, arguments, command="sample", default=defaults)
+    options = replace(options, tokenizer=options.tokenizer or _own_tokenizer(source, info))
+    if options.dry_run:
+        _dry_run(options, source)
+        return
+    labels = info.labels(options.classes) if options.classes else None
     from vadit.runtime.precision import resolved
     from vadit.sampling.draw import own_groups, trained_classes
     from vadit.sampling.write import write_samples
@@ -81,7 +98,7 @@ def run(arguments: list[str]) -> None:
         raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
     with processes(options.device) as device:
         precision = resolved(options.precision, device, generator=True)
-        generator = load_generator(options.generator, options.ema).to(device)
+        generator = load_generator(source, options.ema).to(device)
         guide = load_generator(options.guide, options.guide_ema).to(device) if options.guide else None
         if guide is not None:
             for name in ("in_channels", "input_size", "num_classes"):
@@ -92,55 +109,112 @@ def run(arguments: list[str]) -> None:
                         "trained on the same latents"
                     )
         autoencoder = load_tokenizer(options.tokenizer, device)
-        channels = generator.in_channels
-        _check_pair(options, channels, autoencoder.spec.latent_channels)
-        mean, std = torch.zeros(channels), torch.ones(channels)
-        if options.normalize:
-            if not options.latents:
-                raise UsageError("vadit sample needs --latents, a folder with latents_stats.pt, or --no-normalize")
-            statistics = load_statistics(options.latents, channels)
-            mean, std = statistics.mean, statistics.std
+        _check_pair(source, generator.in_channels, options.tokenizer, autoencoder.spec.latent_channels)
+        if options.check_tokenizer:
+            _check_weights(options.tokenizer, autoencoder, info)
+        mean, std = _statistics(options, source, info, generator.in_channels)
         known = trained_classes(generator).tolist()
-        if unknown := sorted(set(options.classes).difference(known)):
-            note_once(f"class {unknown[0]} of --classes was not trained: the generator's data had no sample of it")
-        elif len(known) < generator.num_classes and not options.classes:
+        if unknown := sorted(set(labels or ()).difference(known)):
+            named = info.class_name(unknown[0])
+            note_once(f"class {named} of --classes was not trained: the generator's data had no sample of it")
+        elif len(known) < generator.num_classes and labels is None:
             note_once(f"labels are drawn among the {len(known):,} trained classes of {generator.num_classes:,}")
+        _say_sampler(options, arguments, [f"{info.class_name(label)} ({label})" for label in labels or ()])
         own = own_groups(options.num_samples)
         share = sum(min(group.stop, options.num_samples) - group.start for group in own)
 
         def progress(done: int) -> None:
             bar.update(done * options.num_samples // share)  # of all processes, by this one's share
 
+        sources = {"generator": source} | {name: getattr(options, name) for name in SOURCES}
         with ProgressBar("sample", options.num_samples) as bar:
             files = write_samples(
-                options.out,
+                out,
                 generator,
                 autoencoder,
                 options.sampler,
                 num_samples=options.num_samples,
                 mean=mean,
                 std=std,
-                multiplier=options.multiplier,
+                multiplier=options.multiplier or info.multiplier,
                 flow=options.flow,
                 guide=guide,
-                labels=options.classes or None,
+                labels=labels,
                 precision=precision,
                 compiled=options.compile,
-                source={name: getattr(options, name) for name in SOURCES} | {"origin": asdict(generator.origin)},
+                source=sources | {"origin": asdict(generator.origin)},
                 progress=progress,
+                named=not options.out,
             )
     say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")
 
 
-def _check_pair(options: SampleOptions, made: int, decoded: int) -> None:
-    if made != decoded:
+def _own_tokenizer(source: str, info: SamplingInfo) -> str:
+    """The tokenizer that made the latents of the generator's training."""
+    if info.tokenizer is None:
+        raise UsageError(f"{source} does not say which tokenizer made its latents; set --tokenizer")
+    if not Path(info.tokenizer).exists():
         raise UsageError(
-            f"{options.generator} makes latents of {made} channels, {options.tokenizer} decodes {decoded}; name the "
-            "tokenizer that encoded its training data"
+            f"{info.tokenizer}, the tokenizer of {source}, is not there; set --tokenizer to where it is now"
+        )
+    return info.tokenizer
+
+
+def _check_weights(path: str, autoencoder: Autoencoder, info: SamplingInfo) -> None:
+    from vadit.models.pretrained import weights_hash
+
+    if info.tokenizer_hash not in (None, found := weights_hash(autoencoder)):
+        raise UsageError(
+            f"{path} has other weights ({found}) than the tokenizer that made the generator's latents "
+            f"({info.tokenizer_hash}); set --tokenizer to that one, or --no-check-tokenizer to decode with these"
         )
 
 
-def _dry_run(options: SampleOptions) -> None:
+def _statistics(options: SampleOptions, source: str, info: SamplingInfo, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, (C,) or (1, C, 1, 1): those of --latents, or what the training used."""
+    import torch
+
+    from vadit.latents.statistics import load_statistics
+
+    if not options.normalize:
+        return torch.zeros(channels), torch.ones(channels)
+    if options.latents:
+        statistics = load_statistics(options.latents, channels)
+        return statistics.mean, statistics.std
+    if info.mean is None or info.std is None:
+        raise UsageError(
+            f"{source} does not say the statistics of its latents; set --latents to a folder with latents_stats.pt, or "
+            "--no-normalize"
+        )
+    return torch.tensor(info.mean), torch.tensor(info.std)
+
+
+def _say_sampler(options: SampleOptions, arguments: list[str], classes: list[str]) -> None:
+    """A line with what the sampler is and where each setting comes from."""
+    typed = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    sampler, found = options.sampler, dict[str, list[str]]({"flag": [], "recipe's": [], "default": []})
+    for name, value in vars(sampler).items():
+        source = "default" if value == getattr(SampleSpec(), name) else "recipe's"
+        source = "flag" if f"--{name.replace('_', '-')}" in typed else source
+        unguided = sampler.cfg_scale == 1 and name in ("cfg_interval", "cfg_channels", "cfg_power")
+        idle = unguided or (classes and name == "labels")
+        if source == "flag" or (not idle and (source != "default" or name in ALWAYS_SAID)):
+            each_of = value if isinstance(value, tuple) else (value,)
+            text = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in each_of)
+            found[source].append(f"{name} {text}")
+    found["flag"] += [f"classes {', '.join(classes)}"] * bool(classes)
+    note_once("sampler: " + "; ".join(f"{', '.join(each)} ({source})" for source, each in found.items() if each), "dim")
+
+
+def _check_pair(generator: str, made: int, tokenizer: str, decoded: int) -> None:
+    if made != decoded:
+        raise UsageError(
+            f"{generator} makes latents of {made} channels, {tokenizer} decodes {decoded}; name the tokenizer that "
+            "encoded its training data (--tokenizer)"
+        )
+
+
+def _dry_run(options: SampleOptions, generator: str) -> None:
     """Print what the samples would take on the GPU of each process, or on an H200 where there is none."""
     import torch
     from rich.table import Table
@@ -152,16 +226,16 @@ def _dry_run(options: SampleOptions) -> None:
     from vadit.train.checkpoint.export import load_autoencoder, load_generator
 
     specs = []
-    for path in (options.generator, options.guide):
-        if path in RECIPES and isinstance(recipe := get_recipe(path), DiTConfig):
+    for path in (generator, options.guide or ""):
+        if recipe := _recipe(path):
             specs.append((recipe.model, recipe.mask))
         elif path:
             specs.append(((network := load_generator(path)).spec, getattr(network, "mask", MaskSpec())))
-    if options.tokenizer in RECIPES and isinstance(recipe := get_recipe(options.tokenizer), TokenizerConfig):
-        autoencoder = recipe.autoencoder
+    if options.tokenizer in RECIPES and isinstance(own := get_recipe(options.tokenizer), TokenizerConfig):
+        autoencoder = own.autoencoder
     else:
         autoencoder = load_autoencoder(options.tokenizer).spec
-    _check_pair(options, specs[0][0].in_channels, autoencoder.latent_channels)
+    _check_pair(generator, specs[0][0].in_channels, options.tokenizer, autoencoder.latent_channels)
     share = options.num_samples / distributed.world_size()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if (peak := named_peak(card)) is None:
@@ -186,18 +260,7 @@ def _dry_run(options: SampleOptions) -> None:
         show(table)
 
 
-def _settings_of_run(path: str) -> dict[str, Any]:
-    """Defaults of `vadit sample` from the config of a run; none from an exported folder, which has no such settings."""
-    if (Path(path) / "model.safetensors").is_file() or not (Path(path).is_dir() or path in RECIPES):
-        return {}
-    config = load_run_config(path) if Path(path).is_dir() else get_recipe(path)
-    if not isinstance(config, DiTConfig):
-        raise UsageError(f"--generator {path} is a tokenizer's run; name a generator's")
-    data = config.data
-    return {
-        "sampler": config.sample,
-        "flow": config.flow,
-        "latents": data.path,
-        "normalize": data.normalize,
-        "multiplier": data.multiplier,
-    }
+def _recipe(name: str) -> DiTConfig | None:
+    """The generator's recipe of this name, where no folder has it."""
+    recipe = get_recipe(name) if name in RECIPES and not Path(name).is_dir() else None
+    return recipe if isinstance(recipe, DiTConfig) else None

@@ -55,7 +55,6 @@ Batch = Annotated[int, Range(1, 65_536)]
 Count = Annotated[int, Range(1, 10**9)]
 Images = Annotated[int, Range(1, 10**15)]  # a length or a distance of a run, in images
 AnyImages = Annotated[int, Range(0, 10**15)]
-Label = Annotated[int, Range(0, 999_999)]
 Seeds = Annotated[int, Range(1, 10_000)]  # how many seeds
 Workers = Annotated[int, Range(1, 1_024)]
 

@@ -29,6 +29,7 @@ from vadit.latents.shards import (
     LatentShardWriter,
     open_finished_folder,
     open_shard,
+    read_index,
     save_index,
 )
 from vadit.latents.statistics import compute_statistics
@@ -36,7 +37,7 @@ from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import weights_hash
 from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.files import refuse_other_settings
+from vadit.runtime.files import reference, refuse_other_settings
 from vadit.runtime.owner import owned
 from vadit.runtime.precision import Precision, as_computed, computing
 from vadit.runtime.reading import ReadFault
@@ -136,7 +137,7 @@ def encode(
         encoding_s = time.monotonic() - started
         distributed.barrier()
         if distributed.is_main():
-            _complete(out, settings, images.source.classes, paths, stats_samples, seed)
+            _complete(out, settings, images.source.classes, autoencoder.path, paths, stats_samples, seed)
         distributed.barrier()
     if joined:
         dist.destroy_process_group()
@@ -226,14 +227,23 @@ def _is_intact(path: Path) -> bool:
 
 
 def _complete(
-    out: Path, settings: LatentSettings, classes: list[str], paths: list[Path], stats_samples: int, seed: int
+    out: Path,
+    settings: LatentSettings,
+    classes: list[str],
+    tokenizer: str | None,
+    paths: list[Path],
+    stats_samples: int,
+    seed: int,
 ) -> None:
     """Write statistics and index once all shards are there, where they are not those of these shards already."""
     if missing := [path for path in paths if not path.exists()]:
         raise RunError(f"{missing[0]} is missing; run the same command again to encode it")
     with contextlib.suppress(UsageError, RunError):
         open_finished_folder(out)
-        if (out / STATISTICS_FILE).exists():
+        index = read_index(out)
+        if (out / STATISTICS_FILE).exists() and index is not None:
+            if tokenizer and index.tokenizer != reference(tokenizer, out):  # moved, or an index of old
+                save_index(out, settings, classes, tokenizer)
             return
     compute_statistics(out, samples=stats_samples, seed=seed)
-    save_index(out, settings, classes)
+    save_index(out, settings, classes, tokenizer)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vadit.config import PictureSpec
 from vadit.runtime.errors import RunError, UsageError
-from vadit.runtime.files import save_json, saved_file
+from vadit.runtime.files import reference, save_json, saved_file
 from vadit.runtime.json_files import Count, parse_json, read_json
 from vadit.runtime.precision import Precision
 from vadit.runtime.reading import ReadFault, openable, patiently, readable
@@ -81,11 +81,14 @@ class _ShardEntry:
 
 
 @dataclass(frozen=True)
-class _Index:
+class Index:
     """What is read of index.json."""
 
     num_classes: Count
     shards: list[_ShardEntry]
+    classes: list[str] | None = None  # names by label
+    tokenizer: str | None = None  # its path (`files.reference`)
+    settings: LatentSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -271,15 +274,20 @@ def open_folder(folder: Path) -> list[LatentShard]:
     return shards
 
 
+def read_index(folder: Path) -> Index | None:
+    """What index.json says; None where there is none."""
+    path = folder / INDEX_FILE
+    remedy = "run the `vadit encode` command again to rewrite it"
+    return read_json(path, Index, remedy=remedy) if path.exists() else None
+
+
 def open_finished_folder(folder: Path) -> tuple[list[LatentShard], int]:
     """The shards and the number of classes, checked to agree with the index where there is one.
 
     The authors' folders have none; there the largest label gives the number of classes.
     """
     shards = open_folder(folder)
-    path = folder / INDEX_FILE
-    if path.exists():
-        index = read_json(path, _Index, remedy="run the `vadit encode` command again to rewrite it")
+    if (index := read_index(folder)) is not None:
         num_classes, expected = index.num_classes, {each.file: (each.count, each.sha256) for each in index.shards}
         found = {shard.path.name: (shard.count, shard.sha256) for shard in shards}
         for name in sorted(found | expected):
@@ -329,14 +337,15 @@ class LatentShardWriter:
         return self.count
 
 
-def save_index(folder: Path, settings: LatentSettings, classes: Sequence[str]) -> None:
-    """Write index.json from the shards that are there: the mark of a complete folder."""
+def save_index(folder: Path, settings: LatentSettings, classes: Sequence[str], tokenizer: str | None = None) -> None:
+    """Write index.json from the shards that are there: the mark of a complete folder. tokenizer: its path."""
     shards = open_folder(folder)
     index = {
         "format": FORMAT,
         "num_images": sum(shard.count for shard in shards),
         "num_classes": len(classes),
         "classes": list(classes),
+        "tokenizer": tokenizer and reference(tokenizer, folder),
         "statistics": STATISTICS_FILE,
         "settings": asdict(settings),
         "shards": [{"file": shard.path.name, "count": shard.count, "sha256": shard.sha256} for shard in shards],

@@ -61,6 +61,7 @@ class Pretrained(nn.Module):
     Spec: type[Any]
     spec: Any
     origin = Origin()
+    path: str | None = None  # what `load_autoencoder` read it from
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, which is made where it does not exist."""

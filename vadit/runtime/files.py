@@ -121,6 +121,17 @@ def save_json(path: Path, values: Any, advice: str = SPACE) -> None:
         partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def reference(path: str | Path, folder: str | Path) -> str:
+    """`path` as a file in `folder` names it: relative to it where both have one parent, to be moved with it."""
+    target, place = Path(path).resolve(), Path(folder).resolve()
+    return os.path.relpath(target, place) if target.is_relative_to(place.parent) else str(target)
+
+
+def referred(name: str, folder: str | Path) -> str:
+    """The path that `reference` gave this name."""
+    return os.path.normpath(Path(folder).resolve() / name)
+
+
 def check_output(setting: str, path: str | Path, *, folder: bool = True) -> None:
     """UsageError where a folder, or a file, cannot be made at `path`: before any work begins, and nothing is made."""
     if not os.fspath(path):

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -68,21 +70,22 @@ def write_samples(
     compiled: Literal["auto", True, False] = False,
     source: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    named: bool = False,
 ) -> SampleFiles:
     """Draw and decode samples 0..num_samples-1 into out/images/000000.png ..., out/samples.npz and out/grid.png.
 
     z * std / multiplier + mean (LatentDataset's statistics, (C,) or (1, C, 1, 1)) is what the decoder gets. Files are
     whole or absent. Images that exist are not drawn again, if out/settings.json (sampler, precision, flow, labels,
-    statistics and hashes of the weights) matches; num_samples may grow. `source` names the checkpoints there, for a
-    reader. Each process draws its share; the first one writes .npz and grid once all are done. progress(n) gets how
-    many of this process's images are there. `compiled` auto: as the folder's samples were, else where it pays.
+    statistics and hashes of the weights) matches; num_samples may grow. `named`: into a folder in `out` that is these
+    settings' own. `source` names the checkpoints, for a reader. Each process draws its share; the first one writes .npz
+    and grid at the end. progress(n) gets how many of this process's images are there. `compiled` auto: as the folder's
+    samples were, else where it pays.
 
     UsageError: the folder holds samples of other weights or settings, or more images. RunError: latents that are not
     finite, a damaged folder, a full disk.
     """
     check_request(model, spec, flow, labels, guide)
-    classes = trained_classes(model)
-    out = Path(out)
+    out, classes = Path(out), trained_classes(model)
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
         "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
@@ -93,24 +96,23 @@ def write_samples(
         "classes": None if len(classes) == model.num_classes else classes.tolist(),
         "autoguidance": guide is not None,
         "precision": precision,
-        "compile": pays_to_compile(model, spec, num_samples, precision) if compiled == "auto" else compiled,
         "multiplier": multiplier,
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
     }
+    out = out / _name(spec, settings) if named else out
+    settings["compile"] = pays_to_compile(model, spec, num_samples, precision) if compiled == "auto" else compiled
     model, guide = (as_computed(network, precision) for network in (model, guide))
     mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
-    # PNGs take the host 10 ms each (256 pixels): meanwhile the next group is drawn
     with owned(out, "set --out to another folder"), ThreadPoolExecutor(1) as writer:
         distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, compiled == "auto"))
         if read_json(out / SETTINGS, dict[str, Any]).get("compile"):
             compile_blocks(model, guide)
         done, written = 0, writer.submit(_write_pngs, {})
         for group in own_groups(num_samples):
-            wanted = [index for index in group if index < num_samples]
-            missing = [index for index in wanted if not _is_whole(_png(out, index))]
-            if missing:
+            wanted = group[: num_samples - group.start]
+            if missing := [index for index in wanted if not _is_whole(_png(out, index))]:
                 latents = draw_group(model, spec, group, flow, guide, labels, precision).latents
                 if not latents.isfinite().all():  # they would become black images, and a number
                     raise RunError(
@@ -119,6 +121,7 @@ def write_samples(
                     )
                 pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
                 written.result()
+                # PNGs take the host 10 ms each (256 pixels): meanwhile the next group is drawn
                 written = writer.submit(_write_pngs, {_png(out, i): pixels[i - group.start] for i in missing})
             done += len(wanted)
             if progress is not None:
@@ -130,6 +133,13 @@ def write_samples(
             _write_whole(files, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         distributed.barrier()
     return files
+
+
+def _name(spec: SampleSpec, settings: dict[str, Any]) -> str:
+    """A folder's name that no other settings have: the sampler, and a hash of all."""
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    listed = settings["label_list"] is not None
+    return f"{sampler_name(spec, autoguidance=settings['autoguidance'], listed=listed)}-{digest}"
 
 
 def noted_sampler(samples: str | Path) -> str | None:

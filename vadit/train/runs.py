@@ -26,6 +26,7 @@ from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.runtime.safetensors_file import load_tensors
 from vadit.runtime.stream import check_position
+from vadit.sampling.info import info_of, save_info
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
@@ -153,6 +154,8 @@ def save_start(configs: Sequence[Config], engines: dict[str, Engine], chosen: li
     def keep() -> list[tuple[str, str]]:
         for config in configs:
             save_config(config, Path(config.run.out) / "config.json")
+            if isinstance(config, DiTConfig):
+                save_info(info_of(config), folder)
         save_json(folder / "deepspeed.json", {name: engine.config for name, engine in engines.items()})
         choices.save(folder, chosen)
         return own

@@ -31,12 +31,13 @@ def load_autoencoder(path: str | Path, ema: float | None = None) -> Autoencoder:
     elif interop_diffusers.find(path) or Path(path).is_file():
         if not isinstance(foreign := load_foreign(path), Autoencoder):
             raise UsageError(f"{path} is a generator; a tokenizer is needed here")
-        return foreign
+        model = foreign
     else:
         config = load_run_config(path)
         if not isinstance(config, TokenizerConfig):
             raise UsageError(f"{path} is a generator's run; a tokenizer is needed here")
         model = _of_run(path, config, ema, lambda: Autoencoder(config.autoencoder))
+    model.path = str(path)
     model.origin.warn(str(path))
     return model
 
