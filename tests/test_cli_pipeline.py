@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_what_a_run_did_not_train_is_said_and_not_sampled(house: Path, tmp_path:
     averages = ["--engine.ema-decays", "0.9", "0.5", "0.001", "--engine.no-ema-warmup"]
     assert cli.main([*DEBUG, *run, *averages, "--model.class-dropout", "0"]) == 0
     said = capsys.readouterr().err
+    assert len(re.findall(r"train .*: \d+ of \d+.*, loss \d\.\d+", said)) >= 2  # a line at each log point
     assert "holds samples of 2 of the 10 classes" in said and "model.class_dropout 0" in said
     common = ["sample", "--tokenizer", str(house / "tokenizer"), "--num-samples", "12", "--num-steps", "2"]
     common += ["--method", "euler", "--latents", str(house / "latents")]

@@ -202,6 +202,35 @@ def test_strangers_words_are_shown_and_never_obeyed(terminal: bool, monkeypatch,
     assert not re.search("\x1b(?!\\[[\\d;?]*[a-zA-Z])|\x1b\\[45m|\r(?!\x1b\\[2K)", out)
 
 
+def test_progress_is_lines_where_no_bar_can_be_drawn(monkeypatch, capsys) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.ProgressBar("train", 10_000, done=400) as bar:
+        for second in range(1, 41):  # each takes a second, the first 20, as if it compiled
+            now[0] = 19.0 + second
+            bar.update(400 + 10 * second, note=f"loss {second}" if second in (2, 12) else None)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 410 of 10,000, 0.5/s, 5 h 20 min left",
+        "train: 420 of 10,000, 10.0/s, 16 min left, loss 2",
+        "train: 520 of 10,000, 10.0/s, 16 min left, loss 12",
+        "train: 620 of 10,000, 10.0/s, 16 min left",
+        "train: 720 of 10,000, 10.0/s, 15 min left",
+        "train: 800 of 10,000, 10.0/s, 15 min left",
+    ]
+    with pytest.raises(ZeroDivisionError):
+        for item in console.counted("evaluate", 6, ["ab", "cd", "ef"]):
+            now[0] += 1
+            assert 1 / (item != "ef")
+    assert capsys.readouterr().err.splitlines() == ["evaluate: 4 of 6, 1.3/s, 2 s left"]
+    assert [console.duration(seconds) for seconds in (0.4, 89, 91, 3540, 3600)] == [
+        "0 s",
+        "89 s",
+        "2 min",
+        "59 min",
+        "1 h 0 min",
+    ]
+
+
 def test_a_stranger_s_name_in_an_error(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert cli.main(["evaluate", "latents", "--latents", f"{HOSTILE}\nerror: more"]) == 2

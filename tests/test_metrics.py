@@ -302,7 +302,10 @@ def test_seeds_give_a_mean_with_its_spread_and_the_first_one_a_picture(tmp_path:
     out, picture = tmp_path / "numbers.json", tmp_path / "points.png"
     arguments = ["evaluate", "latents", "--latents", str(tmp_path / "vectors.npy"), "--out", str(out)]
     assert cli.main([*arguments, "--num-vectors", "100", "--seeds", "2", "--seed", "3", "--picture", str(picture)]) == 0
-    each = uniformity.evaluate_latents(uniformity.open_vectors(tmp_path / "vectors.npy"), 100, [3, 4])
+    assert "are of 100 vectors, the paper's of 10,000" in capsys.readouterr().err
+    assert cli.main([*arguments[:4], "--seeds", "1", "--out", str(tmp_path / "all.json")]) == 0
+    assert json.loads((tmp_path / "all.json").read_text())["inputs"]["num_vectors"] == 130  # all that there are
+    each = uniformity.evaluate_latents(uniformity.open_vectors(tmp_path / "vectors.npy")[0], 100, [3, 4])
     found = json.loads(out.read_text())
     for name in ("density_cv", "gini", "normalized_entropy"):
         values = [one[name] for one in each]

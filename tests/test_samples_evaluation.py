@@ -349,7 +349,7 @@ def test_seeds_give_means_and_their_spread(small: Path, capsys) -> None:
     assert "sets of one size" in refuse("drawn-{seed}.npz", "--seeds", "3")
 
 
-def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) -> None:
+def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path, capsys) -> None:
     real = pictures(10, 1)
     folder = write_pngs(small / "real", real)
     np.savez(small / "drawn.npz", arr_0=pictures(6, 2))
@@ -358,6 +358,15 @@ def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path) 
     assert cli.main([*arguments, str(small / "made.npz")]) == 0
     with np.load(small / "made.npz") as made:
         np.testing.assert_array_equal(made["arr_0"], real[[0, 3, 6, 9]])
+        assert (int(made["num_images"]), str(made["alpha"]), str(made["exif"])) == (10, "drop", "ignore")
+    assert f"{folder}: 10 images are fewer than 2,048: FID comes out too large" in capsys.readouterr().err
+    np.savez(small / "large.npz", arr_0=pictures(6, 2, side=20))
+    command = ["evaluate", "samples", str(small / "large.npz"), "--reference", str(small / "made.npz")]
+    assert cli.main([*command, "--device", "cpu", "--inception-weights", str(small / "weights.pth")]) == 0
+    said = capsys.readouterr().err
+    assert f"large.npz holds images of 20x20 pixels, {small / 'made.npz'} of 16x16" in said
+    assert "large.npz: 6 images are fewer" in said and "made.npz: 10 images are fewer" in said
+    assert "samples: 6 of 6" in said and "reference: 4 of 4" in said
     found, expected = (evaluate(small / "drawn.npz", path) for path in (small / "made.npz", folder))
     assert {name: found[name] for name in ("fid", "sfid")} == pytest.approx(
         {name: expected[name] for name in ("fid", "sfid")}, rel=1e-9

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from vadit.commands.common import Arithmetic, Device, image_data, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec, PictureSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
+from vadit.runtime.console import note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output
 
@@ -79,8 +80,8 @@ class EvaluateLatentsOptions(Checked):
 
     latents: PathName
     """Folder of latents, or a file with a (N, C) tensor of latent vectors (.npy, .npz, .pt, .safetensors)."""
-    num_vectors: Count = 10_000
-    """Latent vectors per draw, each of another image."""
+    num_vectors: Count | None = None
+    """Latent vectors per draw, each of another image; default: Table 6's 10,000, or as many as there are."""
     seeds: Seeds = 10
     """Draws of vectors, from --seed on, that the numbers are means of; their spread is reported, too."""
     seed: Seed = 0
@@ -152,6 +153,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
 def tokenizer(options: EvaluateTokenizerOptions) -> None:
     """Evaluate a tokenizer's reconstructions."""
     from vadit.eval import inception, results
+    from vadit.eval.samples import warn_of_few
     from vadit.eval.tokenizer import evaluate_image_set, evaluate_tokenizer
     from vadit.images.backends import open_images
     from vadit.models.lpips import LPIPS
@@ -174,6 +176,8 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
             lpips=None if options.vgg_weights is None else LPIPS(options.vgg_weights).to(device),
             features=None if weights is None else inception.Inception(weights, device).pool,
         )
+        if weights is not None:
+            warn_of_few(options.images, len(images))
         found = evaluate_image_set(
             evaluate, images, seeds=seeds, batch_size=options.batch_size, num_workers=options.num_workers, device=device
         )
@@ -196,14 +200,18 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
 def latents(options: EvaluateLatentsOptions) -> None:
     """Evaluate how evenly latents are spread."""
     from vadit.eval import results
-    from vadit.eval.latents import evaluate_latents, open_vectors
+    from vadit.eval.latents import NUM_VECTORS, evaluate_latents, open_vectors
 
     _check_outputs(options)
     seeds = range(options.seed, options.seed + options.seeds)
-    found = evaluate_latents(open_vectors(options.latents), options.num_vectors, seeds, options.picture)
+    draw, count = open_vectors(options.latents)
+    num_vectors = options.num_vectors or min(NUM_VECTORS, count)
+    if num_vectors < NUM_VECTORS:
+        note_once(f"the numbers are of {num_vectors:,} vectors, the paper's of {NUM_VECTORS:,}: they do not compare")
+    found = evaluate_latents(draw, num_vectors, seeds, options.picture)
     inputs = {
         "latents": options.latents,
-        "num_vectors": options.num_vectors,
+        "num_vectors": num_vectors,
         "seeds": list(seeds),
         "protocol": "one position of each latent, normalised by channel; "
         "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",

@@ -193,8 +193,8 @@ def _encode(autoencoder: Autoencoder, pictures: Path, out: Path) -> LatentDatase
 def _assess_tokenizer(autoencoder: Autoencoder, data: DemoData, latents: Path) -> dict[str, float]:
     """Reconstruction of images that nothing was trained on, and uniformity of the latent."""
     _, scores = evaluate_tokenizer(autoencoder, channels_first(data.held_out_images).split(64))
-    num_vectors = min(UNIFORMITY_VECTORS, len(data.train_images))
-    (uniformity,) = evaluate_latents(open_vectors(latents), num_vectors, [0])
+    draw, count = open_vectors(latents)
+    (uniformity,) = evaluate_latents(draw, min(UNIFORMITY_VECTORS, count), [0])
     return scores | uniformity
 
 

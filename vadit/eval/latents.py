@@ -5,7 +5,7 @@ t-SNE (perplexity 30, 1000 iterations); a Gaussian kernel density (Scott's rule)
 of these n densities: coefficient of variation, Gini coefficient, entropy over log2 n; mean over draws.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vadit.latents.dataset import LatentDataset
 from vadit.models.pretrained import read_weights
+from vadit.runtime.console import counted
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.files import saved_file
 from vadit.runtime.npz_files import Npz, read_array_header
@@ -24,6 +25,7 @@ from vadit.runtime.torch_file import is_plain
 
 PERPLEXITY = 30.0
 ITERATIONS = 1000
+NUM_VECTORS = 10_000
 READ_AT_ONCE = 256  # latents in memory at once: 8 MiB of 32 x 16 x 16 in float32
 MAX_NUMBERS = 1 << 27  # of a file of latent vectors: 4 million of 32 channels
 
@@ -31,11 +33,11 @@ Draw = Callable[[int, int], np.ndarray]  # (num_vectors, seed) to latent vectors
 
 
 def evaluate_latents(
-    draw: Draw, num_vectors: int, seeds: Iterable[int], picture: str | Path | None = None
+    draw: Draw, num_vectors: int, seeds: Sequence[int], picture: str | Path | None = None
 ) -> list[dict[str, float]]:
     """The three numbers of each draw of vectors, one per seed; a picture of the first draw's points."""
     found: list[dict[str, float]] = []
-    for seed in seeds:
+    for seed in counted("draws", len(seeds), seeds, lambda _: 1):
         points = embed(draw(num_vectors, seed), seed)
         if picture is not None and not found:
             draw_picture(points, Path(picture))
@@ -100,12 +102,14 @@ def draw_picture(points: np.ndarray, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=150)
 
 
-def open_vectors(path: str | Path) -> Draw:
-    """What draws latent vectors from a folder of latents, or from a file with a tensor of vectors."""
+def open_vectors(path: str | Path) -> tuple[Draw, int]:
+    """What draws vectors from a folder of latents, or a file with a tensor of them; and how many it has, of images."""
     path = Path(path)
     if path.is_file():
-        return partial(file_vectors, read_vectors(path))
-    return partial(folder_vectors, LatentDataset(str(path), flip=False))
+        vectors = read_vectors(path)
+        return partial(file_vectors, vectors), len(vectors)
+    latents = LatentDataset(str(path), flip=False)
+    return partial(folder_vectors, latents), len(latents)
 
 
 def folder_vectors(latents: LatentDataset, num_vectors: int, seed: int) -> np.ndarray:

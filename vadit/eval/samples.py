@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.eval.image_files import open_images
+from vadit.eval.image_files import NpzImages, PngFolder, open_images
 from vadit.eval.inception import Inception
 from vadit.eval.metrics import (
     IS_SPLIT,
@@ -35,7 +35,7 @@ from vadit.eval.metrics import (
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.models.pretrained import compare_published
-from vadit.runtime.console import note_once
+from vadit.runtime.console import counted, note_once
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import saved_file
 from vadit.runtime.npz_files import Npz
@@ -46,6 +46,7 @@ ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 REFERENCES_FOR_RECALL = 10_000
 """Reference images that precision and recall are taken against (ADM's files hold so many)."""
+FEW_IMAGES = 2048  # Inception's features: the covariance of fewer images is singular
 KID_SUBSET = 1000  # images of a subset of KID, or all where there are fewer
 
 Summary = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to one feature vector each, (B, D)
@@ -114,6 +115,7 @@ class SampleEvaluator:
         self, sets: Sequence[tuple[str, int]], num_samples: int | None, sampler: Callable[[str], str]
     ) -> list[dict[str, float]]:
         """The named numbers of each of the `sample_sets`; sampler(path) is how a set was drawn."""
+        _compare_sets(self._path, open_images(sets[0][0]), num_samples)
         found: list[dict[str, float]] = []
         for path, first in sets:
             count, numbers = self.evaluate(path, num_samples=num_samples, first=first)
@@ -144,7 +146,9 @@ class SampleEvaluator:
         if self._dinov2 is not None and not _load_statistics(self._path)[1]:
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
         extractor, reference = self._loaded
-        pool, probabilities, spatial = _extract(source.batches(self._batch_size, count, first), extractor)
+        pool, probabilities, spatial = _extract(
+            counted("samples", count, source.batches(self._batch_size, count, first)), extractor
+        )
         if len(pool) != count:
             raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
         numbers = {"fid": frechet_distance(*reference.pool, *mean_and_covariance(pool))}
@@ -209,14 +213,17 @@ def write_reference(
 ) -> None:
     """Make a reference like ADM's of a set of images, decoded by Pillow: statistics of all, and `keep` of them.
 
-    mu, sigma, mu_s, sigma_s are of all images; arr_0 holds some, evenly spread, in order.
+    mu, sigma, mu_s, sigma_s are of all num_images images; arr_0 holds some, evenly spread, in order. `alpha` and `exif`
+    are those of the images.
     """
+    warn_of_few(images.source.name, len(images))
     extractor = Inception(inception_weights, device)
     places = {index: place for place, index in enumerate(spread(len(images), keep).tolist())}
     pool, spatial = FeatureMoments(), FeatureMoments()
     kept = np.zeros((len(places), images.size, images.size, 3), np.uint8)  # 10,000 of 256 pixels are 2 GB
     with pillow_decoder(images, num_workers, device)() as decoder:
-        for batch in load_in_order(images, range(len(images)), batch_size, decoder):
+        loaded = load_in_order(images, range(len(images)), batch_size, decoder)
+        for batch in counted("reference", len(images), loaded, lambda batch: len(batch.ids)):
             pixels = batch.images.contiguous()
             features = extractor(pixels)
             pool.update(features.pool)
@@ -229,7 +236,30 @@ def write_reference(
     mu, sigma = pool.result()
     mu_s, sigma_s = spatial.result()
     with saved_file(Path(out), "set --out to a place with room") as partial, partial.open("wb") as stream:
-        np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+        about: Any = {"num_images": len(images), "alpha": images.alpha, "exif": images.exif}
+        np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, **about)
+
+
+def warn_of_few(what: str | Path, count: int) -> None:
+    """A line where Frechet distances in Inception's features are too large for want of images."""
+    if count < FEW_IMAGES:
+        note_once(
+            f"{what}: {count:,} images are fewer than {FEW_IMAGES:,}: FID comes out too large, and compares with none"
+        )
+
+
+def _compare_sets(reference: Path, samples: PngFolder | NpzImages, num_samples: int | None) -> None:
+    """A line each where samples and reference differ in size, or are few."""
+    entries = {} if reference.is_dir() else Npz(reference).entries
+    images = open_images(reference) if reference.is_dir() or "arr_0" in entries else None
+    if images is not None and images.size != samples.size:
+        ours, theirs = ("x".join(map(str, each.size[::-1])) for each in (samples, images))
+        note_once(
+            f"{samples.path} holds images of {ours} pixels, {reference} of {theirs}: what differs is their size, too"
+        )
+    warn_of_few(samples.path, num_samples or len(samples))
+    count = len(images) if images is not None and "mu" not in entries else FEW_IMAGES  # ADM's statistics are of enough
+    warn_of_few(reference, int(Npz(reference).array("num_images", ())) if "num_images" in entries else count)
 
 
 def _key(reference: Path, weights: Path) -> str:
@@ -309,7 +339,7 @@ def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Refer
         if stored is None and len(source) < 2:
             raise UsageError(f"{path}: a reference needs at least 2 images, found {len(source)}; name a larger one")
         wanted, rows, count = spread(len(source), REFERENCES_FOR_RECALL), [], 0
-        for images in source.batches(batch_size):
+        for images in counted("reference", len(source), source.batches(batch_size)):
             found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
             pool = found.pool.cpu().numpy()
             if stored is None:

@@ -17,6 +17,7 @@ from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed, to_uint8
 from vadit.models.autoencoder import Autoencoder
 from vadit.runtime import distributed, rng
+from vadit.runtime.console import counted
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.precision import Precision, as_computed, computing
 
@@ -83,7 +84,8 @@ def evaluate_image_set(
     found = []
     for seed in seeds:
         with pillow_decoder(images, num_workers, device)() as decoder:
-            batches = (batch.images.contiguous() for batch in load_in_order(images, ids, batch_size, decoder))
+            loaded = (batch.images.contiguous() for batch in load_in_order(images, ids, batch_size, decoder))
+            batches = counted("reconstruct", len(ids), loaded)
             count, metrics = evaluate(batches, ids=ids, seed=seed)
         if count != len(images):
             raise RunError(f"{count} of {len(images)} images were read; a part of them gets no numbers")

@@ -9,8 +9,9 @@ libraries print passes `guarded_streams`.
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import IO, Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.file_proxy import FileProxy
@@ -20,6 +21,8 @@ from rich.text import Text
 
 from vadit.runtime import launcher
 from vadit.runtime.errors import escaped, one_line
+
+T = TypeVar("T")
 
 
 def _to_nobody(descriptor: int) -> None:
@@ -143,7 +146,10 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar with images/s and time left; silent on all processes but the main one."""
+    """A bar with images/s and time left; silent on all processes but the main one.
+
+    Where stderr is no terminal (a log of SLURM's, a pipe), a line at each note, or else now and then.
+    """
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
         columns = (
@@ -155,22 +161,67 @@ class ProgressBar:
             TextColumn("{task.fields[note]}", markup=False),
         )
         silent = launcher.place().rank > 0
-        self._progress = Progress(*columns, console=_console, disable=silent, speed_estimate_period=30)
+        self._drawn, self._silent = _console.is_terminal, silent
+        hidden = silent or not self._drawn
+        self._progress = Progress(*columns, console=_console, disable=hidden, speed_estimate_period=30)
         self._task = self._progress.add_task(one_line(title), total=total, completed=done, note="")
+        self._title, self._total, self._done = title, total, done
+        self._begun = self._told = (time.monotonic(), done)  # where the pace is counted from, and the last line
 
     def __enter__(self) -> "ProgressBar":
         global _bars
         self._progress.start()
-        _bars += 1
+        _bars += self._drawn
         return self
 
     def __exit__(self, *_: object) -> None:
         global _bars
-        _bars -= 1
+        _bars -= self._drawn
         self._progress.stop()
+        if self._told[1] != self._done:
+            self._tell()
 
     def update(self, done: int, note: str | None = None) -> None:
         """Set the number of images done, and a short note behind the bar."""
         self._progress.update(self._task, completed=done)
         if note is not None:
             self._progress.update(self._task, note=one_line(note))
+        self._done, now = done, time.monotonic()
+        if note is not None or now - self._told[0] >= min(max(10.0, (now - self._begun[0]) / 5), 600.0):
+            self._tell(note or "")
+
+    def _tell(self, text: str = "") -> None:
+        """A line where no bar is drawn."""
+        if self._drawn or self._silent:
+            return
+        now, before = time.monotonic(), self._begun
+        rate = (self._done - before[1]) / max(now - before[0], 1e-9)
+        if self._told is before:  # a compilation may lie before the first line
+            self._begun = (now, self._done)
+        self._told = (now, self._done)
+        pace = f", {rate:,.1f}/s" if rate > 0 else ""
+        if pace and self._done < self._total:
+            pace += f", {duration((self._total - self._done) / rate)} left"
+        note(f"{self._title}: {self._done:,} of {self._total:,}{pace}{text and f', {text}'}", "dim")
+
+
+def duration(seconds: float) -> str:
+    """For people: 40 s, 12 min, 3 h 5 min."""
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{minutes} min"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def counted(title: str, total: int, items: Iterable[T], count: Callable[[Any], int] = len) -> Iterator[T]:
+    """The same items, with a bar of how much is done: `count` of each, out of `total`."""
+    done = 0
+    with ProgressBar(title, total) as bar:
+        for item in items:
+            yield item
+            done += count(item)
+            bar.update(done)
