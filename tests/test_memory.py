@@ -206,6 +206,8 @@ LONG = [
     Case(1, batch=4),
     Case(1, batch=2, processes=2),
     Case(1, batch=1, gradient_accumulation=2),
+    Case(1, batch=1, processes=2, gradient_accumulation=2),
+    Case(1, batch=2, processes=2, precision="autocast"),
     Case(2, batch=2, processes=2),
     Case(3, batch=4),
     Case(0, batch=1, precision="autocast", gradient_checkpointing=True),
@@ -244,13 +246,13 @@ def test_estimate_is_what_processes_hold(case: Case, tmp_path: Path, monkeypatch
     [
         # Weights without activations, in units of a weight: (fp32 weights, optimizer, averages, gradients, buffers).
         # A process alone sends no gradients: at stage 0 it needs no bucket.
-        ({}, 64, [(4, 8, 4, 4, 4), (4, 12 / 64, 4 / 64, 4, 8), (4, 12 / 64, 4 / 64, 4 / 64, 8), None]),
+        ({}, 64, [(4, 8, 4, 4, 4), (4, 12 / 64, 4 / 64, 4 / 64, 8), (4, 12 / 64, 4 / 64, 4 / 64, 8), None]),
         ({}, 1, [(4, 8, 4, 4, 0), (4, 12, 4, 4, 4), (4, 12, 4, 4, 4), (4, 12, 4, 4, 8)]),
-        ({"precision": "bf16"}, 64, [None, (2, 12 / 64, 4 / 64, 2, 4), (2, 12 / 64, 4 / 64, 2 / 64, 4), None]),
+        ({"precision": "bf16"}, 64, [None, (2, 12 / 64, 4 / 64, 2 / 64, 4), (2, 12 / 64, 4 / 64, 2 / 64, 4), None]),
         ({"precision": "bf16"}, 1, [None, (2, 12, 4, 2, 6), None, (2, 12, 4, 2, 8)]),
-        ({"precision": "autocast"}, 2, [None, (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
-        ({"overlap_comm": True}, 2, [(4, 8, 4, 4, 4), (4, 6, 2, 4, 12), (4, 6, 2, 2, 12), None]),
-        ({"offload_optimizer": True, "ema_decays": (0.9, 0.99)}, 2, [(4, 8, 8, 4, 4), (4, 0, 0, 4, 8), None, None]),
+        ({"precision": "autocast"}, 2, [None, (4, 6, 2, 2, 12), (4, 6, 2, 2, 12), None]),
+        ({"overlap_comm": True}, 2, [(4, 8, 4, 4, 4), (4, 6, 2, 2, 12), (4, 6, 2, 2, 12), None]),
+        ({"offload_optimizer": True, "ema_decays": (0.9, 0.99)}, 2, [(4, 8, 8, 4, 4), (4, 0, 0, 2, 8), None, None]),
         (
             {"zero_stage": 3, "offload_optimizer": True, "offload_weights": True},
             2,

@@ -123,6 +123,8 @@ def _moments(
     if stage == 0 and spec.gradient_accumulation > 1:
         kept = share = FP32 * sum(sizes)
     passes = (kept if spec.gradient_accumulation > 1 else 0, buckets, activations.alone)
+    if stage == 1:  # what is sent lies in a bucket: its share stays, and sums that wait for the next bucket
+        kept = max(share, whole - bucket if spec.gradient_accumulation > 1 else 0)
     if stage < 2 and spec.gradient_accumulation == 1:
         passes = (activations.with_gradients - activations.alone, buckets, activations.alone)
     if stage == 3:  # buckets and the gradients' shard are made at the start and stay
