@@ -23,8 +23,8 @@ from plain_networks import PlainDiT, plain_samples
 from vadit.config import SampleSpec
 from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
+from vadit.runtime.compiled import compile_each
 from vadit.runtime.precision import Precision, as_computed, computing
-from vadit.sampling.draw import compile_blocks
 from vadit.sampling.solvers import sample_ode
 
 AGREE = 1e-5  # largest difference of fp32 latents over the largest latent
@@ -72,7 +72,8 @@ def measure(options: argparse.Namespace, precision: Precision, compiled: bool) -
     noise = torch.randn(options.images, ours.in_channels, side, side).to(device)
     labels = torch.randint(ours.num_classes, (options.images,)).to(device)
     network = as_computed(ours, precision)
-    compile_blocks(*[network] * compiled)
+    if compiled:
+        compile_each(network.compiled_blocks)
     allowed: Precision = "tf32" if device == "cuda" and precision != "fp32" else "fp32"
 
     def draw() -> None:

@@ -117,9 +117,9 @@ Step = tuple[Callable[[], object], list[Any]]
 def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
     """A step of vadit.train.dit without the optimizer."""
     from vadit.models.repa import training_network
+    from vadit.runtime.compiled import compile_each
     from vadit.train import float8
     from vadit.train.dit import train_step
-    from vadit.train.engine import compile_each
 
     model = built(lambda: training_network(config).train())
     engine: Any = StandIn(gpu, model, config, "", model.forward_features)
@@ -141,8 +141,8 @@ def train_tokenizer(gpu: VirtualGPU, config: TokenizerConfig) -> Step:
     from vadit.models.discriminator import PatchDiscriminator
     from vadit.models.foundation import FoundationModel
     from vadit.models.lpips import LPIPS
+    from vadit.runtime.compiled import compile_each
     from vadit.train import tokenizer
-    from vadit.train.engine import compile_each
 
     spec, loss = config.autoencoder, config.loss
     random = dataclasses.replace(config.foundation, weights="random")
@@ -170,8 +170,8 @@ def train_tokenizer(gpu: VirtualGPU, config: TokenizerConfig) -> Step:
 def sample_step(config: DiTConfig, guided: bool, precision: Any) -> Step:
     """A step of Euler's method on a batch of samples, as vadit.sampling draws them."""
     from vadit.models.repa import training_network
+    from vadit.runtime.compiled import compile_each
     from vadit.sampling.solvers import sample_ode
-    from vadit.train.engine import compile_each
 
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = on_device(built(lambda: training_network(config).eval()), dtype)

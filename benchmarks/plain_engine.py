@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vadit.config import EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
+from vadit.runtime.compiled import compile_each
 from vadit.runtime.errors import UsageError
 from vadit.runtime.precision import allow_tf32
 from vadit.train import optimizers
@@ -44,10 +45,7 @@ class PlainEngine:
         if forward is not None:
             module.forward = forward
         if spec.compile is True and blocks:
-            limits = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
-            for block in blocks:
-                block.forward = torch.compile(block.forward)
+            compile_each(blocks)
         self.spec, self.device = spec, device
         self.config: dict[str, Any] = {"engine": "torch", "train_batch_size": global_batch}
         self.module = module.to(device)

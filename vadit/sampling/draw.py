@@ -139,13 +139,6 @@ def pays_to_compile(model: Any, spec: SampleSpec, num_samples: int, precision: P
     return device_of(model).type == "cuda" and not exact and num_samples * spec.num_steps >= COMPILED_FROM
 
 
-def compile_blocks(*networks: Any) -> None:
-    """Compile each network block by block: a graph for each kind of block and number of rows."""
-    for network in networks:
-        for block in getattr(network, "compiled_blocks", ()):
-            block.compile(dynamic=False)
-
-
 def own_groups(num_samples: int) -> Iterator[range]:
     """The whole groups that reach over samples 0..num_samples-1 and are this process's: they go to all in turn."""
     for number in range(distributed.rank(), math.ceil(num_samples / GROUP), distributed.world_size()):

@@ -21,6 +21,7 @@ from vadit.images.pixels import channels_last, image_grid, read_png, write_png
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.pretrained import Origin, weights_hash
 from vadit.runtime import distributed
+from vadit.runtime.compiled import compile_each
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, save_json, saved_file
@@ -29,7 +30,6 @@ from vadit.runtime.owner import owned
 from vadit.runtime.precision import Precision, as_computed
 from vadit.sampling.draw import (
     check_request,
-    compile_blocks,
     decode,
     device_of,
     draw_group,
@@ -108,7 +108,7 @@ def write_samples(
     with owned(out, "set --out to another folder"), ThreadPoolExecutor(1) as writer:
         distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, compiled == "auto"))
         if read_json(out / SETTINGS, dict[str, Any]).get("compile"):
-            compile_blocks(model, guide)
+            compile_each([block for network in (model, guide) for block in getattr(network, "compiled_blocks", ())])
         done, written = 0, writer.submit(_write_pngs, {})
         for group in own_groups(num_samples):
             wanted = group[: num_samples - group.start]

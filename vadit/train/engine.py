@@ -18,6 +18,7 @@ from torch import nn
 
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed, launcher
+from vadit.runtime.compiled import compile_each
 from vadit.runtime.precision import allow_tf32
 from vadit.train import optimizers
 from vadit.train.layout import Piece, cut_each, cut_row
@@ -129,15 +130,6 @@ def communication_backend() -> Any:
     from deepspeed.comm import comm
 
     return comm.cdb
-
-
-def compile_each(parts: Sequence[nn.Module]) -> None:
-    """torch.compile every part by itself, for the shapes that it meets."""
-    # Parts of one class share their graphs by shape, and past this number of graphs would run uncompiled.
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 2 * len(parts))
-    for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 class Engine:

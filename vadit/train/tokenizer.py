@@ -24,11 +24,12 @@ from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import LPIPS
 from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
+from vadit.runtime.compiled import compile_each
 from vadit.runtime.console import note_once
 from vadit.train import loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
-from vadit.train.engine import Engine, compile_each, start
+from vadit.train.engine import Engine, start
 from vadit.train.evaluation import Reconstructions
 from vadit.train.guard import Guard
 from vadit.train.watchdog import Watchdog
