@@ -34,8 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH, too
+import harness
 from cost_steps import Case, Counted, configure, count, count_optimizer
 from virtual_gpu import Launch, OtherInternals
 
@@ -255,7 +257,7 @@ def in_own_process(what: str, case: Case) -> list[Counted]:
 
     Raises OtherInternals, and RuntimeError for whatever else goes wrong there.
     """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__, what, json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -126,21 +126,22 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    folder = Path(tempfile.mkdtemp())
-    torch.save({f"features.{name}": t for name, t in vgg_features().state_dict().items()}, folder / "vgg.pth")
-    tiny = FoundationSpec(name="vit_small_patch14_dinov2", weights="random", input_range="minus_one_one")
-    config = vary(
-        get_recipe("vavae-f16d32-dinov2"),
-        autoencoder={"image_size": options.size},
-        foundation=tiny,
-        loss={"vgg_weights": str(folder / "vgg.pth"), "disc_start_step": 1},
-        engine={"zero_stage": 0, "compile": False, "precision": "fp32"},
-        run={"out": str(folder / "run"), "device": "cpu", "batch_size": options.batch},
-        stages=(),
-    )
-    assert isinstance(config, TokenizerConfig)
-    engines.start(torch.device("cpu"))
-    networks = tokenizer._build(config, folder, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        torch.save({f"features.{name}": t for name, t in vgg_features().state_dict().items()}, folder / "vgg.pth")
+        tiny = FoundationSpec(name="vit_small_patch14_dinov2", weights="random", input_range="minus_one_one")
+        config = vary(
+            get_recipe("vavae-f16d32-dinov2"),
+            autoencoder={"image_size": options.size},
+            foundation=tiny,
+            loss={"vgg_weights": str(folder / "vgg.pth"), "disc_start_step": 1},
+            engine={"zero_stage": 0, "compile": False, "precision": "fp32"},
+            run={"out": str(folder / "run"), "device": "cpu", "batch_size": options.batch},
+            stages=(),
+        )
+        assert isinstance(config, TokenizerConfig)
+        engines.start(torch.device("cpu"))
+        networks = tokenizer._build(config, folder, torch.device("cpu"))
     authors = PlainStep(config, networks.foundation, networks.perceptual)
     pixels = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8)
     batches = itertools.repeat(SimpleNamespace(images=pixels))

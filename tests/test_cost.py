@@ -1,6 +1,8 @@
 """What a compiled step launches, moves and keeps on a GPU stays within its budget; counted without one."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ If the step is meant to take that: python benchmarks/bench_cost.py --precision b
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield __import__("bench_cost")
+
+
+def test_it_finds_its_neighbours_on_a_safe_path() -> None:
+    command = [sys.executable, "-P", str(BENCHMARKS / "bench_cost.py"), "--recipe", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown recipe 'none'" in done.stderr
 
 
 def test_a_step_stays_within_its_budget(bench: Any) -> None:
