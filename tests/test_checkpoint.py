@@ -409,6 +409,15 @@ def test_all_processes_agree_that_one_could_not_write(short: Path) -> None:
 
 
 @pytest.mark.faults
+def test_bf16_by_itself_goes_on_with_more_processes_and_with_fewer(tmp_path: Path) -> None:
+    """Stage auto: 0 for a process alone, whose optimizer keeps the fp32 weights, and 1 for two."""
+    pairs: list[tuple[Layout, Layout]] = [((1, 0), (2, 1)), ((2, 1), (1, 0))]
+    play(tmp_path, pairs, {stage: {"precision": "bf16"} for stage in (0, 1)})
+    for source, target in pairs:
+        check(tmp_path, source, target, precision="bf16")
+
+
+@pytest.mark.faults
 def test_every_checkpoint_goes_on_everywhere(tmp_path: Path) -> None:
     play(tmp_path, ALL, {})
     for source, target in ALL:
