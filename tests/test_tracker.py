@@ -331,6 +331,9 @@ def test_refused_before_the_run(straight: Path, tmp_path: Path) -> None:
         dit.train(looked_at(straight, tmp_path / "run", tokenizer=str(tmp_path / "other")))
     with pytest.raises((UsageError, RunError), match="nowhere"):
         dit.train(looked_at(straight, tmp_path / "run", tokenizer="nowhere"))
+    config = looked_at(straight, tmp_path / "run", precision="tf32")
+    with pytest.raises(UsageError, match="tf32 is for GPUs"):  # before data are read
+        dit.train(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path / "none"))))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 

@@ -23,6 +23,7 @@ from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
+from vadit.runtime.precision import resolved
 from vadit.sampling.draw import check_request
 from vadit.train import float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
@@ -38,6 +39,8 @@ def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
     UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
     steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
+    if config.evaluation.every_images:
+        resolved(config.evaluation.precision, distributed.device(config.run.device))  # refused before data are read
     dataset = open_latents(config.data, config.model, config.repa)
     runs.check_folder(config, len(dataset))
     with runs.owned_folder(config):
