@@ -284,15 +284,22 @@ def test_dry_run_prints_what_the_overrides_resolve_to(capsys, monkeypatch) -> No
 
 def test_dry_run_of_samples_models_hours_with_and_without_guidance(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    networks = ["lightningdit-xl-64ep-debug", "--tokenizer", "vavae-f16d32-dinov2-debug", "--out=none"]
+    networks = ["lightningdit-xl-64ep-debug", "--tokenizer", "vavae-f16d32-dinov2-debug"]
     large = ("--num-samples", "1000000000", "--num-steps", "11", "--cfg-interval", "0.25", "1", "--timestep-shift", "0")
     assert cli.main(["sample", *networks, *large, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "1 H200, modelled" in said and "nothing is measured" in said and not Path("none").exists()
+    assert "1 H200, modelled" in said and "nothing is measured" in said
     hours = [float(found) for found in re.findall(r"(?:bf16|tf32|fp32) │ +\w\S+ │ +([\d.e-]+) │", said)]
     assert hours[0] / hours[3] == pytest.approx(1.7, rel=0.01) and len(hours) == 6  # guided in 7 of 10 steps
     assert cli.main(["sample", *networks, "--method", "dopri5", "--dry-run"]) == 2
     assert "--method euler" in capsys.readouterr().err
+    assert cli.main(["sample", *networks, "--dry-run", "--precision", "bf16"]) == 0
+    assert set(re.findall("bf16 │|tf32 │|fp32 │", capsys.readouterr().out)) == {"bf16 │"}
+    for place in (0, 2):
+        mistyped = list(networks)
+        mistyped[place] = networks[place].replace("-debug", "-debag")
+        assert cli.main(["sample", *mistyped, "--dry-run"]) == 2
+        assert f"did you mean {networks[place]}" in capsys.readouterr().err
 
 
 def test_local_rank_of_the_deepspeed_launcher_may_stand_anywhere(capsys) -> None:

@@ -199,6 +199,7 @@ def test_other_settings_are_refused(autoencoder: Autoencoder, images: ImageSet, 
     white, upright = dataclasses.replace(images, alpha="white"), dataclasses.replace(images, exif="apply")
     for tokenizer, change, message in (
         (autoencoder, {"dtype": "bf16"}, "dtype 'fp32', this command says 'bf16'"),
+        (autoencoder, {"precision": "bf16"}, "precision 'fp32', this command says 'bf16'"),
         (autoencoder, {"store": "sample"}, "store 'moments', this command says 'sample'"),
         (autoencoder, {"shard_size": 5}, "shard_size 4, this command says 5"),
         (autoencoder, {"flip": False}, "flip True, this command says False"),

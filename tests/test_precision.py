@@ -139,7 +139,7 @@ def test_a_folder_holds_samples_of_one_arithmetic(tmp_path: Path, monkeypatch):
     as_it_is = torch.compile
     monkeypatch.setattr(torch, "compile", lambda part, **options: as_it_is(part, backend=graphs, **options))
 
-    def write(out: Path, num_samples: int, chosen: precision.Precision, compiled: bool | str = "auto") -> int:
+    def write(out: Path, num_samples: int, chosen: str, compiled: bool | str = "auto") -> int:
         graphs.clear()
         torch._dynamo.reset()
         own, mean, std = copy.deepcopy(model), torch.zeros(3), torch.ones(3)
@@ -159,6 +159,9 @@ def test_a_folder_holds_samples_of_one_arithmetic(tmp_path: Path, monkeypatch):
     refused = r"made with precision 'fp32', .* 'bf16'; set it as it was, set --out to another folder, or"
     pytest.raises(UsageError, write, tmp_path / "old", 4, "bf16").match(refused)
     pytest.raises(UsageError, write, tmp_path / "old", 4, "fp32", True).match("made with compile False")
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "_has_tf32", lambda device: True)
+        pytest.raises(UsageError, write, tmp_path / "old", 4, "auto").match("precision 'fp32', auto takes here 'tf32'")
 
     # for each number of rows, with and without guidance, a graph of the first block, to which none leaves a branch to
     # close, and one of all others; auto goes on so

@@ -120,7 +120,7 @@ def run(options: EncodeOptions) -> None:
                 shard_size=options.shard_size,
                 features=features,
                 decoder=decoder,
-                precision=precision,
+                precision=options.precision,
                 stats_samples=options.stats_samples,
                 progress=bar.update,
             )

@@ -65,8 +65,8 @@ class SampleOptions(Checked):
     """torch.compile the generator's blocks; auto: as the folder's samples were, else on a GPU for many samples that are
     not fp32."""
     dry_run: bool = False
-    """Print the hours and the memory that this would take, modelled, and exit; FOLDER and --tokenizer may be
-    recipes."""
+    """Print the hours and the memory that this would take, modelled, in --precision or in each, and exit; FOLDER and
+    --tokenizer may be recipes."""
     sampler: Annotated[SampleSpec, tyro.conf.arg(name="")] = field(default_factory=SampleSpec)
     flow: FlowSpec = field(default_factory=FlowSpec)
 
@@ -77,7 +77,9 @@ def run(arguments: list[str]) -> None:
     from vadit.sampling.info import SamplingInfo, find_generator, read_info
 
     out = options.out or str(Path(options.folder) / "samples")
-    if not options.dry_run:
+    if options.dry_run:
+        _refuse_mistyped(options.folder, options.tokenizer, options.guide or "")
+    else:
         check_output("--out", out)
     source = options.folder if _recipe(options.folder) else str(find_generator(options.folder))
     recipe = _recipe(source)
@@ -140,7 +142,7 @@ def run(arguments: list[str]) -> None:
                 flow=options.flow,
                 guide=guide,
                 labels=labels,
-                precision=precision,
+                precision=options.precision,
                 compiled=options.compile,
                 source=sources | {"origin": asdict(generator.origin)},
                 progress=progress,
@@ -251,13 +253,19 @@ def _dry_run(options: SampleOptions, generator: str) -> None:
         rows = rows_per_sample(sampler, options.flow, specs[0][0].in_channels, guide=len(specs) == 2)
         flops = sum(count * dit_flops(*each) for each, count in zip(specs, rows, strict=False))
         largest = 2 * GROUP if scale != 1 and len(specs) == 1 else GROUP
-        for precision in SHARES:
+        for precision in SHARES if options.precision == "auto" else (options.precision,):
             drawing = hours(share * flops, precision, peak)
             gib = sampling_bytes(specs, largest, autoencoder, DECODE_BATCH, precision) / 2**30
             name = sampler_name(sampler, autoguidance=len(specs) == 2)
             table.add_row(precision, name, *(f"{value:.3g}" for value in (drawing, decoding, drawing + decoding, gib)))
     if distributed.is_main():
         show(table)
+
+
+def _refuse_mistyped(*names: str) -> None:
+    for name in names:
+        if len(Path(name).parts) == 1 and not Path(name).exists():
+            get_recipe(name)
 
 
 def _recipe(name: str) -> DiTConfig | None:

@@ -39,7 +39,7 @@ from vadit.runtime import distributed, rng
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import reference, refuse_other_settings
 from vadit.runtime.owner import owned
-from vadit.runtime.precision import Precision, as_computed, computing
+from vadit.runtime.precision import Precision, as_computed, computing, resolved
 from vadit.runtime.reading import ReadFault
 from vadit.runtime.walk import visible
 
@@ -77,7 +77,7 @@ def encode(
     num_workers: int = ImageDataSpec.num_workers,
     decoder: Decoder | None = None,
     stats_samples: int = 0,
-    precision: Precision = "fp32",
+    precision: Literal["auto"] | Precision = "fp32",
     progress: Callable[[int], object] | None = None,
 ) -> EncodeSummary:
     """Encode all `images` into the folder `out`: shards, then statistics, then the index.
@@ -99,12 +99,12 @@ def encode(
         distributed.join("gloo", timedelta(days=1))
     kept = {"store": store, "dtype": dtype, "flip": flip, "shard_size": shard_size, "precision": precision}
     settings = _settings(autoencoder, images, features, seed=seed if store == "sample" else 0, **kept)
-    autoencoder = as_computed(autoencoder, precision)
+    autoencoder = as_computed(autoencoder, settings.precision)
     started = time.monotonic()
     parts = [range(len(images))[start : start + shard_size] for start in range(0, len(images), shard_size)]
     paths = [out / f"shard-{number:05d}.safetensors" for number in range(len(parts))]
     with owned(out, "set --out to another one"):
-        finished = _finished_shards(out, settings, paths)
+        finished = _finished_shards(out, settings, paths, ["precision"] if precision == "auto" else [])
         distributed.barrier()  # every process has seen the folder before one of them changes it
         mine = list(zip(paths, parts, strict=True))[distributed.rank() :: distributed.world_size()]
         share = sum(len(ids) for _, ids in mine)
@@ -148,6 +148,7 @@ def _settings(
     autoencoder: Autoencoder, images: ImageSet, features: FoundationModel | None, **choices: Any
 ) -> LatentSettings:
     """What networks, images and the caller's choices (the other fields) make of the latents."""
+    choices["precision"] = resolved(choices["precision"], next(autoencoder.parameters()).device)
     about = None
     if features is not None:  # readers compare name and range with a run's
         from vadit.models.foundation import TIMM_NAMES
@@ -197,7 +198,7 @@ def _rows(
     return rows
 
 
-def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path]) -> set[Path]:
+def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path], automatic: list[str]) -> set[Path]:
     """The shards whose headers are sound; refuses a folder that holds any besides `paths`."""
     expected, finished = set(paths), set()
     for path in visible(out, ".safetensors") if out.is_dir() else ():
@@ -211,7 +212,7 @@ def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path]) -> 
         if found is None:
             raise UsageError(f"{path} is not from `vadit encode`; set --out to an empty folder")
         remedy = "set --out to an empty folder, or remove this one"
-        refuse_other_settings(out, "latents", asdict(found), asdict(settings), remedy)
+        refuse_other_settings(out, "latents", asdict(found), asdict(settings), remedy, automatic=automatic)
         if path not in expected:
             raise UsageError(f"{path} is none of this folder's {len(paths)} shards; remove it")
         finished.add(path)

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -161,16 +161,18 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def refuse_other_settings(place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str) -> None:
+def refuse_other_settings(
+    place: Path, what: str, old: Any, new: Mapping[str, Any], remedy: str, *, automatic: Collection[str] = ()
+) -> None:
     """UsageError where `place` holds `what` ("a run", "samples") that was made with other settings; names the first.
 
     old: what was kept. new: the settings of now. Both are compared as JSON holds them, None as what is missing.
+    automatic: settings that were left at auto.
     """
     if not isinstance(old, dict):
         raise RunError(f"{place} does not say how its {what} came about (damaged); delete it or choose another folder")
     before, now = (flat(json.loads(json.dumps(each))) for each in (old, new))
     for name in (*before, *now):
         if (was := before.get(name)) != (found := now.get(name)):
-            raise UsageError(
-                f"{place} holds {what} made with {name} {short(was)}, this command says {short(found)}; {remedy}"
-            )
+            says = "auto takes here" if name in automatic else "this command says"
+            raise UsageError(f"{place} holds {what} made with {name} {short(was)}, {says} {short(found)}; {remedy}")

@@ -27,7 +27,7 @@ from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, save_json, saved_file
 from vadit.runtime.json_files import checked, read_json
 from vadit.runtime.owner import owned
-from vadit.runtime.precision import Precision, as_computed
+from vadit.runtime.precision import Precision, as_computed, resolved
 from vadit.sampling.draw import (
     check_request,
     decode,
@@ -66,7 +66,7 @@ def write_samples(
     flow: FlowSpec | None = None,
     guide: nn.Module | None = None,
     labels: Sequence[int] | None = None,
-    precision: Precision = "fp32",
+    precision: Literal["auto"] | Precision = "fp32",
     compiled: Literal["auto", True, False] = False,
     source: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -85,7 +85,9 @@ def write_samples(
     finite, a damaged folder, a full disk.
     """
     check_request(model, spec, flow, labels, guide)
-    out, classes = Path(out), trained_classes(model)
+    automatic = {name for name, value in (("precision", precision), ("compile", compiled)) if value == "auto"}
+    precision = resolved(precision, device_of(model), generator=True)
+    classes, out = trained_classes(model), Path(out)
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
         "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
@@ -106,19 +108,14 @@ def write_samples(
     mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
     with owned(out, "set --out to another folder"), ThreadPoolExecutor(1) as writer:
-        distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, compiled == "auto"))
+        distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, automatic))
         if read_json(out / SETTINGS, dict[str, Any]).get("compile"):
             compile_each([block for network in (model, guide) for block in getattr(network, "compiled_blocks", ())])
         done, written = 0, writer.submit(_write_pngs, {})
         for group in own_groups(num_samples):
             wanted = group[: num_samples - group.start]
             if missing := [index for index in wanted if not _is_whole(_png(out, index))]:
-                latents = draw_group(model, spec, group, flow, guide, labels, precision).latents
-                if not latents.isfinite().all():  # they would become black images, and a number
-                    raise RunError(
-                        f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the "
-                        "generator's log, and sample from an earlier checkpoint or an average (--ema)"
-                    )
+                latents = _finite(draw_group(model, spec, group, flow, guide, labels, precision).latents, group)
                 pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
                 written.result()
                 # PNGs take the host 10 ms each (256 pixels): meanwhile the next group is drawn
@@ -133,6 +130,15 @@ def write_samples(
             _write_whole(files, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         distributed.barrier()
     return files
+
+
+def _finite(latents: Tensor, group: range) -> Tensor:
+    if not latents.isfinite().all():  # they would become black images, and a number
+        raise RunError(
+            f"samples {group.start} to {group.stop - 1} are not finite in the latent; look at the generator's log, and "
+            "sample from an earlier checkpoint or an average (--ema)"
+        )
+    return latents
 
 
 def _name(spec: SampleSpec, settings: dict[str, Any]) -> str:
@@ -181,10 +187,12 @@ class _Noted:
     precision: str = "fp32"
 
 
-def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int, follow: bool) -> None:
+def _check_folder(
+    out: Path, settings: dict[str, Any], source: dict[str, Any], num_samples: int, automatic: set[str]
+) -> None:
     """Write settings.json, or check that what is there was drawn with the same settings and is asked for.
 
-    follow: compiled or not, as what is there.
+    automatic: settings at auto; compiled or not is then as what is there.
     """
     file = out / SETTINGS
     if not file.is_file():
@@ -195,13 +203,13 @@ def _check_folder(out: Path, settings: dict[str, Any], source: dict[str, Any], n
     noted = read_json(file, dict[str, Any], remedy=f"it is damaged: {remedy}")
     noted.pop("source", None)
     noted = {"precision": "fp32", "compile": False} | noted  # there was nothing else
-    if follow:
+    if "compile" in automatic:
         settings = settings | {"compile": noted["compile"]}
     weights = noted.get("weights")
     for network, old in weights.items() if isinstance(weights, dict) else ():
         if old != (now := settings["weights"].get(network, old)):
             raise UsageError(f"{out} holds samples of another {network} (weights {old}, now {now}); {remedy}")
-    refuse_other_settings(out, "samples", noted, settings, f"set it as it was, {remedy}")
+    refuse_other_settings(out, "samples", noted, settings, f"set it as it was, {remedy}", automatic=automatic)
     _check_images(out, num_samples)
 
 
