@@ -203,9 +203,18 @@ def test_import_and_export(tmp_path: Path) -> None:
     assert list(back) == ["ema"]
     assert back["ema"].keys() == model.state_dict().keys()
     assert all(torch.equal(back["ema"][name], tensor) for name, tensor in model.state_dict().items())
-    Autoencoder(dataclasses.replace(AUTOENCODER, norm_groups=16)).save_pretrained(tmp_path / "groups")
-    with pytest.raises(UsageError, match=r"autoencoder\.norm_groups is 16; .* means 32: set --format vadit"):
-        interop.save_reference(load_network(tmp_path / "groups"), tmp_path / "back" / "groups.pt")
+    for lost, words in (
+        (Autoencoder(dataclasses.replace(AUTOENCODER, norm_groups=16)), r"autoencoder\.norm_groups is 16 .*means 32"),
+        (
+            LightningDiT(dataclasses.replace(LIGHTNING, value_residual=True)),
+            r"model\.value_residual is True .*means False",
+        ),
+    ):
+        with pytest.raises(UsageError, match=rf"cannot say that {words}\); set --format vadit"):
+            interop.save_reference(lost, tmp_path / "back" / "lost.pt")
+    for spec in DIT_SPECS.values():  # what training alone needs and the MLP's ratio are no loss
+        own = dataclasses.replace(spec, class_dropout=0.0, label_init_std=1.0, mlp_ratio=2.3)
+        interop.save_reference(LightningDiT(own), tmp_path / "back" / "dit.pt")
     again = interop.load_reference_autoencoder(tmp_path / "back" / "vae.pt")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tokenizer.state_dict().items())
     assert {path.name for path in (tmp_path / "back").iterdir()} == {"dit.pt", "vae.pt"}

@@ -91,14 +91,31 @@ def save_reference(model: Model, path: str | Path) -> None:
     """Write a model as a file that the authors' code loads: {"ema": ...} or {"state_dict": ...}."""
     if isinstance(model, MaskedDiT):
         raise UsageError("the authors' format holds a LightningDiT, this is a masked generator; set --format vadit")
-    if isinstance(model, Autoencoder) and model.spec.norm_groups != AutoencoderSpec.norm_groups:
-        raise UsageError(
-            f"autoencoder.norm_groups is {model.spec.norm_groups}; the authors' format does not say it and means "
-            f"{AutoencoderSpec.norm_groups}: set --format vadit"
-        )
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    if lost := _lost(model.spec, state):
+        raise UsageError(f"the authors' format cannot say that {', '.join(lost)}; set --format vadit")
     with saved_file(Path(path)) as partial:
         torch.save({"ema" if isinstance(model, LightningDiT) else "state_dict": state}, partial)
+
+
+def _lost(spec: DiTSpec | AutoencoderSpec, state: State) -> list[str]:
+    """Settings that are not what a reader of the tensors alone takes them for.
+
+    Left out are those that training alone needs, what names the same network in other numbers, and what its reader is
+    to know beside the file: image_size, and num_heads where no tensor shows it.
+    """
+    if isinstance(spec, DiTSpec):
+        group, read = "model", vars(infer_dit_spec(state, spec.num_heads))
+    else:
+        groups, size = spec.norm_groups, spec.image_size
+        group, read = "autoencoder", vars(infer_autoencoder_spec(state, norm_groups=groups, image_size=size))
+        read = read | {"norm_groups": AutoencoderSpec.norm_groups}
+    equal = ("class_dropout", "label_init_std", "mlp_ratio", "attention_resolutions")
+    return [
+        f"{group}.{name} is {value} (it means {read[name]})"
+        for name, value in vars(spec).items()
+        if name not in equal and value != read[name]
+    ]
 
 
 def _read(source: Source, mark: str) -> tuple[State, str]:
