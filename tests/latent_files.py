@@ -79,10 +79,12 @@ def settings(**changes: object) -> LatentSettings:
     return LatentSettings(**(values | changes))
 
 
-def moments_folder(folder: Path, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
+def moments_folder(
+    folder: Path, dtype: str = "fp32", *, channels: int = CHANNELS, classes: int = CLASSES
+) -> tuple[Tensor, Tensor]:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
-    plain, flipped = (torch.rand((6, 2 * CHANNELS, SIDE, SIDE), generator=generator) + number for number in (0, 10))
+    plain, flipped = (torch.rand((6, 2 * channels, SIDE, SIDE), generator=generator) + number for number in (0, 10))
     for number, rows in enumerate((slice(0, 4), slice(4, 6))):
         writer = LatentShardWriter(folder / f"shard-{number:05d}.safetensors", settings(dtype=dtype))
         ids = torch.arange(6)[rows]
@@ -91,7 +93,7 @@ def moments_folder(folder: Path, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
             writer.add({name: tensor[part] for name, tensor in whole.items()})
         writer.close()
     compute_statistics(folder)
-    save_index(folder, settings(dtype=dtype), [str(label) for label in range(CLASSES)])
+    save_index(folder, settings(dtype=dtype), [str(label) for label in range(classes)])
     return plain, flipped
 
 

@@ -30,7 +30,7 @@ from vadit.runtime.safetensors_file import load_tensors
 from vadit.sampling.write import noted_sampler
 
 NUM_IMAGES, SIDE = 12, 64
-DEBUG = ["train", "lightningdit-b-debug"]
+DEBUG = ["train", "lightningdit-b-debug", "--model.num-classes", "10"]  # more than the data have
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,8 @@ def test_checkpoint_of_another_shape(house: Path, tmp_path: Path, capsys) -> Non
 
 def test_tokenizer_trained_on_an_image_that_does_not_decode(tmp_path: Path, capsys) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for number in range(4):
+        (tmp_path / "images" / f"{number}-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     arguments = ["train", "vavae-f16d32-dinov2-debug", "--data.path", str(tmp_path / "images")]
     message = refusal(capsys, [*arguments, "--run.out", str(tmp_path / "run")], 1)
     assert "broken.png does not decode" in message and "--data.on-error skip" in message

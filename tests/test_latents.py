@@ -159,8 +159,11 @@ def test_open_latents_checks_the_model(tmp_path: Path) -> None:
     assert isinstance(open_latents(spec, DiTSpec(**fitting)), LatentDataset)
     for change, setting in (({"input_size": 16}, "input_size"), ({"in_channels": 32}, "in_channels")):
         pytest.raises(UsageError, open_latents, spec, DiTSpec(**(fitting | change))).match(f"model.{setting} is")
-    with pytest.raises(UsageError, match=r"has 5 classes but model.num_classes is 4; set --model.num-classes 5"):
-        open_latents(spec, DiTSpec(**(fitting | {"num_classes": 4})))
+    several = (
+        r"in_channels is 8 .*, model.num_classes is 4 where .* 5; set --model.in-channels 4 --model.num-classes 5,"
+    )
+    with pytest.raises(UsageError, match=several):
+        open_latents(spec, DiTSpec(**(fitting | {"num_classes": 4, "in_channels": 8})))
 
 
 def test_statistics_by_the_command(tmp_path: Path, capsys) -> None:

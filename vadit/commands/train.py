@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
@@ -45,20 +46,20 @@ class TrainGenerator(DryRun):
 
 def run(arguments: list[str]) -> None:
     """Train a recipe, or with --dry-run say what it would take."""
-    options = _options(arguments)
+    options, asked = _options(arguments), _asked(*_recipe_name(arguments))
     if options is None:
         say("usage: vadit train RECIPE [--setting value ...] [--dry-run]", "")
         show(recipe_table())
         say("", "`vadit train RECIPE --help` explains every setting.")
     elif options.dry_run:
-        _dry_run(options)
+        _dry_run(options, asked)
     else:
         from vadit.train import dit, engine, tokenizer
         from vadit.train.loop import Stopped
 
         try:
             if isinstance(options, TrainGenerator):
-                dit.train(options.config)
+                dit.train(options.config, asked=asked)
             else:
                 tokenizer.train(options.config)
         except Stopped:
@@ -94,6 +95,14 @@ def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
     check_output("--run.out", options.config.run.out)
     distributed.per_rank_batch(options.config.run.batch_size, options.config.engine.gradient_accumulation)
     return options
+
+
+def _asked(name: str | None, arguments: list[str]) -> set[str] | None:
+    """The settings of the model that flags name; None, for all, where what is trained is no recipe."""
+    if name not in RECIPES:
+        return None
+    flags = (argument.partition("=")[0].replace("-", "_") for argument in arguments)
+    return {flag.removeprefix("__model.") for flag in flags if flag.startswith("__model.")}
 
 
 def _faster(recipe: Config, given: Config) -> Config:
@@ -140,12 +149,15 @@ def _whole_of_stages(config: TokenizerConfig, recipe: Config) -> TokenizerConfig
     return vary(config, run={"total_images": sum(stage.total_images for stage in config.stages)})
 
 
-def _dry_run(options: TrainGenerator | TrainTokenizer) -> None:
+def _dry_run(options: TrainGenerator | TrainTokenizer, asked: set[str] | None) -> None:
     from vadit.estimate.memory import estimate
     from vadit.runtime import distributed
+    from vadit.train.fit import follow_data
 
     world_size = distributed.world_size() if options.world_size is None else options.world_size
     with reported_once():
+        if isinstance(options, TrainGenerator) and Path(options.config.data.path).is_dir():
+            options = replace(options, config=follow_data(options.config, asked))
         needed = estimate(options.config, world_size)
         stage = settled(options.config, processes=world_size, device="cuda").engine.zero_stage
     if not distributed.is_main():

@@ -5,6 +5,7 @@ where the image id is the latent's index in the folder.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from vadit.config import DiTSpec, LatentDataSpec, PictureSpec, RepaSpec
 from vadit.latents.companions import Companion, DebugFeatures, open_features
 from vadit.latents.noise import posterior_noise
 from vadit.latents.rows import RowReader
-from vadit.latents.shards import NAME_FOLDER, open_finished_folder
+from vadit.latents.shards import INDEX_FILE, NAME_FOLDER, open_finished_folder
 from vadit.latents.statistics import load_statistics
 from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.runtime.stream import debug_count
 
+SHAPE = ("in_channels", "input_size", "num_classes")
+"""Settings of a model that follow its latents."""
 BLOCK = 64  # latents that are worked on at a time: few enough for a core's cache
 
 
@@ -152,6 +155,25 @@ class DebugLatents:
         return torch.arange(len(self)), len(self)
 
 
+def shape_of(path: str, num_classes: int) -> dict[str, int]:
+    """What latents ask of a model, by SHAPE; of `num_classes` where no index says more than labels do."""
+    shards, found = open_finished_folder(Path(path))
+    channels, size, _ = shards[0].shape
+    if not (Path(path) / INDEX_FILE).exists():
+        found = max(found, num_classes)
+    return {"in_channels": channels, "input_size": size, "num_classes": found}
+
+
+def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
+    """In words, where what is `wanted` of a model contradicts what its latents are: more classes do not."""
+    wrong = [
+        f"model.{name} is {wanted[name]} where the latents have {found[name]}"
+        for name in SHAPE
+        if name in wanted and (wanted[name] < found[name] or (wanted[name] > found[name] and name != "num_classes"))
+    ]
+    return ", ".join(wrong)
+
+
 def open_latents(spec: LatentDataSpec, model: DiTSpec, repa: RepaSpec | None = None) -> LatentDataset | DebugLatents:
     """The latents that the settings name, checked to fit the model.
 
@@ -165,20 +187,12 @@ def open_latents(spec: LatentDataSpec, model: DiTSpec, repa: RepaSpec | None = N
             made_up.companion = DebugFeatures(grid)
         return made_up
     dataset = LatentDataset(spec.path, spec.normalize, spec.flip, spec.multiplier)
-    for found, needed, setting in (
-        (dataset.channels, model.in_channels, "in_channels"),
-        (dataset.size, model.input_size, "input_size"),
-    ):
-        if found != needed:
-            raise UsageError(
-                f"data.path {spec.path} holds latents of {dataset.channels} channels and side {dataset.size} but "
-                f"model.{setting} is {needed}; set --model.{setting.replace('_', '-')} {found} or another data.path"
-            )
-    if dataset.num_classes > model.num_classes:
-        raise UsageError(
-            f"data.path {spec.path} has {dataset.num_classes} classes but model.num_classes is {model.num_classes}; "
-            f"set --model.num-classes {dataset.num_classes}"
+    found = {"in_channels": dataset.channels, "input_size": dataset.size, "num_classes": dataset.num_classes}
+    if wrong := differences(found, vars(model)):
+        flags = " ".join(
+            f"--model.{name.replace('_', '-')} {found[name]}" for name in SHAPE if f"model.{name} " in wrong
         )
+        raise UsageError(f"data.path {spec.path} does not fit: {wrong}; set {flags}, or another data.path")
     if cached is not None:
         dataset.companion = open_features(spec, cached, dataset.shards, grid)
     return dataset

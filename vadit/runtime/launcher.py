@@ -25,6 +25,7 @@ class Place:
     address: str = ""
     port: int = 0
     one_machine: bool = True  # whether all are known to be on one
+    local_size: int = 1  # processes on this machine; all of them where that is not known
 
 
 _place: Place | None = None
@@ -67,5 +68,5 @@ def read() -> Place:
             "<= WORLD_SIZE and a MASTER_PORT from 1 to 65535"
         )
     one_machine = LOOPBACK.fullmatch(address) is not None or ("LOCAL_WORLD_SIZE" in found and near == size)
-    _place = Place(rank, size, local, address, port, one_machine)
+    _place = Place(rank, size, local, address, port, one_machine, near)
     return _place

@@ -1,6 +1,6 @@
 """Train the generator: latents -> LightningDiT under DeepSpeed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.precision import resolved
 from vadit.sampling.draw import check_request
-from vadit.train import float8, loop, runs
+from vadit.train import fit, float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
@@ -33,16 +33,19 @@ from vadit.train.evaluation import Samples
 from vadit.train.guard import Guard
 
 
-def train(config: DiTConfig, *, title: str = "train LightningDiT") -> Path:
+def train(config: DiTConfig, *, title: str = "train LightningDiT", asked: Collection[str] | None = None) -> Path:
     """Train to the end, or go on from where the run folder stands. Returns the run folder.
 
+    asked: settings of the latents' shape that are asked for, while the others follow the data (`fit`); None: all.
     UsageError: a setting does not fit the data, the checkpoint or the number of processes. RunError: damaged data,
     steps that fail again and again, a full disk. loop.Stopped: a signal asked to stop; everything is saved.
     """
     if config.evaluation.every_images:
         resolved(config.evaluation.precision, distributed.device(config.run.device))  # refused before data are read
+    config = fit.follow_data(config, asked)
     dataset = open_latents(config.data, config.model, config.repa)
     runs.check_folder(config, len(dataset))
+    fit.check_size(config, len(dataset), distributed.device(config.run.device))
     with runs.owned_folder(config):
         return _train(config, dataset, title)
 

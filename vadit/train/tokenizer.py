@@ -26,7 +26,7 @@ from vadit.objectives import tokenizer as objective
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.compiled import compile_each
 from vadit.runtime.console import note_once
-from vadit.train import loop, runs
+from vadit.train import fit, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
@@ -53,6 +53,7 @@ def train(config: TokenizerConfig, *, title: str = "train VA-VAE") -> Path:
     """
     images = open_images(config.data, config.autoencoder.image_size)
     runs.check_folder(config, len(images))
+    fit.check_size(config, len(images), distributed.device(config.run.device))
     with runs.owned_folder(config):
         if not config.stages:
             return _train_stage([config], images, title)

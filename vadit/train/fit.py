@@ -1,0 +1,90 @@
+"""Whether a run fits its data and its machine: known before anything is built, and before anything is written."""
+
+from collections.abc import Collection
+
+import torch
+
+from vadit.config import Config, DiTConfig, settled, vary
+from vadit.config.files import load_run_config
+from vadit.estimate.memory import estimate
+from vadit.latents.dataset import SHAPE, differences, shape_of
+from vadit.runtime import distributed, launcher
+from vadit.runtime.console import note_once
+from vadit.runtime.errors import UsageError
+from vadit.runtime.free import free_bytes
+from vadit.train.runs import final_folder, has_checkpoint
+
+SMALL = 1 << 21
+"""Positions x width x depth of a batch below which a step needs some 0.6 GB at most, and no estimate, which takes
+seconds."""
+GIB = 2**30
+
+
+def follow_data(config: DiTConfig, asked: Collection[str] | None = None) -> DiTConfig:
+    """`config` with the shape of its latents, but for the settings of SHAPE that are `asked` for (None: all).
+
+    A run that goes on keeps what it was begun with. UsageError where that, or what is asked for, contradicts the data,
+    with all differences.
+    """
+    path, begun = config.data.path, has_checkpoint(final_folder(config.run.out))
+    if not path or path.startswith("debug:") or asked is None:
+        return config  # where all is asked for, `open_latents` compares
+    found = shape_of(path, config.model.num_classes)
+    before = load_run_config(config.run.out) if begun else None
+    kept = vars(before.model) if isinstance(before, DiTConfig) else {}
+    taken = {name: kept.get(name, found[name]) for name in SHAPE if name not in asked}
+    if wrong := differences(found, kept):
+        raise UsageError(
+            f"data.path {path} does not fit the run {config.run.out}: {wrong}; set data.path to the data that it was "
+            f"begun with, or start from its weights: --run.init-from {config.run.out}, and another --run.out"
+        )
+    changed = {name: value for name, value in taken.items() if value != getattr(config.model, name)}
+    if changed:
+        values = ", ".join(f"model.{name} {value} ({getattr(config.model, name)})" for name, value in changed.items())
+        note_once(f"  {'as the run was begun' if kept else 'as the latents are'}, not the recipe's: {values}", "dim")
+    return vary(config, model=changed)
+
+
+def check_size(config: Config, num_samples: int, device: torch.device) -> None:
+    """UsageError where a run that begins has a larger batch than there are samples, or than memory is likely to hold.
+
+    A run that goes on has shown that it fits. Debug data are of any number.
+    """
+    run, engine = config.run, config.engine
+    if has_checkpoint(final_folder(run.out)):
+        return
+    count = distributed.world_size()
+    micro = distributed.per_rank_batch(run.batch_size, engine.gradient_accumulation)
+    parts = run.batch_size // micro
+    if run.batch_size > num_samples and not config.data.path.startswith("debug:"):
+        most = max(num_samples // parts, 1) * parts
+        raise UsageError(
+            f"run.batch_size {run.batch_size:,} is more than the {num_samples:,} samples of data.path "
+            f"{config.data.path}; set --run.batch-size {most} or less"
+        )
+    if isinstance(config, DiTConfig):
+        size = (config.model.input_size // config.model.patch_size) ** 2 * config.model.hidden_size * config.model.depth
+    else:
+        size = config.autoencoder.image_size**2 * config.autoencoder.base_channels
+    if micro * size < SMALL:
+        return
+    stage = settled(config, processes=count, device=device.type).engine.stage
+    found = estimate(config, count)
+    needed = found.stages[stage]
+    free = free_bytes(device) // (1 if device.type == "cuda" else launcher.place().local_size)
+    if needed.total <= free:
+        return
+    # Gradients stay between the passes of a step.
+    whole = needed.total - needed.activations - needed.gradients + 4 * sum(each.num_trained for each in found.networks)
+    cuts = [cut for cut in range(2, micro + 1) if micro % cut == 0 and whole + needed.activations / cut <= free]
+    remedy = (
+        f"--engine.gradient-accumulation {cuts[0] * engine.gradient_accumulation} (the batch stays as it is) or a "
+        "smaller --run.batch-size"
+        if cuts
+        else "a smaller network, as its weights alone are too large, or use more processes and --engine.zero-stage 3"
+    )
+    raise UsageError(
+        f"run.batch_size {run.batch_size:,} needs about {needed.total / GIB:,.1f} GiB for the {micro:,} images of a "
+        f"pass, and {free / GIB:,.1f} GiB of {'the GPU' if device.type == 'cuda' else 'memory'} are free for each "
+        f"process; set {remedy}"
+    )
