@@ -6,8 +6,8 @@
     PYTHONPATH=. python benchmarks/bench_step.py       a bare checkout: torch, rich, safetensors; timm for tokenizers
 
 What is measured is the trainer's own step: `vadit.train` builds its networks, engine and loader as for a run, and this
-script takes the place of the loop. Without DeepSpeed, or with --engine torch, `plain_engine` takes the engine's place;
-the row says which. Every combination of the settings is measured in a process of its own, --repeats times in turns.
+script takes the place of the loop. Without DeepSpeed, or with --engine torch, `plain_engine` takes its place, at ZeRO
+0; the row says which. Every combination of the settings is measured in a process of its own, --repeats times in turns.
 With --contender plain the authors' loop over a network of plain torch modules (`plain_networks`) takes its turn with
 each, compiled where that is, and a line at the end prints the ratio of the medians. A generator's, fp32 or autocast.
 
@@ -47,7 +47,7 @@ import harness
 import torch
 from step_timing import SIDE, Measured, measure
 
-from vadit.config import Config, DiTConfig, TokenizerConfig, settled
+from vadit.config import Config, DiTConfig, TokenizerConfig, settled, vary
 from vadit.estimate.flops import named_peak, tracked_flops
 from vadit.kernels import dispatch
 from vadit.recipes import get_recipe
@@ -95,31 +95,23 @@ def configure(case: Case, folder: Path) -> Config:
     config = get_recipe(case.recipe)
     for setting in case.settings:
         config = override(config, setting)
-    engine = config.engine
-    if case.precision is not None:
-        engine = dataclasses.replace(engine, precision=case.precision)  # type: ignore[arg-type]
-    if case.compile is not None:
-        engine = dataclasses.replace(engine, compile=case.compile)
-    run = dataclasses.replace(
-        config.run,
-        out=str(folder),
-        batch_size=case.batch * distributed.world_size() * engine.gradient_accumulation,
-        device=case.device,  # type: ignore[arg-type]
-        init_from=None,
-    )
-    made_up = case.data in ("resident", "loader")
-    data = dataclasses.replace(config.data, path=f"debug:{4 * case.batch}" if made_up else case.data)
-    config = dataclasses.replace(config, engine=engine, run=run, data=data)
-    config = settled(config, processes=distributed.world_size(), device=case.device)
-    if isinstance(config, DiTConfig):  # features of frozen networks come from random weights, where made online
+    if isinstance(config, TokenizerConfig):
+        config = vary(config, foundation={"weights": "random"}, loss={"disc_start_step": 1}, stages=())
+        if config.loss.perceptual_weight > 0:
+            config = vary(config, loss={"vgg_weights": str(_random_vgg(folder))})
+    else:  # features of frozen networks come from random weights, where made online
         foundation = dataclasses.replace(config.repa.foundation, weights="random")
-        return dataclasses.replace(config, repa=dataclasses.replace(config.repa, foundation=foundation))
-    loss = dataclasses.replace(config.loss, disc_start_step=1)
-    if loss.perceptual_weight > 0:
-        loss = dataclasses.replace(loss, vgg_weights=str(_random_vgg(folder)))
-    return dataclasses.replace(
-        config, loss=loss, foundation=dataclasses.replace(config.foundation, weights="random"), stages=()
+        config = vary(config, repa={"foundation": foundation})
+    engine = {"precision": case.precision, "compile": case.compile, "zero_stage": 0 if case.engine == "torch" else None}
+    images = case.batch * distributed.world_size() * config.engine.gradient_accumulation
+    made_up = case.data in ("resident", "loader")
+    config = vary(
+        config,
+        engine={name: value for name, value in engine.items() if value is not None},
+        run={"out": str(folder), "batch_size": images, "device": case.device, "init_from": None},
+        data={"path": f"debug:{4 * case.batch}" if made_up else case.data},
     )
+    return settled(config, processes=distributed.world_size(), device=case.device)
 
 
 def override(config: Config, setting: str) -> Config:
@@ -152,7 +144,7 @@ def _random_vgg(folder: Path) -> Path:
 def run(case: Case) -> Row:
     """Build the trainer of one case and measure it, in this process."""
     torch.set_num_threads(case.threads)
-    from plain_engine import PlainEngine
+    from plain_engine import without_deepspeed
 
     from vadit.train import loop, runs
 
@@ -182,7 +174,7 @@ def run(case: Case) -> Row:
         stack.enter_context(mock.patch.object(loop, "run", instead_of_loop))
         stack.enter_context(mock.patch.object(runs, "check_folder", lambda *_: None))
         if case.engine == "torch":
-            stack.enter_context(mock.patch.object(trainer, "Engine", PlainEngine))
+            stack.enter_context(without_deepspeed())
         trainer.train(config)  # type: ignore[arg-type]
     return row_of(case, config, *found)
 

@@ -1,5 +1,6 @@
 """Benchmarks of the training step: what a row says, that rows are compared and projected soundly, bytes and rings."""
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -238,23 +239,22 @@ def test_the_plain_network_step_and_sampler_are_ours(load: Any, qk_norm: bool) -
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
 def test_a_step_in_plain_torch_is_the_engines(load: Any, precision: str, max_grad_norm: float) -> None:
-    plain = load("plain_engine").PlainEngine
-    spec = EngineSpec(
-        zero_stage=1, precision=precision, max_grad_norm=max_grad_norm, gradient_accumulation=2, ema_decays=()
-    )  # type: ignore[arg-type]
+    plain = load("plain_engine").without_deepspeed
+    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "gradient_accumulation": 2, "ema_decays": ()}
     model = DiTSpec(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     weights, norms = [], []
-    for kind in (Engine, plain):
+    for stage, kind in ((1, contextlib.nullcontext), (0, plain)):
         torch.manual_seed(0)
         network = LightningDiT(model).train()
         torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
-        engine = kind(
-            network,
-            optimizer=OptimizerSpec(lr=1e-2, weight_decay=0.1),
-            spec=spec,
-            global_batch=4,
-            device=torch.device("cpu"),
-        )
+        with kind():
+            engine = Engine(
+                network,
+                optimizer=OptimizerSpec(lr=1e-2, weight_decay=0.1),
+                spec=EngineSpec(zero_stage=stage, **settings),
+                global_batch=4,
+                device=torch.device("cpu"),
+            )
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             engine.begin_step(1e-2)
