@@ -42,6 +42,10 @@ def test_help_of_a_recipe_gives_meaning_unit_and_default(capsys, monkeypatch) ->
     assert "--dry-run" in text
     assert "--stages.1.vf-weight" in text
     assert "(default: 0.5 0.9) (at least 0 and below 1)" in text
+    assert cli.main(["sample", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "the same number of each class. (default: recipe's)" in text
+    assert "(default: recipe's) (at least 2 and at most 100,000)" in text and "(default: 64)" in text
 
 
 B, DEBUG = "train lightningdit-b", "train lightningdit-b-debug"

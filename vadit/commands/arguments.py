@@ -19,25 +19,20 @@ from vadit.runtime import launcher
 from vadit.runtime.errors import UsageError, leave_for_torchrun
 
 T = TypeVar("T")
-_of_recipes: list[type] = []  # see `parse`
+_recipe_known = True  # see `parse`
 
 
 def parse(
-    kind: type[T],
-    arguments: Sequence[str],
-    *,
-    command: str,
-    default: T | None = None,
-    description: str = "",
-    of_recipes: tuple[type, ...] = (),
+    kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None, description: str = ""
 ) -> T:
     """Settings of type `kind` for `vadit COMMAND`, over `default` where one is given; --help prints and exits.
 
-    of_recipes: settings whose defaults a recipe gives, which is not known yet: --help says so.
+    Without, defaults of settings in groups are a recipe's that is not known yet.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     _show_ranges(typing.cast(Any, kind))
-    _of_recipes[:] = of_recipes
+    global _recipe_known
+    _recipe_known = default is not None
     with reported_once(), _one_sentence(kind):
         about = description or kind.__doc__
         try:
@@ -98,15 +93,15 @@ def _show_ranges(kind: Any) -> None:
     ranges = {name: f" ({limits})" for name, _, limits in notes(kind) if isinstance(limits, Range)}
     plain = {each.name: "" for each in dataclasses.fields(kind) if each.default is not dataclasses.MISSING}
     for name, limits in (plain | ranges).items():
-        words = functools.partial(_words, kind, limits)
+        words = functools.partial(_words, getattr(kind, "_prefix", ""), limits)
         kind.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words)]
     for hint in typing.get_type_hints(kind).values():
         for part in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
             _show_ranges(part)  # type: ignore[arg-type]
 
 
-def _words(kind: type, limits: str, default: str) -> str:
-    shown = "the recipe's" if kind in _of_recipes else default
+def _words(group: str, limits: str, default: str) -> str:
+    shown = "recipe's" if group and not _recipe_known else default
     return f"(default: {shown}){limits}"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse
+from vadit.commands.arguments import parse, reported_once
 from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
 from vadit.config import DiTConfig, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
 from vadit.config.ranges import Checked, Count, Decay, Factor, PathName
@@ -21,7 +21,6 @@ from vadit.runtime.files import check_output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vadit.models.autoencoder import Autoencoder
     from vadit.sampling.info import SamplingInfo
 
 SOURCES = ("ema", "tokenizer", "guide", "guide_ema")  # options that the samples' settings.json names
@@ -71,49 +70,60 @@ class SampleOptions(Checked):
     flow: FlowSpec = field(default_factory=FlowSpec)
 
 
-def run(arguments: list[str]) -> None:
-    """Draw, decode and write."""
-    options = parse(SampleOptions, arguments, command="sample", of_recipes=(SampleSpec, FlowSpec))
+@reported_once()
+def _read(arguments: list[str]) -> tuple[SampleOptions, str, SamplingInfo, list[int] | None]:
+    """The settings, the generator's folder (--dry-run: or recipe), what goes with it, and labels asked for."""
+    options = parse(SampleOptions, arguments, command="sample")
     from vadit.sampling.info import SamplingInfo, find_generator, read_info
 
-    out = options.out or str(Path(options.folder) / "samples")
     if options.dry_run:
         _refuse_mistyped(options.folder, options.tokenizer, options.guide or "")
     else:
-        check_output("--out", out)
-    source = options.folder if _recipe(options.folder) else str(find_generator(options.folder))
-    recipe = _recipe(source)
+        check_output("--out", options.out or str(Path(options.folder) / "samples"))
+    recipe = _recipe(options.folder)
+    source = options.folder if recipe else str(find_generator(options.folder))
     info = SamplingInfo(sampler=recipe.sample, flow=recipe.flow) if recipe else read_info(source)
     defaults = replace(options, sampler=info.sampler or SampleSpec(), flow=info.flow or FlowSpec())
     options = parse(SampleOptions, arguments, command="sample", default=defaults)
-    options = replace(options, tokenizer=options.tokenizer or _own_tokenizer(source, info))
+    if not options.tokenizer and not (info.tokenizer and Path(info.tokenizer).exists()):
+        found = f"{info.tokenizer}, which is not there" if info.tokenizer else "not known from it"
+        raise UsageError(f"the tokenizer of {source} is {found}; set --tokenizer")
+    if options.guide and options.sampler.cfg_scale == 1:
+        raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
+    options = replace(options, tokenizer=options.tokenizer or info.tokenizer or "")
+    return options, source, info, info.labels(options.classes) if options.classes else None
+
+
+def run(arguments: list[str]) -> None:
+    """Draw, decode and write."""
+    options, source, info, labels = _read(arguments)
     if options.dry_run:
         _dry_run(options, source)
         return
-    labels = info.labels(options.classes) if options.classes else None
+    from vadit.models.pretrained import weights_hash
     from vadit.runtime.precision import resolved
     from vadit.sampling.draw import own_groups, trained_classes
     from vadit.sampling.write import write_samples
     from vadit.train.checkpoint.export import load_generator
 
-    if options.guide and options.sampler.cfg_scale == 1:
-        raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
     with processes(options.device) as device:
         precision = resolved(options.precision, device, generator=True)
         generator = load_generator(source, options.ema).to(device)
         guide = load_generator(options.guide, options.guide_ema).to(device) if options.guide else None
-        if guide is not None:
-            for name in ("in_channels", "input_size", "num_classes"):
-                ours, theirs = getattr(generator.spec, name), getattr(guide.spec, name)
-                if ours != theirs:
-                    raise UsageError(
-                        f"--guide {options.guide} has model.{name} {theirs}, the generator {ours}; name one that was "
-                        "trained on the same latents"
-                    )
+        for name in ("in_channels", "input_size", "num_classes"):
+            ours, theirs = (getattr(network.spec, name) for network in (generator, guide or generator))
+            if ours != theirs:
+                raise UsageError(
+                    f"--guide {options.guide} has model.{name} {theirs}, the generator {ours}; name one that was "
+                    "trained on the same latents"
+                )
         autoencoder = load_tokenizer(options.tokenizer, device)
         _check_pair(source, generator.in_channels, options.tokenizer, autoencoder.spec.latent_channels)
-        if options.check_tokenizer:
-            _check_weights(options.tokenizer, autoencoder, info)
+        if options.check_tokenizer and info.tokenizer_hash not in (None, found := weights_hash(autoencoder)):
+            raise UsageError(
+                f"{options.tokenizer} has other weights ({found}) than the tokenizer that made the generator's latents "
+                f"({info.tokenizer_hash}); set --tokenizer to that one, or --no-check-tokenizer to decode with these"
+            )
         mean, std = _statistics(options, source, info, generator.in_channels)
         known = trained_classes(generator).tolist()
         if unknown := sorted(set(labels or ()).difference(known)):
@@ -131,7 +141,7 @@ def run(arguments: list[str]) -> None:
         sources = {"generator": source} | {name: getattr(options, name) for name in SOURCES}
         with ProgressBar("sample", options.num_samples) as bar:
             files = write_samples(
-                out,
+                options.out or Path(options.folder) / "samples",
                 generator,
                 autoencoder,
                 options.sampler,
@@ -151,27 +161,6 @@ def run(arguments: list[str]) -> None:
     say_once(f"{files.images}: {options.num_samples:,} images; {files.npz}; {files.grid}; drawn in {precision}")
 
 
-def _own_tokenizer(source: str, info: SamplingInfo) -> str:
-    """The tokenizer that made the latents of the generator's training."""
-    if info.tokenizer is None:
-        raise UsageError(f"{source} does not say which tokenizer made its latents; set --tokenizer")
-    if not Path(info.tokenizer).exists():
-        raise UsageError(
-            f"{info.tokenizer}, the tokenizer of {source}, is not there; set --tokenizer to where it is now"
-        )
-    return info.tokenizer
-
-
-def _check_weights(path: str, autoencoder: Autoencoder, info: SamplingInfo) -> None:
-    from vadit.models.pretrained import weights_hash
-
-    if info.tokenizer_hash not in (None, found := weights_hash(autoencoder)):
-        raise UsageError(
-            f"{path} has other weights ({found}) than the tokenizer that made the generator's latents "
-            f"({info.tokenizer_hash}); set --tokenizer to that one, or --no-check-tokenizer to decode with these"
-        )
-
-
 def _statistics(options: SampleOptions, source: str, info: SamplingInfo, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation per channel, (C,) or (1, C, 1, 1): those of --latents, or what the training used."""
     import torch
@@ -181,29 +170,24 @@ def _statistics(options: SampleOptions, source: str, info: SamplingInfo, channel
     if not options.normalize:
         return torch.zeros(channels), torch.ones(channels)
     if options.latents:
-        statistics = load_statistics(options.latents, channels)
-        return statistics.mean, statistics.std
+        return astuple(load_statistics(options.latents, channels))
     if info.mean is None or info.std is None:
-        raise UsageError(
-            f"{source} does not say the statistics of its latents; set --latents to a folder with latents_stats.pt, or "
-            "--no-normalize"
-        )
+        needed = "a folder with latents_stats.pt, or --no-normalize"
+        raise UsageError(f"the statistics of {source}'s latents are not known from it; set --latents, {needed}")
     return torch.tensor(info.mean), torch.tensor(info.std)
 
 
 def _say_sampler(options: SampleOptions, arguments: list[str], classes: list[str]) -> None:
     """A line with what the sampler is and where each setting comes from."""
     typed = {each.partition("=")[0].replace("_", "-") for each in arguments}
-    sampler, found = options.sampler, dict[str, list[str]]({"flag": [], "recipe's": [], "default": []})
-    for name, value in vars(sampler).items():
+    found: dict[str, list[str]] = {"flag": [], "recipe's": [], "default": []}
+    for name, value in vars(options.sampler).items():
         source = "default" if value == getattr(SampleSpec(), name) else "recipe's"
         source = "flag" if f"--{name.replace('_', '-')}" in typed else source
-        unguided = sampler.cfg_scale == 1 and name in ("cfg_interval", "cfg_channels", "cfg_power")
+        unguided = options.sampler.cfg_scale == 1 and name in ("cfg_interval", "cfg_channels", "cfg_power")
         idle = unguided or (classes and name == "labels")
         if source == "flag" or (not idle and (source != "default" or name in ALWAYS_SAID)):
-            each_of = value if isinstance(value, tuple) else (value,)
-            text = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in each_of)
-            found[source].append(f"{name} {text}")
+            found[source].append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     found["flag"] += [f"classes {', '.join(classes)}"] * bool(classes)
     note_once("sampler: " + "; ".join(f"{', '.join(each)} ({source})" for source, each in found.items() if each), "dim")
 

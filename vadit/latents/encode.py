@@ -137,7 +137,7 @@ def encode(
         encoding_s = time.monotonic() - started
         distributed.barrier()
         if distributed.is_main():
-            _complete(out, settings, images.source.classes, autoencoder.path, paths, stats_samples, seed)
+            _complete(out, settings, images, autoencoder.path, paths, samples=stats_samples, seed=seed)
         distributed.barrier()
     if joined:
         dist.destroy_process_group()
@@ -228,13 +228,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def _complete(
-    out: Path,
-    settings: LatentSettings,
-    classes: list[str],
-    tokenizer: str | None,
-    paths: list[Path],
-    stats_samples: int,
-    seed: int,
+    out: Path, settings: LatentSettings, images: ImageSet, tokenizer: str | None, paths: list[Path], **sample: int
 ) -> None:
     """Write statistics and index once all shards are there, where they are not those of these shards already."""
     if missing := [path for path in paths if not path.exists()]:
@@ -244,7 +238,7 @@ def _complete(
         index = read_index(out)
         if (out / STATISTICS_FILE).exists() and index is not None:
             if tokenizer and index.tokenizer != reference(tokenizer, out):  # moved, or an index of old
-                save_index(out, settings, classes, tokenizer)
+                save_index(out, settings, images.source.classes, tokenizer)
             return
-    compute_statistics(out, samples=stats_samples, seed=seed)
-    save_index(out, settings, classes, tokenizer)
+    compute_statistics(out, **sample)
+    save_index(out, settings, images.source.classes, tokenizer)

@@ -43,47 +43,35 @@ class SamplingInfo:
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
     def labels(self, words: Iterable[str]) -> list[int]:
-        """Labels of names or numbers of classes, one or several parted by commas each; a name goes before a number."""
-        named = _Names(self.classes or [])
-        found = []
+        """Labels of classes by name, as it is or as `_key` sees it, else by number; commas part several in a word."""
+        by_key, found = defaultdict[str, list[int]](list), list[int]()
+        for label, name in enumerate(self.classes or ()):
+            by_key[_key(name)].append(label)
+        most = 1 + max((key.count(",") for key in by_key), default=0)  # names have commas, too
         for parts in (word.split(",") for word in words):
             while parts:
-                starts = [",".join(parts[:count]).strip() for count in range(min(len(parts), named.commas + 1), 0, -1)]
-                word = next((each for each in starts if named.label(each) is not None), starts[-1])
-                found += [named.known(word)] if word else []
+                starts = [",".join(parts[:count]).strip() for count in range(min(len(parts), most), 0, -1)]
+                word = next((each for each in starts if _key(each) in by_key), starts[-1])
+                found += [self._label(word, by_key)] if word else []
                 parts = parts[word.count(",") + 1 :]
         return found
 
-
-class _Names:
-    """Names of classes, and how people write them."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.commas = names, max((name.count(",") for name in names), default=0)
-        self._exact, self._loose = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
-        for label, name in enumerate(names):
-            self._exact[name].append(label)
-            self._loose[_key(name)].append(label)
-
-    def label(self, word: str) -> int | None:
-        """That of a name as it is, else of one written otherwise, else of a number; None where there is none."""
-        found = self._exact.get(word) or self._loose.get(_key(word), [])
-        if len(found) > 1:
-            several = " or ".join(f"{self.names[label]!r} (label {label})" for label in found[:SHOWN])
+    def _label(self, word: str, by_key: dict[str, list[int]]) -> int:
+        names, number = self.classes or [], int(word) if _is_number(word) else None
+        same = by_key.get(_key(word), [])
+        same = [label for label in same if names[label] == word] or same
+        if len(same) > 1:
+            several = " or ".join(f"{names[label]!r} (label {label})" for label in same[:SHOWN])
             raise UsageError(f"--classes {word!r} may be {several}; write the name as it is, or its label")
-        return found[0] if found else int(word) if _is_number(word) else None
-
-    def known(self, word: str) -> int:
-        """The label; UsageError with the nearest names where there is none."""
-        if (label := self.label(word)) is not None:
-            if _is_number(word) and label != int(word):
-                note_once(f"--classes {word}: the class of this name, whose label is {label}")
-            return label
-        by_key = {_key(name): name for name in self.names}
-        near = [by_key[key] for key in difflib.get_close_matches(_key(word), by_key, n=3)]
-        few = self.names if len(self.names) <= SHOWN else []
-        hint = f"did you mean {' or '.join(near)}? " if near else f"known: {', '.join(few)}; " if few else ""
-        there = f"it has {len(self.names):,} names, or take a label" if self.names else "its classes have numbers alone"
+        if same and number not in (None, same[0]):
+            note_once(f"--classes {word}: the class of this name, whose label is {same[0]}")
+        if same or number is not None:
+            return same[0] if same else int(word)
+        near = [names[by_key[key][0]] for key in difflib.get_close_matches(_key(word), by_key, n=3)]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        if not near and 0 < len(names) <= SHOWN:
+            hint = f"known: {', '.join(names)}; "
+        there = f"it has {len(names):,} names, or take a label" if names else "its classes have numbers alone"
         raise UsageError(f"--classes {word!r} is no class of this generator; {hint}{there}")
 
 
@@ -100,22 +88,19 @@ def _key(name: str) -> str:
 def info_of(config: DiTConfig) -> SamplingInfo:
     """What a run's config says, and its latents as far as they are there."""
     data, channels = config.data, config.model.in_channels
-    info = SamplingInfo([0.0] * channels, [1.0] * channels, sampler=config.sample, flow=config.flow)
-    if data.path.startswith("debug:"):
-        return info
-    known: dict[str, Any] = {"multiplier": data.multiplier}
-    if data.normalize:
-        known |= {"mean": None, "std": None}
-        with contextlib.suppress(UsageError):  # latents of old, elsewhere by now
-            known |= {
-                name: value.flatten().tolist() for name, value in vars(load_statistics(data.path, channels)).items()
-            }
-    if (index := read_index(Path(data.path))) is not None:
-        tokenizer = index.tokenizer and referred(index.tokenizer, data.path)
-        known |= {"classes": index.classes, "tokenizer": tokenizer}
-        if index.settings is not None:
-            known |= {"image_size": index.settings.size, "tokenizer_hash": index.settings.tokenizer}
-    return dataclasses.replace(info, **known)
+    known: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if not data.path.startswith("debug:"):
+        known["multiplier"] = data.multiplier
+        if data.normalize:
+            known |= {"mean": None, "std": None}
+            with contextlib.suppress(UsageError):  # an old run, its latents elsewhere
+                statistics = load_statistics(data.path, channels)
+                known |= {"mean": statistics.mean.flatten().tolist(), "std": statistics.std.flatten().tolist()}
+        if (index := read_index(Path(data.path))) is not None:
+            known |= {"classes": index.classes, "tokenizer": index.tokenizer and referred(index.tokenizer, data.path)}
+            if index.settings is not None:
+                known |= {"image_size": index.settings.size, "tokenizer_hash": index.settings.tokenizer}
+    return SamplingInfo(**known, sampler=config.sample, flow=config.flow)
 
 
 def save_info(info: SamplingInfo, folder: str | Path) -> None:
