@@ -1,6 +1,6 @@
 """Settings from the command line: tyro reads them, this module turns every refusal into one sentence.
 
-Each settings dataclass gives a flag per field (`--optimizer.lr`), its docstring the help and its default the default.
+Each settings dataclass gives a flag per field (`--optimizer.lr`), its doc the help and its default the default.
 """
 
 import contextlib

@@ -18,8 +18,7 @@ class ImportOptions(Checked):
     source: Positional[PathName]
     """Their file: a tokenizer ({"state_dict": ...}) or a generator ({"ema": ...}, {"model": ...} or bare); or the
     folder or file of an AutoencoderKL of diffusers."""
-    out: PathName
-    """Folder to write."""
+    out: PathName  # Folder to write.
     num_heads: Width | None = None
     """Attention heads of a generator whose tensors do not show them (neither RoPE nor QK-norm)."""
 
@@ -28,10 +27,8 @@ class ImportOptions(Checked):
 class ExportOptions(Checked):
     """Write a run's network as one file with its config, or as a file that the authors' code reads."""
 
-    run: Positional[PathName]
-    """Run folder, or an exported one."""
-    out: PathName
-    """Folder to write (--format reference: the file)."""
+    run: Positional[PathName]  # Run folder, or an exported one.
+    out: PathName  # Folder to write (--format reference: the file).
     ema: Decay | None = None
     """Decay of the average to take; 0 for the plain weights; default: a generator's first average."""
     format: Literal["vadit", "reference"] = "vadit"

@@ -12,14 +12,11 @@ from vadit.runtime.files import check_output
 class DemoOptions(Checked):
     """The whole system in small: train, encode, sample and evaluate on real pictures, on any machine."""
 
-    out: PathName = "runs/demo"
-    """Folder for everything that is made; the same command goes on from what is there."""
+    out: PathName = "runs/demo"  # Folder for everything that is made; the same command goes on from what is there.
     data: Literal["digits", "photos"] = "digits"
     """digits: 1,797 scanned handwritten digits; photos: crops of photographs, blurred after so few steps."""
-    seed: Seed = 0
-    """Seed of every network but the judge, and of the samples."""
-    quick: bool = False
-    """A quarter of the training steps: everything runs, the pictures are worse."""
+    seed: Seed = 0  # Seed of every network but the judge, and of the samples.
+    quick: bool = False  # A quarter of the training steps: everything runs, the pictures are worse.
 
 
 def run(options: DemoOptions) -> None:

@@ -31,46 +31,34 @@ class EncodeOptions(PictureSpec):
     the authors."""
     images: PathName = ""
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
-    labels_file: PathName | None = None
-    """File with a line "NAME LABEL" per image of a flat folder."""
-    out: PathName = ""
-    """Folder for the latents."""
+    labels_file: PathName | None = None  # File with a line "NAME LABEL" per image of a flat folder.
+    out: PathName = ""  # Folder for the latents.
     image_size: Side | None = None
     """Side that images are cropped to, in pixels; default: the tokenizer's training size."""
-    batch_size: Batch = 64
-    """Images per forward pass and process."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the stored latents."""
+    batch_size: Batch = 64  # Images per forward pass and process.
+    dtype: Literal["bf16", "fp32"] = "bf16"  # Number format of the stored latents.
     store: Literal["moments", "sample"] = "moments"
     """moments: mean and deviation, sampled anew each epoch; sample: one posterior sample, as the authors' files."""
-    flip: bool = True
-    """Store the mirrored images, too."""
-    seed: Seed = 0
-    """Seed of the posterior samples (--store sample)."""
-    shard_size: Count | None = None
-    """Images per file; default: 10,000, with features 2,500."""
+    flip: bool = True  # Store the mirrored images, too.
+    seed: Seed = 0  # Seed of the posterior samples (--store sample).
+    shard_size: Count | None = None  # Images per file; default: 10,000, with features 2,500.
     features: str = "none"
     """Store this foundation model's features, too, for REPA: dinov2, mae, sam, clip, any timm model, or none."""
-    features_weights: PathName = FoundationSpec.weights
-    """Its weights: hub, a path, or random (tests only)."""
+    features_weights: PathName = FoundationSpec.weights  # Its weights: hub, a path, or random (tests only).
     features_input_range: Literal["normalized", "minus_one_one"] = FoundationSpec.input_range
     """Its input: normalised by its own mean and deviation, or in [-1, 1]."""
     features_grid: Side | None = None
     """Side of the grid of features, which is that of the generator's tokens; default: image size / 16."""
     loader: Literal["torch", "dali", "auto"] = "torch"
     """Who decodes: Pillow (torch; the exact pixels of the crop rule), or DALI (about 50 dB from them)."""
-    num_workers: Workers = ImageDataSpec.num_workers
-    """Decoding threads per process."""
+    num_workers: Workers = ImageDataSpec.num_workers  # Decoding threads per process.
     on_error: Literal["raise", "skip"] = ImageDataSpec.on_error
     """What to do with an image that does not decode: stop and name it, or leave it out and count it."""
     max_bad_share: Share = ImageDataSpec.max_bad_share
     """With --on-error skip: the share of bad images above which encoding stops all the same."""
-    device: Device = "auto"
-    """Device of the tokenizer."""
-    precision: Arithmetic = "auto"
-    """Arithmetic of the tokenizer; auto: fp32."""
-    stats_only: PathName | None = None
-    """Only compute the statistics of this folder of latents."""
+    device: Device = "auto"  # Device of the tokenizer.
+    precision: Arithmetic = "auto"  # Arithmetic of the tokenizer; auto: fp32.
+    stats_only: PathName | None = None  # Only compute the statistics of this folder of latents.
     stats_samples: Annotated[int, Range(0, 10**9)] = 0
     """Statistics from so many random latents (the authors: 10,000), a function of --seed; 0: from all latents."""
 

@@ -20,25 +20,19 @@ class EvaluateSamplesOptions(Checked):
 
     samples: Positional[PathName]
     """Folder of PNGs, or an .npz with arr_0; with --seeds possibly a name with {seed} in it."""
-    reference: PathName
-    """.npz with statistics or images (ADM's VIRTUAL_imagenet256_labeled.npz), or a folder of PNGs."""
-    inception_weights: PathName | None = None
-    """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
+    reference: PathName  # .npz with statistics or images (ADM's VIRTUAL_imagenet256_labeled.npz), or a folder of PNGs.
+    inception_weights: PathName | None = None  # Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
     dinov2_weights: PathName | None = None
     """For FD-DINOv2: a path of vit_large_patch14_dinov2.lvd142m's weights, or hub; left out: not computed."""
     sampler: str | None = None
     """How the samples were drawn, for the names of the numbers: euler249_cfg10; default: what `vadit sample` noted."""
-    num_samples: Count | None = None
-    """Take only the first so many; default all."""
+    num_samples: Count | None = None  # Take only the first so many; default all.
     seeds: Seeds | None = None
     """Evaluate so many sets: means, and their spread. SAMPLES has {seed} in it for 0, 1, ..., or holds so many times
     --num-samples images, which are taken in turn."""
-    batch_size: Batch = 64
-    """Images per forward pass."""
-    device: Device = "auto"
-    """Device of the networks."""
-    out: PathName | None = None
-    """JSON file for the numbers."""
+    batch_size: Batch = 64  # Images per forward pass.
+    device: Device = "auto"  # Device of the networks.
+    out: PathName | None = None  # JSON file for the numbers.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +42,21 @@ class EvaluateTokenizerOptions(PictureSpec):
     tokenizer: PathName
     """Tokenizer: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers, or a file of
     the authors."""
-    images: PathName
-    """Folder of images (the paper: the 50,000 of ImageNet's validation set)."""
+    images: PathName  # Folder of images (the paper: the 50,000 of ImageNet's validation set).
     image_size: Side | None = None
     """Side that images are cropped to, in pixels; default: the tokenizer's training size."""
     posterior: Literal["sample", "mode"] = "sample"
     """Latent that is decoded: one posterior sample (as the authors evaluate), or the mean."""
-    inception_weights: PathName | None = None
-    """Path of torch-fidelity's Inception weights, for rFID."""
-    vgg_weights: PathName | None = None
-    """Path of torchvision's vgg16-397923af.pth, for LPIPS."""
-    batch_size: Batch = 32
-    """Images decoded together; no number depends on it."""
-    num_workers: Workers = ImageDataSpec.num_workers
-    """Decoding threads per process."""
-    seed: Seed = 0
-    """Seed of the posterior samples."""
-    seeds: Seeds = 1
-    """Evaluate with so many seeds, from --seed on: means, and their spread."""
-    device: Device = "auto"
-    """Device of all networks."""
+    inception_weights: PathName | None = None  # Path of torch-fidelity's Inception weights, for rFID.
+    vgg_weights: PathName | None = None  # Path of torchvision's vgg16-397923af.pth, for LPIPS.
+    batch_size: Batch = 32  # Images decoded together; no number depends on it.
+    num_workers: Workers = ImageDataSpec.num_workers  # Decoding threads per process.
+    seed: Seed = 0  # Seed of the posterior samples.
+    seeds: Seeds = 1  # Evaluate with so many seeds, from --seed on: means, and their spread.
+    device: Device = "auto"  # Device of all networks.
     precision: Arithmetic = "auto"
     """Arithmetic of the tokenizer; auto: fp32, as is that of the networks that judge, always."""
-    out: PathName | None = None
-    """JSON file for the numbers."""
+    out: PathName | None = None  # JSON file for the numbers.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,36 +67,24 @@ class EvaluateLatentsOptions(Checked):
     """Folder of latents, or a file with a (N, C) tensor of latent vectors (.npy, .npz, .pt, .safetensors)."""
     num_vectors: Count | None = None
     """Latent vectors per draw, each of another image; default: Table 6's 10,000, or as many as there are."""
-    seeds: Seeds = 10
-    """Draws of vectors, from --seed on, that the numbers are means of; their spread is reported, too."""
-    seed: Seed = 0
-    """Seed of the first draw."""
-    picture: PathName | None = None
-    """PNG for the t-SNE points of the first draw, coloured by density."""
-    out: PathName | None = None
-    """JSON file for the numbers."""
+    seeds: Seeds = 10  # Draws of vectors, from --seed on, that the numbers are means of; their spread is reported, too.
+    seed: Seed = 0  # Seed of the first draw.
+    picture: PathName | None = None  # PNG for the t-SNE points of the first draw, coloured by density.
+    out: PathName | None = None  # JSON file for the numbers.
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeReferenceOptions(PictureSpec):
     """A reference like ADM's for any set of images: statistics of all, and some of them for precision and recall."""
 
-    images: Positional[PathName]
-    """Folder of images, shards or a .beton; ADM's centre crop is applied."""
-    out: PathName
-    """The .npz to write."""
-    image_size: Side = 256
-    """Side that images are cropped to, in pixels."""
-    inception_weights: PathName | None = None
-    """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
-    keep: Count = 10_000
-    """Images that the file holds (ADM: 10,000)."""
-    batch_size: Batch = 64
-    """Images per forward pass."""
-    num_workers: Workers = ImageDataSpec.num_workers
-    """Decoding threads."""
-    device: Device = "auto"
-    """Device of the Inception network."""
+    images: Positional[PathName]  # Folder of images, shards or a .beton; ADM's centre crop is applied.
+    out: PathName  # The .npz to write.
+    image_size: Side = 256  # Side that images are cropped to, in pixels.
+    inception_weights: PathName | None = None  # Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
+    keep: Count = 10_000  # Images that the file holds (ADM: 10,000).
+    batch_size: Batch = 64  # Images per forward pass.
+    num_workers: Workers = ImageDataSpec.num_workers  # Decoding threads.
+    device: Device = "auto"  # Device of the Inception network.
 
 
 def samples(options: EvaluateSamplesOptions) -> None:

@@ -19,24 +19,18 @@ class PrepareOptions(PictureSpec):
 
     images: Positional[PathName]
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
-    out: Positional[PathName]
-    """Result: NAME.beton."""
+    out: Positional[PathName]  # Result: NAME.beton.
     size: Annotated[int, Range(0, 16_384)] = 256
     """Short side in pixels, by the rule of the centre crop; nothing is cut off. 0: images as they are."""
-    encode: Literal["raw", "jpeg"] = "raw"
-    """raw: pixels (exact, 0.2 MB at 256 x 256); jpeg: 4:4:4."""
-    quality: Annotated[int, Range(1, 100)] = 95
-    """Of JPEGs."""
-    num_workers: Workers | None = None
-    """Processes that decode and encode; default: all cores."""
-    labels_file: PathName | None = None
-    """File with a line "NAME LABEL" per image of a flat folder."""
+    encode: Literal["raw", "jpeg"] = "raw"  # raw: pixels (exact, 0.2 MB at 256 x 256); jpeg: 4:4:4.
+    quality: Annotated[int, Range(1, 100)] = 95  # Of JPEGs.
+    num_workers: Workers | None = None  # Processes that decode and encode; default: all cores.
+    labels_file: PathName | None = None  # File with a line "NAME LABEL" per image of a flat folder.
     on_error: Literal["raise", "skip"] = "skip"
     """What to do with an image that does not decode: stop and name it, or leave it out and list it."""
     max_bad_share: Share = ImageDataSpec.max_bad_share
     """With --on-error skip: the share of bad images above which the command fails at its end."""
-    verify: bool = True
-    """Read everything back at the end and decode it."""
+    verify: bool = True  # Read everything back at the end and decode it.
 
 
 def run(options: PrepareOptions) -> None:

@@ -11,22 +11,17 @@ from vadit.runtime.errors import UsageError
 class AutoencoderSpec(Checked, group="autoencoder"):
     """The LDM / VQGAN-KL autoencoder (Rombach et al. 2022; reference settings: f16d32 at 256 pixels)."""
 
-    image_size: Side = 256
-    """Side of the training images in pixels; attention resolutions are counted at this size."""
-    in_channels: Width = 3
-    """Channels of the image."""
-    latent_channels: Width = 32
-    """Channels d of the latent."""
-    base_channels: Width = 128
-    """Width of the first level, in channels."""
+    image_size: Side = 256  # Side of the training images in pixels; attention resolutions are counted at this size.
+    in_channels: Width = 3  # Channels of the image.
+    latent_channels: Width = 32  # Channels d of the latent.
+    base_channels: Width = 128  # Width of the first level, in channels.
     channel_multipliers: tuple[Width, ...] = (1, 1, 2, 2, 4)
     """Width of each level as a multiple of base_channels; each level after the first halves the side."""
     num_res_blocks: Annotated[int, Range(1, 100)] = 2
     """Residual blocks per level of the encoder (the decoder has one more)."""
     attention_resolutions: tuple[Side, ...] = (16,)
     """Feature-map sides, in pixels at image_size, that get self-attention (the middle always has it)."""
-    norm_groups: Width = 32
-    """Groups of GroupNorm; must divide every level's width."""
+    norm_groups: Width = 32  # Groups of GroupNorm; must divide every level's width.
 
     @property
     def downsample_ratio(self) -> int:
@@ -65,40 +60,26 @@ class AutoencoderSpec(Checked, group="autoencoder"):
 class DiTSpec(Checked, group="model"):
     """LightningDiT, or with the four switches off the plain DiT (Peebles & Xie 2023)."""
 
-    input_size: Side = 16
-    """Side of the latent."""
-    patch_size: Side = 1
-    """Side of a patch, in latent positions."""
-    in_channels: Width = 32
-    """Channels of the latent."""
-    hidden_size: Width = 1152
-    """Width of the transformer."""
-    depth: Blocks = 28
-    """Number of blocks."""
-    num_heads: Width = 16
-    """Attention heads."""
+    input_size: Side = 16  # Side of the latent.
+    patch_size: Side = 1  # Side of a patch, in latent positions.
+    in_channels: Width = 32  # Channels of the latent.
+    hidden_size: Width = 1152  # Width of the transformer.
+    depth: Blocks = 28  # Number of blocks.
+    num_heads: Width = 16  # Attention heads.
     mlp_ratio: Annotated[float, Range(0, 1_000, above=True)] = 4.0
     """Hidden width of the MLP over hidden_size (SwiGLU uses 2/3 of it)."""
     num_classes: Annotated[int, Range(1, 1_000_000)] = 1000
     """Number of classes; the null class of guidance has this index."""
-    class_dropout: Share = 0.1
-    """Probability that a training label becomes the null class."""
-    learn_sigma: bool = False
-    """Predict the variance, too (DDPM baseline): doubles the output channels."""
-    qk_norm: bool = False
-    """Normalise queries and keys per head (a cure of NaN in long runs)."""
-    swiglu: bool = True
-    """SwiGLU instead of the GELU MLP."""
-    rope: bool = True
-    """2-D rotary position embedding on queries and keys, besides the fixed sin-cos embedding."""
-    rmsnorm: bool = True
-    """RMSNorm with a weight instead of LayerNorm without one."""
-    shift_free: bool = False
-    """adaLN without shifts (4 chunks instead of 6)."""
+    class_dropout: Share = 0.1  # Probability that a training label becomes the null class.
+    learn_sigma: bool = False  # Predict the variance, too (DDPM baseline): doubles the output channels.
+    qk_norm: bool = False  # Normalise queries and keys per head (a cure of NaN in long runs).
+    swiglu: bool = True  # SwiGLU instead of the GELU MLP.
+    rope: bool = True  # 2-D rotary position embedding on queries and keys, besides the fixed sin-cos embedding.
+    rmsnorm: bool = True  # RMSNorm with a weight instead of LayerNorm without one.
+    shift_free: bool = False  # adaLN without shifts (4 chunks instead of 6).
     value_residual: bool = False
     """Mix each block's attention values with the first block's, by learnt weights (Zhou et al. 2024)."""
-    label_init_std: Annotated[float, Range(0, 10)] = 0.02
-    """Standard deviation of the label embedding at the start."""
+    label_init_std: Annotated[float, Range(0, 10)] = 0.02  # Standard deviation of the label embedding at the start.
 
     def __post_init__(self) -> None:
         super().__post_init__()

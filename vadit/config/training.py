@@ -17,18 +17,13 @@ class OptimizerSpec(Checked, group="optimizer"):
     kind: Literal["adamw", "apex_fused", "muon"] = "adamw"
     """Whose AdamW, for a whole run: torch's, or apex's FusedAdam (GPUs); muon: torch's Muon for the matrices of a
     generator's blocks, AdamW for the rest (engine.zero_stage 0)."""
-    lr: Annotated[float, Range(0, 10)] = 2e-4
-    """Learning rate at its peak."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Adam's decay rates."""
-    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
-    """Adam's epsilon."""
-    weight_decay: Annotated[float, Range(0, 10)] = 0.0
-    """Decoupled weight decay."""
+    lr: Annotated[float, Range(0, 10)] = 2e-4  # Learning rate at its peak.
+    betas: tuple[Decay, Decay] = (0.9, 0.95)  # Adam's decay rates.
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8  # Adam's epsilon.
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # Decoupled weight decay.
     schedule: Literal["constant", "one_cycle", "linear"] = "constant"
     """constant after the warm-up; one_cycle: cosine up over 30% of the run and down to 0; linear decay to 0."""
-    warmup_images: AnyImages = 0
-    """Images over which the rate rises linearly from 0 (constant and linear)."""
+    warmup_images: AnyImages = 0  # Images over which the rate rises linearly from 0 (constant and linear).
 
 
 @dataclass(frozen=True)
@@ -42,16 +37,11 @@ class EngineSpec(Checked, group="engine"):
     """fp32; bf16: bf16 weights with fp32 masters; autocast: fp32 weights, bf16 arithmetic (the authors')."""
     tf32: Literal["none", "convolutions", "all"] = "none"
     """What a GPU computes in TF32 of what is fp32. Tokenizers: convolutions, which is torch's default and theirs."""
-    gradient_accumulation: Batch = 1
-    """Micro-batches per optimizer step."""
-    max_grad_norm: Weight = 1.0
-    """Gradient norm that larger ones are clipped to; 0 switches clipping off."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in host memory (ZeRO 1-3)."""
-    offload_weights: bool = False
-    """Keep weights in host memory (ZeRO 3)."""
-    overlap_comm: bool = False
-    """Overlap gradient reduction with the backward pass."""
+    gradient_accumulation: Batch = 1  # Micro-batches per optimizer step.
+    max_grad_norm: Weight = 1.0  # Gradient norm that larger ones are clipped to; 0 switches clipping off.
+    offload_optimizer: bool = False  # Keep optimizer state in host memory (ZeRO 1-3).
+    offload_weights: bool = False  # Keep weights in host memory (ZeRO 3).
+    overlap_comm: bool = False  # Overlap gradient reduction with the backward pass.
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["auto", True, False] = "auto"
@@ -103,20 +93,13 @@ class GuardSpec(Checked, group="guard"):
 class RunSpec(Checked, group="run"):
     """Length, logging and checkpoints, in images."""
 
-    out: PathName = "runs/default"
-    """Run folder; the same command continues what is there."""
-    total_images: Images = 80_000 * 1024
-    """Images to train on (64 epochs of ImageNet: 81,920,000)."""
-    batch_size: Batch = 1024
-    """Images per optimizer step over all processes."""
-    seed: Seed = 0
-    """Seed of initialisation, order of the data, noise and dropout."""
-    log_every_images: Images = 102_400
-    """Images between two log points."""
-    save_every_images: Images = 5_120_000
-    """Images between two checkpoints."""
-    keep_checkpoints: Count = 2
-    """How many of the newest checkpoints stay on disk."""
+    out: PathName = "runs/default"  # Run folder; the same command continues what is there.
+    total_images: Images = 80_000 * 1024  # Images to train on (64 epochs of ImageNet: 81,920,000).
+    batch_size: Batch = 1024  # Images per optimizer step over all processes.
+    seed: Seed = 0  # Seed of initialisation, order of the data, noise and dropout.
+    log_every_images: Images = 102_400  # Images between two log points.
+    save_every_images: Images = 5_120_000  # Images between two checkpoints.
+    keep_checkpoints: Count = 2  # How many of the newest checkpoints stay on disk.
     keep_every_images: Images | None = None
     """Checkpoints that reach a multiple of this many images stay on disk for ever; left out: none does."""
     background_saves: bool = True
@@ -126,8 +109,7 @@ class RunSpec(Checked, group="run"):
     init_from: PathName | None = None
     """Weights to start from: a run (its plain weights, not its average), an exported or imported folder, or a
     .safetensors file; for the authors' files `vadit import` first (the optimizer starts anew)."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device of the run."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # Device of the run.
     peak_tflops: Factor | None = None
     """Peak of one GPU in TFLOP/s that utilisation (mfu) refers to; left out: by the GPU's name, where known."""
     deterministic: bool = False
@@ -144,15 +126,13 @@ class EvaluationSpec(Checked, group="evaluation"):
     and the numbers go beside the loss.
     """
 
-    every_images: AnyImages = 0
-    """Images between two evaluations, with one at the end; 0: none."""
+    every_images: AnyImages = 0  # Images between two evaluations, with one at the end; 0: none.
     tokenizer: PathName | None = None
     """Tokenizer that decodes a generator's samples: a run folder, one from `vadit export` or `vadit import`, an
     AutoencoderKL of diffusers, or a file of the authors."""
     grid_images: Annotated[int, Range(1, 10_000)] = 36
     """Images of the picture: the first samples, or images evenly spread over a tokenizer's data."""
-    steps: Annotated[int, Range(1, 1_000)] = 50
-    """Steps of the sampler; an adaptive one gives way to Euler's."""
+    steps: Annotated[int, Range(1, 1_000)] = 50  # Steps of the sampler; an adaptive one gives way to Euler's.
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Of a generator that draws; auto: tf32 on a GPU, fp32 on a CPU. All else is evaluated in fp32."""
     num_samples: Annotated[int, Range(2, 10**9)] = 1000
