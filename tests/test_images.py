@@ -19,7 +19,7 @@ from vadit.images import backends, transforms
 from vadit.images.backends import open_images, open_loader
 from vadit.images.loader import Decoded, ImageLoader, ImageSet, Request, describe_classes, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
-from vadit.images.pixels import image_grid, reconstruction_pairs
+from vadit.images.pixels import image_grid, read_tiles, reconstruction_pairs, write_png
 from vadit.images.sources.folders import FolderSource
 from vadit.runtime.errors import RunError, UsageError
 
@@ -448,7 +448,7 @@ def test_what_alpha_and_exif_concern_is_counted(
     ]
 
 
-def test_grids_and_pairs_of_pictures() -> None:
+def test_grids_and_pairs_of_pictures(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     grid = np.asarray(image_grid(images, columns=3, scale=2))
     assert grid.shape == (2 * 16 + 2, 3 * 16 + 4, 3)
@@ -467,3 +467,15 @@ def test_grids_and_pairs_of_pictures() -> None:
     assert picture[:, : -width - 4].min() < 200  # the labels are there
     pytest.raises(UsageError, reconstruction_pairs, originals, originals[:4]).match("one shape")
     pytest.raises(UsageError, image_grid, originals.astype(np.float32)).match("uint8")
+    # a file says where its tiles are; of what it says wrongly, nothing is made
+    pairs = reconstruction_pairs(originals, 255 - originals, columns=3, scale=1)
+    for picture, tiles in ((image_grid(images, columns=3, scale=1), images), (pairs, originals)):
+        write_png(tmp_path / "a.png", picture)
+        with Image.open(tmp_path / "a.png") as opened:
+            np.testing.assert_array_equal(read_tiles(opened, 9)[:, : tiles.shape[1]], tiles)
+            assert len(read_tiles(opened, 2)) == 2
+            for note in ("", "5", "5 8 8 x 0", "5 0 8 2 0", "9 8 900 2 0", "5 8 -2 2 0", "9999999999 8 8 2 90"):
+                opened.info["tiles"] = note
+                found = read_tiles(opened, 9)
+                assert found is None or found.shape[1:] == (8, 8, 3), note
+    assert read_tiles(Image.new("RGB", (40, 40)), 9) is None

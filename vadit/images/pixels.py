@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vadit.images.formats import open_image, reason
@@ -16,6 +17,7 @@ from vadit.runtime.reading import read_file
 _GAP = 2  # pixels between tiles
 _WHITE = 255
 _INK = (90, 98, 110)
+_TILES = "tiles"  # keyword of a PNG's text that says where its tiles are: count, height, width, gap of rows, left
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -53,9 +55,25 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def write_png(path: Path, image: Image.Image, advice: str = SPACE, *, flush: bool = True) -> None:
-    """Write a picture as a `saved_file`."""
+    """Write a picture as a `saved_file`, with a note of its tiles where it has some."""
+    notes = PngInfo()
+    if _TILES in image.info:
+        notes.add_text(_TILES, image.info[_TILES])
     with saved_file(path, advice, flush=flush) as partial:
-        image.save(partial, format="png")
+        image.save(partial, format="png", pnginfo=notes)
+
+
+def read_tiles(image: Image.Image, limit: int) -> np.ndarray | None:
+    """The first tiles (N, H, W, 3) of a picture of this module that was opened; a pair is one. None of any other."""
+    try:
+        count, height, width, gap, left = map(int, image.info[_TILES].split())
+        pixels = np.asarray(image.convert("RGB"))[:, left:]
+        columns = (pixels.shape[1] + _GAP) // (width + _GAP)
+        places = ((n // columns * (height + gap), n % columns * (width + _GAP)) for n in range(min(count, limit)))
+        tiles = np.stack([pixels[top : top + height, start : start + width] for top, start in places])
+        return tiles if tiles.shape[1:] == (height, width, 3) and tiles.size else None
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> Image.Image:
@@ -81,6 +99,7 @@ def reconstruction_pairs(
     gutter = math.ceil(max(font.getlength(label) for label in labels)) + 12
     canvas = Image.new("RGB", (gutter + body.width, body.height), (_WHITE,) * 3)
     canvas.paste(body, (gutter, 0))
+    canvas.info[_TILES] = body.info[_TILES].removesuffix("0") + str(gutter)
     draw = ImageDraw.Draw(canvas)
     for top in range(0, body.height, pairs.shape[1] + 5 * _GAP):
         for line, label in enumerate(labels):
@@ -96,7 +115,9 @@ def _tiled(tiles: np.ndarray, columns: int, row_gap: int) -> Image.Image:
     margins = ((0, rows * columns - count), (0, row_gap), (0, _GAP), (0, 0))
     padded = np.pad(tiles, margins, constant_values=_WHITE).reshape(rows, columns, height + row_gap, width + _GAP, 3)
     canvas = padded.swapaxes(1, 2).reshape(rows * (height + row_gap), columns * (width + _GAP), 3)
-    return Image.fromarray(canvas[:-row_gap, :-_GAP])
+    picture = Image.fromarray(canvas[:-row_gap, :-_GAP])
+    picture.info[_TILES] = f"{count} {height} {width} {row_gap} 0"
+    return picture
 
 
 def _enlarged(images: np.ndarray, scale: int | None) -> np.ndarray:
