@@ -18,6 +18,7 @@ from vadit.config import (
     DiTConfig,
     DiTSpec,
     EngineSpec,
+    EvaluationSpec,
     FlowSpec,
     ImageDataSpec,
     LatentDataSpec,
@@ -94,7 +95,9 @@ def tokenizer_config(
     )  # fmt: skip
 
 
-def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int, seed: int = 0) -> DiTConfig:
+def generator_config(
+    out: Path, latents: Path, tokenizer: Path, num_classes: int, *, steps: int, seed: int = 0
+) -> DiTConfig:
     """A LightningDiT of 1.3M weights on 4x4 latents with every switch of the paper's."""
     batch = 64
     return DiTConfig(
@@ -112,6 +115,9 @@ def generator_config(out: Path, latents: Path, num_classes: int, *, steps: int, 
         ),
         data=LatentDataSpec(path=str(latents), flip=False),
         sample=SampleSpec(num_steps=50, labels="balanced"),
+        evaluation=EvaluationSpec(
+            every_images=max(steps // 5, 1) * batch, tokenizer=str(tokenizer), grid_images=num_classes, steps=25
+        ),
     )  # fmt: skip
 
 
@@ -145,7 +151,9 @@ def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool, seed:
     autoencoder = load_autoencoder(tokenizer_run)
     latents = _encode(autoencoder, data.train, out / "latents")
     generator_run = dit.train(
-        generator_config(out / "generator", out / "latents", num_classes, steps=sizes.generator, seed=seed),
+        generator_config(
+            out / "generator", out / "latents", tokenizer_run, num_classes, steps=sizes.generator, seed=seed
+        ),
         title="LightningDiT",
     )
     generator = load_generator(generator_run)

@@ -86,6 +86,18 @@ class Chart:
     note: str = ""  # a sentence below it
 
 
+def is_flat(curve: Curve) -> bool:
+    """Whether a curve shows nothing: fewer than two finite values, or all within a percent."""
+    y = curve.y[curve.finite]
+    return len(y) < 2 or float(np.ptp(y)) <= 0.01 * float(np.abs(y).max())
+
+
+def is_worth_drawing(chart: Chart) -> bool:
+    """Whether any line of a chart, or its marks where it has no line, shows something."""
+    lines = [series.curve for series in chart.series if series.is_line]
+    return not all(map(is_flat, lines)) if lines else any(series.curve.finite.any() for series in chart.series)
+
+
 def svg(chart: Chart) -> str:
     """A chart as an SVG element to be set into a page, or an empty string where no value is finite."""
     import matplotlib

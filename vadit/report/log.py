@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Scores:
     kind: str  # samples, tokenizer or latents
     metrics: dict[str, Any]
     spread: dict[str, Any] = field(default_factory=dict)  # standard deviation over seeds, where there were several
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the numbers rest on
 
 
 def read_scores(folder: Path) -> tuple[list[Scores], list[str]]:
@@ -87,7 +88,7 @@ def read_scores(folder: Path) -> tuple[list[Scores], list[str]]:
         except RunError:
             notes.append(f"{path} is not what `vadit evaluate --out` writes, or is damaged; it was left out.")
             continue
-        found.append(Scores(scores.kind, _finite(scores.metrics), _finite(scores.spread)))
+        found.append(replace(scores, metrics=_finite(scores.metrics), spread=_finite(scores.spread)))
     return found, notes
 
 

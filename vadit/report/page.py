@@ -9,17 +9,32 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from vadit.images.formats import open_image
-from vadit.report.charts import OF_PAGE, Chart, short_number, svg
+from vadit.report.charts import OF_PAGE, Chart, is_worth_drawing, short_number, svg
 from vadit.runtime.errors import escaped
 from vadit.runtime.files import whole_file
-from vadit.runtime.reading import read_file
 
-MAX_PICTURE_BYTES = 2_400_000
+MAX_PICTURE_BYTES = 1_200_000
 """All pictures of a report together, before base64 (which adds a third); larger ones are reduced."""
+SMALL = 64  # pixels: tiles of at most this side are enlarged without smoothing
+
+
+class Tiles(NamedTuple):
+    """Small pictures of one kind, side by side."""
+
+    name: str  # what they are: "your images"
+    images: np.ndarray  # uint8 (N, H, W, 3), N >= 1
+
+
+class Row(NamedTuple):
+    """A line of a gallery; the kinds of all rows stand below each other."""
+
+    title: str  # a class, or when the pictures were made; "" for a gallery of one kind, as wide as the page
+    tiles: Sequence[Tiles]
 
 
 @dataclass(frozen=True)
@@ -27,9 +42,11 @@ class Section:
     """One part of a report, for instance a stage of a run."""
 
     title: str
-    charts: Sequence[Chart] = ()  # wide ones first; those without a finite value are left out
-    images: Sequence[tuple[str, Path]] = ()  # captions and PNG files
-    table: Sequence[tuple[str, ...]] = ()  # rows; the first cell of a row is its name
+    gallery: Sequence[Row] = ()
+    charts: Sequence[Chart] = ()  # wide ones first; flat and empty ones are left out
+    table: Sequence[
+        tuple[str, ...]
+    ] = ()  # rows; the first cell of a row is its name, one alone heads those below; lines of a cell: `_lines`
     header: tuple[str, ...] = ()  # names of the table's columns, where it has more than name and value
     text: str = ""  # a paragraph above all else
     notes: Sequence[str] = ()  # sentences in small type at the end
@@ -39,9 +56,10 @@ class Section:
 def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
     """Write the report to `out`, whole or not at all. Returns its path."""
     out = Path(out)
-    budget = MAX_PICTURE_BYTES // max(sum(len(section.images) for section in sections), 1)
+    galleries = (row for section in sections for row in section.gallery)
+    rate = MAX_PICTURE_BYTES / max(sum(part.images.size // 3 for row in galleries for part in row.tiles), 1)
     style = (resources.files("vadit.report") / "page.css").read_text("utf-8")
-    body = "".join(_section(section, f"s{number}", budget) for number, section in enumerate(sections))
+    body = "".join(_section(section, f"s{number}", rate) for number, section in enumerate(sections))
     contents = "".join(f'<a href="#s{number}">{_text(section.title)}</a>' for number, section in enumerate(sections))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -55,19 +73,16 @@ def write_report(out: str | Path, title: str, lead: str, sections: Sequence[Sect
     return out
 
 
-def _section(section: Section, anchor: str, budget: int) -> str:
+def _section(section: Section, anchor: str, rate: float) -> str:
+    """A section's HTML; pictures get `rate` bytes per pixel."""
     parts = [f'<section id="{anchor}"><h2>{_text(section.title)}</h2>']
     if section.text:
         parts.append(f"<p>{_text(section.text)}</p>")
+    if section.gallery:
+        parts.append(_gallery(section.gallery, rate))
     if section.table:
         parts.append(_table(section.table, section.header))
     parts.append(_charts(section.charts))
-    for caption, path in section.images:
-        source, width = _picture(path, budget)
-        parts.append(
-            f'<figure class="picture"><img src="{source}" alt="{_text(caption)}" style="max-width:min(100%,{width}px)">'
-            f"<figcaption>{_text(caption)}</figcaption></figure>"
-        )
     parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
     for name, path in section.settings:
         text = _text(path.read_text("utf-8", "replace"))
@@ -77,7 +92,7 @@ def _section(section: Section, anchor: str, budget: int) -> str:
 
 def _charts(charts: Sequence[Chart]) -> str:
     """Wide charts with their legends below each other; then the small ones in a grid with one legend for all."""
-    drawn = [(chart, drawing) for chart in charts if (drawing := svg(chart))]
+    drawn = [(chart, drawing) for chart in charts if is_worth_drawing(chart) and (drawing := svg(chart))]
     wide = "".join(_card(chart, drawing) for chart, drawing in drawn if chart.wide)
     small = [(chart, drawing) for chart, drawing in drawn if not chart.wide]
     cards = "".join(_card(chart, drawing) for chart, drawing in small)
@@ -109,37 +124,64 @@ def _legend(charts: Sequence[Chart]) -> str:
     return f'<div class="legend">{items}</div>' if len(keys) > 1 else ""
 
 
+def _lines(text: str) -> str:
+    """A text whose second line is small, and whose third is a warning."""
+    first, small, warning = (*text.split("\n", 2), "", "")[:3]
+    more = (f"<small>{_text(small)}</small>" if small else "", f'<small class="warn">{_text(warning)}</small>')
+    return _text(first) + more[0] + more[1] * bool(warning)
+
+
 def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    width = max(map(len, rows))
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
     body = "".join(
-        f"<tr><th>{_text(row[0])}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
+        f'<tr><th scope="row">{_lines(row[0])}</th>{"".join(f"<td>{_lines(cell)}</td>" for cell in row[1:])}</tr>'
+        if len(row) > 1 else f'<tr class="group"><th scope="rowgroup" colspan="{width}">{_text(row[0])}</th></tr>'
+        for row in rows
+    )  # fmt: skip
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
     return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is there, whole, and a picture that can be shown."""
-    try:
-        open_image(read_file(path))
-    except Exception:  # missing, no picture, too large, or damaged in whatever way
-        return False
-    return True
+def _gallery(rows: Sequence[Row], rate: float) -> str:
+    counts = [max(len(part.images) for part in parts) for parts in zip(*(row.tiles for row in rows), strict=True)]
+    template = " ".join(["8.5rem", *(f"{count}fr" for count in counts)])
+    return '<div class="gallery">' + "".join(_row(row, template, counts, rate) for row in rows) + "</div>"
 
 
-def _picture(path: Path, budget: int) -> tuple[str, int]:
-    """A PNG as a data URI of at most about `budget` bytes before base64, and its width on the page in pixels."""
-    data, quality = read_file(path), 90
-    opened = open_image(data)
-    image, kind = opened.convert("RGB"), (opened.format or "").lower()
-    width = image.width
-    # Grids of photographs are large as PNG; in a report, unlike in an evaluation, a JPEG does no harm.
-    while len(data) > budget and min(image.size) > 64:
+def _row(row: Row, template: str, counts: Sequence[int], rate: float) -> str:
+    parts = []
+    for part, count in zip(row.tiles, counts, strict=True):
+        width = part.images.shape[2]
+        what = _text(f"{row.title}: {len(part.images)} {part.name}".removeprefix(": ").replace("\n", ", "))
+        images = "".join(f'<img src="{_data_uri(each, rate)}" alt="">' for each in part.images)
+        side = min(max(width, 64), 160 if count > 1 else 1000)
+        columns = (
+            f"repeat({count if row.title else 'auto-fill'},minmax({f'0,{side}px' if row.title else f'{side}px,1fr'}))"
+        )
+        kinds = f"tiles{' small' * (width <= SMALL)}{' whole' * (count == 1)}"
+        parts.append(
+            f'<figure><figcaption>{_text(part.name)}</figcaption><div class="{kinds}" role="img" aria-label="{what}" '
+            f'style="grid-template-columns:{columns}">{images}</div></figure>'
+        )
+    if not row.title:
+        return f'<div class="row plain">{"".join(parts)}</div>'
+    return (
+        f'<div class="row" style="grid-template-columns:{template}"><h3>{_lines(row.title)}</h3>{"".join(parts)}</div>'
+    )
+
+
+def _data_uri(pixels: np.ndarray, rate: float) -> str:
+    """A picture of about `rate` bytes per pixel at most, before base64; in a report, a loss does no harm."""
+    image, kind = Image.fromarray(pixels), "png"
+    while True:
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, subsampling=0)
-        data, kind = buffer.getvalue(), "jpeg"
-        image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", max(width, 240)
+        image.save(buffer, kind, quality=90)
+        if buffer.tell() <= max(rate * pixels.size / 3, 1500) or min(image.size) <= SMALL:
+            return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        if kind == "webp":
+            image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
+        kind = "webp"
 
 
 _text = html.escape  # quotes, too

@@ -13,16 +13,18 @@ from vadit.recipes import get_recipe
 from vadit.recipes.sizes import IMAGENET_IMAGES
 from vadit.report.charts import Curve
 from vadit.report.log import Log, Scores, join_logs, read_log, read_scores
+from vadit.report.words import higher_is_better
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import flat
 
 HEADLINE = "lightningdit-xl-64ep"
 EPOCHS = 64
+PROJECT = ("generator", "tokenizer")  # folders of the runs of a project
+LARGE = 1_000_000  # images of an epoch, from which on a generator is to come to so many epochs
 REFERENCE_STEPS = (100, 200, 300, 500, 1000, 2000, 3000, 4000, 80_000)
 REFERENCE_BATCH = 1024
 REFERENCE_MSE = (1.2133, 0.5402, 0.4637, 0.4186, 0.3854, 0.3604, 0.3500, 0.3424, 0.3045)
 """The authors' training log of LightningDiT-XL/1 (64 epochs): velocity MSE, mean over the last 100 steps."""
-_HIGHER = ("is", "precision", "recall", "psnr", "ssim")
 _RECENT = 0.2  # share of the log, from its end, that a projection goes by
 
 
@@ -48,8 +50,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs under `folders`, named by the shortest ends of their paths that differ."""
-    paths = [Path(folder) for folder in folders]
+    """The runs under `folders`, named by the shortest ends of their paths that differ; a project's are two."""
+    paths = [path for folder in folders for path in _runs_of(Path(folder))]
     resolved = [path.resolve() for path in paths]
     for path, whole in zip(paths, resolved, strict=True):
         if not path.is_dir():
@@ -65,6 +67,16 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
+def _runs_of(folder: Path) -> list[Path]:
+    """The runs of a project, generator first, or the folder itself."""
+    parts = [folder / name for name in PROJECT if any((folder / name).glob("config.json"))]
+    return parts if parts and not _is_run(folder) else [folder]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "log.jsonl"))
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     depths = range(1, max(len(path.parts) for path in paths) + 1)
     candidates = (["/".join(path.parts[-depth:]) for path in paths] for depth in depths)
@@ -76,7 +88,7 @@ def _read_run(folder: Path, name: str, color: int) -> Run:
     config: Config | None = None
     stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
     parts = [part for part in (folder, *stages) if (part / "log.jsonl").is_file()]
-    if not parts and not (folder / "config.json").is_file():
+    if not parts and not _is_run(folder):
         raise UsageError(f"{folder} is no run folder: it holds neither config.json nor log.jsonl")
     try:
         config = load_run_config(folder)
@@ -113,7 +125,8 @@ class Progress:
 
     images: float
     epochs: float
-    target: float  # images of 64 epochs (a generator), or of the whole run (a tokenizer)
+    target: float  # images of 64 epochs (a generator on a set of ImageNet's size), or of the whole run
+    goal: str  # the target in words
     images_per_s: float  # median over the last fifth of the log, all devices together
     devices: int | None  # GPUs or processes that took part last; None where the log does not say
     hours: Curve  # hours of training since the start (y) over images (x), by the logged throughput
@@ -137,11 +150,12 @@ def progress(run: Run) -> Progress | None:
         return None
     x, y = rate.x[good], rate.y[good]
     images, epoch = run.log.images, _epoch_images(run)
-    whole = run.kind == "tokenizer" and run.config is not None
+    whole = run.config is not None and (run.kind == "tokenizer" or epoch < LARGE)
     return Progress(
         images=images,
         epochs=images / epoch,
         target=float(run.config.run.total_images) if whole else EPOCHS * epoch,  # type: ignore[union-attr]
+        goal="the end" if whole else f"{EPOCHS} epochs",
         images_per_s=float(np.median(y[-max(int(len(y) * _RECENT), min(5, len(y))) :])),
         devices=_devices(run),
         hours=Curve(x, np.cumsum(np.diff(x, prepend=0.0) / y) / 3600),
@@ -189,11 +203,6 @@ def loss_at(run: Run, images: float) -> float | None:
         return None
     nearest = int(np.abs(curve.x - images).argmin())
     return float(curve.y[nearest]) if abs(curve.x[nearest] - images) <= 0.02 * images else None
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric, by its protocol name (is50k_euler249, precision50k, psnr), grows as images get better."""
-    return metric.startswith(_HIGHER)
 
 
 def speedup(metric: str, curves: Sequence[Curve]) -> tuple[float, list[tuple[float, bool]]] | None:
