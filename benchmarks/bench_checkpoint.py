@@ -26,10 +26,8 @@ from vadit.train.checkpoint.checkpoints import Checkpoints, Position
 from vadit.train.guard import not_finite
 from vadit.train.loop import weight_sums
 
-RECIPE = "lightningdit-xl-64ep"
-"""Whose distance between two saves the share is for."""
-ROUND_OF_WRITER = 1.5
-"""A round takes so many times as long as the writer."""
+RECIPE = "lightningdit-xl-64ep"  # Whose distance between two saves the share is for.
+ROUND_OF_WRITER = 1.5  # A round takes so many times as long as the writer.
 
 
 class Run:

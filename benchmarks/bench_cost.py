@@ -50,8 +50,7 @@ BUDGET = Path(__file__).with_name("cost_budget.json")
 LIMITED = ("launches", "gb", "kept_gb", "host_waits", "graph_breaks", "recompilations", "optimizer_launches",
            "optimizer_gb", "optimizer_host_waits")  # fmt: skip
 """The columns that have a budget."""
-SLACK = 0.02
-"""How far launches, bytes and memory may grow beyond it; what is counted in ones may not grow at all."""
+SLACK = 0.02  # How far launches, bytes and memory may grow beyond it; what is counted in ones may not grow at all.
 SOURCES = ("../csrc", "../kernels", "../vadit")
 
 
@@ -60,20 +59,14 @@ class Ceilings:
     """Speeds that the model takes for granted. Sources: NVIDIA's data sheet of the H200 SXM, and the share of it that
     large kernels are commonly reported to reach; none was measured here."""
 
-    bf16: float = 780.0
-    """TFLOP/s of large bf16 products: 79% of the data sheet's 989."""
-    fp8: float = 1400.0
-    """Of float8 products: 71% of 1,979."""
-    tf32: float = 390.0
-    """Of fp32 products in TF32: 79% of 495."""
-    fp32: float = 55.0
-    """Of fp32 products without tensor cores: 82% of 67."""
+    bf16: float = 780.0  # TFLOP/s of large bf16 products: 79% of the data sheet's 989.
+    fp8: float = 1400.0  # Of float8 products: 71% of 1,979.
+    tf32: float = 390.0  # Of fp32 products in TF32: 79% of 495.
+    fp32: float = 55.0  # Of fp32 products without tensor cores: 82% of 67.
     attention: float = 0.6
     """Share of a product's speed that attention reaches: cuDNN's and FlashAttention-3's on short sequences."""
-    conv: float = 0.7
-    """The same of convolutions."""
-    memory: float = 4.3
-    """TB/s of a kernel that reads and writes: 90% of 4.8."""
+    conv: float = 0.7  # The same of convolutions.
+    memory: float = 4.3  # TB/s of a kernel that reads and writes: 90% of 4.8.
     launch_us: float = 2.0
     """Start and end of a kernel that moves bytes, not hidden by the next; the host is taken to be fast enough."""
 
@@ -106,8 +99,7 @@ class Part:
     launches: float
     gb: float
     tflop: float
-    ms: float
-    """Modelled."""
+    ms: float  # Modelled.
 
 
 def sums(launches: Tally, ceilings: Ceilings, kind: str | None = None) -> Part:

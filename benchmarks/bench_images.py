@@ -44,12 +44,10 @@ from vadit.images.prepare import prepare_images
 from vadit.images.sources.beton import BetonSource
 
 WIDTH, HEIGHT = 500, 375
-FILL = 5
-"""Batches that are not timed: every queue here holds fewer."""
+FILL = 5  # Batches that are not timed: every queue here holds fewer.
 BASELINE = "torchvision"
 
-Key = tuple[str, str, int]
-"""Set of files, contender, workers."""
+Key = tuple[str, str, int]  # Set of files, contender, workers.
 Stream = Callable[[], contextlib.AbstractContextManager[Iterator[Tensor]]]
 """Opens a loader; the iterator gives float32 batches (B, 3, S, S) for ever."""
 
@@ -59,8 +57,7 @@ class Row(harness.Stamp):
     """One line of the CSV. Times of first batches in seconds, sizes in bytes."""
 
     num_images: int
-    pixels: str
-    """The set of files."""
+    pixels: str  # The set of files.
     batch: int
     size: int
     contender: str
@@ -68,12 +65,9 @@ class Row(harness.Stamp):
     median_img_per_s: float
     q1_img_per_s: float
     q3_img_per_s: float
-    ratio: float
-    """To torchvision with as many workers on the same set."""
-    cold_first_s: float
-    """From opening the loader to its first batch, the first time in the process."""
-    first_s: float
-    """The same, median of the later rounds."""
+    ratio: float  # To torchvision with as many workers on the same set.
+    cold_first_s: float  # From opening the loader to its first batch, the first time in the process.
+    first_s: float  # The same, median of the later rounds.
     disk_bytes: int
     rounds: int
 

@@ -39,11 +39,9 @@ from vadit.latents.loader import LatentLoader
 
 CHANNELS, SIDE, CLASSES = 32, 16, 1000
 SHARD_SIZE, NUM_SHARDS = 10_000, 128
-FILL = 5
-"""Batches that are not timed: every queue here holds fewer."""
+FILL = 5  # Batches that are not timed: every queue here holds fewer.
 MIN_TURN_S = 0.5
-WORKERS = 2
-"""Processes of the reference's loader, and threads of vadit's."""
+WORKERS = 2  # Processes of the reference's loader, and threads of vadit's.
 KINDS = {"sample": torch.bfloat16, "sample-fp32": torch.float32, "moments": torch.bfloat16}
 SHOWN = ("kind", "contender", "median_per_s", "ratio", "open_s", "restore_s")
 
@@ -65,12 +63,9 @@ class Row(harness.Stamp):
     q1_per_s: float
     q3_per_s: float
     rounds: int
-    ratio: float | str = ""
-    """To the reference's way."""
-    open_s: float | str = ""
-    """Index: from the folder's name to a data set."""
-    restore_s: float | str = ""
-    """Index: from a saved position to the first batch."""
+    ratio: float | str = ""  # To the reference's way.
+    open_s: float | str = ""  # Index: from the folder's name to a data set.
+    restore_s: float | str = ""  # Index: from a saved position to the first batch.
 
 
 def make_folder(folder: Path, count: int, kind: str) -> Path:

@@ -67,24 +67,20 @@ class Case:
     """One combination of settings."""
 
     recipe: str
-    batch: int
-    """Images per process and micro-batch."""
+    batch: int  # Images per process and micro-batch.
     precision: str | None
     compile: bool | None
     kernels: str
-    engine: str
-    """deepspeed, torch (vadit's networks without it) or plain (the authors' loop)."""
+    engine: str  # deepspeed, torch (vadit's networks without it) or plain (the authors' loop).
     data: str
-    settings: tuple[str, ...]
-    """Further settings, as section.name=value."""
+    settings: tuple[str, ...]  # Further settings, as section.name=value.
     device: str
     threads: int
     rounds: int
     warmup: int
 
 
-Row = dict[str, Any]
-"""One line of the CSV, see `row_of`."""
+Row = dict[str, Any]  # One line of the CSV, see `row_of`.
 
 
 # ------------------------------------------------------------------------------------------------ settings

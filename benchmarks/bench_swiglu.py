@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vadit.kernels.swiglu import swiglu, swiglu_reference
 
-BIAS = "+bias"
-"""Appended to a shape's name: with the bias of the linear layer before."""
+BIAS = "+bias"  # Appended to a shape's name: with the bias of the linear layer before.
 SHAPES = {"cpu": {"B": (8, 256, 2048)}, "cuda": {"XL": (128, 256, 3072), "B": (256, 256, 2048)}}
 
 

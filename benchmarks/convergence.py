@@ -33,8 +33,7 @@ from vadit.config import DiTConfig
 from vadit.estimate.flops import PEAK_TFLOPS, training_flops
 from vadit.recipes import get_recipe
 
-IMAGES = 80_000 * 1024
-"""64 epochs, as the authors count them."""
+IMAGES = 80_000 * 1024  # 64 epochs, as the authors count them.
 GPUS = (8, 64, 256)
 SUBJECT = "lightningdit-xl-64ep"
 MARKS = {"measured": "", "published": " p", "projected": " ~", "projected, better than can be": " <"}
@@ -45,16 +44,12 @@ class Published(NamedTuple):
     """What others report of their own training."""
 
     system: str
-    recipe: str
-    """Ours for the same step."""
-    rate: float
-    """Images per second and GPU (TPU: chip)."""
+    recipe: str  # Ours for the same step.
+    rate: float  # Images per second and GPU (TPU: chip).
     hardware: str
-    peak_tflops: float | None
-    """Dense 16-bit speed by the data sheet; None where the hardware is not named."""
+    peak_tflops: float | None  # Dense 16-bit speed by the data sheet; None where the hardware is not named.
     source: str
-    hours_on_8: float | None = None
-    """Hours to 64 epochs that they report."""
+    hours_on_8: float | None = None  # Hours to 64 epochs that they report.
 
 
 PUBLISHED = (

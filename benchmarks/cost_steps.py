@@ -24,10 +24,8 @@ from vadit.recipes import get_recipe
 from vadit.runtime.precision import allow_tf32, computing
 from vadit.train.checkpoint.checkpoints import Position
 
-LOW = 2
-"""The smaller of the two depths that a generator is counted at: its first and last block are different ones."""
-SIDE = 512
-"""Side of the square weights that the optimizer's part is counted with."""
+LOW = 2  # The smaller of the two depths that a generator is counted at: its first and last block are different ones.
+SIDE = 512  # Side of the square weights that the optimizer's part is counted with.
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Case:
     """One combination of settings."""
 
     recipe: str
-    what: str
-    """train or sample."""
+    what: str  # train or sample.
     batch: int
     precision: str
     kernels: str
@@ -110,8 +107,7 @@ def built(make: Callable[[], Any]) -> Any:
         return make()
 
 
-Step = tuple[Callable[[], object], list[Any]]
-"""A step, and the engines that it goes through."""
+Step = tuple[Callable[[], object], list[Any]]  # A step, and the engines that it goes through.
 
 
 def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:

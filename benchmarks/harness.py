@@ -40,8 +40,7 @@ REHEARSAL = bool(os.environ.get("VADIT_REHEARSE"))
 """Whether sizes are to be small: what is wanted is that everything runs (gpu_day.sh --rehearse)."""
 PEERS = ("liger-kernel", "apex", "flash-attn", "quack-kernels")
 PART_BUDGET_S = 8.0
-MIN_ROUNDS = 5
-"""Rounds are cut down to MIN_ROUNDS where all of them would take longer than the budget."""
+MIN_ROUNDS = 5  # Rounds are cut down to MIN_ROUNDS where all of them would take longer than the budget.
 MIN_ROUND_MS = 20.0
 """A round repeats the call until it lasts this long: clocks and launches are coarse beside one call."""
 

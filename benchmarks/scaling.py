@@ -25,17 +25,14 @@ from typing import Any
 import harness
 import torch
 
-from vadit.config import DiTConfig, DiTSpec, MaskSpec
+from vadit.config import MAX_BUCKET, DiTConfig, DiTSpec, MaskSpec
 from vadit.estimate.flops import training_flops
 from vadit.models.masked import build_generator
 from vadit.recipes import get_recipe
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 STAGES = (1, 2, 3)
-ADAM_BYTES = 4 + 2 * 12 + 2 * 4
-"""Read or written per weight and step: the gradient, master and moments, one average."""
-MAX_BUCKET = 500_000_000
-"""Weights that are reduced or gathered in one piece (vadit.train.engine)."""
+ADAM_BYTES = 4 + 2 * 12 + 2 * 4  # Read or written per weight and step: the gradient, master and moments, one average.
 PREFETCH, MAX_LIVE, PERSISTENT = 50_000_000, 1_000_000_000, 100_000
 """DeepSpeed's defaults for ZeRO 3: weights that are gathered ahead of their use, that stay gathered from the forward to
 the backward pass, and elements up to which a weight is left whole from step to step."""
@@ -45,22 +42,17 @@ the backward pass, and elements up to which a weight is left whole from step to 
 class Cluster:
     """Assumptions; every one is a flag. GB are 10^9 bytes, per GPU and direction."""
 
-    node: int = 8
-    """GPUs per node (DGX/HGX H100 and H200)."""
-    peak_tflops: float = 989.0
-    """Dense bf16 (NVIDIA's H100 SXM and H200 data sheets: 1,979 with sparsity)."""
+    node: int = 8  # GPUs per node (DGX/HGX H100 and H200).
+    peak_tflops: float = 989.0  # Dense bf16 (NVIDIA's H100 SXM and H200 data sheets: 1,979 with sparsity).
     mfu: float = 0.4
     """Share of the peak that training reaches; ordinary for transformers of this width, not measured here."""
-    memory_gbs: float = 3350.0
-    """HBM3 of an H100 SXM (data sheet; an H200 has 4,800)."""
+    memory_gbs: float = 3350.0  # HBM3 of an H100 SXM (data sheet; an H200 has 4,800).
     nvlink_gbs: float = 360.0
     """Of NVLink 4's 450 GB/s per direction (data sheet: 900 both ways), what collectives reach: 80%, assumed."""
     link_gbs: float = 40.0
     """Between nodes: one 400 Gb/s adapter per GPU (ConnectX-7, DGX H100 data sheet) is 50 GB/s; 80% of it, assumed."""
-    nvlink_us: float = 2.0
-    """Latency of one hop within a node, assumed."""
-    link_us: float = 8.0
-    """Latency of one hop between nodes over InfiniBand or RoCE, assumed."""
+    nvlink_us: float = 2.0  # Latency of one hop within a node, assumed.
+    link_us: float = 8.0  # Latency of one hop between nodes over InfiniBand or RoCE, assumed.
     launch_ms: float = 15.0
     """Least time of a micro-batch: launching some thousand kernels of forward and backward pass, assumed."""
     overlap: float = 0.0
@@ -84,12 +76,9 @@ class Cluster:
 class Message:
     """One kind of message of a step, over all of its parts."""
 
-    kind: str
-    """all_reduce, all_gather or reduce_scatter."""
-    num_bytes: float
-    """The whole tensor: what a process has after an all-gather, or gives to a reduction."""
-    parts: int = 1
-    """Collectives that it is sent in."""
+    kind: str  # all_reduce, all_gather or reduce_scatter.
+    num_bytes: float  # The whole tensor: what a process has after an all-gather, or gives to a reduction.
+    parts: int = 1  # Collectives that it is sent in.
 
     def sent(self, gpus: int) -> float:
         """Bytes that each GPU sends by ring."""

@@ -24,10 +24,8 @@ from vadit.config import DiTSpec, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed
 
 SPEC = DiTSpec(input_size=8, patch_size=1, in_channels=8, hidden_size=192, depth=3, num_heads=4)
-BATCH = 4
-"""Images per process and micro-batch."""
-SMALL = 4096
-"""Bytes of a collective below which it is housekeeping: norms, flags, barriers."""
+BATCH = 4  # Images per process and micro-batch.
+SMALL = 4096  # Bytes of a collective below which it is housekeeping: norms, flags, barriers.
 KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "all_gather": "all_gather",
          "reduce_scatter": "reduce_scatter"}  # fmt: skip
 """Parts of the names of torch's ops on process groups, by what they send."""

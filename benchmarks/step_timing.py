@@ -16,12 +16,9 @@ import torch
 from vadit.runtime import distributed
 from vadit.train.checkpoint.checkpoints import Position
 
-ROUND_S = 0.05
-"""A round is as many steps as last so long."""
-BUDGET_S = 90.0
-"""Rounds are cut down to harness.MIN_ROUNDS where all of them would take longer."""
-SIDE = {"cpu": 1024, "cuda": 8192}
-"""Side of the large product."""
+ROUND_S = 0.05  # A round is as many steps as last so long.
+BUDGET_S = 90.0  # Rounds are cut down to harness.MIN_ROUNDS where all of them would take longer.
+SIDE = {"cpu": 1024, "cuda": 8192}  # Side of the large product.
 
 
 class Parts:

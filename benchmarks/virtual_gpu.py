@@ -58,13 +58,11 @@ class Launch(NamedTuple):
     """One kernel on the device."""
 
     phase: str
-    kind: str
-    """matmul, conv, attention or other."""
+    kind: str  # matmul, conv, attention or other.
     name: str
     bytes: int
     flops: int = 0
-    arithmetic: str = ""
-    """Of products: bf16, tf32, fp32 or fp8."""
+    arithmetic: str = ""  # Of products: bf16, tf32, fp32 or fp8.
 
 
 # ------------------------------------------------------------------------------------------------ recording
@@ -90,8 +88,7 @@ class VirtualGPU(TorchDispatchMode):
     With "cpu", on real ones there: those that follow from `weights` then stand for what a GPU would hold.
     """
 
-    current: VirtualGPU
-    """The last one made: what kernels without a dispatcher report to."""
+    current: VirtualGPU  # The last one made: what kernels without a dispatcher report to.
 
     def __init__(self, device: str = "cuda", weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -100,11 +97,9 @@ class VirtualGPU(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.host_waits: list[str] = []
         """Reads of values, and copies between host and device that are not asynchronous."""
-        self.held = 0
-        """Bytes of the tensors made while recording that are alive."""
+        self.held = 0  # Bytes of the tensors made while recording that are alive.
         self.phase = ""
-        self.changed: set[int] = set()
-        """Storages that the Triton op under way changes in place."""
+        self.changed: set[int] = set()  # Storages that the Triton op under way changes in place.
         self._on = False
         self._known: set[int] = set()
         VirtualGPU.current = self

@@ -30,13 +30,10 @@ EXACT = float("inf")
 class OddFile:
     """The content of a file and what it shows."""
 
-    name: str
-    """File name; the suffix may lie about the content."""
+    name: str  # File name; the suffix may lie about the content.
     data: bytes
-    pixels: np.ndarray
-    """uint8 (H, W, 3)."""
-    min_psnr: float = EXACT
-    """How near a decoder's pixels must come, in dB."""
+    pixels: np.ndarray  # uint8 (H, W, 3).
+    min_psnr: float = EXACT  # How near a decoder's pixels must come, in dB.
 
 
 def photo(number: int, width: int = 120, height: int = 90) -> Image.Image:

@@ -17,8 +17,7 @@ from typing import Any
 from checkpoint_worker import MEASURED
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-LIMIT_S = 900
-"""For what should take half a minute, on a machine that does much else."""
+LIMIT_S = 900  # For what should take half a minute, on a machine that does much else.
 
 GENERATOR = ["lightningdit-b-debug", "--flow.no-direction-loss", "--optimizer.lr", "3e-3"]
 GENERATOR += ["--optimizer.weight-decay", "0.1", "--engine.max-grad-norm", "0.5", "--engine.ema-decays", "0.9"]

@@ -15,14 +15,11 @@ import pytest
 from vadit.runtime.errors import RunError, UsageError
 
 NUM_CASES = {"png": 60, "latents": 200, "authors": 100, "payload": 80, "tar": 200}
-NUM_NATIVE_CASES = {"dali": 100, "ffcv": 100}
-"""Of JPEGs for the decoders that may be missing."""
+NUM_NATIVE_CASES = {"dali": 100, "ffcv": 100}  # Of JPEGs for the decoders that may be missing.
 BLOCK = 20
-SECONDS_PER_BLOCK = 900
-"""Far more than a block takes; what is slower hangs."""
+SECONDS_PER_BLOCK = 900  # Far more than a block takes; what is slower hangs.
 
-Region = tuple[str, int, int]
-"""Name, start and stop."""
+Region = tuple[str, int, int]  # Name, start and stop.
 
 
 @dataclass(frozen=True)

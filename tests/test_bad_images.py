@@ -44,8 +44,7 @@ from vadit.runtime.reading import MAX_WHOLE, ReadFault
 
 SIZE = 32
 DECODERS = ("torch", "dali")
-DALI_PSNR = 35
-"""What DALI's pixels are held to, in dB against Pillow's."""
+DALI_PSNR = 35  # What DALI's pixels are held to, in dB against Pillow's.
 
 ODD = odd_files()
 BAD = bad_files()

@@ -258,8 +258,7 @@ def test_an_average_that_was_not_kept_is_refused(folder: Path, monkeypatch) -> N
 
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
-Layout = tuple[int, int]
-"""(processes, ZeRO stage)"""
+Layout = tuple[int, int]  # (processes, ZeRO stage)
 
 # Each change of sharding once, in both directions between one and two processes.
 PAIRS: list[tuple[Layout, Layout]] = [

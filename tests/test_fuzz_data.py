@@ -39,8 +39,7 @@ from vadit.latents.dataset import open_latents
 from vadit.latents.shards import open_shard
 from vadit.runtime.errors import RunError, UsageError
 
-EPOCHS = 12
-"""So many that every latent and every mirrored one is seen."""
+EPOCHS = 12  # So many that every latent and every mirrored one is seen.
 MODEL = DiTSpec(input_size=SIDE, in_channels=CHANNELS, num_classes=CLASSES)
 
 

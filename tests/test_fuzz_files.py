@@ -66,8 +66,7 @@ from vadit.train.checkpoint.publish import TensorFile
 from vadit.train.checkpoint.shares import Shares
 
 MORE_BYTES = 3 << 30
-SECONDS = 300
-"""Of a test, all of its cases: far more than it takes."""
+SECONDS = 300  # Of a test, all of its cases: far more than it takes.
 MODEL = DiTSpec(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 
 Case = tuple[str, bytes]

@@ -28,8 +28,7 @@ from vadit.images.dali import DaliDecoder, resample
 from vadit.images.jpeg import jpeg_area
 
 SIZE = 64
-MIN_PSNR = 50
-"""What photographs keep in dB: Pillow and torch may differ in which side they filter, and round, first."""
+MIN_PSNR = 50  # What photographs keep in dB: Pillow and torch may differ in which side they filter, and round, first.
 CROPS: tuple[CropKind, ...] = ("center", "random")
 # Sizes without a halving, with one and with two, of even and odd sides.
 SIZES = [(120, 90), (160, 128), (161, 129), (301, 259), (90, 140)]

@@ -229,8 +229,7 @@ def test_what_ffcv_cannot_load_is_told(beton: Path, monkeypatch) -> None:
 
 
 PAGED = 37
-WINDOW = 3
-"""Pages; 12 hold three images each, the last one a single image."""
+WINDOW = 3  # Pages; 12 hold three images each, the last one a single image.
 
 
 @pytest.fixture(scope="module")

@@ -155,17 +155,14 @@ TOKENIZER = "vavae-f16d32-dinov2"
 @dataclass(frozen=True)
 class Case:
     zero_stage: Literal[0, 1, 2, 3]
-    batch: int
-    """Images per process and micro-batch."""
+    batch: int  # Images per process and micro-batch.
     processes: int = 1
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     gradient_checkpointing: bool = False
     gradient_accumulation: int = 1
     recipe: str = "lightningdit-b"
-    perceptual: bool = True
-    """Of a tokenizer: LPIPS, on a VGG16 of random weights."""
-    aligned: bool = False
-    """Of a generator: REPA, with features of images."""
+    perceptual: bool = True  # Of a tokenizer: LPIPS, on a VGG16 of random weights.
+    aligned: bool = False  # Of a generator: REPA, with features of images.
 
     def config(self, folder: Path) -> Config:
         """The recipe's, small; files that it needs are made in `folder`."""

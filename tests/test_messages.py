@@ -46,8 +46,7 @@ OPTIONS = (
     *(convert.ImportOptions, convert.ExportOptions),
 )
 COMMON = {"--help", "--version", "--debug", "--local_rank", "--local-rank"}
-EXAMPLES = {"--setting", "--name"}
-"""They stand for any flag."""
+EXAMPLES = {"--setting", "--name"}  # They stand for any flag.
 OF_OTHERS = {
     *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext", "--force-reinstall"),
     *("--dereference", "--hard-dereference", "--concatenate", "--module"),
@@ -66,8 +65,7 @@ OF_SCRIPTS = {
     "--compile",
 }
 """torchrun's, sbatch's; benchmarks/bench_step.py's."""
-HOLE = "\0"
-"""Where an f-string puts something in."""
+HOLE = "\0"  # Where an f-string puts something in.
 
 
 def literals(source: str) -> Iterator[str]:

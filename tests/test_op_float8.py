@@ -9,8 +9,7 @@ from vadit.kernels import float8
 from vadit.kernels.testing import assert_compiles, device, relative_error, results_and_gradients
 
 BF16 = torch.bfloat16
-STEP = 2**-3
-"""Between neighbours of e4m3, at most, over their size."""
+STEP = 2**-3  # Between neighbours of e4m3, at most, over their size.
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 

@@ -39,8 +39,7 @@ Hook = Callable[[int, int, Path], None]
 
 STEPS, EVERY = 12, 2
 """Steps of a run, and from one checkpoint to the next."""
-LIMIT_S = 600.0
-"""For what takes some seconds, on a machine that does much else."""
+LIMIT_S = 600.0  # For what takes some seconds, on a machine that does much else.
 CHUNK_S, FLUSH_S = 0.03, 0.1
 """What the slow disk adds to each 64 KiB that are written, and to each flush of a folder."""
 _IMPORTED = (

@@ -29,8 +29,7 @@ from vadit.train.guard import Guard
 from vadit.train.watchdog import HANG_CODE
 
 GENERATOR = Variant("generator", 1, "fp32")
-AT = 10
-"""The step that meets the fault: the window of norms (8) is full by then, and step 8 is saved."""
+AT = 10  # The step that meets the fault: the window of norms (8) is full by then, and step 8 is saved.
 
 
 @dataclass

@@ -16,8 +16,7 @@ class ReportOptions(Checked):
 
     runs: Annotated[Positional[tuple[PathName, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders; several are drawn over each other and compared."""
-    out: PathName = ""
-    """HTML file to write; default: RUN/report.html for one run, else report.html here."""
+    out: PathName = ""  # HTML file to write; default: RUN/report.html for one run, else report.html here.
 
 
 def run(options: ReportOptions) -> None:

@@ -30,16 +30,11 @@ class Paper:
 class StageSpec(Checked, group="stages"):
     """One stage of a tokenizer's training: fields left at None keep the recipe's value."""
 
-    total_images: Images
-    """Images of this stage."""
-    vf_weight: Weight | None = None
-    """TokenizerLossSpec.vf_weight in this stage."""
-    cos_margin: Margin | None = None
-    """TokenizerLossSpec.cos_margin in this stage."""
-    distmat_margin: Margin | None = None
-    """TokenizerLossSpec.distmat_margin in this stage."""
-    disc_start_step: AnyImages | None = None
-    """TokenizerLossSpec.disc_start_step in this stage, counted from its start."""
+    total_images: Images  # Images of this stage.
+    vf_weight: Weight | None = None  # TokenizerLossSpec.vf_weight in this stage.
+    cos_margin: Margin | None = None  # TokenizerLossSpec.cos_margin in this stage.
+    distmat_margin: Margin | None = None  # TokenizerLossSpec.distmat_margin in this stage.
+    disc_start_step: AnyImages | None = None  # TokenizerLossSpec.disc_start_step in this stage, counted from its start.
 
     def loss(self, whole: TokenizerLossSpec) -> TokenizerLossSpec:
         """The losses of this stage in a run with those of `whole`."""

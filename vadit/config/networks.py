@@ -104,8 +104,7 @@ class FoundationSpec(Checked, group="foundation"):
     It sees images of patch size x latent side (DINOv2: 224), so that its grid is the latent's.
     """
 
-    name: str = "dinov2"
-    """dinov2, mae, sam, clip, any timm model name, or none (no alignment)."""
+    name: str = "dinov2"  # dinov2, mae, sam, clip, any timm model name, or none (no alignment).
     weights: PathName = "hub"
     """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, or random (tests only)."""
     input_range: Literal["normalized", "minus_one_one"] = "normalized"

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from vadit.config.ranges import AnyImages, Batch, Checked, Count, Decay, Factor, Images, PathName, Range, Seed, Weight
 from vadit.runtime.errors import UsageError
 
-MAX_BUCKET = 500_000_000
-"""Weights that DeepSpeed reduces or gathers in one piece, at most."""
+MAX_BUCKET = 500_000_000  # Weights that DeepSpeed reduces or gathers in one piece, at most.
 
 
 @dataclass(frozen=True)

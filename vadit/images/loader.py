@@ -28,8 +28,7 @@ from vadit.runtime.stream import PREFETCH_BATCHES, PositionedLoader, split_epoch
 
 logger = logging.getLogger(__name__)
 
-FEW_BAD = 3
-"""Bad images that are always tolerated where any are: a share means nothing in a small set."""
+FEW_BAD = 3  # Bad images that are always tolerated where any are: a share means nothing in a small set.
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from vadit.runtime import rng
 from vadit.runtime.errors import UsageError
 from vadit.runtime.stream import debug_count
 
-SHAPE = ("in_channels", "input_size", "num_classes")
-"""Settings of a model that follow its latents."""
+SHAPE = ("in_channels", "input_size", "num_classes")  # Settings of a model that follow its latents.
 BLOCK = 64  # latents that are worked on at a time: few enough for a core's cache
 
 

@@ -25,8 +25,7 @@ from vadit.runtime.files import open_log
 from vadit.runtime.json_files import Count, Limits, checked
 from vadit.train.engine import Engine
 
-QUANTILE = 0.9
-"""Of the norms of the last good steps: what a spike is measured against. Healthy norms are heavy-tailed."""
+QUANTILE = 0.9  # Of the norms of the last good steps: what a spike is measured against. Healthy norms are heavy-tailed.
 
 
 @dataclass(frozen=True)

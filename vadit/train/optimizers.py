@@ -37,8 +37,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(weights, settings)
         self.copies = copies or {}
-        self.scale: torch.Tensor | None = None
-        """Of the gradients, () fp32, for the step to come."""
+        self.scale: torch.Tensor | None = None  # Of the gradients, () fp32, for the step to come.
         self.averages: dict[torch.Tensor, list[torch.Tensor]] = {}
         """What follows each weight, as many tensors as `rates`; moved in the step to come."""
         self.rates: tuple[float, ...] = ()
