@@ -1,13 +1,16 @@
 """Steps that would harm a run are left out, to the bit; a lost run goes back; a stop request ends well."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from vadit.config import EngineSpec, GuardSpec, OptimizerSpec
 from vadit.models.discriminator import _BatchNorm as BatchNorm
 from vadit.runtime.errors import RunError
 from vadit.runtime.stream import sample_ids
-from vadit.train import dit, loop, runs, tokenizer
+from vadit.train import dit, loop, oom, runs, tokenizer
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine
 from vadit.train.guard import Guard
@@ -411,3 +414,63 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     assert process.returncode == code, told
     assert "resume with the same command" in told
     assert runs.has_checkpoint(run)
+
+
+@pytest.mark.parametrize(
+    ("end", "free_gib", "kills", "said"),
+    [
+        (
+            signal.SIGKILL,
+            0.01,
+            0,
+            "in step 12 (saving), where it held .* and 0.0 were free: probably killed for memory",
+        ),
+        (signal.SIGKILL, 1000.0, 1, ""),  # by a time limit; the kernel killed another program
+        (signal.SIGKILL, 0.3, 0, ""),
+        (signal.SIGKILL, 0.3, 1, "and 0.3 were free: probably killed for memory"),
+        (torch.OutOfMemoryError("CUDA"), 1000.0, 0, "in step 12 (saving), where the GPU's memory was used up; raise"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 9.0, 0, "where the memory was used up"),
+        (RuntimeError("a shape"), 0.01, 1, ""),
+        (KeyboardInterrupt(), 0.01, 1, ""),
+        (None, 0.01, 1, ""),
+    ],
+)
+def test_a_start_that_memory_ended_is_explained_by_the_next(
+    end: Any, free_gib: float, kills: int, said: str, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setattr(oom, "free_bytes", lambda device: int(free_gib * 2**30))
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException), oom.explaining_oom(tmp_path, lambda: (11, "saving")):
+            while not (tmp_path / ".running").exists() or not (tmp_path / ".running").read_bytes():
+                time.sleep(0.01)
+            if isinstance(end, BaseException):
+                raise end
+            if end is not None:
+                os.kill(os.getpid(), end)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    now = oom._now
+    monkeypatch.setattr(oom, "_now", lambda *where: dataclasses.replace(now(*where), kills=now(*where).kills + kills))
+    for line in (said, ""):  # once
+        with oom.explaining_oom(tmp_path, lambda: (0, "starting")):
+            found = capfd.readouterr().err
+        assert bool(found) == bool(line)
+        assert re.search(line.replace("(", r"\(").replace(")", r"\)"), found)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_found_no_memory_says_so_when_it_goes_on(tmp_path: Path, monkeypatch, capfd) -> None:
+    config = tiny_dit(tmp_path / "run")
+    step = dit.train_step
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dit, "train_step", fails)
+    pytest.raises(torch.OutOfMemoryError, dit.train, config)
+    monkeypatch.setattr(dit, "train_step", step)
+    capfd.readouterr()
+    dit.train(config)
+    assert "ended in step 1 (training), where the GPU's memory was used up" in capfd.readouterr().err
+    assert not (tmp_path / "run" / ".running").exists()

@@ -359,7 +359,7 @@ def test_a_reference_that_was_made_gives_the_numbers_of_its_images(small: Path, 
     with np.load(small / "made.npz") as made:
         np.testing.assert_array_equal(made["arr_0"], real[[0, 3, 6, 9]])
         assert (int(made["num_images"]), str(made["alpha"]), str(made["exif"])) == (10, "drop", "ignore")
-    assert f"{folder}: 10 images are fewer than 2,048: FID comes out too large" in capsys.readouterr().err
+    assert f"{folder}: 10 images are fewer than 2,048: FID is too large" in capsys.readouterr().err
     np.savez(small / "large.npz", arr_0=pictures(6, 2, side=20))
     command = ["evaluate", "samples", str(small / "large.npz"), "--reference", str(small / "made.npz")]
     assert cli.main([*command, "--device", "cpu", "--inception-weights", str(small / "weights.pth")]) == 0

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from vadit.runtime import launcher
 from vadit.runtime.console import guarded_streams, say
-from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
+from vadit.runtime.errors import LESS_MEMORY, RunError, UsageError, leave_for_torchrun, one_line
 
 COMMANDS = {
     "demo": ("demo:run", "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes"),
@@ -41,8 +41,7 @@ COMMANDS = {
 """Function in `vadit.commands` and summary of each command."""
 
 OUT_OF_MEMORY = {
-    "train": "raise --engine.gradient-accumulation (the batch stays as it is), set --engine.gradient-checkpointing, or "
-    "use more processes (--dry-run estimates the need)",
+    "train": LESS_MEMORY,
     "encode": "lower --batch-size",
     "evaluate": "lower --batch-size",
 }

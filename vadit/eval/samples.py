@@ -146,9 +146,8 @@ class SampleEvaluator:
         if self._dinov2 is not None and not _load_statistics(self._path)[1]:
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
         extractor, reference = self._loaded
-        pool, probabilities, spatial = _extract(
-            counted("samples", count, source.batches(self._batch_size, count, first)), extractor
-        )
+        batches = counted("samples", count, source.batches(self._batch_size, count, first))
+        pool, probabilities, spatial = _extract(batches, extractor)
         if len(pool) != count:
             raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
         numbers = {"fid": frechet_distance(*reference.pool, *mean_and_covariance(pool))}
@@ -236,16 +235,14 @@ def write_reference(
     mu, sigma = pool.result()
     mu_s, sigma_s = spatial.result()
     with saved_file(Path(out), "set --out to a place with room") as partial, partial.open("wb") as stream:
-        about: Any = {"num_images": len(images), "alpha": images.alpha, "exif": images.exif}
-        np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, **about)
+        of: dict[str, Any] = {"num_images": len(images), "alpha": images.alpha, "exif": images.exif}
+        np.savez(stream, arr_0=kept, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, **of)
 
 
 def warn_of_few(what: str | Path, count: int) -> None:
     """A line where Frechet distances in Inception's features are too large for want of images."""
     if count < FEW_IMAGES:
-        note_once(
-            f"{what}: {count:,} images are fewer than {FEW_IMAGES:,}: FID comes out too large, and compares with none"
-        )
+        note_once(f"{what}: {count:,} images are fewer than {FEW_IMAGES:,}: FID is too large, and compares with none")
 
 
 def _compare_sets(reference: Path, samples: PngFolder | NpzImages, num_samples: int | None) -> None:
@@ -254,9 +251,7 @@ def _compare_sets(reference: Path, samples: PngFolder | NpzImages, num_samples: 
     images = open_images(reference) if reference.is_dir() or "arr_0" in entries else None
     if images is not None and images.size != samples.size:
         ours, theirs = ("x".join(map(str, each.size[::-1])) for each in (samples, images))
-        note_once(
-            f"{samples.path} holds images of {ours} pixels, {reference} of {theirs}: what differs is their size, too"
-        )
+        note_once(f"{samples.path} holds images of {ours} pixels, {reference} of {theirs}: they differ in that, too")
     warn_of_few(samples.path, num_samples or len(samples))
     count = len(images) if images is not None and "mu" not in entries else FEW_IMAGES  # ADM's statistics are of enough
     warn_of_few(reference, int(Npz(reference).array("num_images", ())) if "num_images" in entries else count)

@@ -1,6 +1,5 @@
 """Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
 
-import contextlib
 import functools
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from vadit.runtime import launcher
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note
 from vadit.runtime.errors import RunError, UsageError, first_line
+from vadit.runtime.reading import ReadFault
 from vadit.runtime.spread import spread
 from vadit.runtime.stream import PositionedLoader, debug_count
 from vadit.runtime.walk import visible
@@ -47,10 +47,14 @@ def survey(source: ImageSource, spec: PictureSpec) -> list[str]:
     """How many pictures, of SURVEYED by their headers, have transparency or an orientation, and what becomes of it."""
     looked, transparent, turned = spread(len(source), SURVEYED).tolist(), 0, 0
     for index in looked:
-        with contextlib.suppress(Exception):  # whoever decodes it will name it
+        try:
             image = peek(source.read(index))
             transparent += image.has_transparency_data
             turned += turn_of(image) is not None
+        except ReadFault:
+            raise
+        except Exception:  # whoever decodes it will name it
+            continue
     of = f"{len(looked):,} pictures" + (f" (looked at, of {len(source):,})" if len(looked) < len(source) else "")
     alpha = "dropped" if spec.alpha == "drop" else f"laid on {spec.alpha}"
     exif = "ignored" if spec.exif == "ignore" else "applied"

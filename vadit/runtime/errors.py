@@ -17,6 +17,11 @@ class RunError(RuntimeError):
     """The work itself failed: a damaged file, a full disk, a lost process. Exit code 1."""
 
 
+LESS_MEMORY = (
+    "raise --engine.gradient-accumulation (the batch stays as it is), set --engine.gradient-checkpointing, or use more "
+    "processes (--dry-run estimates the need)"
+)
+"""What helps a run for which the memory is too small."""
 WANTS_CODE = "refused: it wants to run code when it is loaded"  # a pickle of more than tensors and plain values
 
 

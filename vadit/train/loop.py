@@ -20,6 +20,7 @@ from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, communication_backend
 from vadit.train.evaluation import Evaluation
 from vadit.train.guard import Guard, StopRequest, not_finite
+from vadit.train.oom import explaining_oom
 from vadit.train.optimizers import learning_rate
 from vadit.train.tracker import Tracker, timed_collectives
 from vadit.train.watchdog import Watchdog
@@ -75,6 +76,7 @@ def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog |
         timed_collectives(communication_backend(), this.tracker.communication),
         StopRequest() as stop,
         contextlib.nullcontext(watchdog) if watchdog else Watchdog(spec.hang_timeout_s) as watchdog,
+        explaining_oom(this.folder, lambda: watchdog.position),
         ProgressBar(task.title, spec.total_images, done=this.position.images_seen) as bar,
         contextlib.closing(this.checkpoints),
     ):

@@ -92,7 +92,7 @@ class Watchdog:
         # Rank 0 reads 500 messages a second at most, each for about 10 us.
         self.interval_s = min(max(timeout_s / 60, 0.2), max(1.0, distributed.world_size() / 500), 30.0)
         self.quiet_s = 3 * self.interval_s + 1  # silence that a process whose threads run does not keep
-        self._beat = (0, "starting")
+        self.position = (0, "starting")
         self._own = Standing(distributed.rank())
         self._messenger: Messenger | None = None
         self._hurry, self._judged = threading.Event(), threading.Event()
@@ -103,7 +103,7 @@ class Watchdog:
 
     def beat(self, step: int, doing: str = "training") -> None:
         """Report that the main thread gets on: `step` steps are done, `doing` is what comes now."""
-        self._beat = (step, doing)
+        self.position = (step, doing)
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_s:
@@ -172,7 +172,7 @@ class Watchdog:
                     faulthandler.dump_traceback_later(self.timeout_s + GIL_S, exit=True, file=STDERR)
                 now = time.monotonic()
                 passed_s = min(now - before, 2 * self.interval_s + 3)  # more: this process was stopped meanwhile
-                before, beat = now, self._beat
+                before, beat = now, self.position
                 own.idle_s = own.idle_s + passed_s if beat is seen else 0.0
                 (own.step, own.doing), seen = beat, beat
                 own.where, own.waits = _whereabouts(self._main) if own.idle_s > self.timeout_s / 4 else ("", False)

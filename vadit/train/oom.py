@@ -1,0 +1,94 @@
+"""Why the last start of a run ended, if it was killed for memory: then it could not say a word itself.
+
+While a run trains, `.running` in its folder says twice a second which step it is in and how much memory there is. A run
+that ends takes the file away, unless memory is what ended it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from vadit.runtime import distributed
+from vadit.runtime.console import note
+from vadit.runtime.errors import LESS_MEMORY, RunError
+from vadit.runtime.files import kernel, no_link
+from vadit.runtime.free import free_bytes
+from vadit.runtime.json_files import read_json
+
+PERIOD_S = 0.5  # in which a process on a CPU takes a GB or two
+FULL, HALF = 0.85, 0.5
+"""Shares that a run held of the memory it could have, when it was killed for it: by itself, or as the kernel killed."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a run was last."""
+
+    step: int  # that was under way
+    doing: str
+    held: int  # bytes of the main process
+    free: int
+    kills: int  # by the kernel for memory, of all processes, since the machine was started
+    kernel: str  # of the machine, since then
+    over: str = ""  # what was used up, where an error said so
+
+
+@contextlib.contextmanager
+def explaining_oom(folder: Path, position: Callable[[], tuple[int, str]]) -> Iterator[None]:
+    """Say what ended the last start, if it was memory; mark where this one is (`position`: steps done, and doing)."""
+    if not distributed.is_main():
+        yield
+        return
+    path, done, over = folder / ".running", threading.Event(), ""
+    with contextlib.suppress(OSError, RunError):
+        if why := _explanation(read_json(path, _Mark), _now("", 0, "")):
+            note(why)
+
+    def keep() -> None:
+        while True:
+            step, doing = position()
+            text = json.dumps(asdict(_now(over, step + 1, doing))).ljust(1024)
+            with contextlib.suppress(OSError), open(no_link(path, os.O_WRONLY | os.O_CREAT), "wb", 0) as file:
+                file.write(text.encode())  # at once, over what was there: it is whole whenever the process is killed
+            if done.wait(PERIOD_S):
+                return
+
+    thread = threading.Thread(target=keep, name="oom", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch
+            over = "the GPU's memory"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            over = "the memory"
+        raise
+    finally:
+        done.set()
+        thread.join()
+        keep() if over else path.unlink(missing_ok=True)
+
+
+def _now(over: str, step: int, doing: str) -> _Mark:
+    found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return _Mark(step, doing, held, free_bytes(torch.device("cpu")), int(found[1]) if found else 0, kernel(), over)
+
+
+def _explanation(mark: _Mark, now: _Mark) -> str:
+    """What a mark that was left says of memory, if anything."""
+    killed = mark.kernel == now.kernel and mark.kills < now.kills
+    why = f"{mark.over} was used up"
+    if not mark.over:
+        if mark.held < (HALF if killed else FULL) * (mark.held + mark.free):
+            return ""
+        why = f"it held {mark.held / 2**30:.1f} GiB and {mark.free / 2**30:.1f} were free: probably killed for memory"
+    return f"the last start ended in step {mark.step} ({mark.doing}), where {why}; {LESS_MEMORY}"
