@@ -60,19 +60,8 @@ def encode(folder: Path, *settings: str) -> list[str]:
 
 
 def sample(folder: Path, out: Path, *settings: str) -> list[str]:
-    return [
-        "sample",
-        str(folder / "run"),
-        "--out",
-        str(out),
-        "--method",
-        "euler",
-        "--num-steps",
-        "3",
-        "--num-samples",
-        "3",
-        *settings,
-    ]
+    drawing = ["--method", "euler", "--num-steps", "3", "--num-samples", "3"]
+    return ["sample", str(folder / "run"), "--out", str(out), *drawing, *settings]
 
 
 def files(folder: Path) -> list[str]:
@@ -97,6 +86,13 @@ def test_encode_leaves_shards_statistics_and_a_second_call_that_does_nothing(hou
     assert cli.main(encode(house)) == 0
     assert "0 images encoded here" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (house / "latents").iterdir()} == before
+    index = house / "latents" / "index.json"
+    whole = json.loads(index.read_text())
+    assert whole["tokenizer"] == "../tokenizer" and whole["classes"] == ["a", "b"]
+    index.write_text(json.dumps({name: value for name, value in whole.items() if name != "tokenizer"}))  # of old
+    assert cli.main(encode(house)) == 0 and json.loads(index.read_text()) == whole
+    after = {path: path.stat().st_mtime_ns for path in (house / "latents").iterdir() if path != index}
+    assert after == {path: time for path, time in before.items() if path != index}
 
 
 def test_sample_takes_statistics_and_flow_from_the_run(house: Path, tmp_path: Path) -> None:
@@ -205,11 +201,12 @@ def test_a_folder_says_all_that_its_samples_need(mine: Path, capsys) -> None:
     for folder in ("exported", "mine/generator"):  # of before the file
         (mine.parent / folder / "sampling.json").unlink()
         given, flags = ["--tokenizer", "../mine/moved"], ["--latents", "../gone"]
-        assert "set --tokenizer" in refusal(capsys, ["sample", f"../{folder}", *common], 2)
-        assert "latents are not known from it; set --latents" in refusal(
-            capsys, ["sample", f"../{folder}", *common, *given], 2
-        )
-        assert cli.main(["sample", f"../{folder}", *common, *given, *flags, "--timestep-shift", "0.3"]) == 0
+        old = ["sample", f"../{folder}", *common]
+        assert "set --tokenizer" in refusal(capsys, old, 2)
+        assert "latents are not known from it; set --latents" in refusal(capsys, [*old, *given], 2)
+        assert cli.main([*old, *given, *flags, "--timestep-shift", "0.3"]) == 0
+    shutil.rmtree(mine / "generator" / "checkpoints")
+    assert "has no checkpoint yet; train it first" in refusal(capsys, ["sample", "../mine", *common], 2)
 
 
 def test_a_guide_changes_the_samples_is_named_and_must_fit(house: Path, tmp_path: Path, capsys) -> None:

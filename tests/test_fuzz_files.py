@@ -32,7 +32,7 @@ from test_beton import write as write_beton
 from test_interop import network, state_of
 from test_interop import write as write_diffusers
 
-from vadit.config import DiTConfig, DiTSpec, MaskSpec, SampleSpec
+from vadit.config import DiTConfig, DiTSpec, FlowSpec, MaskSpec, SampleSpec
 from vadit.config.files import load_run_config, save_config
 from vadit.demo import run as demo
 from vadit.eval import samples
@@ -60,6 +60,7 @@ from vadit.models.masked import build_generator, load_exported
 from vadit.report.log import read_log, read_scores
 from vadit.runtime import choices
 from vadit.runtime.errors import RunError, UsageError
+from vadit.sampling.info import SamplingInfo, read_info, save_info
 from vadit.sampling.write import noted_sampler
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.publish import TensorFile
@@ -175,6 +176,11 @@ def latent_index(folder: Path) -> tuple[Path, Read]:
     return folder / "latents" / "index.json", lambda: open_finished_folder(folder / "latents")
 
 
+def sampling_info(folder: Path) -> tuple[Path, Read]:
+    save_info(SamplingInfo([0.5], [2.0], classes=["a"], tokenizer="x", sampler=SampleSpec(), flow=FlowSpec()), folder)
+    return folder / "sampling.json", lambda: read_info(folder)
+
+
 def demo_settings(folder: Path) -> tuple[Path, Read]:
     values = {"seed": 1, "sizes": {"samples": 3}}
     (folder / "demo.json").write_text(json.dumps(values))
@@ -197,6 +203,7 @@ JSON_FILES: dict[str, Callable[[Path], tuple[Path, Read]]] = {
     "tokenizer": tokenizer,
     "diffusers": diffusers,
     "latents": latent_index,
+    "sampling": sampling_info,
     "demo": demo_settings,
     "tar": tar_labels,
 }

@@ -36,28 +36,23 @@ class SampleOptions(Checked):
     tokenizer: PathName = ""
     """Tokenizer that decodes: a run folder, one from `vadit export` or `vadit import`, an AutoencoderKL of diffusers,
     or a file of the authors; default: the one that made the latents of the generator's training."""
-    check_tokenizer: bool = True
-    """Refuse a tokenizer whose weights are not those that made the latents."""
+    check_tokenizer: bool = True  # Refuse a tokenizer whose weights are not those that made the latents.
     out: PathName = ""
     """Folder for the images; default: one in FOLDER/samples that is named after sampler and settings."""
     latents: PathName = ""
     """Folder with a latents_stats.pt to take, instead of the statistics that the generator was trained with."""
-    num_samples: Count = 64
-    """Images to draw (FID-50k: 50,000)."""
-    classes: tuple[str, ...] = ()
-    """Classes to take in turn, by name or label, instead of those that --labels draws."""
+    num_samples: Count = 64  # Images to draw (FID-50k: 50,000).
+    classes: tuple[str, ...] = ()  # Classes to take in turn, by name or label, instead of those that --labels draws.
     ema: Decay | None = None
     """Decay of the average to take from a run; 0 for the plain weights; default: the run's first average."""
     guide: PathName | None = None
     """A weaker generator for autoguidance, instead of the null label; needs a --cfg-scale other than 1."""
-    guide_ema: Decay | None = None
-    """Decay of the guide's average; default: its run's first."""
+    guide_ema: Decay | None = None  # Decay of the guide's average; default: its run's first.
     normalize: bool = True
     """Undo the normalisation by the statistics; off: the generator's latents were not normalised."""
     multiplier: Factor | None = None
     """Factor that the latents were trained with (SD-VAE: 0.18215); default: the run's, else 1."""
-    device: Device = "auto"
-    """Device of both networks."""
+    device: Device = "auto"  # Device of both networks.
     precision: Arithmetic = "auto"
     """Arithmetic of the generator; auto: tf32 on a GPU, as the authors' script, and fp32 on a CPU. Decoding is fp32."""
     compile: Literal["auto", True, False] = "auto"
@@ -171,7 +166,7 @@ def _statistics(options: SampleOptions, source: str, info: SamplingInfo, channel
         return torch.zeros(channels), torch.ones(channels)
     if options.latents:
         return astuple(load_statistics(options.latents, channels))
-    if info.mean is None or info.std is None:
+    if not (info.mean and info.std and len(info.mean) == len(info.std) == channels):
         needed = "a folder with latents_stats.pt, or --no-normalize"
         raise UsageError(f"the statistics of {source}'s latents are not known from it; set --latents, {needed}")
     return torch.tensor(info.mean), torch.tensor(info.std)

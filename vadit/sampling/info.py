@@ -127,4 +127,6 @@ def read_info(folder: str | Path) -> SamplingInfo:
     config = load_run_config(folder)
     if not isinstance(config, DiTConfig):
         raise UsageError(f"{folder} is a tokenizer's run; name a generator's")
+    if not any(Path(folder).glob("checkpoints/step-*")):
+        raise UsageError(f"{folder} has no checkpoint yet; train it first (`vadit train`)")
     return info_of(config)
