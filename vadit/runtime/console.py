@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import IO, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -160,13 +161,12 @@ class ProgressBar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        silent = launcher.place().rank > 0
-        self._drawn, self._silent = _console.is_terminal, silent
-        hidden = silent or not self._drawn
-        self._progress = Progress(*columns, console=_console, disable=hidden, speed_estimate_period=30)
+        self._drawn, self._silent = _console.is_terminal, launcher.place().rank > 0
+        hidden = self._silent or not self._drawn
+        clock: dict[str, Any] = {"speed_estimate_period": 600, "get_time": lambda: time.monotonic()}
+        self._progress = Progress(*columns, console=_console, disable=hidden, **clock)
         self._task = self._progress.add_task(one_line(title), total=total, completed=done, note="")
-        self._title, self._total, self._done = title, total, done
-        self._begun = self._told = (time.monotonic(), done)  # where the pace is counted from, and the last line
+        self._begun = self._told = (time.monotonic(), done)  # at the start, and at the last line
 
     def __enter__(self) -> "ProgressBar":
         global _bars
@@ -178,43 +178,30 @@ class ProgressBar:
         global _bars
         _bars -= self._drawn
         self._progress.stop()
-        if self._told[1] != self._done:
-            self._tell()
+        if self._told[1] != self._progress.tasks[0].completed:
+            self._tell("")
 
     def update(self, done: int, note: str | None = None) -> None:
         """Set the number of images done, and a short note behind the bar."""
         self._progress.update(self._task, completed=done)
         if note is not None:
             self._progress.update(self._task, note=one_line(note))
-        self._done, now = done, time.monotonic()
+        now = time.monotonic()
         if note is not None or now - self._told[0] >= min(max(10.0, (now - self._begun[0]) / 5), 600.0):
             self._tell(note or "")
 
-    def _tell(self, text: str = "") -> None:
+    def _tell(self, text: str) -> None:
         """A line where no bar is drawn."""
         if self._drawn or self._silent:
             return
-        now, before = time.monotonic(), self._begun
-        rate = (self._done - before[1]) / max(now - before[0], 1e-9)
-        if self._told is before:  # a compilation may lie before the first line
-            self._begun = (now, self._done)
-        self._told = (now, self._done)
-        pace = f", {rate:,.1f}/s" if rate > 0 else ""
-        if pace and self._done < self._total:
-            pace += f", {duration((self._total - self._done) / rate)} left"
-        note(f"{self._title}: {self._done:,} of {self._total:,}{pace}{text and f', {text}'}", "dim")
-
-
-def duration(seconds: float) -> str:
-    """For people: 40 s, 12 min, 3 h 5 min."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
+        (task,) = self._progress.tasks
+        parts = [f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}"]
+        if speed := task.finished_speed or task.speed:
+            parts.append(f"{speed:,.1f}/s")
+        if task.time_remaining:
+            parts.append(f"{timedelta(seconds=task.time_remaining)} left")
+        note(", ".join([*parts, *filter(None, [text])]), "dim")
+        self._told = (time.monotonic(), int(task.completed))
 
 
 def counted(title: str, total: int, items: Iterable[T], count: Callable[[Any], int] = len) -> Iterator[T]:
