@@ -27,25 +27,21 @@ def weights_of(width: int, hidden: int, depth: int, device: str) -> list[Tensor]
     return [torch.randn(shape, device=device) / 50 for _ in range(depth) for shape in block]
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, sizes in SHAPES[device].items():
-        if names and name not in names:
-            continue
-        weights = weights_of(*sizes, device)
-        count = sum(weight.numel() for weight in weights)
-        for dtype in (torch.float32, torch.bfloat16):
-            grads = [(weight / 10).to(dtype) for weight in weights]
-            exp_avgs, exp_avg_sqs = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-            step = functools.partial(
-                adamw_ema, weights, grads, exp_avgs, exp_avg_sqs, averages=[[weight.clone() for weight in weights]],
-                copies=grads if dtype == torch.bfloat16 else None, scale=torch.tensor(0.5, device=device), **SETTINGS,
-            )  # fmt: skip
-            found = harness.contenders(step, step, device)
-            del found["compile"]  # it would be of lists of all weights
-            found["eager"] = functools.partial(harness.on, "reference", step)
-            yield harness.Case("adamw_ema", name, dtype, (), found, 36 * count, 0)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    weights = weights_of(*sizes, device)
+    count = sum(weight.numel() for weight in weights)
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = [(weight / 10).to(dtype) for weight in weights]
+        exp_avgs, exp_avg_sqs = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+        step = functools.partial(
+            adamw_ema, weights, grads, exp_avgs, exp_avg_sqs, averages=[[weight.clone() for weight in weights]],
+            copies=grads if dtype == torch.bfloat16 else None, scale=torch.tensor(0.5, device=device), **SETTINGS,
+        )  # fmt: skip
+        found = harness.contenders(step, step, device)
+        del found["compile"]  # it would be of lists of all weights
+        found["eager"] = functools.partial(harness.on, "reference", step)
+        yield harness.Case("adamw_ema", name, dtype, (), found, 36 * count, 0)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

@@ -26,24 +26,21 @@ def eager(x: Tensor, h: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     return gated_norm_reference(x, h, *rest, 1e-6, h.dtype)
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, N, D) in SHAPES[device].items():
-        for suffix, dtypes in DTYPES.items():
-            if (names and name not in names) or (suffix and device == "cpu"):
-                continue
-            for stream, layers in dtypes:
-                x = torch.randn(B, N, D, device=device, dtype=stream, requires_grad=True)
-                h = torch.randn(B, N, D, device=device, dtype=layers, requires_grad=True)
-                bias, weight = (torch.randn(D, device=device, dtype=stream, requires_grad=True) for _ in range(2))
-                gate, scale, shift = (
-                    torch.randn(B, D, device=device, dtype=layers, requires_grad=True) for _ in range(3)
-                )
-                found = harness.contenders(fused, eager, device)
-                size = x.numel() * (x.element_size() + h.element_size())
-                inputs = (x, h, gate, bias, weight, scale, shift)
-                yield harness.Case("gated_norm", name + suffix, stream, inputs, found, 2 * size, 3 * size)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, N, D = sizes
+    for suffix, dtypes in DTYPES.items():
+        if suffix and device == "cpu":
+            continue
+        for stream, layers in dtypes:
+            x = torch.randn(B, N, D, device=device, dtype=stream, requires_grad=True)
+            h = torch.randn(B, N, D, device=device, dtype=layers, requires_grad=True)
+            bias, weight = (torch.randn(D, device=device, dtype=stream, requires_grad=True) for _ in range(2))
+            gate, scale, shift = (torch.randn(B, D, device=device, dtype=layers, requires_grad=True) for _ in range(3))
+            found = harness.contenders(fused, eager, device)
+            size = x.numel() * (x.element_size() + h.element_size())
+            inputs = (x, h, gate, bias, weight, scale, shift)
+            yield harness.Case("gated_norm", name + suffix, stream, inputs, found, 2 * size, 3 * size)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

@@ -27,26 +27,23 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return group_norm_silu(x, weight, bias, GROUPS)
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, C, side) in SHAPES[device].items():
-        if names and name not in names:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(B, C, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-            weight, bias = (torch.randn(C, device=device, requires_grad=True) for _ in range(2))
-            size = x.numel() * x.element_size()
-            # forward: the statistics and the result each read x; backward: two passes over x and dy
-            yield harness.Case(
-                "group_norm_silu",
-                name,
-                dtype,
-                (x.requires_grad_(), weight, bias),
-                harness.contenders(ours, eager, device),
-                3 * size,
-                5 * size,
-            )
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, C, side = sizes
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(B, C, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        weight, bias = (torch.randn(C, device=device, requires_grad=True) for _ in range(2))
+        size = x.numel() * x.element_size()
+        # forward: the statistics and the result each read x; backward: two passes over x and dy
+        yield harness.Case(
+            "group_norm_silu",
+            name,
+            dtype,
+            (x.requires_grad_(), weight, bias),
+            harness.contenders(ours, eager, device),
+            3 * size,
+            5 * size,
+        )
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

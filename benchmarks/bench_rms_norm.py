@@ -52,19 +52,16 @@ def peers(weight: Tensor) -> dict[str, harness.Op]:
     return found
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, N, D) in SHAPES[device].items():
-        if names and name not in names:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(B, N, D, device=device, dtype=dtype, requires_grad=True)
-            weight = torch.randn(D, device=device, requires_grad=True)
-            scale, shift = (torch.randn(B, D, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-            found = harness.contenders(rms_norm, eager, device) | peers(weight)
-            size = x.numel() * x.element_size()
-            yield harness.Case("rms_norm", name, dtype, (x, weight, scale, shift), found, 2 * size, 3 * size)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, N, D = sizes
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(B, N, D, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.randn(D, device=device, requires_grad=True)
+        scale, shift = (torch.randn(B, D, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+        found = harness.contenders(rms_norm, eager, device) | peers(weight)
+        size = x.numel() * x.element_size()
+        yield harness.Case("rms_norm", name, dtype, (x, weight, scale, shift), found, 2 * size, 3 * size)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

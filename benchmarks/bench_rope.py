@@ -50,27 +50,24 @@ def peers(device: str, normed: bool) -> dict[str, harness.Op]:
     return {"flash-attn": flash}
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, N, H, K) in SHAPES[device].items():
-        for kind in ("", Q_NORM, BIAS):
-            label, normed = name + kind, kind == Q_NORM
-            if names and label not in names:
-                continue
-            for dtype in (torch.float32, torch.bfloat16):
-                qkv = torch.randn(B, N, 3, H, K, device=device, dtype=dtype, requires_grad=True)
-                cos, sin = (torch.randn(N, K, device=device) for _ in range(2))
-                weights = [torch.randn(K, device=device, requires_grad=True) for _ in range(2 * normed)]
-                size = qkv.numel() * qkv.element_size() // 3
-                forward = 4 * size
-                found = harness.contenders(rope_qkv, eager, device) | peers(device, normed)
-                if kind == BIAS:
-                    weights, forward = [torch.randn(3 * H * K, device=device, requires_grad=True)], 6 * size
-                    found = harness.contenders(biased(rope_qkv), biased(eager), device)
-                # back: dq, dk, dv in, dqkv out, and q and k once more for the norm
-                backward = (6 + 2 * normed) * size
-                yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, forward, backward)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, N, H, K = sizes
+    for kind in ("", Q_NORM, BIAS):
+        label, normed = name + kind, kind == Q_NORM
+        for dtype in (torch.float32, torch.bfloat16):
+            qkv = torch.randn(B, N, 3, H, K, device=device, dtype=dtype, requires_grad=True)
+            cos, sin = (torch.randn(N, K, device=device) for _ in range(2))
+            weights = [torch.randn(K, device=device, requires_grad=True) for _ in range(2 * normed)]
+            size = qkv.numel() * qkv.element_size() // 3
+            forward = 4 * size
+            found = harness.contenders(rope_qkv, eager, device) | peers(device, normed)
+            if kind == BIAS:
+                weights, forward = [torch.randn(3 * H * K, device=device, requires_grad=True)], 6 * size
+                found = harness.contenders(biased(rope_qkv), biased(eager), device)
+            # back: dq, dk, dv in, dqkv out, and q and k once more for the norm
+            backward = (6 + 2 * normed) * size
+            yield harness.Case("rope", label, dtype, (qkv, cos, sin, *weights), found, forward, backward)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

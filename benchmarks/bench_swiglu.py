@@ -39,19 +39,16 @@ def peers(device: str) -> dict[str, harness.Op]:
     return found
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, N, H) in SHAPES[device].items():
-        for biased, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
-            label = name + BIAS * biased
-            if names and label not in names:
-                continue
-            shapes = [(B, N, 2 * H), (2 * H,)][: 1 + biased]
-            inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
-            found = harness.contenders(swiglu, swiglu_reference, device) | ({} if biased else peers(device))
-            size = inputs[0].numel() * inputs[0].element_size() // 2
-            yield harness.Case("swiglu", label, dtype, tuple(inputs), found, 3 * size, 5 * size)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, N, H = sizes
+    for biased, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        label = name + BIAS * biased
+        shapes = [(B, N, 2 * H), (2 * H,)][: 1 + biased]
+        inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+        found = harness.contenders(swiglu, swiglu_reference, device) | ({} if biased else peers(device))
+        size = inputs[0].numel() * inputs[0].element_size() // 2
+        yield harness.Case("swiglu", label, dtype, tuple(inputs), found, 3 * size, 5 * size)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

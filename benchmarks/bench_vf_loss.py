@@ -32,20 +32,17 @@ def low_rank(z: Tensor, weight: Tensor, features: Tensor) -> tuple[Tensor, Tenso
     return vf_loss_reference(z, weight, features, *MARGINS.values(), None)
 
 
-def cases(device: str, names: list[str] | None) -> Iterator[harness.Case]:
-    for name, (B, D, d, N) in SHAPES[device].items():
-        if names and name not in names:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            z = torch.randn(B, d, N, device=device, dtype=dtype, requires_grad=True)
-            weight = (torch.randn(D, d, device=device) / d**0.5).to(dtype).requires_grad_()
-            features = torch.randn(B, D, N, device=device, dtype=dtype)
-            found = harness.contenders(op, naive, device) | {"reference": low_rank}
-            size = features.numel() * features.element_size()
-            # bound by arithmetic: the features once each way is all that must move
-            yield harness.Case("vf_loss", name, dtype, (z, weight, features), found, size, size)
+def cases(name: str, sizes: tuple[int, ...], device: str) -> Iterator[harness.Case]:
+    B, D, d, N = sizes
+    for dtype in (torch.float32, torch.bfloat16):
+        z = torch.randn(B, d, N, device=device, dtype=dtype, requires_grad=True)
+        weight = (torch.randn(D, d, device=device) / d**0.5).to(dtype).requires_grad_()
+        features = torch.randn(B, D, N, device=device, dtype=dtype)
+        found = harness.contenders(op, naive, device) | {"reference": low_rank}
+        size = features.numel() * features.element_size()
+        # bound by arithmetic: the features once each way is all that must move
+        yield harness.Case("vf_loss", name, dtype, (z, weight, features), found, size, size)
 
 
 if __name__ == "__main__":
-    options = harness.arguments(__doc__)
-    harness.run(cases(options.device, options.shapes), options)
+    harness.main(__doc__, SHAPES, cases)

@@ -19,7 +19,6 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -73,8 +72,12 @@ class Stamp:
     versions: str
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The command line that all op benchmarks have."""
+def main(
+    description: str | None,
+    shapes: dict[str, dict[str, tuple[int, ...]]],
+    cases: Callable[[str, tuple[int, ...], str], Iterable[Case]],
+) -> None:
+    """The whole of an op's benchmark: `shapes` by device and name, and the cases of a shape on a device."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
@@ -89,13 +92,14 @@ def arguments(description: str | None) -> argparse.Namespace:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # the backward pass is timed alone, on one graph that is kept
     functorch_config.donated_buffer = False
-    shapes = sys.modules["__main__"].SHAPES[options.device]  # every bench_OP.py has some
-    for number, (name, sizes) in enumerate(list(shapes.items())):
-        if number and options.first:
-            del shapes[name]
-        elif REHEARSAL:
-            shapes[name] = tuple(min(size, {0: 2, 1: 32}.get(axis, 8)) for axis, size in enumerate(sizes))
-    return options
+    wanted = list(shapes[options.device].items())[: 1 if options.first else None]
+    if REHEARSAL:
+        wanted = [
+            (name, tuple(min(size, {0: 2, 1: 32}.get(axis, 8)) for axis, size in enumerate(sizes)))
+            for name, sizes in wanted
+        ]
+    found = (case for name, sizes in wanted for case in cases(name, sizes, options.device))
+    run((case for case in found if not options.shapes or case.shape in options.shapes), options)
 
 
 def contenders(op: Op, eager: Op, device: str) -> dict[str, Op]:
