@@ -192,6 +192,9 @@ def test_a_folder_says_all_that_its_samples_need(mine: Path, capsys) -> None:
     assert str(mine / "tokenizer") in said and "is not there; set --tokenizer" in said
     again = ["sample", "../exported", *common, "--classes", "1", "0", "1", "--tokenizer"]
     assert cli.main([*again, "../mine/moved"]) == 0
+    (mine.parent / "tokenizer").symlink_to(mine / "moved")
+    assert cli.main(["sample", "../exported", *common, "--classes", "1", "0", "1"]) == 0
+    (mine.parent / "tokenizer").unlink()
     assert len(list((mine.parent / "exported" / "samples").iterdir())) == 1  # the very same weights and settings
     torch.manual_seed(1)
     Autoencoder(get_recipe("vavae-f16d32-dinov2-debug").autoencoder).save_pretrained(mine / "tokenizer")

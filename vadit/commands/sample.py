@@ -80,12 +80,15 @@ def _read(arguments: list[str]) -> tuple[SampleOptions, str, SamplingInfo, list[
     info = SamplingInfo(sampler=recipe.sample, flow=recipe.flow) if recipe else read_info(source)
     defaults = replace(options, sampler=info.sampler or SampleSpec(), flow=info.flow or FlowSpec())
     options = parse(SampleOptions, arguments, command="sample", default=defaults)
-    if not options.tokenizer and not (info.tokenizer and Path(info.tokenizer).exists()):
+    beside = str(Path(source).parent / "tokenizer") if info.tokenizer_hash else None  # its weights will be compared
+    places = (place for place in (info.tokenizer, beside) if place and Path(place).exists())
+    tokenizer = options.tokenizer or next(places, "")
+    if not tokenizer:
         found = f"{info.tokenizer}, which is not there" if info.tokenizer else "not known from it"
         raise UsageError(f"the tokenizer of {source} is {found}; set --tokenizer")
     if options.guide and options.sampler.cfg_scale == 1:
         raise UsageError("--guide has no effect at --cfg-scale 1; set --cfg-scale (autoguidance: about 2)")
-    options = replace(options, tokenizer=options.tokenizer or info.tokenizer or "")
+    options = replace(options, tokenizer=tokenizer)
     return options, source, info, info.labels(options.classes) if options.classes else None
 
 
