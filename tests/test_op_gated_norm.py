@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from op_help import assert_names, assert_same_with_more_threads, kernels_of
 from torch import Tensor
 
-from vadit.kernels import dispatch, gated_norm, rms_norm
+from vadit.kernels import gated_norm, rms_norm
 from vadit.kernels.gated_norm import gated_norm_reference
 from vadit.kernels.testing import assert_as_exact_as_torch, assert_compiles, device, results_and_gradients
 
@@ -146,16 +147,7 @@ def test_is_rms_norm_of_the_sum_in_the_dtype_asked_for() -> None:
 
 
 def test_result_does_not_depend_on_the_number_of_threads(backend: str) -> None:
-    if backend != "cpp":
-        pytest.skip("threads are the CPU kernels'")
-    inputs, threads, found = make(4, 300, 96), torch.get_num_threads(), []
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            found.append(results_and_gradients(op, inputs))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_same_with_more_threads(op, make(4, 300, 96), backend)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -164,9 +156,7 @@ def test_compiles_as_one_graph() -> None:
 
 def test_opcheck() -> None:
     x, h, gate, weight, bias, scale, shift = make(2, 5, 24, dtypes="autocast")
-    ops = dispatch.kernels_for("gated_norm", x)
-    if ops is None:
-        pytest.skip("plain torch")
+    ops = kernels_of("gated_norm", x)
     torch.library.opcheck(ops.gated_norm.default, (x, h, gate, bias, weight, scale, shift, 1e-6))
     torch.library.opcheck(ops.gated_norm_backward.default, (x, h, x, h, gate, bias, weight, scale, shift, 1e-6))
     torch.library.opcheck(ops.gated_norm_backward.default, (x, h, x, h, gate, None, weight, None, None, 1e-6))
@@ -186,6 +176,4 @@ def test_opcheck() -> None:
 def test_wrong_calls_are_named(change: dict[str, Tensor], words: list[str]) -> None:
     names = ("x", "h", "gate", "weight", "bias", "scale", "shift")
     given = dict(zip(names, (t.cpu() for t in make(2, 3, 8)), strict=True))
-    with pytest.raises(ValueError, match=r"^gated_norm: found") as error:
-        gated_norm(**given | change)
-    assert all(word in str(error.value) for word in words)
+    assert_names("gated_norm", words, gated_norm, **given | change)
