@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from vadit.recipes import PAPER_RECIPES, SHORT_NAMES
+from vadit.recipes import PAPER_RECIPES, SHORT_NAMES, SMALL_RECIPES
 from vadit.recipes.sizes import model_name
 from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
@@ -40,7 +40,7 @@ def recipes(options: RecipesOptions) -> None:
     shorts = ", ".join(f"{short} is {name}" for short, name in SHORT_NAMES.items())
     say(
         "Each has a debug twin, NAME-debug: the same switches, two steps on a CPU, on data that it makes.",
-        f"Short names: {shorts}.",
+        f"Short names: {shorts}. For your own pictures, and the base of `vadit new`: {', '.join(SMALL_RECIPES)}.",
     )
 
 

@@ -106,7 +106,10 @@ class FoundationSpec(Checked, group="foundation"):
 
     name: str = "dinov2"  # dinov2, mae, sam, clip, any timm model name, or none (no alignment).
     weights: PathName = "hub"
-    """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, or random (tests only)."""
+    """hub (timm downloads them), a path to a .safetensors/.pth/.bin file, own (a tokenizer's: trained on its pictures
+    first, and kept in its run folder), or random (tests only)."""
+    own_steps: Annotated[int, Range(1, 1_000_000)] = 300
+    """Steps of such a training, of 64 images each."""
     input_range: Literal["normalized", "minus_one_one"] = "normalized"
     """normalized: the model's own mean and std; minus_one_one: images in [-1, 1] as the authors fed them."""
     model_args: dict[str, int | float | str | bool] = field(default_factory=dict)

@@ -39,6 +39,7 @@ from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
+from vadit.recipes.small import small_vit
 from vadit.runtime import rng
 from vadit.runtime.console import ProgressBar, note, say, show
 from vadit.runtime.files import refuse_other_settings, save_json
@@ -79,7 +80,7 @@ def tokenizer_config(
             image_size=SIZE, latent_channels=16, base_channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1,
             attention_resolutions=(), norm_groups=16,
         ),
-        foundation=networks.foundation_spec(str(foundation), num_classes),
+        foundation=small_vit(SIZE, 8, num_classes, str(foundation)),
         # No VGG file comes with any package, so no LPIPS.
         loss=TokenizerLossSpec(
             perceptual_weight=0.0, disc_channels=16, disc_layers=2, disc_start_step=steps * 3 // 4, disc_weight=0.1,
@@ -133,7 +134,7 @@ def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool, seed:
 
     # networks that look at pictures: one for the tokenizer to align to, one to judge what comes out
     weights = out / "networks" / "foundation.safetensors"
-    spec = networks.foundation_spec("random", num_classes)
+    spec = small_vit(SIZE, 8, num_classes, "random")
     networks.trained(
         weights, lambda: FoundationModel(spec, SIZE // 8).model.requires_grad_(True), data,
         title="foundation model", steps=sizes.foundation, seed=rng.fold(seed, "foundation"),

@@ -1,8 +1,9 @@
 """The recipes: named functions that return a whole frozen config, and a debug twin of each.
 
 One module per group: `table1`, `tokenizers` (Tables 2, 4 and 5), `generators` (LightningDiT of Tables 2 to 5), `peers`
-(the others of Table 3), `beyond`. `NAME-debug` keeps every switch of NAME at a size that takes two steps on a CPU in
-seconds, on data that it makes. Nothing here imports torch, so the command line can list recipes at once.
+(the others of Table 3), `beyond`, `small` (one's own pictures). `NAME-debug` keeps every switch of NAME at a size that
+takes two steps on a CPU in seconds, on data that it makes. Nothing here imports torch, so the command line can list
+recipes at once.
 """
 
 import difflib
@@ -10,12 +11,12 @@ from collections.abc import Callable
 from functools import partial
 
 from vadit.config import Config, vary
-from vadit.recipes import beyond, generators, peers, table1, tokenizers
+from vadit.recipes import beyond, generators, peers, small, table1, tokenizers
 from vadit.recipes.debug import debug_twin
 from vadit.recipes.sizes import DIT_SIZES
 from vadit.runtime.errors import UsageError
 
-__all__ = ["DIT_SIZES", "PAPER_RECIPES", "RECIPES", "SHORT_NAMES", "get_recipe"]
+__all__ = ["DIT_SIZES", "PAPER_RECIPES", "RECIPES", "SHORT_NAMES", "SMALL_RECIPES", "get_recipe"]
 
 Recipe = Callable[[], Config]
 
@@ -61,7 +62,17 @@ PAPER_RECIPES: dict[str, Recipe] = {name: partial(_named, name, recipe) for name
 SHORT_NAMES = {"lightningdit-b": "lightningdit-b-f16d32-dinov2", "dit-xl2-ddpm": "table1-00-dit"}
 """Second names of recipes."""
 
-_NAMES = PAPER_RECIPES | {short: partial(_named, short, PAPER_RECIPES[name]) for short, name in SHORT_NAMES.items()}
+SMALL_RECIPES: dict[str, Recipe] = {
+    "small-vavae": partial(_named, "small-vavae", small.small_vavae),
+    "small-dit": partial(_named, "small-dit", small.small_dit),
+}
+"""What `vadit new` starts from."""
+
+_NAMES = (
+    PAPER_RECIPES
+    | SMALL_RECIPES
+    | {short: partial(_named, short, PAPER_RECIPES[name]) for short, name in SHORT_NAMES.items()}
+)
 
 RECIPES: dict[str, Recipe] = _NAMES | {f"{name}-debug": partial(_twin, name) for name in _NAMES}
 """Every name that `vadit train` knows."""

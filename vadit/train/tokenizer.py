@@ -28,6 +28,7 @@ from vadit.runtime.compiled import compile_each
 from vadit.runtime.console import note_once
 from vadit.train import fit, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
+from vadit.train.classifier import OWN, own_foundation
 from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import Reconstructions
@@ -77,7 +78,7 @@ def _train_stage(
     batch_size = distributed.per_rank_batch(config.run.batch_size, config.engine.gradient_accumulation)
     config, automatic = runs.settle(config, device)
     runs.seed_everything(config.run)
-    networks = _build(config, folder, device)
+    networks = _build(config, images, folder, device)
     engines = {"model": networks.model}
     if networks.discriminator is not None:
         engines["discriminator"] = networks.discriminator
@@ -113,12 +114,15 @@ def _train_stage(
     return folder
 
 
-def _build(config: TokenizerConfig, folder: Path, device: torch.device) -> Networks:
-    loss = config.loss
+def _build(config: TokenizerConfig, images: ImageSet, folder: Path, device: torch.device) -> Networks:
+    loss, grid = config.loss, config.autoencoder.latent_size
     perceptual = LPIPS(loss.vgg_weights).to(device) if loss.perceptual_weight > 0 else None
     foundation = None
     if loss.vf_weight > 0:
-        foundation = FoundationModel(config.foundation, config.autoencoder.latent_size).to(device)
+        spec = config.foundation
+        if spec.weights == OWN:
+            spec = own_foundation(spec, images, folder, grid=grid, device=device, seed=config.run.seed)
+        foundation = FoundationModel(spec, grid).to(device)
     feature_dim = None if foundation is None else foundation.feature_dim
     model = AlignedAutoencoder(config, feature_dim, recompute_tail=config.engine.zero_stage == 3)
     discriminator = None
