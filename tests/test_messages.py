@@ -21,7 +21,7 @@ from rich.table import Table
 
 import vadit
 from vadit import cli
-from vadit.commands import arguments, convert, demo, encode, evaluate, prepare, report, sample, train
+from vadit.commands import arguments, convert, demo, encode, evaluate, new, prepare, report, sample, train
 from vadit.commands.arguments import flags_of, parse
 from vadit.config import FoundationSpec, vary
 from vadit.config.files import save_config
@@ -42,7 +42,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(
 OPTIONS = (
     *(train.TrainTokenizer, train.TrainGenerator, sample.SampleOptions, encode.EncodeOptions, report.ReportOptions),
     *(evaluate.EvaluateSamplesOptions, evaluate.EvaluateTokenizerOptions, evaluate.EvaluateLatentsOptions),
-    *(evaluate.MakeReferenceOptions, prepare.PrepareOptions, demo.DemoOptions),
+    *(evaluate.MakeReferenceOptions, prepare.PrepareOptions, demo.DemoOptions, new.NewOptions),
     *(convert.ImportOptions, convert.ExportOptions),
 )
 COMMON = {"--help", "--version", "--debug", "--local_rank", "--local-rank"}
@@ -117,7 +117,7 @@ re.match(r"--local[_-]rank", "var(--ink) --ink:#123 a--b ---c --{x}")
 def documented_commands(document: Path) -> Iterator[list[str]]:
     """The arguments of every `vadit ...` in a document's blocks of code, those behind launchers, too."""
     for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.split(r"\n| && ", block.replace("\\\n", " ")):
             found = re.search(r"(^vadit|module vadit|train\.sh|torchrun\.sh|slurm\.sbatch) ([^#]*)", line)
             if found is not None and not line.startswith("#"):
                 words = shlex.split(found[2].strip().removesuffix("..."))
@@ -126,13 +126,16 @@ def documented_commands(document: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_of_a_document_is_understood(document: Path, monkeypatch, capsys) -> None:
+def test_every_command_of_a_document_is_understood(document: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     def only_parse(*args: Any, **settings: Any) -> NoReturn:
         parse(*args, **settings)
         raise SystemExit(99)
 
     for module in (arguments, sample, train):
         monkeypatch.setattr(module, "parse", only_parse)
+    for run, recipe in (("tokenizer", "small-vavae"), ("generator", "small-dit")):  # of the project that they speak of
+        save_config(get_recipe(recipe), tmp_path / "mine" / run / "config.json")
+    monkeypatch.chdir(tmp_path)
     commands = list(documented_commands(document))
     assert commands or document.name not in ("data.md", "checkpoints.md", "scaling.md")
     for command in commands:

@@ -24,6 +24,7 @@ from vadit.runtime.errors import LESS_MEMORY, RunError, UsageError, leave_for_to
 
 COMMANDS = {
     "demo": ("demo:run", "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes"),
+    "new": ("new:run", "your own pictures: look at them and at this machine, and write a project that fits both"),
     "train": ("train:run", "train a tokenizer or a generator: vadit train RECIPE [--setting value ...]"),
     "prepare": ("prepare:run", "turn images into a .beton that loads faster: vadit prepare IMAGES OUT.beton"),
     "encode": ("encode:run", "turn a folder of images into a folder of latents"),

@@ -1,4 +1,4 @@
-"""vadit train: a recipe, with settings changed, trained or only reckoned."""
+"""vadit train: a recipe or a run folder, with settings changed, trained or only reckoned."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -48,15 +48,18 @@ def run(arguments: list[str]) -> None:
     """Train a recipe, or with --dry-run say what it would take."""
     options, asked = _options(arguments), _asked(*_recipe_name(arguments))
     if options is None:
-        say("usage: vadit train RECIPE [--setting value ...] [--dry-run]", "")
+        say("usage: vadit train RECIPE|FOLDER [--setting value ...] [--dry-run]", "")
         show(recipe_table())
         say("", "`vadit train RECIPE --help` explains every setting.")
     elif options.dry_run:
         _dry_run(options, asked)
     else:
+        from vadit.project.stages import make_ready
         from vadit.train import dit, engine, tokenizer
         from vadit.train.loop import Stopped
 
+        with reported_once():
+            make_ready(options.config)
         try:
             if isinstance(options, TrainGenerator):
                 dit.train(options.config, asked=asked)
@@ -74,7 +77,7 @@ def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
     name, rest = _recipe_name(arguments)
     if name is None:
         return None
-    recipe = get_recipe(name)
+    recipe = get_recipe(name) if name in RECIPES or not Path(name).is_dir() else _of_folder(name)
     about = f"{recipe.paper.source}: {recipe.paper.metric}. The same command continues a run that was stopped."
     kind: Any = TrainGenerator if isinstance(recipe, DiTConfig) else TrainTokenizer
     options = parse(kind, rest, command=f"train {name}", default=kind(config=recipe), description=about)
@@ -98,11 +101,17 @@ def _options(arguments: list[str]) -> TrainGenerator | TrainTokenizer | None:
 
 
 def _asked(name: str | None, arguments: list[str]) -> set[str] | None:
-    """The settings of the model that flags name; None, for all, where what is trained is no recipe."""
-    if name not in RECIPES:
+    """The settings of the model that flags name; None, for all, where help is asked for."""
+    if name is None:
         return None
     flags = (argument.partition("=")[0].replace("-", "_") for argument in arguments)
     return {flag.removeprefix("__model.") for flag in flags if flag.startswith("__model.")}
+
+
+def _of_folder(name: str) -> Config:
+    from vadit.project.stages import run_config
+
+    return run_config(name)
 
 
 def _faster(recipe: Config, given: Config) -> Config:

@@ -52,7 +52,9 @@ def small_vavae() -> TokenizerConfig:
             batch_size=batch, total_images=steps * batch, log_every_images=20 * batch, save_every_images=200 * batch,
             keep_checkpoints=1,
         ),
-        data=ImageDataSpec(crop="random", flip=True, on_error="skip", loader="torch", num_workers=2),
+        data=ImageDataSpec(
+            crop="random", flip=True, loader="torch", num_workers=2, on_error="skip", alpha="white", exif="apply",
+        ),
         paper=PAPER,
     )  # fmt: skip
 

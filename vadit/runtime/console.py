@@ -78,6 +78,16 @@ def note_once(text: str, style: str = "yellow") -> None:
         note(text, style)
 
 
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """No notes and no bars until the block ends."""
+    before, _console.quiet = _console.quiet, True
+    try:
+        yield
+    finally:
+        _console.quiet = before
+
+
 def show(renderable: RenderableType) -> None:
     """A table or the like on stdout, at full width into a file or pipe."""
     console = _Terminal()

@@ -4,6 +4,8 @@ Such a model knows the run's own pictures and nothing else; for small images tha
 """
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
 
 import torch
@@ -61,7 +63,9 @@ def own_foundation(
 
     It learns the classes; where there is but one, the quarter turns of rotated pictures (RotNet, Gidaris et al. 2018).
     """
-    path = folder / "foundation.safetensors"
+    # a name for what it depends on: a folder where nothing was trained yet may be begun with other settings
+    about = json.dumps([dataclasses.asdict(spec), len(images), len(images.source.classes), images.size, seed])
+    path = folder / f"foundation-{zlib.crc32(about.encode()):08x}.safetensors"
 
     def make() -> None:
         if path.is_file():
