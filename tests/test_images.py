@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import SIDES, center_crop, ids_of, photo, psnr, turned
+from image_files import SIDES, OddFile, center_crop, ids_of, odd_files, photo, psnr, turned
 from PIL import Image
 
 from vadit.config import ImageDataSpec
 from vadit.images import backends, transforms
 from vadit.images.backends import open_images, open_loader
+from vadit.images.formats import open_image
 from vadit.images.loader import Decoded, ImageLoader, ImageSet, Request, describe_classes, load_in_order
 from vadit.images.pillow import decode, pillow_decoder
 from vadit.images.pixels import image_grid, read_tiles, reconstruction_pairs, write_png
@@ -408,6 +409,12 @@ def test_transparency_is_dropped_or_laid_on_a_colour(mode: str, tmp_path: Path) 
             found = np.asarray(transforms.to_rgb(opened, alpha))  # type: ignore[arg-type]
         expected = rgb if ground is None else rgb * opacity[..., None] + ground * (1 - opacity[..., None])
         assert np.abs(found - expected).max() <= (0 if ground is None else 1), alpha
+
+
+@pytest.mark.parametrize("file", odd_files().values(), ids=lambda file: file.name)
+def test_pictures_without_transparency_are_the_same_on_any_colour(file: OddFile) -> None:
+    plain, white = (np.asarray(transforms.to_rgb(open_image(file.data), alpha)) for alpha in ("drop", "white"))
+    assert np.array_equal(plain, white) == (file.name not in ("rgba.png", "palette-alpha.png"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from vadit.runtime import launcher
 from vadit.runtime.console import guarded_streams, say
-from vadit.runtime.errors import LESS_MEMORY, RunError, UsageError, leave_for_torchrun, one_line
+from vadit.runtime.errors import LESS_MEMORY, RunError, UsageError, leave_for_torchrun, one_line, used_up
 
 COMMANDS = {
     "demo": ("demo:run", "the whole system in small: train, encode, sample and evaluate on real pictures, in minutes"),
@@ -147,9 +147,9 @@ def _report(error: BaseException, debug: bool, command: str = "") -> int:
     if type(error).__name__ == "Stopped":  # of vadit.train.loop, by name: that module imports torch
         # A scheduler that asked for the stop should see success, and not try the job elsewhere as a failed one.
         return _end(str(error), STOP_CODE if getattr(error, "interrupted", False) else 0)
-    if type(error).__name__ == "OutOfMemoryError":  # of torch
-        remedy = OUT_OF_MEMORY.get(command, "free it of other programs, or use a GPU with more memory")
-        return _end(f"error: the GPU's memory is used up; {remedy}", RUN_CODE)
+    if memory := used_up(error):
+        remedy = OUT_OF_MEMORY.get(command, "free it of other programs, or use a machine with more")
+        return _end(f"error: {memory} is used up; {remedy}", RUN_CODE)
     if not debug:
         traceback.print_exception(error)
     return RUN_CODE

@@ -78,6 +78,13 @@ def write_fault(error: Exception) -> str:
     return "the disk took only a part of it" if "unexpected pos" in text else text
 
 
+def used_up(error: BaseException) -> str:
+    """Whose memory an error says is used up, in words; empty where it is of something else."""
+    if type(error).__name__ == "OutOfMemoryError":  # of torch
+        return "the GPU's memory"
+    return "the memory" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
+
+
 def leave_for_torchrun(sentence: str) -> None:
     """Put why this process ends where torchrun looks for it: it ends its own long report with the first one's."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):

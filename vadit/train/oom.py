@@ -18,7 +18,7 @@ import torch
 
 from vadit.runtime import distributed
 from vadit.runtime.console import note
-from vadit.runtime.errors import LESS_MEMORY, RunError
+from vadit.runtime.errors import LESS_MEMORY, RunError, used_up
 from vadit.runtime.files import kernel, no_link
 from vadit.runtime.free import free_bytes
 from vadit.runtime.json_files import read_json
@@ -66,10 +66,7 @@ def explaining_oom(folder: Path, position: Callable[[], tuple[int, str]]) -> Ite
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ == "OutOfMemoryError":  # of torch
-            over = "the GPU's memory"
-        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            over = "the memory"
+        over = used_up(error)
         raise
     finally:
         done.set()
