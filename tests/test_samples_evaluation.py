@@ -322,6 +322,7 @@ def test_seeds_give_means_and_their_spread(small: Path, capsys) -> None:
 
     each = [run(f"drawn-{seed}.npz") for seed in range(3)]
     assert "spread" not in each[0] and each[0]["inputs"]["inception_published"] is False
+    assert each[0]["inputs"]["num_references"] == 12
     capsys.readouterr()
     names = {f"{name}8_x" for name in ("fid", "sfid", "is", "precision", "recall", "kid")}
     assert set(each[0]["metrics"]) == names

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -252,6 +252,8 @@ def lines(folder: Path, name: str = "evaluations.jsonl") -> list[dict[str, Any]]
 class Colours:
     """A scorer whose features are mean colours."""
 
+    inputs: ClassVar = {"reference": "reference.npz", "num_references": 52, "inception_published": False}
+
     def __init__(self, reference: str, *, inception_weights: str, device: torch.device, cache: Path) -> None:
         assert (reference, inception_weights) == ("reference.npz", "weights.pth")
 
@@ -272,6 +274,7 @@ def test_looks_change_no_bit_of_a_generators_training(straight: Path, tmp_path: 
     found = lines(tmp_path)
     assert [(line["images"], line["step"]) for line in found] == [(8, 2), (16, 4)]
     assert all(line["seconds"] > 0 and 0 < line["fid70_euler2_random"] < 255 for line in found)
+    assert all(line["inputs"] == Colours.inputs for line in found)
     assert found[1]["grid"] == "evaluations/0000000016.png"
     pictures = [np.asarray(Image.open(tmp_path / line["grid"])) for line in found]
     assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()  # the weights have moved

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
@@ -90,7 +91,7 @@ class MakeReferenceOptions(PictureSpec):
 def samples(options: EvaluateSamplesOptions) -> None:
     """Evaluate sets of samples."""
     from vadit.eval import inception, results
-    from vadit.eval.samples import SampleEvaluator, sample_sets
+    from vadit.eval.samples import SampleEvaluator, reference_size, sample_sets
     from vadit.models.foundation import ImageSummary
     from vadit.runtime import distributed
     from vadit.sampling.write import noted_precision, noted_sampler
@@ -116,6 +117,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
         "num_samples": options.num_samples,
         "precision": "fp32",  # of what judges
         "reference": options.reference,
+        "num_references": reference_size(Path(options.reference)),
         **inception.provenance(options.inception_weights),
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",

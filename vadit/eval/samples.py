@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vadit.config import ImageDataSpec
 from vadit.eval.image_files import NpzImages, PngFolder, open_images
-from vadit.eval.inception import Inception
+from vadit.eval.inception import Inception, provenance
 from vadit.eval.metrics import (
     IS_SPLIT,
     FeatureMoments,
@@ -185,6 +185,7 @@ class SampleScorer:
         self._batch_size = batch_size
         self._extractor = Inception(inception_weights, device)
         path = Path(reference)
+        self.inputs = {"reference": str(path), "num_references": reference_size(path), **provenance(inception_weights)}
         file = cache / f"reference-{_key(path, Path(inception_weights or ''))}.npz"
         self._reference = _read_kept(file) or _keep(_load_reference(path, self._extractor, batch_size), file)
 
@@ -253,8 +254,15 @@ def _compare_sets(reference: Path, samples: PngFolder | NpzImages, num_samples: 
         ours, theirs = ("x".join(map(str, each.size[::-1])) for each in (samples, images))
         note_once(f"{samples.path} holds images of {ours} pixels, {reference} of {theirs}: they differ in that, too")
     warn_of_few(samples.path, num_samples or len(samples))
-    count = len(images) if images is not None and "mu" not in entries else FEW_IMAGES  # ADM's statistics are of enough
-    warn_of_few(reference, int(Npz(reference).array("num_images", ())) if "num_images" in entries else count)
+    warn_of_few(reference, reference_size(reference) or FEW_IMAGES)  # ADM's statistics are of enough
+
+
+def reference_size(reference: Path) -> int | None:
+    """How many images a reference is of; None where it does not say."""
+    entries = {} if reference.is_dir() else Npz(reference).entries
+    if "num_images" in entries:
+        return int(Npz(reference).array("num_images", ()))
+    return None if "mu" in entries else len(open_images(reference))
 
 
 def _key(reference: Path, weights: Path) -> str:

@@ -76,7 +76,8 @@ def _by_class(run: Run, npz: Path, name: str, *, first: bool) -> Section:
     for label, images in samples.items():
         beside = [Tiles("your images", real.get(label, images[:0]))] if real else []
         rows.append(Row(info.class_name(label), [*beside, Tiles("samples", images)]))
-    text = f"The first samples of each class: {sampler_words(noted_sampler(npz) or 'unnamed')}.{few}"
+    sampler = noted_sampler(npz)
+    text = f"The first samples of each class{': ' + sampler_words(sampler) if sampler else ''}.{few}"
     return Section(title, gallery=rows, text=text, notes=notes)
 
 
@@ -130,6 +131,7 @@ def _pairs(run: Run, name: str) -> Iterator[Section]:
 def _over_training(runs: Sequence[Run]) -> Iterator[Section]:
     """The pictures of evaluations, a row each."""
     rows, notes = [], []
+    what, same = ("Samples", "noise and classes") if runs[0].kind != "tokenizer" else ("Reconstructions", "images")
     for run in runs:
         whole = [(seen, tiles) for seen, path in run.grids if (tiles := _tiles(path, ACROSS)) is not None]
         if missing := len(run.grids) - len(whole):
@@ -138,9 +140,8 @@ def _over_training(runs: Sequence[Run]) -> Iterator[Section]:
         for seen, tiles in (whole[number] for number in spread(len(whole), EVALUATIONS)):
             spent = duration(float(np.interp(seen, [0, *now.hours.x], [0, *now.hours.y]))) if now else ""
             title = f"{run.name}, {seen:,.0f} images" if len(runs) > 1 else f"{seen:,.0f} images"
-            rows.append(Row(f"{title}\n{spent}".strip(), [Tiles("the same noise and classes each time", tiles)]))
+            rows.append(Row(f"{title}\n{spent}".strip(), [Tiles(f"the same {same} each time", tiles)]))
     if rows or notes:
-        what = "Reconstructions" if runs[0].kind == "tokenizer" else "Samples"
         yield Section(f"{what} over training", gallery=rows, notes=notes)
 
 

@@ -234,14 +234,14 @@ def _scores_section(runs: Sequence[Run]) -> Section | None:
     groups: dict[str, dict[str, list[str]]] = {}
     for place, run in enumerate(runs):
         for name, (value, deviation, inputs) in _found(run).items():
-            what, (rests, doubt) = metric(name), grounds(name, inputs)
-            title = f"{what.title}\n{_better(name)}" if what.protocol else what.title
+            what, (rests, doubt) = metric(name, inputs.get("num_images")), grounds(name, inputs)
+            title = f"{what.title}\n{_better(name)}" if what.title != name else name
             cells = groups.setdefault(what.protocol, {}).setdefault(title, ["-"] * len(runs))
             number = f"{value:.1%}" if what.kind == "agreement" else f"{value:.4g}"
             spread = f" ± {deviation:.2g}" if deviation else ""
             cells[place] = f"{number}{spread}\n{rests}\n{doubt}".rstrip()
     table: list[tuple[str, ...]] = []
-    for protocol, rows in groups.items():
+    for protocol, rows in sorted(groups.items(), key=lambda group: group[0] != ""):
         table += [(protocol,)] * bool(protocol) + [(title, *cells) for title, cells in rows.items()]
     return Section("Quality", table=table, header=_header(runs)) if table else None
 
@@ -252,11 +252,7 @@ def _better(name: str) -> str:
 
 def _found(run: Run) -> dict[str, tuple[float, float, dict[str, Any]]]:
     """Value, deviation and inputs of each metric of a run, by name: a file's go before those of training."""
-    inputs: dict[str, Any] = {}
-    if isinstance(run.config, DiTConfig):
-        inputs["reference"] = run.config.evaluation.reference
-    for line in run.evaluations.lines:
-        inputs |= line
+    inputs: dict[str, Any] = next((line["inputs"] for line in reversed(run.evaluations.lines) if "inputs" in line), {})
     numbers = {name: (value, 0.0, inputs) for name, value in _metrics_of(run).items()}
     for scores in run.scores:
         for name, value in scores.metrics.items():

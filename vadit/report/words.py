@@ -4,9 +4,8 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from vadit.eval.samples import ADM_REFERENCE
+from vadit.eval.samples import ADM_REFERENCE, FEW_IMAGES
 
-FEW = 2048  # images below which Inception's covariance has no full rank, and a Frechet distance compares with nothing
 _METRICS = {
     "fid": "FID", "sfid": "sFID", "is": "Inception score", "precision": "Precision", "recall": "Recall", "kid": "KID",
     "fd_dinov2": "FD-DINOv2", "rfid": "rFID", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS",
@@ -32,14 +31,18 @@ class Metric(NamedTuple):
     protocol: str  # in words
 
 
-def metric(name: str) -> Metric:
-    """What a name in metrics.json or evaluations.jsonl means; the name itself where it is no metric of vadit's."""
+def metric(name: str, num_images: int | None = None) -> Metric:
+    """What a name in metrics.json or evaluations.jsonl means; the name itself where it is no metric of vadit's.
+
+    num_images: of a tokenizer's evaluation, whose names do not say it.
+    """
     found = re.fullmatch(r"(fd_dinov2|density_cv|normalized_entropy|[a-z]+)_?(\d+k?)?(?:_(.+))?", name)
     if found is None or found[1] not in _METRICS:
         return Metric(name, name, None, "")
     kind, number, sampler = found.groups()
-    count = int(number.replace("k", "000")) if number else None
-    noun = "images" if kind in ("rfid", "psnr", "ssim", "lpips") else "samples"
+    of_images = kind in ("rfid", "psnr", "ssim", "lpips")
+    count = int(number.replace("k", "000")) if number else num_images if of_images else None
+    noun = "images" if of_images else "samples"
     parts = [f"{count:,} {noun}" if count else "", sampler_words(sampler) if sampler else ""]
     return Metric(_METRICS[kind], kind, count, ", ".join(filter(None, parts)))
 
@@ -62,12 +65,10 @@ def grounds(name: str, inputs: dict[str, Any]) -> tuple[str, str]:
     elif reference:
         file = PurePath(reference).name
         rests = f"against your {count:,} images ({file})" if isinstance(count, int) else f"against {file}"
-    elif isinstance(images := inputs.get("num_images"), int):
-        rests = f"of {images:,} images"
     elif judge := inputs.get("judge"):
         rests = f"by {judge}" if what.kind == "agreement" else "in that classifier's features"
     sizes = [size for size in (what.size, count) if isinstance(size, int)]
-    if what.kind in ("fid", "sfid", "rfid", "fd_dinov2") and min(sizes, default=FEW) < FEW:
+    if what.kind in ("fid", "sfid", "rfid", "fd_dinov2") and min(sizes, default=FEW_IMAGES) < FEW_IMAGES:
         doubts.append("too few to compare")
     if what.kind in _OF_INCEPTION and inputs.get("inception_published") is False:
         doubts.append("not the published Inception weights")

@@ -66,6 +66,7 @@ class Evaluation:
         self._ema, self._folder, self._device = ema, folder, ema.engine.device
         self.every_images = spec.every_images
         self.precision: Precision = "fp32"  # of the network
+        self.inputs: dict[str, Any] = {}  # what the numbers rest on
         self.failures = 0  # evaluations that failed in this start of the run
 
     def network(self) -> nn.Module:
@@ -94,7 +95,7 @@ class Evaluation:
             if picture is not None:
                 values["grid"] = f"evaluations/{position.images_seen:010d}.png"
                 write_png(self._folder / values["grid"], picture)
-            line |= values
+            line |= values | ({"inputs": self.inputs} if self.inputs else {})
         except (_Failed, RunError) as failure:
             self.failures += 1
             line["failed"] = str(failure)
@@ -186,6 +187,7 @@ class Samples(Evaluation):
                 self._scorer = distributed.main_first(
                     lambda: SampleScorer(reference, inception_weights=weights, device=self._device, cache=cache)
                 )
+                self.inputs = self._scorer.inputs
 
     def network(self) -> nn.Module:
         model = build_generator(self._config.model, self._config.mask)
