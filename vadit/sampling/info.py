@@ -97,7 +97,9 @@ def info_of(config: DiTConfig) -> SamplingInfo:
                 statistics = load_statistics(data.path, channels)
                 known |= {"mean": statistics.mean.flatten().tolist(), "std": statistics.std.flatten().tolist()}
         if (index := read_index(Path(data.path))) is not None:
-            known |= {"classes": index.classes, "tokenizer": index.tokenizer and referred(index.tokenizer, data.path)}
+            whole = index.classes is not None and len(index.classes) == index.num_classes
+            known |= {"classes": index.classes if whole else None}
+            known |= {"tokenizer": index.tokenizer and referred(index.tokenizer, data.path)}
             if index.settings is not None:
                 known |= {"image_size": index.settings.size, "tokenizer_hash": index.settings.tokenizer}
     return SamplingInfo(**known, sampler=config.sample, flow=config.flow)

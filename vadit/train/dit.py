@@ -25,6 +25,7 @@ from vadit.runtime.console import note, note_once
 from vadit.runtime.errors import UsageError
 from vadit.runtime.precision import resolved
 from vadit.sampling.draw import check_request
+from vadit.sampling.info import info_of
 from vadit.train import fit, float8, loop, runs
 from vadit.train.checkpoint.checkpoints import Position
 from vadit.train.ema import ShardedEMA
@@ -58,7 +59,7 @@ def _train(config: DiTConfig, dataset: LatentDataset | DebugLatents, title: str)
         dataset.companion = open_online_images(config.data, dataset, grid, device)
     config, automatic = runs.settle(config, device)
     if distributed.is_main():
-        classes = [str(label) for label in range(dataset.num_classes)]
+        classes = info_of(config).classes or [str(label) for label in range(dataset.num_classes)]
         note(f"  latents of {describe_classes(classes, dataset.labels)}", "dim")
     runs.seed_everything(config.run)
 
