@@ -427,6 +427,8 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
         ),
         (signal.SIGKILL, 1000.0, 1, ""),  # by a time limit; the kernel killed another program
         (signal.SIGKILL, 0.3, 0, ""),
+        (signal.SIGKILL, [0.01, 1000.0], 1, "and 0.0 were free: probably"),  # another process of the run was killed
+        (signal.SIGKILL, [0.01, 1000.0], 0, ""),  # by a time limit, long after it was near the end
         (signal.SIGKILL, 0.3, 1, "and 0.3 were free: probably killed for memory"),
         (torch.OutOfMemoryError("CUDA"), 1000.0, 0, "in step 12 (saving), where the GPU's memory was used up; raise"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 9.0, 0, "where the memory was used up"),
@@ -436,9 +438,16 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     ],
 )
 def test_a_start_that_memory_ended_is_explained_by_the_next(
-    end: Any, free_gib: float, kills: int, said: str, tmp_path: Path, monkeypatch, capfd
+    end: Any, free_gib: Any, kills: int, said: str, tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    monkeypatch.setattr(oom, "free_bytes", lambda device: int(free_gib * 2**30))
+    seen = iter(free_gib if isinstance(free_gib, list) else [free_gib])
+    last = [0.0]
+
+    def free_bytes(device: object) -> int:
+        last[0] = next(seen, last[0])
+        return int(last[0] * 2**30)
+
+    monkeypatch.setattr(oom, "free_bytes", free_bytes)
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException), oom.explaining_oom(tmp_path, lambda: (11, "saving")):

@@ -11,7 +11,7 @@ import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ class _Mark:
     doing: str
     held: int  # bytes of the main process
     free: int
-    kills: int  # by the kernel for memory, of all processes, since the machine was started
-    kernel: str  # of the machine, since then
+    least: int  # bytes that were free when fewest were: another process of the run may be gone by now
+    kills: int  # by the kernel for memory, of all processes, from the start of the machine to that of the run
+    kernel: str  # of the machine, since it was started
     over: str = ""  # what was used up, where an error said so
 
 
@@ -47,15 +48,18 @@ def explaining_oom(folder: Path, position: Callable[[], tuple[int, str]]) -> Ite
     if not distributed.is_main():
         yield
         return
-    path, done, over = folder / ".running", threading.Event(), ""
+    path, done, over, last = folder / ".running", threading.Event(), "", _now("", 0, "")
     with contextlib.suppress(OSError, RunError):
-        if why := _explanation(read_json(path, _Mark), _now("", 0, "")):
+        if why := _explanation(read_json(path, _Mark), last):
             note(why)
 
     def keep() -> None:
+        nonlocal last
         while True:
             step, doing = position()
-            text = json.dumps(asdict(_now(over, step + 1, doing))).ljust(1024)
+            now = _now(over, step + 1, doing)
+            last = replace(now, least=min(now.free, last.least), kills=last.kills)
+            text = json.dumps(asdict(last)).ljust(1024)
             with contextlib.suppress(OSError), open(no_link(path, os.O_WRONLY | os.O_CREAT), "wb", 0) as file:
                 file.write(text.encode())  # at once, over what was there: it is whole whenever the process is killed
             if done.wait(PERIOD_S):
@@ -77,7 +81,8 @@ def explaining_oom(folder: Path, position: Callable[[], tuple[int, str]]) -> Ite
 def _now(over: str, step: int, doing: str) -> _Mark:
     found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return _Mark(step, doing, held, free_bytes(torch.device("cpu")), int(found[1]) if found else 0, kernel(), over)
+    free = free_bytes(torch.device("cpu"))
+    return _Mark(step, doing, held, free, free, int(found[1]) if found else 0, kernel(), over)
 
 
 def _explanation(mark: _Mark, now: _Mark) -> str:
@@ -85,7 +90,8 @@ def _explanation(mark: _Mark, now: _Mark) -> str:
     killed = mark.kernel == now.kernel and mark.kills < now.kills
     why = f"{mark.over} was used up"
     if not mark.over:
-        if mark.held < (HALF if killed else FULL) * (mark.held + mark.free):
+        free, share = (mark.least, HALF) if killed else (mark.free, FULL)
+        if mark.held < share * (mark.held + free):
             return ""
-        why = f"it held {mark.held / 2**30:.1f} GiB and {mark.free / 2**30:.1f} were free: probably killed for memory"
+        why = f"it held {mark.held / 2**30:.1f} GiB and {free / 2**30:.1f} were free: probably killed for memory"
     return f"the last start ended in step {mark.step} ({mark.doing}), where {why}; {LESS_MEMORY}"
