@@ -11,7 +11,6 @@ Rows: benchmarks/results/checkpoints-HARDWARE.csv.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import tempfile
 import time
@@ -82,13 +81,8 @@ def main() -> None:
     options = arguments(__doc__, rounds=7, stages=[1])
     recipe = get_recipe(RECIPE).run
     between = recipe.save_every_images // recipe.batch_size
-    stamp = {
-        "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../vadit", "../benchmarks/*.py"),
-        "hardware": harness.hardware(options.device),
-        "versions": harness.versions(options.device, "deepspeed"),
-        "threads": options.threads,
-    }
+    stamp = harness.stamp(options.device, ("../vadit", "../benchmarks/*.py"), "deepspeed")
+    stamp["threads"] = options.threads
     rows = []
     for name in MODELS[options.device]:
         for zero_stage in options.stages:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import os
 import random
@@ -27,8 +26,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -52,24 +51,7 @@ Stream = Callable[[], contextlib.AbstractContextManager[Iterator[Tensor]]]
 """Opens a loader; the iterator gives float32 batches (B, 3, S, S) for ever."""
 
 
-@dataclass(frozen=True)
-class Row(harness.Stamp):
-    """One line of the CSV. Times of first batches in seconds, sizes in bytes."""
-
-    num_images: int
-    pixels: str  # The set of files.
-    batch: int
-    size: int
-    contender: str
-    workers: int
-    median_img_per_s: float
-    q1_img_per_s: float
-    q3_img_per_s: float
-    ratio: float  # To torchvision with as many workers on the same set.
-    cold_first_s: float  # From opening the loader to its first batch, the first time in the process.
-    first_s: float  # The same, median of the later rounds.
-    disk_bytes: int
-    rounds: int
+Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -193,34 +175,26 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
             turns[key].append(turn(stream, options))
         print(f"round {number + 1} of {options.rounds} is done", flush=True)
     medians = {key: statistics.median(speed for speed, _ in values) for key, values in turns.items()}
-    rows = []
+    packages = ("torchvision", "pillow", "nvidia-dali-cuda130", "ffcv")
+    stamp, rows = harness.stamp("cpu", ("../vadit/images", "../benchmarks/*.py"), *packages), []
+    stamp["hardware"] += f", {len(os.sched_getaffinity(0))} cores"
     for (files, name, workers), values in turns.items():
         speeds, waits = zip(*values, strict=True)
         q1, median, q3 = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
         path = found[files, name, workers][1]
         stored = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        row = Row(
-            date=datetime.date.today().isoformat(),
-            commit=harness.commit("../vadit/images", "../benchmarks/*.py"),
-            hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
-            versions=harness.versions("cpu", "torchvision", "pillow", "nvidia-dali-cuda130", "ffcv"),
-            num_images=options.num_images,
-            pixels=files,
-            batch=options.batch,
-            size=options.size,
-            contender=name,
-            workers=workers,
-            median_img_per_s=round(median, 1),
-            q1_img_per_s=round(q1, 1),
-            q3_img_per_s=round(q3, 1),
-            ratio=round(median / medians.get((files, BASELINE, workers), float("nan")), 2),
-            cold_first_s=round(waits[0], 3),
-            first_s=round(statistics.median(waits[1:] or waits), 3),
-            disk_bytes=sum(file.stat().st_size for file in stored),
-            rounds=len(values),
-        )
-        rows.append(row)
-        print(f"{files:8} {name:12} {workers} {row.median_img_per_s:8.0f} img/s {row.ratio:6.2f}x {row.first_s:6.2f} s")
+        first = statistics.median(waits[1:] or waits)
+        rows.append(stamp | {
+            "num_images": options.num_images, "pixels": files, "batch": options.batch, "size": options.size,
+            "contender": name, "workers": workers, "median_img_per_s": round(median, 1),
+            "q1_img_per_s": round(q1, 1), "q3_img_per_s": round(q3, 1),
+            # to torchvision with as many workers on the same set
+            "ratio": round(median / medians.get((files, BASELINE, workers), float("nan")), 2),
+            # from opening the loader to its first batch: the first time in the process, and the median later
+            "cold_first_s": round(waits[0], 3), "first_s": round(first, 3),
+            "disk_bytes": sum(file.stat().st_size for file in stored), "rounds": len(values),
+        })  # fmt: skip
+        print(f"{files:8} {name:12} {workers} {median:8.0f} img/s {rows[-1]['ratio']:6.2f}x {first:6.2f} s")
     return rows
 
 

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -47,25 +45,7 @@ SHOWN = ("kind", "contender", "median_per_s", "ratio", "open_s", "restore_s")
 
 Stream = Callable[[], contextlib.AbstractContextManager[Iterator[object]]]
 """Opens a loader; the iterator gives batches for ever."""
-
-
-@dataclass(frozen=True)
-class Row(harness.Stamp):
-    """One line of the CSV."""
-
-    num_latents: int
-    kind: str
-    shape: str
-    batch: int
-    contender: str
-    workers: int
-    median_per_s: float
-    q1_per_s: float
-    q3_per_s: float
-    rounds: int
-    ratio: float | str = ""  # To the reference's way.
-    open_s: float | str = ""  # Index: from the folder's name to a data set.
-    restore_s: float | str = ""  # Index: from a saved position to the first batch.
+Row = dict[str, Any]
 
 
 def make_folder(folder: Path, count: int, kind: str) -> Path:
@@ -182,24 +162,16 @@ def measure_index(folder: Path, options: argparse.Namespace) -> Row:
 
 
 def row(options: argparse.Namespace, values: list[float], num: int, kind: str, contender: str, **extra: float) -> Row:
+    """A line of the CSV. `extra`: ratio to the reference's way; of the index, open_s from the folder's name to a data
+    set, and restore_s from a saved position to the first batch."""
     q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return Row(
-        date=datetime.date.today().isoformat(),
-        commit=harness.commit("../vadit/latents", "../vadit/runtime/*.py", "../benchmarks/*.py"),
-        hardware=f"{harness.hardware('cpu')}, {len(os.sched_getaffinity(0))} cores",
-        versions=f"torch {torch.__version__}, safetensors {metadata.version('safetensors')}",
-        num_latents=num,
-        kind=kind,
-        shape=f"{CHANNELS}x{SIDE}x{SIDE}",
-        batch=options.batch,
-        contender=contender,
-        workers=WORKERS,
-        median_per_s=round(median),
-        q1_per_s=round(q1),
-        q3_per_s=round(q3),
-        rounds=len(values),
-        **extra,
-    )
+    stamp = harness.stamp("cpu", ("../vadit/latents", "../vadit/runtime/*.py", "../benchmarks/*.py"), "safetensors")
+    stamp["hardware"] += f", {len(os.sched_getaffinity(0))} cores"
+    return stamp | {
+        "num_latents": num, "kind": kind, "shape": f"{CHANNELS}x{SIDE}x{SIDE}", "batch": options.batch,
+        "contender": contender, "workers": WORKERS, "median_per_s": round(median), "q1_per_s": round(q1),
+        "q3_per_s": round(q3), "rounds": len(values), "ratio": "", "open_s": "", "restore_s": "", **extra,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -218,7 +190,7 @@ def main() -> None:
             folder = Path(scratch) / kind
             rows += [measure_index(folder, options)] if kind == "index" else measure(folder, kind, options)
     for line in rows:
-        print({name: getattr(line, name) for name in SHOWN})
+        print({name: line[name] for name in SHOWN})
     if not options.no_save:
         harness.append(harness.RESULTS / f"latent-loaders-{harness.hardware('cpu')}.csv", rows)
 

@@ -10,7 +10,6 @@ to 1e-5. A row per case goes to benchmarks/results/sampling-HARDWARE.csv. Runs f
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import os
 import statistics
@@ -96,11 +95,10 @@ def measure(options: argparse.Namespace, precision: Precision, compiled: bool) -
         raise SystemExit(f"the samplers differ by {difference:.2g} of the largest latent, more than {AGREE:g}")
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [plain / own for own, plain in zip(times["vadit"], times["plain"], strict=True)]
-    return {
-        "date": datetime.date.today().isoformat(), "commit": harness.commit("../vadit", "../kernels", "*.py"),
-        "hardware": harness.hardware(device), "versions": harness.versions(device), "recipe": options.recipe,
-        "images": options.images, "points": options.points, "precision": precision, "compile": compiled,
-        "threads": options.threads, "vadit_s": round(medians["vadit"], 4), "plain_s": round(medians["plain"], 4),
+    return harness.stamp(device, ("../vadit", "../kernels", "*.py")) | {
+        "recipe": options.recipe, "images": options.images, "points": options.points, "precision": precision,
+        "compile": compiled, "threads": options.threads, "vadit_s": round(medians["vadit"], 4),
+        "plain_s": round(medians["plain"], 4),
         "plain_over_vadit": round(statistics.median(ratios), 3), "difference": f"{difference:.2g}",
         "images_per_s": round(options.images / medians["vadit"], 3), "rounds": options.rounds,
     }  # fmt: skip

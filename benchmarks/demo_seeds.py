@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -24,11 +23,7 @@ def main() -> None:
             subprocess.run(command, check=True, cwd=harness.HERE.parent, stdout=subprocess.DEVNULL)
             metrics = json.loads(Path(folder, "demo/metrics.json").read_text())
         plain, guided = (scores for name, scores in metrics.items() if name.startswith("samples_"))
-        row = {
-            "date": datetime.date.today().isoformat(),
-            "commit": harness.commit("../csrc", "../kernels", "../vadit"),
-            "hardware": harness.hardware("cpu"),
-            "versions": harness.versions("cpu", "deepspeed"),
+        row = harness.stamp("cpu", ("../csrc", "../kernels", "../vadit"), "deepspeed") | {
             "seed": seed,
             **{name: round(plain[name], 4) for name in SCORES},
             **{f"guided_{name}": round(guided[name], 4) for name in SCORES},

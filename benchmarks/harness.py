@@ -22,7 +22,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,6 @@ class Case:
     contenders: dict[str, Op]
     forward_bytes: int
     backward_bytes: int
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What the rows of most benchmarks begin with."""
-
-    date: str
-    commit: str
-    hardware: str
-    versions: str
 
 
 def main(
@@ -245,6 +235,16 @@ def versions(device: str, *others: str) -> str:
     return ", ".join(parts)
 
 
+def stamp(device: str, sources: Sequence[str], *others: str) -> dict[str, Any]:
+    """What the rows of most benchmarks begin with; `others`: packages whose releases matter."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(*sources),
+        "hardware": hardware(device),
+        "versions": versions(device, *others),
+    }
+
+
 def run(cases: Iterable[Case], options: argparse.Namespace) -> None:
     """Measure, print and save: a line of the CSV per part and contender, times in milliseconds per call."""
     clock = Clock(options.device)
@@ -307,14 +307,13 @@ def show(line: dict[str, dict[str, Any]]) -> None:
     print(f"{what} ms: {cells}{verdict}", flush=True)
 
 
-def append(path: Path, rows: Sequence[Any]) -> None:
-    """Append rows (dataclasses or dicts of one kind, one or more) to a CSV; a new one gets its header line.
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows (of one kind, one or more) to a CSV; a new one gets its header line.
 
     ValueError where the file has other columns: its rows are evidence, and stay as they are.
     """
     path.parent.mkdir(exist_ok=True)
-    values = [row if isinstance(row, dict) else asdict(row) for row in rows]
-    new, names = not path.exists(), list(values[0])
+    new, names = not path.exists(), list(rows[0])
     if not new:
         with path.open(newline="") as file:
             found = next(csv.reader(file), [])
@@ -324,7 +323,7 @@ def append(path: Path, rows: Sequence[Any]) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(values)
+        writer.writerows(rows)
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
