@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
 from vadit.latents.encode import EncodeSummary, encode
 from vadit.latents.loader import LatentLoader
 from vadit.latents.shards import LatentShardWriter, open_folder, open_shard, save_index
-from vadit.latents.statistics import compute_statistics
+from vadit.latents.statistics import compute_statistics, load_statistics
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
 from vadit.models.pretrained import weights_hash
@@ -120,7 +123,7 @@ def test_resume_after_a_full_disk(autoencoder: Autoencoder, images: ImageSet, tm
 
     def fail_at_second(source: Path, target: Path) -> None:
         calls.append(target)
-        if len(calls) == 2:
+        if len(calls) == 4:  # a list and a shard each
             raise OSError(28, "No space left on device")
         real(source, target)
 
@@ -128,7 +131,7 @@ def test_resume_after_a_full_disk(autoencoder: Autoencoder, images: ImageSet, tm
         patch.setattr(files.os, "replace", fail_at_second)
         with pytest.raises(RunError, match=r"shard-00001.safetensors .*No space left on device.*free some space"):
             run(autoencoder, images, out)
-    assert [path.name for path in out.iterdir()] == ["shard-00000.safetensors"]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["shard-00000.safetensors"]
     pytest.raises(UsageError, LatentDataset, out).match(r"is not finished")
     untouched = (out / "shard-00000.safetensors").stat().st_mtime_ns
     summary = run(autoencoder, images, out)
@@ -429,3 +432,60 @@ def test_encode_command_with_features(tmp_path: Path, capsys) -> None:
     assert shard.settings.shard_size == 2_500
     assert cli.main([*arguments, "--out", str(tmp_path / "m"), "--features-grid", "0"]) == 2
     assert "--features-grid is 0" in capsys.readouterr().err
+
+
+def test_added_images_alone_are_encoded(autoencoder: Autoencoder, images: ImageSet, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "images"
+    run(autoencoder, images, out)
+    before, old = {path: path.read_bytes() for path in out.iterdir()}, contents(out)
+    statistics = load_statistics(out, 3)
+
+    def again(**options: Any) -> EncodeSummary:
+        return run(autoencoder, ImageSet(FolderSource(folder), IMAGE_SIDE), out, **options)
+
+    # between the others, in a class of its own before theirs, and a file that was copied, at another time
+    added = [folder / "class0" / "005.png", folder / "a new class" / "x.png"]
+    for number, path in enumerate(added):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(images.source.describe(number + 3), path)
+    os.utime(images.source.describe(2), (1, 1))
+    pytest.raises(UsageError, again, store="sample").match("store 'moments', this command says 'sample'")
+    assert again().num_images == 2 and again().num_images == 0
+    kept = {path: path.read_bytes() for path in before if path.stem not in ("index", "latents_stats")}
+    assert all(before[path] == data for path, data in kept.items()) and len(kept) == 6
+    new = contents(out)
+    for name, values in old.items():
+        assert torch.equal(new[name][:NUM_IMAGES], values), name
+    assert new["labels"][NUM_IMAGES:].tolist() == [2, 0]  # the new class comes last
+    assert torch.allclose(new["plain"][[11, 12]], old["plain"][[4, 3]], atol=1e-5)
+    dataset = LatentDataset(out)
+    assert (len(dataset), dataset.num_classes) == (13, 3) and json.loads((out / "index.json").read_text())["classes"][
+        2:
+    ] == ["a new class"]
+    assert dataset.image_ids()[0].tolist() == list(range(13))
+    assert not torch.equal(load_statistics(out, 3).mean, statistics.mean)
+    (out / "shard-00001.safetensors").write_bytes(b"damaged")
+    (out / "shard-00003.safetensors").unlink()
+    assert again().num_images == 6 and all(torch.allclose(contents(out)[name], new[name], atol=1e-5) for name in new)
+
+    victim, there = Path(images.source.describe(0)), {path: path.read_bytes() for path in out.iterdir()}
+    whole = victim.read_bytes()
+    victim.unlink()
+    pytest.raises(UsageError, again).match(r"class0/00\.png is not there any more; put it back as it was, or set --out")
+    shutil.copy(images.source.describe(1), victim)
+    pytest.raises(UsageError, again).match(r"of which class0/00\.png has changed; put it back")
+    victim.write_bytes(whole)
+    assert again().num_images == 0 and {path: path.read_bytes() for path in out.iterdir()} == there
+
+
+def test_a_folder_without_lists_grows_once_they_are_made(
+    images: ImageSet, autoencoder: Autoencoder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(autoencoder, images, out)
+    shutil.copy(images.source.describe(0), tmp_path / "images" / "class1" / "more.png")
+    for path in out.glob("shard-*.json"):
+        path.unlink()
+    grown = ImageSet(FolderSource(tmp_path / "images"), IMAGE_SIDE)
+    pytest.raises(UsageError, run, autoencoder, grown, out).match("num_images 11, this command says 12")
+    assert run(autoencoder, images, out).num_images == 0 and run(autoencoder, grown, out).num_images == 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
-from vadit.images.loader import Decoder, ImageBatch, ImageSet, load_in_order
+from vadit.images.loader import Decoder, ImageBatch, ImageSet, ImageSource, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.images.pixels import to_signed
+from vadit.latents import growth
 from vadit.latents.shards import (
     STATISTICS_FILE,
     LatentSettings,
@@ -88,8 +89,9 @@ def encode(
     `decoder` says who decodes the images (default: Pillow, in num_workers threads, whose pixels are exact).
     `stats_samples`: statistics from so many random latents; 0 for all of them (see compute_statistics). `precision` is
     the autoencoder's. `progress` is called with the images done so far over all processes (an estimate from this one's
-    share). Up to rounding the result does not depend on batch_size or the number of processes. UsageError where `out`
-    holds latents made with other settings; RunError where the disk is full.
+    share). Up to rounding the result does not depend on batch_size or the number of processes. Images that were added
+    since come into new shards (`growth`). UsageError: `out` holds latents of other settings or images. RunError: the
+    disk is full.
     """
     out = Path(out)
     if shard_size is None:
@@ -101,14 +103,15 @@ def encode(
     settings = _settings(autoencoder, images, features, seed=seed if store == "sample" else 0, **kept)
     autoencoder = as_computed(autoencoder, settings.precision)
     started = time.monotonic()
-    parts = [range(len(images))[start : start + shard_size] for start in range(0, len(images), shard_size)]
-    paths = [out / f"shard-{number:05d}.safetensors" for number in range(len(parts))]
     with owned(out, "set --out to another one"):
-        finished = _finished_shards(out, settings, paths, ["precision"] if precision == "auto" else [])
+        classes, parts = growth.plan(out, images.source, settings.shard_size)
+        settings = replace(settings, num_classes=len(classes))
+        relabel = torch.tensor([classes.index(name) for name in images.source.classes])
+        finished = _finished_shards(out, settings, parts, ["precision"] if precision == "auto" else [])
         distributed.barrier()  # every process has seen the folder before one of them changes it
-        mine = list(zip(paths, parts, strict=True))[distributed.rank() :: distributed.world_size()]
-        share = sum(len(ids) for _, ids in mine)
-        num_done = num_encoded = num_written = 0
+        mine = parts[distributed.rank() :: distributed.world_size()]
+        share, num_done = sum(len(part.ids) for part in mine), 0
+        num_encoded = num_written = 0
 
         def report(num_more: int) -> None:
             if progress is not None:
@@ -118,18 +121,16 @@ def encode(
         autoencoder.eval()
         try:
             with (decoder or pillow_decoder(images, num_workers, next(autoencoder.parameters()).device))() as active:
-                for path, ids in mine:
-                    if path not in finished or not _is_intact(path):
-                        writer = LatentShardWriter(path, settings)
-                        for batch in load_in_order(images, ids, batch_size, active):
-                            writer.add(_rows(autoencoder, features, batch, settings))
-                            report(writer.count)
-                        if writer.count == 0:
-                            some = f"none of the images {ids.start} to {ids.stop - 1} of {settings.source}"
-                            raise RunError(f"{some} decodes; replace them")
-                        num_encoded += writer.close()
+                for part in mine:
+                    if part.path in finished and _is_intact(part.path):
+                        if not part.listed:  # of before there were lists
+                            growth.list_images(part, images.source, classes)
+                    else:
+                        batches = load_in_order(images, part.indices, batch_size, active)
+                        rows = (_rows(autoencoder, features, batch, settings, part, relabel) for batch in batches)
+                        num_encoded += _write_shard(part, rows, settings, images.source, classes, report)
                         num_written += 1
-                    num_done += len(ids)
+                    num_done += len(part.ids)
                     report(0)
         finally:
             autoencoder.train(was_training)
@@ -137,11 +138,31 @@ def encode(
         encoding_s = time.monotonic() - started
         distributed.barrier()
         if distributed.is_main():
-            _complete(out, settings, images, autoencoder.path, paths, samples=stats_samples, seed=seed)
+            _complete(out, settings, classes, autoencoder.path, parts, samples=stats_samples, seed=seed)
         distributed.barrier()
     if joined:
         dist.destroy_process_group()
     return EncodeSummary(num_encoded, num_written, num_encoded / max(encoding_s, 1e-9))
+
+
+def _write_shard(
+    part: growth.Part,
+    rows: Iterator[dict[str, Tensor]],
+    settings: LatentSettings,
+    source: ImageSource,
+    classes: list[str],
+    report: Callable[[int], None],
+) -> int:
+    """Write a shard and the list of its images; how many have latents."""
+    writer = LatentShardWriter(part.path, settings)
+    for each in rows:
+        writer.add(each)
+        report(writer.count)
+    if writer.count == 0:
+        some = f"none of the images {part.ids[0]} to {part.ids[-1]} of {settings.source}"
+        raise RunError(f"{some} decodes; replace them")
+    growth.list_images(part, source, classes)
+    return writer.close()
 
 
 def _settings(
@@ -176,12 +197,19 @@ def _settings(
 
 
 def _rows(
-    autoencoder: Autoencoder, features: FoundationModel | None, batch: ImageBatch, settings: LatentSettings
+    autoencoder: Autoencoder,
+    features: FoundationModel | None,
+    batch: ImageBatch,
+    settings: LatentSettings,
+    part: growth.Part,
+    relabel: Tensor,
 ) -> dict[str, Tensor]:
-    """What is stored of a batch of images and of their mirror images, by name."""
+    """What is stored of a batch of images and of their mirror images, by name, with ids and labels of the folder."""
+    known = dict(zip(part.indices, part.ids, strict=True))
+    ids = torch.tensor([known[index] for index in batch.ids.tolist()])
     weight = next(autoencoder.parameters())
     pixels = to_signed(batch.images.to(weight.device, non_blocking=True))
-    rows = {"labels": batch.labels, "ids": batch.ids}
+    rows = {"labels": relabel[batch.labels], "ids": ids}
     for suffix, stream, seen in (("", "encode", pixels), ("_flip", "encode mirrored", pixels.flip(-1))):
         if suffix and not settings.flip:
             continue
@@ -191,16 +219,19 @@ def _rows(
         if settings.store == "moments":
             rows[f"moments{suffix}"] = torch.cat([mean, std], dim=1)
         else:
-            noise = rng.normal(rng.fold(settings.seed, stream), batch.ids, mean.shape[1:])
+            noise = rng.normal(rng.fold(settings.seed, stream), ids, mean.shape[1:])
             rows[f"latents{suffix}"] = mean + std * noise.to(mean.device)
         if features is not None:
             rows[f"features{suffix}"] = features(seen)
     return rows
 
 
-def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path], automatic: list[str]) -> set[Path]:
-    """The shards whose headers are sound; refuses a folder that holds any besides `paths`."""
-    expected, finished = set(paths), set()
+def _finished_shards(out: Path, settings: LatentSettings, parts: list[growth.Part], automatic: list[str]) -> set[Path]:
+    """The shards whose headers are sound and whose images are known; refuses a folder that holds any besides `parts`.
+
+    Where none is known, they are from before images were listed, and of as many as there are now.
+    """
+    expected, finished = {part.path: part.listed for part in parts}, set()
     for path in visible(out, ".safetensors") if out.is_dir() else ():
         try:
             found = open_shard(path).settings
@@ -212,10 +243,13 @@ def _finished_shards(out: Path, settings: LatentSettings, paths: list[Path], aut
         if found is None:
             raise UsageError(f"{path} is not from `vadit encode`; set --out to an empty folder")
         remedy = "set --out to an empty folder, or remove this one"
+        if any(expected.values()):
+            found = replace(found, num_images=settings.num_images, num_classes=settings.num_classes)
         refuse_other_settings(out, "latents", asdict(found), asdict(settings), remedy, automatic=automatic)
         if path not in expected:
-            raise UsageError(f"{path} is none of this folder's {len(paths)} shards; remove it")
-        finished.add(path)
+            raise UsageError(f"{path} is none of this folder's {len(parts)} shards; remove it")
+        if expected[path] or not any(expected.values()):
+            finished.add(path)
     return finished
 
 
@@ -228,17 +262,22 @@ def _is_intact(path: Path) -> bool:
 
 
 def _complete(
-    out: Path, settings: LatentSettings, images: ImageSet, tokenizer: str | None, paths: list[Path], **sample: int
+    out: Path,
+    settings: LatentSettings,
+    classes: list[str],
+    tokenizer: str | None,
+    parts: list[growth.Part],
+    **sample: int,
 ) -> None:
     """Write statistics and index once all shards are there, where they are not those of these shards already."""
-    if missing := [path for path in paths if not path.exists()]:
+    if missing := [part.path for part in parts if not part.path.exists()]:
         raise RunError(f"{missing[0]} is missing; run the same command again to encode it")
     with contextlib.suppress(UsageError, RunError):
         open_finished_folder(out)
         index = read_index(out)
         if (out / STATISTICS_FILE).exists() and index is not None:
             if tokenizer and index.tokenizer != reference(tokenizer, out):  # moved, or an index of old
-                save_index(out, settings, images.source.classes, tokenizer)
+                save_index(out, settings, classes, tokenizer)
             return
     compute_statistics(out, **sample)
-    save_index(out, settings, images.source.classes, tokenizer)
+    save_index(out, settings, classes, tokenizer)

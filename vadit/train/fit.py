@@ -1,4 +1,4 @@
-"""Whether a run fits its data and its machine: known before anything is built, and before anything is written."""
+"""Whether a run fits its data and its machine: known before anything is built or written."""
 
 from collections.abc import Collection
 
@@ -15,32 +15,31 @@ from vadit.runtime.free import free_bytes
 from vadit.train.runs import final_folder, has_checkpoint
 
 SMALL = 1 << 21
-"""Positions x width x depth of a batch below which a step needs some 0.6 GB at most, and no estimate, which takes
-seconds."""
+"""Positions x width x depth of a batch below which a step needs 0.6 GB at most, and no estimate, which takes time."""
 GIB = 2**30
 
 
 def follow_data(config: DiTConfig, asked: Collection[str] | None = None) -> DiTConfig:
     """`config` with the shape of its latents, but for the settings of SHAPE that are `asked` for (None: all).
 
-    A run that goes on keeps what it was begun with. UsageError where that, or what is asked for, contradicts the data,
-    with all differences.
+    A run that goes on keeps what it was begun with: UsageError, with all differences, where that contradicts the data.
     """
-    path, begun = config.data.path, has_checkpoint(final_folder(config.run.out))
+    path, out = config.data.path, config.run.out
     if not path or path.startswith("debug:") or asked is None:
         return config  # where all is asked for, `open_latents` compares
+    before = load_run_config(out) if has_checkpoint(final_folder(out)) else None
     found = shape_of(path, config.model.num_classes)
-    before = load_run_config(config.run.out) if begun else None
     kept = vars(before.model) if isinstance(before, DiTConfig) else {}
-    taken = {name: kept.get(name, found[name]) for name in SHAPE if name not in asked}
     if wrong := differences(found, kept):
         raise UsageError(
-            f"data.path {path} does not fit the run {config.run.out}: {wrong}; set data.path to the data that it was "
-            f"begun with, or start from its weights: --run.init-from {config.run.out}, and another --run.out"
+            f"data.path {path} does not fit the run {out}: {wrong}; set data.path to the data that it was begun with, "
+            f"or start from its weights: --run.init-from {out}, and another --run.out"
         )
-    changed = {name: value for name, value in taken.items() if value != getattr(config.model, name)}
+    own = vars(config.model)
+    changed = {name: kept.get(name, found[name]) for name in SHAPE if name not in asked}
+    changed = {name: value for name, value in changed.items() if value != own[name]}
     if changed:
-        values = ", ".join(f"model.{name} {value} ({getattr(config.model, name)})" for name, value in changed.items())
+        values = ", ".join(f"model.{name} {value} ({own[name]})" for name, value in changed.items())
         note_once(f"  {'as the run was begun' if kept else 'as the latents are'}, not the recipe's: {values}", "dim")
     return vary(config, model=changed)
 
@@ -53,38 +52,35 @@ def check_size(config: Config, num_samples: int, device: torch.device) -> None:
     run, engine = config.run, config.engine
     if has_checkpoint(final_folder(run.out)):
         return
-    count = distributed.world_size()
-    micro = distributed.per_rank_batch(run.batch_size, engine.gradient_accumulation)
-    parts = run.batch_size // micro
-    if run.batch_size > num_samples and not config.data.path.startswith("debug:"):
-        most = max(num_samples // parts, 1) * parts
+    micro, path = distributed.per_rank_batch(run.batch_size, engine.gradient_accumulation), config.data.path
+    if run.batch_size > num_samples and not path.startswith("debug:"):
+        parts = run.batch_size // micro
         raise UsageError(
-            f"run.batch_size {run.batch_size:,} is more than the {num_samples:,} samples of data.path "
-            f"{config.data.path}; set --run.batch-size {most} or less"
+            f"run.batch_size {run.batch_size:,} is more than the {num_samples:,} samples of data.path {path}; set "
+            f"--run.batch-size {max(num_samples // parts, 1) * parts} or less"
         )
     if isinstance(config, DiTConfig):
-        size = (config.model.input_size // config.model.patch_size) ** 2 * config.model.hidden_size * config.model.depth
+        model = config.model
+        size = (model.input_size // model.patch_size) ** 2 * model.hidden_size * model.depth
     else:
         size = config.autoencoder.image_size**2 * config.autoencoder.base_channels
     if micro * size < SMALL:
         return
-    stage = settled(config, processes=count, device=device.type).engine.stage
+    count, on_gpu = distributed.world_size(), device.type == "cuda"
     found = estimate(config, count)
-    needed = found.stages[stage]
-    free = free_bytes(device) // (1 if device.type == "cuda" else launcher.place().local_size)
+    needed = found.stages[settled(config, processes=count, device=device.type).engine.stage]
+    free = free_bytes(device) // (1 if on_gpu else launcher.place().local_size)
     if needed.total <= free:
         return
     # Gradients stay between the passes of a step.
     whole = needed.total - needed.activations - needed.gradients + 4 * sum(each.num_trained for each in found.networks)
     cuts = [cut for cut in range(2, micro + 1) if micro % cut == 0 and whole + needed.activations / cut <= free]
-    remedy = (
-        f"--engine.gradient-accumulation {cuts[0] * engine.gradient_accumulation} (the batch stays as it is) or a "
-        "smaller --run.batch-size"
-        if cuts
-        else "a smaller network, as its weights alone are too large, or use more processes and --engine.zero-stage 3"
-    )
+    remedy = "a smaller network, as its weights alone are too large, or use more processes and --engine.zero-stage 3"
+    if cuts:
+        more = cuts[0] * engine.gradient_accumulation
+        remedy = f"--engine.gradient-accumulation {more} (the batch stays as it is) or a smaller --run.batch-size"
     raise UsageError(
         f"run.batch_size {run.batch_size:,} needs about {needed.total / GIB:,.1f} GiB for the {micro:,} images of a "
-        f"pass, and {free / GIB:,.1f} GiB of {'the GPU' if device.type == 'cuda' else 'memory'} are free for each "
-        f"process; set {remedy}"
+        f"pass, and {free / GIB:,.1f} GiB of {'the GPU' if on_gpu else 'memory'} are free for each process; set "
+        + remedy
     )
