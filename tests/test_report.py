@@ -390,12 +390,15 @@ def test_damaged_files_are_left_out_and_reported(tmp_path: Path, capsys) -> None
         bad += (b"", b'{"images": 500000, "mse": "x"}', b'{"images": 600000, "loss": %s}' % (b"9" * 400))
         stream.write(b"\n".join(bad))
     with (folder / "evaluations.jsonl").open("a") as stream:
-        stream.write('{"images": 9000, "grid": "../secret.png"}\n{"images": 9500, "grid": 7}\n{"ima')
+        stream.write('{"images": 9000, "grid": "../secret.png"}\n{"images": 9500, "grid": 7}\n')
+        stream.write('{"images": 9600, "fid1k_x": 3, "inputs": 7}\n{"ima')
     Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
     (folder / "evaluations" / "1.png").unlink()
     (folder / "evaluations" / "2.png").write_bytes(b"no picture")
     (folder / "metrics.json").write_text("[]")
     (folder / "metrics-2.json").write_text('{"kind": "samples", "metrics": {"fid1k": 3, "bad": NaN, "worse": "x"}}')
+    odd = {"kind": "", "metrics": {"psnr": 3, "_": 2, "fid1_-": 1}, "inputs": {"num_images": "x", "reference": [3]}}
+    (folder / "metrics-3.json").write_text(json.dumps(odd))
     assert main(["report", str(folder)]) == 0
     notes = capsys.readouterr().out
     for expected in ("damaged lines of log.jsonl left out: 10", "evaluations.jsonl left out: 1", "metrics.json is not"):

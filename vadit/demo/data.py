@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vadit.images.formats import open_image
+from vadit.images.sources.folders import in_order
 from vadit.runtime.files import whole_file
 from vadit.runtime.reading import read_file
 
@@ -48,12 +49,13 @@ def prepare(folder: Path, kind: Literal["digits", "photos"]) -> DemoData:
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], labels[order]
     cut = int(len(images) * (1 - HELD_OUT))
+    names = classes if classes == in_order(classes) else [f"{label}-{name}" for label, name in enumerate(classes)]
     data = DemoData(folder / "train", classes, images[:cut], labels[:cut], images[cut:], labels[cut:])
     if not folder.is_dir():
         with whole_file(folder) as partial:
             for part, start, stop in (("train", 0, cut), ("held_out", cut, len(images))):
                 for index in range(start, stop):
-                    target = partial / part / f"{labels[index]}-{classes[labels[index]]}" / f"{index:05d}.png"
+                    target = partial / part / names[labels[index]] / f"{index:05d}.png"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(images[index]).save(target)
     return data

@@ -117,7 +117,7 @@ def generator_config(
         data=LatentDataSpec(path=str(latents), flip=False),
         sample=SampleSpec(num_steps=50, labels="balanced"),
         evaluation=EvaluationSpec(
-            every_images=max(steps // 5, 1) * batch, tokenizer=str(tokenizer), grid_images=num_classes, steps=25
+            every_images=max(steps // 5, 2) * batch, tokenizer=str(tokenizer), grid_images=num_classes, steps=25
         ),
     )  # fmt: skip
 

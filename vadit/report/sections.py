@@ -252,7 +252,8 @@ def _better(name: str) -> str:
 
 def _found(run: Run) -> dict[str, tuple[float, float, dict[str, Any]]]:
     """Value, deviation and inputs of each metric of a run, by name: a file's go before those of training."""
-    inputs: dict[str, Any] = next((line["inputs"] for line in reversed(run.evaluations.lines) if "inputs" in line), {})
+    found = (line.get("inputs") for line in reversed(run.evaluations.lines))
+    inputs: dict[str, Any] = next((each for each in found if isinstance(each, dict)), {})
     numbers = {name: (value, 0.0, inputs) for name, value in _metrics_of(run).items()}
     for scores in run.scores:
         for name, value in scores.metrics.items():

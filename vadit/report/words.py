@@ -31,7 +31,7 @@ class Metric(NamedTuple):
     protocol: str  # in words
 
 
-def metric(name: str, num_images: int | None = None) -> Metric:
+def metric(name: str, num_images: object = None) -> Metric:
     """What a name in metrics.json or evaluations.jsonl means; the name itself where it is no metric of vadit's.
 
     num_images: of a tokenizer's evaluation, whose names do not say it.
@@ -41,7 +41,8 @@ def metric(name: str, num_images: int | None = None) -> Metric:
         return Metric(name, name, None, "")
     kind, number, sampler = found.groups()
     of_images = kind in ("rfid", "psnr", "ssim", "lpips")
-    count = int(number.replace("k", "000")) if number else num_images if of_images else None
+    known = num_images if of_images and isinstance(num_images, int) else None
+    count = int(number.replace("k", "000")) if number else known
     noun = "images" if of_images else "samples"
     parts = [f"{count:,} {noun}" if count else "", sampler_words(sampler) if sampler else ""]
     return Metric(_METRICS[kind], kind, count, ", ".join(filter(None, parts)))
