@@ -212,6 +212,21 @@ def test_a_folder_says_all_that_its_samples_need(mine: Path, capsys) -> None:
     assert "has no checkpoint yet; train it first" in refusal(capsys, ["sample", "../mine", *common], 2)
 
 
+def test_latents_of_another_tokenizer_do_not_continue_a_run(house: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(house / "run", tmp_path / "run")
+    train = [*DEBUG, "--run.out", str(tmp_path / "run"), "--data.path"]
+    torch.manual_seed(1)
+    Autoencoder(get_recipe("vavae-f16d32-dinov2-debug").autoencoder).save_pretrained(tmp_path / "tokenizer")
+    again = encode(tmp_path)
+    again[4] = str(house / "images")
+    assert cli.main(again) == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in files(tmp_path / "run")}
+    said = refusal(capsys, [*train, str(tmp_path / "latents")], 2)
+    assert "holds latents of another tokenizer" in said and "--run.init-from" in said
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in files(tmp_path / "run")} == before
+    assert cli.main([*train, str(house / "latents")]) == 0
+
+
 def test_a_guide_changes_the_samples_is_named_and_must_fit(house: Path, tmp_path: Path, capsys) -> None:
     guide = ["--guide", str(house / "run"), "--guide-ema", "0"]
     said = refusal(capsys, sample(house, tmp_path / "none", *guide, "--cfg-scale", "1"), 2)

@@ -26,7 +26,8 @@ from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.runtime.safetensors_file import load_tensors
 from vadit.runtime.stream import check_position
-from vadit.sampling.info import info_of, save_info
+from vadit.sampling.info import FILE as INFO
+from vadit.sampling.info import info_of, read_info, save_info
 from vadit.train.checkpoint import publish
 from vadit.train.checkpoint.shares import WEIGHTS, Shares, average
 from vadit.train.engine import Engine, start
@@ -62,6 +63,14 @@ def check_folder(config: TokenizerConfig | DiTConfig, num_samples: int) -> None:
         remedy = "set it as it was to continue it, or another --run.out"
         refuse_other_settings(folder, "a run", _fixed(before), now, remedy)
     check_position(publish.read_state(newest).loader, num_samples)
+    if isinstance(config, DiTConfig) and (folder / INFO).is_file():
+        made, found = read_info(folder).tokenizer_hash, info_of(config).tokenizer_hash
+        if None not in (made, found) and made != found:
+            raise UsageError(
+                f"data.path {config.data.path} holds latents of another tokenizer ({found}) than the run {folder} was "
+                f"begun with ({made}); set data.path to those, or start from the run's weights: --run.init-from "
+                f"{folder}, and another --run.out"
+            )
 
 
 def _before(config: TokenizerConfig | DiTConfig) -> TokenizerConfig | DiTConfig | None:
