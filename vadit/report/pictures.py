@@ -118,9 +118,7 @@ def _pairs(run: Run, name: str) -> Iterator[Section]:
     """Originals above their reconstructions: of a project's held-out images, or of the last evaluation."""
     held_out = [path for folder in _project(run) if (path := folder / "reconstructions.png").is_file()]
     for path in [*held_out, *(path for _, path in reversed(run.grids))]:
-        if (tiles := _tiles(path, PAIRS)) is not None and len(tiles) > 1:
-            half = tiles.shape[1] // 2 - 1
-            tiles[:, half:-half] = 128  # the gap, for a light page and a dark one
+        if (tiles := _tiles(run, path, PAIRS)) is not None and len(tiles) > 1:
             which = "Images that no network was trained on" if path in held_out else "Images of training"
             row = Row("", [Tiles("images, each above its reconstruction", tiles)])
             text = f"{which}, and below each what the tokenizer makes of it."
@@ -133,7 +131,7 @@ def _over_training(runs: Sequence[Run]) -> Iterator[Section]:
     rows, notes = [], []
     what, same = ("Samples", "noise and classes") if runs[0].kind != "tokenizer" else ("Reconstructions", "images")
     for run in runs:
-        whole = [(seen, tiles) for seen, path in run.grids if (tiles := _tiles(path, ACROSS)) is not None]
+        whole = [(seen, tiles) for seen, path in run.grids if (tiles := _tiles(run, path, ACROSS)) is not None]
         if missing := len(run.grids) - len(whole):
             notes.append(f"{run.name}: {missing} pictures are gone or damaged.")
         now = progress(run)
@@ -145,11 +143,14 @@ def _over_training(runs: Sequence[Run]) -> Iterator[Section]:
         yield Section(f"{what} over training", gallery=rows, notes=notes)
 
 
-def _tiles(path: Path, limit: int) -> np.ndarray | None:
+def _tiles(run: Run, path: Path, limit: int) -> np.ndarray | None:
     """The first tiles of a picture, or all of it as one; None where it is missing, too large, or damaged."""
     try:
         image = open_image(read_file(path))
     except Exception:  # of whatever kind: Pillow's decoders raise almost any
         return None
     tiles = read_tiles(image, limit)
+    if tiles is not None and run.kind == "tokenizer":
+        half = tiles.shape[1] // 2 - 1
+        tiles[:, half:-half] = 128  # the gap of a pair, for a light page and a dark one
     return np.asarray(image.convert("RGB"))[None] if tiles is None else tiles

@@ -50,6 +50,8 @@ _QUANTITIES = {
     "mse": ("Velocity MSE", ""),
     "direction": ("Direction loss", ""),
     "skipped": ("Steps skipped", ""),
+    "save_stall_ms": ("Training stopped for a save", "ms"),
+    "save_write_ms": ("Writing a save", "ms"),
 }
 """Title and unit of what a log has; others go by their names."""
 _SPEED = ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait_share", "comm_share", "memory_gib")
