@@ -1,5 +1,6 @@
 """A run against its data and its machine: shapes that follow the latents, batches that are too large."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ from latent_files import CHANNELS, CLASSES, SIDE, moments_folder, reference_fold
 from vadit import cli
 from vadit.config import Config, vary
 from vadit.estimate.memory import estimate
+from vadit.models.dit import LightningDiT
 from vadit.recipes import get_recipe
 from vadit.runtime import free, launcher
 from vadit.runtime.errors import UsageError
-from vadit.train import fit
+from vadit.train import fit, runs
 from vadit.train.checkpoint.export import load_generator
 
 RECIPE = "lightningdit-xl-64ep-debug"
@@ -67,6 +69,23 @@ def test_shapes_follow_the_data(tmp_path: Path, capsys) -> None:
     error = train("ours").splitlines()[-1]
     assert "model.in_channels is 4 where the latents have 2, model.num_classes is 5 where the latents have 6;" in error
     assert f"--run.init-from {run}" in error
+
+
+def test_weights_of_other_classes_are_a_start(tmp_path: Path) -> None:
+    """Known classes keep their rows where some are added, and none does where there are fewer: they are others."""
+    spec = get_recipe("lightningdit-b-debug").model  # type: ignore[union-attr]
+    old = LightningDiT(spec)
+    torch.nn.init.normal_(old.y_embedder.embedding_table.weight)
+    old.save_pretrained(tmp_path)
+    for count, kept in ((spec.num_classes + 2, spec.num_classes), (3, 0), (spec.num_classes, spec.num_classes)):
+        new = LightningDiT(dataclasses.replace(spec, num_classes=count))
+        before = new.y_embedder.embedding_table.weight.detach().clone()
+        runs.initialise(new, str(tmp_path))
+        after, source = new.y_embedder.embedding_table.weight, old.y_embedder.embedding_table.weight
+        assert torch.equal(after[:kept], source[:kept]) and torch.equal(after[kept:-1], before[kept:-1])
+        assert torch.equal(after[-1], source[-1]) and torch.equal(
+            new.x_embedder.proj.weight, old.x_embedder.proj.weight
+        )
 
 
 def sized(name: str, out: Path, batch: int, data: str = "debug:8", **engine: Any) -> Config:

@@ -41,6 +41,7 @@ _FREE = {
 _FREE_ENGINE = ("tf32", "zero_stage", "offload_optimizer", "offload_weights", "overlap_comm", "gradient_accumulation")
 _FREE_DATA = ("path", "images", "num_workers", "on_error", "max_bad_share")
 _PROJECTION = ("linear_proj.", "projector.")
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 C = TypeVar("C", bound=Config)
@@ -231,7 +232,23 @@ def initialise(module: nn.Module, source: str) -> None:
     # Projections to features (VF loss, REPA) are no part of an exported network, and of no use without alignment.
     state = {name: value for name, value in state.items() if name in own or not name.startswith(_PROJECTION)}
     state |= {name: value for name, value in own.items() if name not in state and name.startswith(_PROJECTION)}
+    _fit_classes(state, own, str(origin))
     load_state(module, state, str(origin))
+
+
+def _fit_classes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], origin: str) -> None:
+    """Give the table of labels the rows of `own`: data may have grown, or have other classes.
+
+    The row of no class, the last, goes along. Known classes do where there are more now; fewer are others.
+    """
+    old, new = state.get(LABEL_TABLE), own.get(LABEL_TABLE)
+    if old is None or new is None or len(old) == len(new) or old.shape[1:] != new.shape[1:]:
+        return
+    kept = len(old) - 1 if len(old) < len(new) else 0
+    state[LABEL_TABLE] = torch.cat([old[:kept], new[kept:-1], old[-1:]])
+    note_once(
+        f"{origin} has {len(old) - 1:,} classes, this run {len(new) - 1:,}: {len(new) - 1 - kept:,} begin untrained"
+    )
 
 
 def initialise_discriminator(module: nn.Module, source: str) -> None:
