@@ -14,19 +14,14 @@ import torch
 from rich.table import Table
 
 from vadit.config import (
-    AutoencoderSpec,
     DiTConfig,
-    DiTSpec,
-    EngineSpec,
     EvaluationSpec,
-    FlowSpec,
     ImageDataSpec,
     LatentDataSpec,
-    OptimizerSpec,
     RunSpec,
     SampleSpec,
     TokenizerConfig,
-    TokenizerLossSpec,
+    vary,
 )
 from vadit.demo import networks, report
 from vadit.demo.data import SIZE, DemoData, channels_first, prepare
@@ -39,7 +34,7 @@ from vadit.latents.dataset import LatentDataset
 from vadit.latents.encode import encode
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.foundation import FoundationModel
-from vadit.recipes.small import small_vit
+from vadit.recipes.small import small_dit, small_vavae, small_vit
 from vadit.runtime import rng
 from vadit.runtime.console import ProgressBar, note, say, show
 from vadit.runtime.files import refuse_other_settings, save_json
@@ -73,53 +68,38 @@ QUICK = Sizes(foundation=60, judge=100, tokenizer=120, generator=200, samples=10
 def tokenizer_config(
     out: Path, images: Path, foundation: Path, num_classes: int, *, steps: int, seed: int = 0
 ) -> TokenizerConfig:
-    """An f8d16 VA-VAE of 0.7M weights for 32x32 images; its VF loss is that of the paper's first of three stages."""
-    batch = 16  # many small steps: 700 of 16 reach 32.9 dB where 320 of 32 reach 26.5
-    return TokenizerConfig(
-        autoencoder=AutoencoderSpec(
-            image_size=SIZE, latent_channels=16, base_channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1,
-            attention_resolutions=(), norm_groups=16,
-        ),
+    """`small-vavae` for 32x32 images."""
+    base = small_vavae()
+    return vary(
+        base,
+        autoencoder={"image_size": SIZE},
         foundation=small_vit(SIZE, 8, num_classes, str(foundation)),
-        # No VGG file comes with any package, so no LPIPS.
-        loss=TokenizerLossSpec(
-            perceptual_weight=0.0, disc_channels=16, disc_layers=2, disc_start_step=steps * 3 // 4, disc_weight=0.1,
-            vf_weight=0.5, cos_margin=0.0, distmat_margin=0.0,
-        ),
-        optimizer=OptimizerSpec(lr=2e-3, betas=(0.5, 0.9), schedule="one_cycle"),
-        engine=EngineSpec(ema_decays=(), max_grad_norm=0.0),
-        run=RunSpec(
-            out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
-            log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
-        ),
+        loss={"disc_start_step": steps * 3 // 4},
+        run=_run(out, base.run, steps=steps, seed=seed),
         data=ImageDataSpec(path=str(images), loader="torch", num_workers=2),  # the same numbers everywhere
-    )  # fmt: skip
+    )
 
 
 def generator_config(
     out: Path, latents: Path, tokenizer: Path, num_classes: int, *, steps: int, seed: int = 0
 ) -> DiTConfig:
-    """A LightningDiT of 1.3M weights on 4x4 latents with every switch of the paper's."""
-    batch = 64
-    return DiTConfig(
-        # label_init_std 1: with 0.02 the classes are not learnt in so few steps.
-        model=DiTSpec(
-            input_size=4, in_channels=16, hidden_size=128, depth=4, num_heads=4, num_classes=num_classes,
-            label_init_std=1.0,
-        ),
-        flow=FlowSpec(),
-        optimizer=OptimizerSpec(lr=2e-3, schedule="one_cycle"),
-        engine=EngineSpec(ema_decays=(0.99,)),
-        run=RunSpec(
-            out=str(out), total_images=steps * batch, batch_size=batch, seed=seed,
-            log_every_images=10 * batch, save_every_images=200 * batch, keep_checkpoints=1,
-        ),
+    """`small-dit` on 4x4 latents, with pictures on the way."""
+    base = small_dit()
+    every = max(steps // 5, 2) * base.run.batch_size
+    return vary(
+        base,
+        model={"input_size": SIZE // 8, "num_classes": num_classes},
+        engine={"ema_decays": (0.99,)},
+        run=_run(out, base.run, steps=steps, seed=seed),
         data=LatentDataSpec(path=str(latents), flip=False),
-        sample=SampleSpec(num_steps=50, labels="balanced"),
-        evaluation=EvaluationSpec(
-            every_images=max(steps // 5, 2) * batch, tokenizer=str(tokenizer), grid_images=num_classes, steps=25
-        ),
-    )  # fmt: skip
+        sample={"cfg_scale": 1.0},
+        evaluation=EvaluationSpec(every_images=every, tokenizer=str(tokenizer), grid_images=num_classes, steps=25),
+    )
+
+
+def _run(out: Path, spec: RunSpec, *, steps: int, seed: int) -> dict[str, Any]:
+    batch = spec.batch_size
+    return {"out": str(out), "total_images": steps * batch, "seed": seed, "log_every_images": 10 * batch}
 
 
 def run_demo(out: Path, kind: Literal["digits", "photos"], *, quick: bool, seed: int = 0) -> None:
