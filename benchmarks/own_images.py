@@ -56,7 +56,7 @@ def cut(folder: Path, per_class: int, seed: int) -> None:
         (folder / name).mkdir(parents=True)
         for index in range(per_class):
             left, top = (int(generator.integers(0, full - side + 1)) for full in photo.size)
-            photo.crop((left, top, left + side, top + side)).save(folder / name / f"{index:04}.png")
+            photo.crop((left, top, left + side, top + side)).save(folder / name / f"{index:04}.jpg", quality=95)
 
 
 def pixels(folder: Path, size: int) -> torch.Tensor:

@@ -138,7 +138,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "1.png")
     (tmp_path / "2.jpg").write_bytes(b"\xff\xd8\xff none")
     found = look(FolderSource(tmp_path))
-    assert (found.count, found.side) == (2, 40) and "1 cannot be read and are left out, such as" in found.words
+    assert (found.num_images, found.side) == (2, 40) and "1 cannot be read and are left out, such as" in found.words
     (tmp_path / "1.png").unlink()
     pytest.raises(UsageError, look, FolderSource(tmp_path)).match(
         r"none of 1 pictures of .* can be read, such as .*2.jpg"

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from vadit.config import FoundationSpec, vary
 from vadit.config.files import save_config
-from vadit.config.ranges import Checked, PathName, Range, Side
+from vadit.config.ranges import Checked, PathName, Range
 from vadit.runtime.console import say, show
 from vadit.runtime.errors import UsageError
 from vadit.runtime.files import check_output, save_json, saved_file
@@ -29,8 +29,8 @@ class NewOptions(Checked):
     """Images: a folder (one subfolder per class, or flat), a folder or pattern of .tar shards, or a .beton."""
     labels_file: PathName | None = None
     """File with a line "NAME LABEL" per image of a flat folder."""
-    size: Side | None = None
-    """Side of the images to train on in pixels, a multiple of 8; default: by pictures and time."""
+    size: Annotated[int, Range(16, 1024)] | None = None
+    """Side of the images to train on in pixels, a multiple of 16; default: by pictures and time."""
     minutes: Annotated[float, Range(0, 10_000_000, above=True)] = 30.0
     """Time that training may take in all, on this machine."""
     foundation: str = "own"
@@ -48,6 +48,8 @@ def run(options: NewOptions) -> None:
     """Look, measure, choose, write, print."""
     out = Path(options.out)
     check_output("OUT", out)
+    if options.size and options.size % 16:
+        raise UsageError(f"--size {options.size} is no multiple of 16; set it to {options.size // 16 * 16}")
     from vadit.images.backends import open_images
     from vadit.project.measure import find_machine, look, speed
     from vadit.project.plan import Planner
@@ -61,12 +63,11 @@ def run(options: NewOptions) -> None:
     foundation = None if options.foundation == "own" else FoundationSpec(options.foundation, weights)
     spec = dataclasses.replace(small_vavae().data, path=images, labels_file=labels)
     pictures, machine = look(open_images(spec, options.size or 8).source), find_machine(options.device)
-    say(pictures.words, machine.words)
     planner = Planner(pictures, machine, speed, options.minutes, options.size, foundation, vgg)
     drafts = planner.plan()
     draft = drafts[TOKENIZER]
     held_up = pictures.decode_s > DECODING * planner.seconds(draft.config, 1)
-    prepared = held_up and 5 * draft.config.autoencoder.image_size**2 * pictures.count < MOST_BYTES
+    prepared = held_up and 5 * draft.config.autoencoder.image_size**2 * pictures.num_images < MOST_BYTES
     draft.config = vary(draft.config, data={"path": images, "labels_file": None if prepared else labels})
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob(f"{PICTURES}*"):  # of settings before
@@ -75,24 +76,20 @@ def run(options: NewOptions) -> None:
     for name, draft in drafts.items():
         save_config(placed(draft.config, out / name), out / name / "config.json")
 
-    from rich.table import Table
-
-    table, lines = Table(), [f"# {out.name}", "", pictures.words, machine.words]
-    for column in ("setting", "value", "why"):
-        table.add_column(column, overflow="fold")
-    for name, draft in drafts.items():
-        minutes = f"{planner.seconds(draft.config) / 60:.1f} min"
-        lines += ["", f"## {name}: {minutes}", "", "| setting | value | why |", "|---|---|---|"]
-        lines += [f"| {' | '.join(reason)} |" for reason in draft.reasons]
-        table.add_section()
-        table.add_row(name, minutes, "by the measured step", style="bold")
-        for reason in draft.reasons:
-            table.add_row(*reason)
-    with saved_file(out / "README.md") as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-    show(table)
+    found, tables = [pictures.words, machine.words], list[str]()
     if prepared:
-        say(f"decoding takes {pictures.decode_s:.3f} s a picture: they are scaled once, into {out / PICTURES}")
+        found += [f"decoding takes {pictures.decode_s:.3f} s a picture: they are scaled once, into {PICTURES}"]
+    for name, draft in drafts.items():
+        tables += [f"## {name}: {planner.seconds(draft.config) / 60:.1f} min by a measured step"]
+        tables += ["", "| setting | value | why |", "|---|---|---|"]
+        tables += [f"| {setting} | `{value}` | {why} |" for setting, value, why in draft.reasons] + [""]
+    with saved_file(out / "README.md") as partial:
+        text = "\n".join([f"# {out.name}", "", *(f"- {line}" for line in found), "", *tables])
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    from rich.markdown import Markdown
+
+    say(*found)
+    show(Markdown("\n".join(tables)))
     first, second = (shlex.quote(str(out / name)) for name in (TOKENIZER, GENERATOR))
     say(f"{out / 'README.md'} keeps this; next: vadit train {first} && vadit train {second}")
 

@@ -4,9 +4,9 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -25,19 +25,17 @@ LOOK_S, LOOK_IMAGES = 4.0, 100  # pictures are decoded for so long, or so many
 STEPS, PART = 9, 3  # that a trial takes; the fastest part of them counts
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """A set of pictures, by all names and some of the files."""
 
-    count: int
+    num_images: int
     num_classes: int
     side: int  # median of the shorter sides, in pixels
     decode_s: float  # of one picture, on one core
     words: str
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What trains here."""
 
     gpu: bool
@@ -69,9 +67,8 @@ def look(source: ImageSource) -> Pictures:
 def find_machine(choice: str) -> Machine:
     """The device of this process and what it has free."""
     device, cores = distributed.device(choice), len(os.sched_getaffinity(0))
-    free, gpu = free_bytes(device), device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else "no GPU"
-    return Machine(gpu, cores, free, f"{cores} CPU cores, {name}; {free / 2**30:.1f} GiB free{' there' if gpu else ''}")
+    free, name = free_bytes(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    return Machine(device.type == "cuda", cores, free, f"{cores} CPU cores, {name}; {free / 2**30:.1f} GiB free")
 
 
 def speed(config: Config) -> float:
