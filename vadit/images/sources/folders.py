@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 DEBUG_CLASSES = 10
 REMEDY = "replace or remove it, or leave it out with --on-error skip (vadit train: --data.on-error skip)"
-SET_FOLDER = "set IMAGES of vadit prepare, --images of encode and evaluate, or --data.path of train"
+SET_FOLDER = "set IMAGES of vadit prepare, --images of new, encode and evaluate, or --data.path of train"
 
 
 class FolderSource:
