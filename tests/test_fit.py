@@ -119,6 +119,9 @@ def test_a_batch_that_is_too_large_is_refused_before_anything_is_built(tmp_path:
         pytest.raises(UsageError, fit.check_size, config, 64, cpu).match(r"32 images of a pass, and 3\.0 GiB")
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1 * GIB)
     pytest.raises(UsageError, fit.check_size, config, 64, cpu).match("set a smaller network")
+    for name in ("contrastive_weight", "dispersive_weight"):  # their losses compare the samples of a micro-batch
+        one = vary(sized("lightningdit-b-debug", out, 2, gradient_accumulation=2), flow={name: 0.1})
+        pytest.raises(UsageError, fit.check_size, one, 8, cpu).match(rf"flow\.{name} compares .* which holds 1; raise")
     assert not out.exists()
     monkeypatch.setattr(fit, "has_checkpoint", lambda folder: True)  # it did fit
     fit.check_size(config, 8, cpu)

@@ -1,5 +1,6 @@
 """Which source, which decoder, which loader: by path, by what is installed, and by what works here."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -153,15 +154,12 @@ def _pick(wanted: str, images: ImageSet, device: torch.device, begun_with: str |
 
 def _trial(images: ImageSet, device: torch.device) -> str:
     """What goes wrong where DALI decodes some images of the set, compared with Pillow."""
-    step = max(len(images) // TRIAL_IMAGES, 1)
     expected: list[np.ndarray] = []
     requests: list[Request] = []
-    for index in list(range(0, len(images), step))[:TRIAL_IMAGES]:
-        try:
-            expected.append(decode(images, Request(index)))
-        except RunError:  # the loader will meet it, and report it
-            continue
-        requests.append(Request(index))
+    for request in map(Request, spread(len(images), TRIAL_IMAGES).tolist()):
+        with contextlib.suppress(RunError):  # the loader will meet it, and report it
+            expected.append(decode(images, request))
+            requests.append(request)
     if not requests:
         return ""
     try:

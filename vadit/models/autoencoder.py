@@ -244,11 +244,6 @@ class Autoencoder(Pretrained):
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
         self.gradient_checkpointing = gradient_checkpointing
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights (asked of the iterator: an attribute would make ZeRO 3 gather the tensor)."""
-        return next(self.parameters()).dtype
-
     def features(self, x_BCHW: Tensor) -> Tensor:
         """What the encoder makes of images, before quant_conv: (B, 2d, h, w)."""
         return self.encoder(_inner_channels(self, x_BCHW.to(self.dtype)), self.gradient_checkpointing)

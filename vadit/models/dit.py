@@ -412,14 +412,9 @@ class LightningDiT(Pretrained):
                 nn.init.zeros_(last.weight)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.pos_embed.dtype
-
-    @property
     def compiled_blocks(self) -> list[nn.Module]:
         """All transformer blocks: what a trainer compiles one by one."""
-        return list(self.blocks)
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def forward(
         self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None, *, with_variance: bool = False

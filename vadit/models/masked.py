@@ -194,10 +194,6 @@ class MaskDiT(MaskedDiT):
         nn.init.normal_(self.mask_token, std=INIT_STD)
         nn.init.zeros_(self.narrowing.linear.weight)  # as in the authors' code
 
-    @property
-    def compiled_blocks(self) -> list[nn.Module]:
-        return [*self.blocks, *self.decoder_blocks]
-
     def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
         x_BND = self.narrowing(self.through(self.blocks, x_BND, c_BD, self._places(visible_BV)), c_BD)
         if visible_BV is not None:
@@ -235,10 +231,6 @@ class MDT(MaskedDiT):
         for module in self.modules():
             if isinstance(module, PlacedAttention) and module.relative_bias is not None:
                 nn.init.normal_(module.relative_bias, std=INIT_STD)
-
-    @property
-    def compiled_blocks(self) -> list[nn.Module]:
-        return [*self.blocks, self.side_block]
 
     def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
         blocks = list(self.blocks)

@@ -63,6 +63,11 @@ class Pretrained(nn.Module):
     origin = Origin()
     path: str | None = None  # what `load_autoencoder` read it from
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights (asked of the iterator: an attribute would make ZeRO 3 gather the tensor)."""
+        return next(self.parameters()).dtype
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, which is made where it does not exist."""
         known = {} if self.origin == Origin() else {"vadit": json.dumps(dataclasses.asdict(self.origin))}

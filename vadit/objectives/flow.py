@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vadit.config import FlowSpec
-from vadit.runtime.errors import UsageError
 
 Path = Literal["linear", "gvp", "vp"]
 Prediction = Literal["velocity", "noise", "score"]
@@ -175,11 +174,6 @@ def contrastive_error(prediction: Tensor, velocity: Tensor) -> Tensor:
 
     The other one is the next in the batch, whose order is random: a permutation without fixed points.
     """
-    if prediction.shape[0] < 2:
-        raise UsageError(
-            "flow.contrastive_weight compares samples of a micro-batch, which holds 1; raise --run.batch-size or lower "
-            "--engine.gradient-accumulation"
-        )
     prediction, velocity = _comparable(prediction, velocity)
     return ((prediction - velocity.roll(1, dims=0)) ** 2).mean()
 

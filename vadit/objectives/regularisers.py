@@ -29,11 +29,6 @@ def dispersive_loss(hidden_BND: Tensor, temperature: float = 0.5) -> Tensor:
 
     h_i is a sample's whole output, D = N x D numbers; the pairs are all B x B of the micro-batch, as in their code.
     """
-    if len(hidden_BND) < 2:
-        raise UsageError(
-            "flow.dispersive_weight compares samples of a micro-batch, which holds 1; raise --run.batch-size or lower "
-            "--engine.gradient-accumulation"
-        )
     rows = hidden_BND.flatten(1).float()
     rows = rows - rows.mean(dim=0)  # distances stay, and the products that they are made of lose fewer digits
     squares = rows.square().sum(dim=1)

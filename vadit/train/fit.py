@@ -47,12 +47,20 @@ def follow_data(config: DiTConfig, asked: Collection[str] | None = None) -> DiTC
 def check_size(config: Config, num_samples: int, device: torch.device) -> None:
     """UsageError where a run that begins has a larger batch than there are samples, or than memory is likely to hold.
 
-    A run that goes on has shown that it fits. Debug data are of any number.
+    A run that goes on has shown that it fits. Debug data are of any number. Also where a loss compares the samples of a
+    micro-batch, which holds one.
     """
     run, engine = config.run, config.engine
+    micro, path = distributed.per_rank_batch(run.batch_size, engine.gradient_accumulation), config.data.path
+    alone = config.flow if isinstance(config, DiTConfig) and micro == 1 else None
+    for name in ("contrastive_weight", "dispersive_weight"):
+        if getattr(alone, name, 0) > 0:
+            raise UsageError(
+                f"flow.{name} compares samples of a micro-batch, which holds 1; raise --run.batch-size or lower "
+                "--engine.gradient-accumulation"
+            )
     if has_checkpoint(final_folder(run.out)):
         return
-    micro, path = distributed.per_rank_batch(run.batch_size, engine.gradient_accumulation), config.data.path
     if run.batch_size > num_samples and not path.startswith("debug:"):
         parts = run.batch_size // micro
         raise UsageError(

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from vadit.runtime import distributed, launcher
 from vadit.runtime.errors import RunError, UsageError, leave_for_torchrun, one_line
 from vadit.runtime.files import kernel
+from vadit.runtime.json_files import parse_json
 
 HANG_CODE = 75  # exit code of a process that its watchdog has ended (EX_TEMPFAIL: the same command may well succeed)
 GRACE_S = 10.0  # time that a process has to end by itself after another one has failed or gone
@@ -66,10 +67,8 @@ class Standing:
     def parse(cls, rank: int, message: bytes) -> "Standing | None":
         """Out of a message; None where it makes no sense, which counts as silence."""
         try:
-            values = json.loads(message[:MAX_BYTES])
-            idle_s = max(0.0, float(values["idle_s"]))  # 0 for NaN, too
-            flags = {name: bool(values[name]) for name in ("waits", "accuses", "done")}
-            return cls(rank, int(values["step"]), str(values["doing"]), idle_s, str(values["where"]), **flags)
+            found = parse_json(message[:MAX_BYTES], cls, "a message", allow_nan=True)
+            return dataclasses.replace(found, rank=rank, idle_s=max(0.0, found.idle_s))  # 0 for NaN, too
         except Exception:  # whatever it is: no message may end the watchdog
             return None
 
