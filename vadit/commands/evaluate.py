@@ -1,18 +1,19 @@
 """vadit evaluate: numbers for samples, a tokenizer or latents, and a reference to compare samples with."""
 
+import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from vadit.commands.common import Arithmetic, Device, image_data, image_size, load_tokenizer, processes
 from vadit.config import FoundationSpec, ImageDataSpec, PictureSpec
 from vadit.config.ranges import Batch, Checked, Count, PathName, Seed, Seeds, Side, Workers
-from vadit.runtime.console import note_once
+from vadit.runtime.console import note_once, say
 from vadit.runtime.errors import UsageError
-from vadit.runtime.files import check_output
+from vadit.runtime.files import check_output, save_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class MakeReferenceOptions(PictureSpec):
 
 def samples(options: EvaluateSamplesOptions) -> None:
     """Evaluate sets of samples."""
-    from vadit.eval import inception, results
+    from vadit.eval import inception
     from vadit.eval.samples import SampleEvaluator, reference_size, sample_sets
     from vadit.models.foundation import ImageSummary
     from vadit.runtime import distributed
@@ -122,12 +123,12 @@ def samples(options: EvaluateSamplesOptions) -> None:
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",
     }
-    results.report("samples", found, inputs, options.out)
+    _report("samples", found, inputs, options.out)
 
 
 def tokenizer(options: EvaluateTokenizerOptions) -> None:
     """Evaluate a tokenizer's reconstructions."""
-    from vadit.eval import inception, results
+    from vadit.eval import inception
     from vadit.eval.samples import warn_of_few
     from vadit.eval.tokenizer import evaluate_image_set, evaluate_tokenizer
     from vadit.images.backends import open_images
@@ -169,12 +170,11 @@ def tokenizer(options: EvaluateTokenizerOptions) -> None:
         "protocol": f"ADM's centre crop; posterior {options.posterior}; PSNR per image on uint8, range 255; "
         "SSIM window 11, sigma 1.5; LPIPS VGG; rFID against the very images",
     }
-    results.report("tokenizer", found, inputs, options.out)
+    _report("tokenizer", found, inputs, options.out)
 
 
 def latents(options: EvaluateLatentsOptions) -> None:
     """Evaluate how evenly latents are spread."""
-    from vadit.eval import results
     from vadit.eval.latents import NUM_VECTORS, evaluate_latents, open_vectors
 
     _check_outputs(options)
@@ -191,7 +191,7 @@ def latents(options: EvaluateLatentsOptions) -> None:
         "protocol": "one position of each latent, normalised by channel; "
         "t-SNE perplexity 30, 1000 iterations; Gaussian density by Scott's rule at the points",
     }
-    results.report("latents", found, inputs, options.out)
+    _report("latents", found, inputs, options.out)
 
 
 def make_reference(options: MakeReferenceOptions) -> None:
@@ -199,7 +199,6 @@ def make_reference(options: MakeReferenceOptions) -> None:
     from vadit.eval.samples import write_reference
     from vadit.images.backends import open_images
     from vadit.runtime import distributed
-    from vadit.runtime.console import say
 
     _check_outputs(options)
     images = open_images(image_data(options), options.image_size)
@@ -220,3 +219,24 @@ def _check_outputs(options: object) -> None:
     for name in ("out", "picture"):
         if (path := getattr(options, name, None)) is not None:
             check_output(f"--{name}", path, folder=False)
+
+
+def _report(kind: str, found: list[dict[str, float]], inputs: dict[str, Any], out: str | None) -> None:
+    """Print the means of the numbers, one dict per seed, from the first process, and write them to `out`.
+
+    The file holds kind, metrics, spread (standard deviation between seeds, where there are several) and inputs.
+    """
+    from vadit.runtime import distributed
+
+    if not distributed.is_main():
+        return
+    metrics = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
+    spread = {name: statistics.stdev(each[name] for each in found) for name in metrics} if len(found) > 1 else {}
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        say(f"{name:<{width}}  {value:.6g}" + (f" +- {spread[name]:.2g}" if spread else ""))
+    if spread:
+        say(f"mean of {len(found)} +- standard deviation between them")
+    if out is not None:
+        content = {"kind": kind, "metrics": metrics, **({"spread": spread} if spread else {}), "inputs": inputs}
+        save_json(Path(out), content, "set --out to a place with room")

@@ -18,20 +18,10 @@ import torch
 from torch import Tensor
 
 from vadit.config import ImageDataSpec
+from vadit.eval import metrics
 from vadit.eval.image_files import NpzImages, PngFolder, open_images
 from vadit.eval.inception import Inception, provenance
-from vadit.eval.metrics import (
-    IS_SPLIT,
-    FeatureMoments,
-    count_name,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    mean_and_covariance,
-    mean_kernel,
-    precision_recall,
-    squared_mmd,
-)
+from vadit.eval.metrics import IS_SPLIT, FeatureMoments
 from vadit.images.loader import ImageSet, load_in_order
 from vadit.images.pillow import pillow_decoder
 from vadit.models.pretrained import compare_published
@@ -65,7 +55,7 @@ class _Reference:
 def named(numbers: dict[str, float], count: int, sampler: str) -> dict[str, float]:
     """The numbers by names that carry count and sampler (`sampler_name`): fid50k_euler249_..."""
     joint = {"fd_dinov2": "fd_dinov2_"}  # its own name ends with a digit
-    return {f"{joint.get(name, name)}{count_name(count)}_{sampler}": value for name, value in numbers.items()}
+    return {f"{joint.get(name, name)}{metrics.count_name(count)}_{sampler}": value for name, value in numbers.items()}
 
 
 def sample_sets(samples: str, num_samples: int | None, seeds: int | None) -> list[tuple[str, int]]:
@@ -150,18 +140,20 @@ class SampleEvaluator:
         pool, probabilities, spatial = _extract(batches, extractor)
         if len(pool) != count:
             raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
-        numbers = {"fid": frechet_distance(*reference.pool, *mean_and_covariance(pool))}
+        numbers = {"fid": metrics.frechet_distance(*reference.pool, *metrics.mean_and_covariance(pool))}
         if reference.spatial is not None:
-            numbers["sfid"] = frechet_distance(*reference.spatial, *spatial.result())
-        numbers["is"] = inception_score(probabilities)
+            numbers["sfid"] = metrics.frechet_distance(*reference.spatial, *spatial.result())
+        numbers["is"] = metrics.inception_score(probabilities)
         _warn_of_splits(probabilities, numbers["is"], str(source.path))
         if reference.features is not None:
-            numbers["precision"], numbers["recall"] = precision_recall(reference.features, pool, device=self._device)
+            numbers["precision"], numbers["recall"] = metrics.precision_recall(
+                reference.features, pool, device=self._device
+            )
             subset = min(KID_SUBSET, count, len(reference.features))
-            numbers["kid"] = kernel_distance(reference.features, pool, subset_size=subset)
+            numbers["kid"] = metrics.kernel_distance(reference.features, pool, subset_size=subset)
         if self._dinov2 is not None:
             drawn = _summary_moments(source.batches(self._batch_size, count, first), self._dinov2)
-            numbers["fd_dinov2"] = frechet_distance(*self._reference_summary, *drawn)
+            numbers["fd_dinov2"] = metrics.frechet_distance(*self._reference_summary, *drawn)
         return count, numbers
 
 
@@ -195,9 +187,9 @@ class SampleScorer:
 
     def score(self, features: Tensor, sampler: str) -> dict[str, float]:
         """Named numbers of features (N, 2048): fid1k_euler49_random and, where the reference has images, kid1k_..."""
-        numbers = {"fid": frechet_distance(*self._reference.pool, *mean_and_covariance(features))}
+        numbers = {"fid": metrics.frechet_distance(*self._reference.pool, *metrics.mean_and_covariance(features))}
         if self._reference.features is not None:
-            numbers["kid"] = squared_mmd(self._reference.features, features, self._reference.own_kernel)
+            numbers["kid"] = metrics.squared_mmd(self._reference.features, features, self._reference.own_kernel)
         return named(numbers, len(features), sampler)
 
 
@@ -277,7 +269,7 @@ def _keep(reference: _Reference, file: Path) -> _Reference:
     """The reference with its own kernel, written to `file`."""
     arrays: dict[str, Any] = {"mu": reference.pool[0], "sigma": reference.pool[1]}
     if reference.features is not None:
-        reference = dataclasses.replace(reference, own_kernel=mean_kernel(reference.features))
+        reference = dataclasses.replace(reference, own_kernel=metrics.mean_kernel(reference.features))
         arrays |= {"features": reference.features, "own_kernel": np.array(reference.own_kernel)}
     with saved_file(file, "make room there") as partial, partial.open("wb") as stream:
         np.savez(stream, **arrays)
@@ -304,7 +296,7 @@ def _warn_of_splits(probabilities: np.ndarray, score: float, samples: str) -> No
         return
     if count % IS_SPLIT:
         note_once(f"{samples}: the inception score's last split has {count % IS_SPLIT:,} samples, not {IS_SPLIT:,}")
-    shuffled = inception_score(probabilities[np.random.default_rng(0).permutation(count)])
+    shuffled = metrics.inception_score(probabilities[np.random.default_rng(0).permutation(count)])
     if shuffled > 1.05 * score:
         note_once(
             f"{samples}: in file order, as ADM takes it, the inception score is {score:.4g}, shuffled {shuffled:.4g}: "

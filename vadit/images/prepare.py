@@ -151,7 +151,8 @@ def _bad_of_finished(out: Path, settings: dict[str, Any]) -> dict[str, str]:
     notes = BetonFile(out).notes
     if "settings" not in notes:
         raise UsageError(f"{out} is there, and not from vadit prepare; choose another name")
-    refuse_other_settings(out, "images", notes["settings"], settings, "set it as it was, or choose another name")
+    kept = {"alpha": PictureSpec.alpha, "exif": PictureSpec.exif} | notes["settings"]  # of before there was a choice
+    refuse_other_settings(out, "images", kept, settings, "set it as it was, or choose another name")
     bad: dict[str, str] = notes["bad"]
     return bad
 

@@ -1,9 +1,9 @@
 """The recipes: named functions that return a whole frozen config, and a debug twin of each.
 
-One module per group: `table1`, `tokenizers` (Tables 2, 4 and 5), `generators` (LightningDiT of Tables 2 to 5), `peers`
-(the others of Table 3), `beyond`, `small` (one's own pictures). `NAME-debug` keeps every switch of NAME at a size that
-takes two steps on a CPU in seconds, on data that it makes. Nothing here imports torch, so the command line can list
-recipes at once.
+One module per group: `table1`, `tokenizers` (Tables 2, 4 and 5), `generators` (LightningDiT of Tables 2 to 5 and
+beyond), `peers` (the others of Table 3), `small` (one's own pictures). `NAME-debug` keeps every switch of NAME at a
+size that takes two steps on a CPU in seconds, on data that it makes. Nothing here imports torch, so the command line
+can list recipes at once.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vadit.config import Config, vary
-from vadit.recipes import beyond, generators, peers, small, table1, tokenizers
+from vadit.recipes import generators, peers, small, table1, tokenizers
 from vadit.recipes.debug import debug_twin
 from vadit.recipes.sizes import DIT_SIZES
 from vadit.runtime.errors import UsageError
@@ -27,7 +27,7 @@ def _tables() -> dict[str, Recipe]:
         "vavae-f16d32-dinov2": tokenizers.released_vavae,
         "lightningdit-xl-64ep": generators.lightningdit_xl_64ep,
         "lightningdit-xl-800ep": generators.lightningdit_xl_800ep,
-        "lightningdit-xl-beyond": beyond.lightningdit_xl_beyond,
+        "lightningdit-xl-beyond": generators.lightningdit_xl_beyond,
     }
     found |= {
         f"table1-{number:02}-{row.name}": partial(table1.table1, number) for number, row in enumerate(table1.ROWS)

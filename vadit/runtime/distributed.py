@@ -13,12 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.utils._pytree import tree_leaves
 
-from vadit.runtime import alone, launcher
+from vadit.runtime import launcher
 from vadit.runtime.errors import RunError, UsageError, first_line
 from vadit.runtime.precision import allow_tf32
 
 T = TypeVar("T")
+ALONE = "alone"  # backend of a process alone
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # an entry per GPU, also of one that CUDA cannot use
 
 
@@ -84,7 +86,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     """
     here = launcher.place()
     if here.world_size == 1:
-        dist.init_process_group(alone.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(ALONE, store=dist.HashStore(), rank=0, world_size=1)
         return
     if here.one_machine:  # no other needs to reach what they open
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -204,3 +206,35 @@ def per_rank_batch(global_batch: int, accumulation: int = 1, processes: int | No
             f"{accumulation} accumulation steps; set --run.batch-size {lower} or change the number of processes"
         )
     return global_batch // parts
+
+
+class _Alone(dist.ProcessGroup):
+    """A group of one, which opens no port: gloo and NCCL listen even where there is nobody to meet.
+
+    Its reductions are of one value, what it scatters and gathers is copied.
+    """
+
+
+def _keep(group: _Alone, *_: Any, **__: Any) -> dist.Work:
+    done: torch.futures.Future[None] = torch.futures.Future()
+    done.set_result(None)
+    return torch._C._distributed_c10d._create_work_from_future(done)
+
+
+def _copy(group: _Alone, outputs: Any, inputs: Any, *_: Any, **__: Any) -> dist.Work:
+    for output, value in zip(tree_leaves(outputs), tree_leaves(inputs), strict=True):
+        output.detach().copy_(value.detach().reshape(output.shape))
+    return _keep(group)
+
+
+for _work, _names in (
+    (_keep, "allreduce allreduce_coalesced broadcast reduce barrier"),
+    (_copy, "allgather allgather_coalesced gather gather_single scatter alltoall all_to_all_single reduce_scatter"),
+    (_copy, "all_gather_single all_gather_single_coalesced reduce_scatter_single reduce_scatter_single_coalesced"),
+    (_copy, "_allgather_base _reduce_scatter_base alltoall_base"),  # as torch named them before 2.14
+    (_copy, "allgather_into_tensor_coalesced reduce_scatter_tensor_coalesced"),
+):
+    for _name in _names.split():
+        setattr(_Alone, _name, _work)
+_make: Any = _Alone
+dist.Backend.register_backend(ALONE, lambda _, rank, size, __: _make(rank, size), devices=["cpu", "cuda"])

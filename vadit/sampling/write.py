@@ -28,17 +28,7 @@ from vadit.runtime.files import refuse_other_settings, save_json, saved_file
 from vadit.runtime.json_files import checked, read_json
 from vadit.runtime.owner import owned
 from vadit.runtime.precision import Precision, as_computed, resolved
-from vadit.sampling.draw import (
-    check_request,
-    decode,
-    device_of,
-    draw_group,
-    own_groups,
-    pays_to_compile,
-    sample_labels,
-    sampler_name,
-    trained_classes,
-)
+from vadit.sampling import draw
 
 GRID_IMAGES = 64  # images of the grid picture, at most
 SETTINGS = "settings.json"
@@ -84,10 +74,10 @@ def write_samples(
     UsageError: the folder holds samples of other weights or settings, or more images. RunError: latents that are not
     finite, a damaged folder, a full disk.
     """
-    check_request(model, spec, flow, labels, guide)
+    draw.check_request(model, spec, flow, labels, guide)
     automatic = {name for name, value in (("precision", precision), ("compile", compiled)) if value == "auto"}
-    precision = resolved(precision, device_of(model), generator=True)
-    classes, out = trained_classes(model), Path(out)
+    precision = resolved(precision, draw.device_of(model), generator=True)
+    classes, out = draw.trained_classes(model), Path(out)
     networks = {"generator": model, "tokenizer": autoencoder, "guide": guide}
     settings = {
         "weights": {name: weights_hash(each) for name, each in networks.items() if isinstance(each, nn.Module)},
@@ -103,20 +93,20 @@ def write_samples(
         "std": std.flatten().tolist(),
     }
     out = out / _name(spec, settings) if named else out
-    settings["compile"] = pays_to_compile(model, spec, num_samples, precision) if compiled == "auto" else compiled
+    settings["compile"] = draw.pays_to_compile(model, spec, num_samples, precision) if compiled == "auto" else compiled
     model, guide = (as_computed(network, precision) for network in (model, guide))
-    mean, std = (values.reshape(1, -1, 1, 1).to(device_of(model)) for values in (mean, std))
+    mean, std = (values.reshape(1, -1, 1, 1).to(draw.device_of(model)) for values in (mean, std))
     files = SampleFiles(out / "images", out / "samples.npz", out / "grid.png")
     with owned(out, "set --out to another folder"), ThreadPoolExecutor(1) as writer:
         distributed.from_main(lambda: _check_folder(out, settings, source or {}, num_samples, automatic))
         if read_json(out / SETTINGS, dict[str, Any]).get("compile"):
             compile_each([block for network in (model, guide) for block in getattr(network, "compiled_blocks", ())])
         done, written = 0, writer.submit(_write_pngs, {})
-        for group in own_groups(num_samples):
+        for group in draw.own_groups(num_samples):
             wanted = group[: num_samples - group.start]
             if missing := [index for index in wanted if not _is_whole(_png(out, index))]:
-                latents = _finite(draw_group(model, spec, group, flow, guide, labels, precision).latents, group)
-                pixels = channels_last(decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
+                latents = _finite(draw.draw_group(model, spec, group, flow, guide, labels, precision).latents, group)
+                pixels = channels_last(draw.decode(autoencoder, latents * std / multiplier + mean)).cpu().numpy()
                 written.result()
                 # PNGs take the host 10 ms each (256 pixels): meanwhile the next group is drawn
                 written = writer.submit(_write_pngs, {_png(out, i): pixels[i - group.start] for i in missing})
@@ -126,7 +116,7 @@ def write_samples(
         written.result()
         distributed.barrier()
         if distributed.is_main():
-            all_labels = sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
+            all_labels = draw.sample_labels(range(num_samples), spec.seed, classes, spec.labels, labels)
             _write_whole(files, [_png(out, index) for index in range(num_samples)], all_labels.numpy())
         distributed.barrier()
     return files
@@ -145,7 +135,7 @@ def _name(spec: SampleSpec, settings: dict[str, Any]) -> str:
     """A folder's name that no other settings have: the sampler, and a hash of all."""
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     listed = settings["label_list"] is not None
-    return f"{sampler_name(spec, autoguidance=settings['autoguidance'], listed=listed)}-{digest}"
+    return f"{draw.sampler_name(spec, autoguidance=settings['autoguidance'], listed=listed)}-{digest}"
 
 
 def noted_sampler(samples: str | Path) -> str | None:
@@ -161,7 +151,7 @@ def noted_sampler(samples: str | Path) -> str | None:
     if noted is None:
         return None
     checked(Origin, noted.source.get("origin", {}), f"{samples}: {SETTINGS}").warn(str(samples))
-    return sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
+    return draw.sampler_name(noted.sampler, autoguidance=noted.autoguidance, listed=noted.label_list is not None)
 
 
 def noted_precision(samples: str | Path) -> str | None:

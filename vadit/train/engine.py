@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ from torch import nn
 from vadit.config import MAX_BUCKET, EngineSpec, OptimizerSpec
 from vadit.runtime import distributed, launcher
 from vadit.runtime.compiled import compile_each
+from vadit.runtime.json_files import Count
 from vadit.runtime.precision import allow_tf32
 from vadit.train import optimizers
-from vadit.train.layout import Piece, cut_each, cut_row
 
 START_S = 600.0
 """What a process may take to get ready, while no watchdog looks after it yet; the others wait for three times that."""
@@ -130,6 +130,15 @@ def communication_backend() -> Any:
     from deepspeed.comm import comm
 
     return comm.cdb
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + length) of a weight, laid flat, at `offset` of a flat tensor."""
+
+    name: str
+    start: Count
+    offset: Count
+    length: Count
 
 
 class Engine:
@@ -362,10 +371,10 @@ class Engine:
         names: dict[torch.Tensor, str] = {value: name for name, value in self.module.named_parameters()}
         masters = self._masters()
         if self.spec.zero_stage == 3:  # every weight is cut over the processes
-            return [cut_each(group, names) for group in optimizer.fp16_groups]
+            return [_cut_each(group, names) for group in optimizer.fp16_groups]
         if self.spec.zero_stage:  # the weights, laid end to end, are cut
             rows = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, masters, strict=True)
-            return [cut_row(group, starts, names, master.numel()) for group, starts, master in rows]
+            return [_cut_row(group, starts, names, master.numel()) for group, starts, master in rows]
         names |= {weight: names[copy] for weight, copy in self._copies.items()}
         return [[Piece(names[weight], 0, 0, weight.numel())] for weight in masters]
 
@@ -380,7 +389,7 @@ class Engine:
             if value.requires_grad:
                 continue
             if hasattr(value, "ds_tensor"):
-                (piece,) = cut_each([value], {value: name}) or [Piece(name, 0, 0, 0)]
+                (piece,) = _cut_each([value], {value: name}) or [Piece(name, 0, 0, 0)]
                 found.append((piece, value.ds_tensor.data[: piece.length]))
             else:
                 found.append((Piece(name, 0, 0, value.numel()), value.data))
@@ -458,6 +467,30 @@ class Engine:
             optimizer.update_lp_params()
         for master, weight in self._copies.items():
             weight.copy_(master)
+
+
+def _cut_each(group: list[torch.nn.Parameter], names: dict[torch.Tensor, str]) -> list[Piece]:
+    """ZeRO 3: every weight cut into as many equal parts, the last one padded, as there are processes."""
+    pieces, offset = [], 0
+    for weight in group:
+        size, numel = weight.ds_tensor.ds_numel, weight.ds_numel  # type: ignore[attr-defined]
+        start = min(distributed.rank() * size, numel)
+        if (length := min(size, numel - start)) > 0:
+            pieces.append(Piece(names[weight], start, offset, length))
+        offset += size
+    return pieces
+
+
+def _cut_row(
+    group: list[torch.nn.Parameter], starts: list[int], names: dict[torch.Tensor, str], size: int
+) -> list[Piece]:
+    """ZeRO 1/2: the weights begin at `starts` in one row, of which this process has the `size` elements at its rank."""
+    pieces, first = [], distributed.rank() * size
+    for weight, begin in zip(group, starts, strict=True):
+        start, stop = max(first - begin, 0), min(first + size - begin, weight.numel())
+        if start < stop:
+            pieces.append(Piece(names[weight], start, begin + start - first, stop - start))
+    return pieces
 
 
 def _norm_of_shares(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2.0) -> torch.Tensor:

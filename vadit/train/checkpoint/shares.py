@@ -20,8 +20,7 @@ from vadit.runtime import distributed
 from vadit.runtime.errors import RunError, UsageError, write_fault
 from vadit.runtime.json_files import Count, parse_json
 from vadit.runtime.reading import openable, patiently
-from vadit.train.engine import Engine
-from vadit.train.layout import Piece
+from vadit.train.engine import Engine, Piece
 
 CHUNK = 1 << 24  # elements that are read in one go
 REMEDY = "delete this checkpoint's folder, and the same command goes on from the one before it"
