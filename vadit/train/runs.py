@@ -21,7 +21,7 @@ from vadit.models.pretrained import WEIGHTS_NAME, bare_state, load_state
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
 from vadit.runtime.console import note, note_once
-from vadit.runtime.errors import UsageError
+from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.files import refuse_other_settings, save_json
 from vadit.runtime.owner import owned
 from vadit.runtime.safetensors_file import load_tensors
@@ -65,7 +65,9 @@ def check_folder(config: TokenizerConfig | DiTConfig, num_samples: int) -> None:
         refuse_other_settings(folder, "a run", _fixed(before), now, remedy)
     check_position(publish.read_state(newest).loader, num_samples)
     if isinstance(config, DiTConfig) and (folder / INFO).is_file():
-        made, found = read_info(folder).tokenizer_hash, info_of(config).tokenizer_hash
+        made, found = None, info_of(config).tokenizer_hash
+        with contextlib.suppress(RunError):  # a damaged one is written anew
+            made = read_info(folder).tokenizer_hash
         if None not in (made, found) and made != found:
             raise UsageError(
                 f"data.path {config.data.path} holds latents of another tokenizer ({found}) than the run {folder} was "
