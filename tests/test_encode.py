@@ -19,7 +19,6 @@ from vadit import cli
 from vadit.config import DiTSpec, FoundationSpec, ImageDataSpec, LatentDataSpec, RepaSpec
 from vadit.images.backends import open_images
 from vadit.images.loader import ImageSet, Request
-from vadit.images.online import open_online_images
 from vadit.images.pillow import decode
 from vadit.images.sources.folders import FolderSource
 from vadit.latents.companions import DEBUG_WIDTH
@@ -34,6 +33,7 @@ from vadit.models.pretrained import weights_hash
 from vadit.runtime import files, launcher
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.owner import owned
+from vadit.train.online import open_online_images
 
 
 @pytest.fixture

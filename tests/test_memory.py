@@ -31,7 +31,7 @@ from vadit.config import (
     TokenizerConfig,
     vary,
 )
-from vadit.estimate import flops, memory, sampling
+from vadit.estimate import flops, memory
 from vadit.estimate.networks import Network
 from vadit.models.autoencoder import Autoencoder
 from vadit.models.dit import LightningDiT
@@ -324,7 +324,7 @@ def test_estimate_of_sampling_is_what_a_cpu_allocates(precision: str, channels: 
         (part,) = draw(generator, sampler, num_samples=GROUP, precision=precision)
         decode(decoder, part.latents)
     there = sum(4 * weight.numel() for network in (generator, decoder) for weight in network.parameters())
-    found = sampling.sampling_bytes([(spec, MaskSpec())], 2 * GROUP, tokenizer, DECODE_BATCH, precision)
+    found = memory.sampling_bytes([(spec, MaskSpec())], 2 * GROUP, tokenizer, DECODE_BATCH, precision)
     assert found - there == pytest.approx(most_held(profiler), rel=0.1)
 
 

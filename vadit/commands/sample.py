@@ -203,8 +203,8 @@ def _dry_run(options: SampleOptions, generator: str) -> None:
     import torch
     from rich.table import Table
 
-    from vadit.estimate.flops import PEAK_TFLOPS, decoder_flops, dit_flops, named_peak
-    from vadit.estimate.sampling import SHARES, hours, sampling_bytes
+    from vadit.estimate.flops import PEAK_TFLOPS, SHARES, decoder_flops, dit_flops, hours, named_peak
+    from vadit.estimate.memory import sampling_bytes
     from vadit.runtime import distributed
     from vadit.sampling.draw import DECODE_BATCH, GROUP, rows_per_sample, sampler_name
     from vadit.train.checkpoint.export import load_autoencoder, load_generator

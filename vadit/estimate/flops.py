@@ -99,3 +99,14 @@ def named_peak(name: str) -> float | None:
         return None
     found = [known for known in PEAK_TFLOPS if f" {known} " in words]
     return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
+
+
+PEAKS = {"bf16": 1.0, "tf32": 1 / 2, "fp32": 1 / 16}
+"""FLOP/s of a GPU over its bf16 peak: TF32 by the makers' data sheets, fp32 about (H200: 67 of 989)."""
+SHARES = {"bf16": 0.45, "tf32": 0.45, "fp32": 0.8}
+"""Of the peak that a whole pass keeps up: an assumption, which the hours hang on."""
+
+
+def hours(flops: float, precision: str, peak_bf16: float) -> float:
+    """Hours of so many FLOPs in a precision on a GPU of this bf16 peak in FLOP/s."""
+    return flops / (peak_bf16 * PEAKS[precision] * SHARES[precision]) / 3600

@@ -9,8 +9,9 @@ batches that a loader keeps ready, what torch.compile changes, and of an evaluat
 network's weights. A weight below 100,000 elements stays whole under ZeRO 3 and is counted as cut.
 """
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vadit.config import MAX_BUCKET, Config
+from vadit.config import MAX_BUCKET, AutoencoderSpec, Config, DiTSpec, MaskSpec
 from vadit.estimate.networks import Network, networks
+from vadit.models.autoencoder import Autoencoder
+from vadit.models.masked import build_generator
 from vadit.runtime import distributed
 
 FP32, BF16 = 4, 2  # bytes per number
@@ -159,6 +162,31 @@ def held(module: nn.Module, run: Callable[[], object], precision: str) -> float:
         return torch.zeros((), requires_grad=True).sum()
 
     return _Held(Network("", module, forward), 0, "bf16" if precision == "bf16" else "fp32").most
+
+
+def sampling_bytes(
+    generators: Sequence[tuple[DiTSpec, MaskSpec]],
+    rows: int,
+    autoencoder: AutoencoderSpec,
+    decoded: int,
+    precision: str,
+) -> float:
+    """Weights, and what the largest pass holds: a generator's over `rows`, or the decoder's over `decoded` latents."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        models, decoder = [build_generator(*each).eval() for each in generators], Autoencoder(autoencoder).eval()
+        weights = FP32 * _size(decoder) + sum(map(_size, models)) * (FP32 + (BF16 if precision == "bf16" else 0))
+        side = autoencoder.latent_size
+        latents = torch.zeros(decoded, autoencoder.latent_channels, side, side)
+        most = held(decoder, lambda: decoder.decode(latents), "fp32")
+        for model in models:
+            side, t, labels = model.spec.input_size, torch.zeros(rows), torch.zeros(rows, dtype=torch.long)
+            x = torch.zeros(rows, model.in_channels, side, side)
+            most = max(most, x.nbytes + held(model, functools.partial(model, x, t, labels), precision))
+    return weights + most
+
+
+def _size(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 class _Held(TorchDispatchMode):

@@ -136,8 +136,13 @@ class SampleEvaluator:
         if self._dinov2 is not None and not _load_statistics(self._path)[1]:
             raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
         extractor, reference = self._loaded
-        batches = counted("samples", count, source.batches(self._batch_size, count, first))
-        pool, probabilities, spatial = _extract(batches, extractor)
+        pools, rows, spatial = [], [], FeatureMoments()
+        for images in counted("samples", count, source.batches(self._batch_size, count, first)):
+            features = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+            pools.append(features.pool.cpu().numpy())
+            rows.append(features.probabilities.cpu().numpy())
+            spatial.update(features.spatial)
+        pool, probabilities = np.concatenate(pools), np.concatenate(rows)
         if len(pool) != count:
             raise RunError(f"{len(pool)} of {count} images of {source.path} were read; a part of them gets no numbers")
         numbers = {"fid": metrics.frechet_distance(*reference.pool, *metrics.mean_and_covariance(pool))}
@@ -309,17 +314,6 @@ def _summary_moments(batches: Iterable[np.ndarray], summary: Summary) -> tuple[n
     for images in batches:
         moments.update(summary(torch.from_numpy(images).permute(0, 3, 1, 2)))
     return moments.result()
-
-
-def _extract(batches: Iterable[np.ndarray], extractor: Inception) -> tuple[np.ndarray, np.ndarray, FeatureMoments]:
-    """Pool features (N, 2048) fp32, class probabilities (N, 1008), and the moments of the spatial features."""
-    pool, probabilities, spatial = [], [], FeatureMoments()
-    for images in batches:
-        features = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
-        pool.append(features.pool.cpu().numpy())
-        probabilities.append(features.probabilities.cpu().numpy())
-        spatial.update(features.spatial)
-    return np.concatenate(pool), np.concatenate(probabilities), spatial
 
 
 def _load_reference(path: Path, extractor: Inception, batch_size: int) -> _Reference:

@@ -22,8 +22,7 @@ DEBUG_WIDTH = 16  # channels of made-up features
 class Companion(Protocol):
     """A third part of each sample."""
 
-    shape: tuple[int, ...]  # of one: (D, h, w) of features, (3, H, W) of an image
-    has_features: bool  # features, bfloat16; else images, uint8
+    shape: tuple[int, ...]  # of one: (D, h, w) of features, bfloat16, or (3, H, W) of an image, uint8
 
     def batch(self, ids: Tensor, flips: Tensor, device: str | torch.device) -> Tensor:
         """Those of the latents `ids`, (B, *shape); RunError names one that cannot be used. From any thread."""
@@ -31,8 +30,6 @@ class Companion(Protocol):
 
 class CachedFeatures:
     """Features that `vadit encode --features` wrote beside the latents, bfloat16."""
-
-    has_features = True
 
     def __init__(self, shards: Sequence[LatentShard]) -> None:
         self._rows = RowReader(shards, "features")
@@ -45,8 +42,6 @@ class CachedFeatures:
 
 class DebugFeatures:
     """Made-up features of debug latents, a function of their index."""
-
-    has_features = True
 
     def __init__(self, grid: int) -> None:
         self.shape: tuple[int, ...] = (DEBUG_WIDTH, grid, grid)

@@ -21,6 +21,7 @@ from vadit.config import (
 )
 from vadit.recipes.sizes import IMAGENET_IMAGES
 
+DATA = ImageDataSpec(crop="random", flip=False)  # The authors' loader takes a random square and never mirrors.
 FOUNDATION_NAMES = {"none": "no VF loss", "mae": "MAE", "dinov2": "DINOv2", "sam": "SAM", "clip": "CLIP"}
 """As the tables write them."""
 
@@ -89,7 +90,7 @@ def tokenizer(row: Row) -> TokenizerConfig:
         foundation=FoundationSpec(name=row.foundation, input_range="minus_one_one"),
         loss=replace(TokenizerLossSpec(vf_weight=0.0 if row.foundation == "none" else 0.1), **ABLATIONS[row.without]),
         run=_run(50 * IMAGENET_IMAGES),
-        data=_data(),
+        data=DATA,
         paper=Paper(
             source=f"{row.tables}, {row.label}",
             metric=f"rfid50k {rfid:.2f}, PSNR {psnr:.2f}, LPIPS {lpips:.3f}, SSIM {ssim:.2f}",
@@ -112,7 +113,7 @@ def released_vavae() -> TokenizerConfig:
         foundation=FoundationSpec(name="dinov2", input_range="minus_one_one"),
         loss=TokenizerLossSpec(vf_weight=0.5, cos_margin=0.0, distmat_margin=0.0),
         run=_run(sum(stage.total_images for stage in stages)),
-        data=_data(),
+        data=DATA,
         stages=stages,
         paper=Paper(source="Table 3, released VA-VAE", metric="rfid50k 0.28, PSNR 27.96, LPIPS 0.096, SSIM 0.79"),
     )
@@ -122,8 +123,3 @@ def _run(total_images: int) -> RunSpec:
     return RunSpec(
         batch_size=256, total_images=total_images, log_every_images=100 * 256, save_every_images=IMAGENET_IMAGES
     )
-
-
-def _data() -> ImageDataSpec:
-    """The authors' loader takes a random square of the short side and never mirrors."""
-    return ImageDataSpec(crop="random", flip=False)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vadit.config import DiTConfig
 from vadit.images.loader import describe_classes
-from vadit.images.online import open_online_images
 from vadit.images.pixels import to_signed
 from vadit.latents.companions import Companion
 from vadit.latents.dataset import DebugLatents, LatentDataset, open_latents
@@ -32,6 +31,7 @@ from vadit.train.ema import ShardedEMA
 from vadit.train.engine import Engine, start
 from vadit.train.evaluation import Samples
 from vadit.train.guard import Guard
+from vadit.train.online import OnlineImages, open_online_images
 
 
 def train(config: DiTConfig, *, title: str = "train LightningDiT", asked: Collection[str] | None = None) -> Path:
@@ -210,7 +210,7 @@ def open_features(config: DiTConfig, companion: Companion | None, device: torch.
     if config.repa.weight <= 0:
         return None
     assert companion is not None, "open_latents gives a companion where repa has a weight"
-    if companion.has_features:
+    if not isinstance(companion, OnlineImages):
         return Features(companion.shape[0], None)
     grid = config.model.input_size // config.model.patch_size
     model = FoundationModel(config.repa.foundation, grid).to(device)

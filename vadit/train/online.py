@@ -1,14 +1,13 @@
 """The images that latents were encoded from, decoded as the generator trains (REPA with online features)."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from vadit.config import ImageDataSpec, LatentDataSpec, PictureSpec
+from vadit.config import ImageDataSpec, LatentDataSpec
 from vadit.images.backends import open_images
 from vadit.images.loader import ImageSet, Request
 from vadit.images.pillow import ThreadedDecoder
+from vadit.latents.dataset import DebugLatents, LatentDataset
 from vadit.runtime.errors import RunError, UsageError
 from vadit.runtime.reading import ReadFault
 
@@ -16,21 +15,8 @@ PIXELS_PER_TOKEN = 16
 """Side of an image over that of its grid of tokens, where no file has it: that of DiT/2 on f8, and of f16."""
 
 
-class Latents(Protocol):
-    """What a set of latents knows of its images."""
-
-    labels: Tensor
-    image_size: int | None  # side in pixels, where the latents' files have it
-    pictures: PictureSpec  # how the images became RGB
-
-    def image_ids(self) -> tuple[Tensor, int]:
-        """Index of each latent's image, int64 (N,), and the number of images."""
-
-
 class OnlineImages:
     """Images beside their latents, uint8, cropped as for encoding; a Companion of vadit.latents."""
-
-    has_features = False
 
     def __init__(self, images: ImageSet, image_ids: Tensor, device: str | torch.device) -> None:
         self.shape: tuple[int, ...] = (3, images.size, images.size)
@@ -54,7 +40,7 @@ class OnlineImages:
 
 
 def open_online_images(
-    spec: LatentDataSpec, latents: Latents, grid: int, device: str | torch.device = "cpu"
+    spec: LatentDataSpec, latents: LatentDataset | DebugLatents, grid: int, device: str | torch.device = "cpu"
 ) -> OnlineImages:
     """The images of `data.images`; UsageError where number or classes show that the latents are of other images.
 
