@@ -112,7 +112,7 @@ Step = tuple[Callable[[], object], list[Any]]  # A step, and the engines that it
 
 def train_generator(gpu: VirtualGPU, config: DiTConfig) -> Step:
     """A step of vadit.train.dit without the optimizer."""
-    from vadit.models.repa import training_network
+    from vadit.models.masked import training_network
     from vadit.runtime.compiled import compile_each
     from vadit.train import float8
     from vadit.train.dit import train_step
@@ -165,7 +165,7 @@ def train_tokenizer(gpu: VirtualGPU, config: TokenizerConfig) -> Step:
 
 def sample_step(config: DiTConfig, guided: bool, precision: Any) -> Step:
     """A step of Euler's method on a batch of samples, as vadit.sampling draws them."""
-    from vadit.models.repa import training_network
+    from vadit.models.masked import training_network
     from vadit.runtime.compiled import compile_each
     from vadit.sampling.solvers import sample_ode
 

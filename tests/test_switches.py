@@ -14,8 +14,7 @@ from torch import Tensor
 from training_plain import flow_terms
 
 from vadit.config import DiTConfig, DiTSpec, FlowSpec, FoundationSpec, OptimizerSpec, RepaSpec, vary
-from vadit.models.dit import DiTOutput, LightningDiT, closed
-from vadit.models.repa import AlignedDiT
+from vadit.models.dit import AlignedDiT, DiTOutput, LightningDiT, closed
 from vadit.objectives import flow, regularisers
 from vadit.recipes import get_recipe
 from vadit.runtime.errors import UsageError

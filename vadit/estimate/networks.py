@@ -13,7 +13,7 @@ from vadit.models.aligned import AlignedAutoencoder
 from vadit.models.discriminator import PatchDiscriminator
 from vadit.models.foundation import FoundationModel
 from vadit.models.lpips import vgg_features
-from vadit.models.repa import training_network
+from vadit.models.masked import training_network
 
 
 @dataclass(frozen=True)

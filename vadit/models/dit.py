@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vadit.config import DiTSpec
+from vadit.config import DiTSpec, RepaSpec
 from vadit.kernels import gated_norm, is_exact, rms_norm, rope, rope_qkv, swiglu
 from vadit.models.attention import Attend, torch_attention
 from vadit.models.pretrained import Pretrained
@@ -501,3 +501,34 @@ class LightningDiT(Pretrained):
         grid = self.spec.input_size // p
         x = x_BNE.reshape(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.out_channels, grid * p, grid * p)
+
+
+class AlignedDiT(LightningDiT):
+    """LightningDiT with REPA's projector (Yu et al. 2024): three linear layers from the tokens of block `repa.block`.
+
+    They become (B, N, F) where that block is tapped. The projector serves training alone: an exported network, and one
+    that samples, has none.
+    """
+
+    def __init__(self, spec: DiTSpec, repa: RepaSpec, feature_dim: int, gradient_checkpointing: bool = False) -> None:
+        super().__init__(spec, gradient_checkpointing)
+        width = repa.projector_width
+        self.aligned_block = repa.block
+        self.projector = nn.Sequential(
+            nn.Linear(spec.hidden_size, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, feature_dim),
+        )
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward_features(self, *arguments: Any, **options: Any) -> DiTOutput:
+        """As LightningDiT's; where the aligned block is among the taps, with its projection."""
+        features = super().forward_features(*arguments, **options)
+        if self.aligned_block not in features.hidden:
+            return features
+        return features._replace(projected=self.projector(features.hidden[self.aligned_block]))

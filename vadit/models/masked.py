@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vadit.config import DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
+from vadit.config import DiTConfig, DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
 from vadit.config.masks import check_masks
 from vadit.models.dit import (
+    AlignedDiT,
     Attention,
     Block,
     FinalLayer,
@@ -46,6 +47,13 @@ def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool 
     if mask.kind == "mdt":
         return MDT(spec, mask, gradient_checkpointing)
     return LightningDiT(spec, gradient_checkpointing)
+
+
+def training_network(config: DiTConfig, feature_dim: int | None = None) -> LightningDiT:
+    """The generator as it trains: with REPA's projector to features of `feature_dim` channels, where there are any."""
+    if feature_dim is not None:
+        return AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
+    return build_generator(config.model, config.mask, config.engine.gradient_checkpointing)
 
 
 def load_exported(folder: str | Path) -> LightningDiT:

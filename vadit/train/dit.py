@@ -16,7 +16,7 @@ from vadit.latents.loader import LatentLoader
 from vadit.models import attention
 from vadit.models.dit import Attention, DiTOutput, LightningDiT
 from vadit.models.foundation import FoundationModel
-from vadit.models.repa import training_network
+from vadit.models.masked import training_network
 from vadit.objectives import ddpm, flow, masked, regularisers
 from vadit.runtime import choices, distributed, rng
 from vadit.runtime.choices import Choice
