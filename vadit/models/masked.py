@@ -20,18 +20,7 @@ from torch import Tensor, nn
 from vadit.config import DiTConfig, DiTSpec, EngineSpec, FlowSpec, MaskSpec, RepaSpec
 from vadit.config.files import load_config, save_config
 from vadit.config.masks import check_masks
-from vadit.models.dit import (
-    AlignedDiT,
-    Attention,
-    Block,
-    FinalLayer,
-    LightningDiT,
-    Places,
-    RotaryTable,
-    Tokens,
-    closed,
-    sincos_positions,
-)
+from vadit.models import dit
 from vadit.models.pretrained import read_model, read_spec
 from vadit.runtime.errors import UsageError, naming
 
@@ -40,30 +29,30 @@ MAX_RELATIVE_GRID = 64  # side of the grid of tokens for which a table of all pa
 INIT_STD = 0.02  # standard deviation of mask token and relative bias at the start (both papers' code)
 
 
-def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> LightningDiT:
+def build_generator(spec: DiTSpec, mask: MaskSpec, gradient_checkpointing: bool = False) -> dit.LightningDiT:
     """The network of a run: a plain LightningDiT where nothing is masked."""
     if mask.kind == "maskdit":
         return MaskDiT(spec, mask, gradient_checkpointing)
     if mask.kind == "mdt":
         return MDT(spec, mask, gradient_checkpointing)
-    return LightningDiT(spec, gradient_checkpointing)
+    return dit.LightningDiT(spec, gradient_checkpointing)
 
 
-def training_network(config: DiTConfig, feature_dim: int | None = None) -> LightningDiT:
+def training_network(config: DiTConfig, feature_dim: int | None = None) -> dit.LightningDiT:
     """The generator as it trains: with REPA's projector to features of `feature_dim` channels, where there are any."""
     if feature_dim is not None:
-        return AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
+        return dit.AlignedDiT(config.model, config.repa, feature_dim, config.engine.gradient_checkpointing)
     return build_generator(config.model, config.mask, config.engine.gradient_checkpointing)
 
 
-def load_exported(folder: str | Path) -> LightningDiT:
+def load_exported(folder: str | Path) -> dit.LightningDiT:
     """The generator that `save_pretrained` wrote to a folder, masked or not; float32, on the CPU, in evaluation mode.
 
     UsageError: no such folder, or its weights and its specs do not fit each other. RunError: a damaged file.
     """
     folder = Path(folder)
     if not (folder / MASK_NAME).is_file():
-        return LightningDiT.from_pretrained(folder)
+        return dit.LightningDiT.from_pretrained(folder)
     spec, mask = read_spec(DiTSpec, folder), load_config(MaskSpec, folder / MASK_NAME)
     if mask.kind != "none":
         with naming(folder / MASK_NAME):
@@ -71,7 +60,7 @@ def load_exported(folder: str | Path) -> LightningDiT:
     return read_model(folder, lambda: build_generator(spec, mask))
 
 
-class PlacedAttention(Attention):
+class PlacedAttention(dit.Attention):
     """Attention of tokens at any places, each sample's its own.
 
     `places` are the tokens' rotary tables (N, K) or (B, V, K); or int64 entries of a learnt relative bias, (N, N) or
@@ -84,7 +73,7 @@ class PlacedAttention(Attention):
         if relative_grid is not None:
             self.relative_bias = nn.Parameter(torch.zeros((2 * relative_grid - 1) ** 2, self.num_heads))
 
-    def placed(self, qkv_BN3HK: Tensor, places: Places, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def placed(self, qkv_BN3HK: Tensor, places: dit.Places, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if places is None or isinstance(places, Tensor):
             return super().placed(qkv_BN3HK, None, bias)
         if places[0].ndim == 2:
@@ -96,7 +85,7 @@ class PlacedAttention(Attention):
         q, k, v = (t.transpose(1, 2).reshape(B, N, H, K).transpose(1, 2) for t in row)
         return q, k, v
 
-    def mix(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, places: Places) -> Tensor:
+    def mix(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, places: dit.Places) -> Tensor:
         """With the bias of each pair of places added to its logit (MDT, section 3.3); torch's kernels alone can."""
         if not isinstance(places, Tensor):
             return super().mix(q_BHNK, k_BHNK, v_BHNK, places)
@@ -114,7 +103,7 @@ def relative_entries(grid: int) -> Tensor:
     return rows * (2 * grid - 1) + columns
 
 
-class MaskedDiT(LightningDiT):
+class MaskedDiT(dit.LightningDiT):
     """What MaskDiT and MDT share: masks, and the places of the tokens that are left."""
 
     entries_NN: Tensor | None
@@ -134,12 +123,12 @@ class MaskedDiT(LightningDiT):
             self._place(block)
 
     def _place(self, block: nn.Module) -> None:
-        assert isinstance(block, Block), "blocks of a generator are Blocks"
+        assert isinstance(block, dit.Block), "blocks of a generator are Blocks"
         block.attn = PlacedAttention(self.spec, self.relative_grid)
 
     def trunk(
         self, x_BND: Tensor, c_BD: Tensor, *, taps: tuple[int, ...], hidden: dict[int, Tensor], masked: bool
-    ) -> tuple[Tokens, Tensor | None]:
+    ) -> tuple[dit.Tokens, Tensor | None]:
         assert not taps, "no loss of a masked generator takes outputs of its blocks"
         if not masked:
             return self._through_all(x_BND, c_BD, None), None
@@ -147,7 +136,7 @@ class MaskedDiT(LightningDiT):
         x_BVD = x_BND.gather(1, visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1]))
         return self._through_all(x_BVD, c_BD, visible_BV), self._mask(visible_BV)
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> dit.Tokens:
         """All tokens (B, N, W) as the last layer takes them, from the visible ones or, without a mask, from all."""
         raise NotImplementedError
 
@@ -156,7 +145,7 @@ class MaskedDiT(LightningDiT):
         order = torch.rand(batch_size, self.num_tokens, device=self.pos_embed.device).argsort(dim=1)
         return order[:, : self.num_visible].sort(dim=1).values
 
-    def _places(self, visible_BV: Tensor | None = None) -> Places:
+    def _places(self, visible_BV: Tensor | None = None) -> dit.Places:
         """What attention needs to know of the places of all tokens, or of the visible ones."""
         if self.feat_rope is not None:
             cos, sin = self.feat_rope()
@@ -192,17 +181,17 @@ class MaskDiT(MaskedDiT):
         decoder = dataclasses.replace(
             spec, hidden_size=width, depth=mask.decoder_depth, num_heads=mask.decoder_heads, value_residual=False
         )
-        self.narrowing = FinalLayer(spec, width)
+        self.narrowing = dit.FinalLayer(spec, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
-        self.decoder_rope = RotaryTable(width // mask.decoder_heads, grid) if spec.rope else None
-        self.decoder_blocks = nn.ModuleList(Block(decoder, spec.hidden_size) for _ in range(mask.decoder_depth))
-        self.final_layer = FinalLayer(decoder, spec.patch_size**2 * self.out_channels, spec.hidden_size)
+        self.decoder_pos_embed = nn.Parameter(dit.sincos_positions(width, grid), requires_grad=False)
+        self.decoder_rope = dit.RotaryTable(width // mask.decoder_heads, grid) if spec.rope else None
+        self.decoder_blocks = nn.ModuleList(dit.Block(decoder, spec.hidden_size) for _ in range(mask.decoder_depth))
+        self.final_layer = dit.FinalLayer(decoder, spec.patch_size**2 * self.out_channels, spec.hidden_size)
         self._initialize()
         nn.init.normal_(self.mask_token, std=INIT_STD)
         nn.init.zeros_(self.narrowing.linear.weight)  # as in the authors' code
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> dit.Tokens:
         x_BND = self.narrowing(self.through(self.blocks, x_BND, c_BD, self._places(visible_BV)), c_BD)
         if visible_BV is not None:
             x_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens)
@@ -230,9 +219,9 @@ class MDT(MaskedDiT):
         assert 0 < mask.decoder_depth < spec.depth, f"mask.decoder_depth {mask.decoder_depth} of {spec.depth} blocks"
         super().__init__(spec, mask, gradient_checkpointing)
         self.pos_embed.requires_grad_(True)
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(spec.hidden_size, grid))
+        self.decoder_pos_embed = nn.Parameter(dit.sincos_positions(spec.hidden_size, grid))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.hidden_size))
-        self.side_block = Block(spec)
+        self.side_block = dit.Block(spec)
         self._place(self.side_block)
         self._initialize()
         nn.init.normal_(self.mask_token, std=INIT_STD)
@@ -240,16 +229,16 @@ class MDT(MaskedDiT):
             if isinstance(module, PlacedAttention) and module.relative_bias is not None:
                 nn.init.normal_(module.relative_bias, std=INIT_STD)
 
-    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> Tokens:
+    def _through_all(self, x_BND: Tensor, c_BD: Tensor, visible_BV: Tensor | None) -> dit.Tokens:
         blocks = list(self.blocks)
         first, last = blocks[: -self.mask.decoder_depth], blocks[-self.mask.decoder_depth :]
-        x_BND = closed(self.through(first, x_BND, c_BD, self._places(visible_BV)))
+        x_BND = dit.closed(self.through(first, x_BND, c_BD, self._places(visible_BV)))
         everywhere = self._places()
         positions = self.decoder_pos_embed.to(x_BND.dtype)
         if visible_BV is None:
             x_BND = x_BND + positions
         else:
             before_BND = _fill(x_BND, visible_BV, self.mask_token, self.num_tokens) + positions
-            side_BND = closed(self.through([self.side_block], before_BND, c_BD, everywhere))
+            side_BND = dit.closed(self.through([self.side_block], before_BND, c_BD, everywhere))
             x_BND = torch.where(self._mask(visible_BV)[:, :, None], side_BND, before_BND)
         return self.through(last, x_BND, c_BD, everywhere)
