@@ -104,7 +104,7 @@ def samples(options: EvaluateSamplesOptions) -> None:
     if options.dinov2_weights is not None:
         dinov2 = ImageSummary(FoundationSpec(name="dinov2", weights=options.dinov2_weights)).to(device)
     evaluator = SampleEvaluator(
-        options.reference,
+        Path(options.reference),
         inception_weights=options.inception_weights,
         dinov2=dinov2,
         device=device,

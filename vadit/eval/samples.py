@@ -72,6 +72,7 @@ def sample_sets(samples: str, num_samples: int | None, seeds: int | None) -> lis
     return [(samples, seed * num_samples) for seed in range(seeds)]
 
 
+@dataclass(eq=False)
 class SampleEvaluator:
     """ADM's evaluation against one reference, whose features are computed once, at the first set of samples.
 
@@ -79,33 +80,27 @@ class SampleEvaluator:
     (Stein et al. 2023).
     """
 
-    def __init__(
-        self,
-        reference: str | Path,
-        *,
-        inception_weights: str | Path | None,
-        dinov2: Summary | None = None,
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        self._path, self._weights, self._dinov2 = Path(reference), inception_weights, dinov2
-        self._device, self._batch_size = device, batch_size
+    reference: Path
+    inception_weights: str | Path | None
+    dinov2: Summary | None = None
+    device: str | torch.device = "cpu"
+    batch_size: int = 64
 
     @functools.cached_property
     def _loaded(self) -> tuple[Inception, _Reference]:
-        extractor = Inception(self._weights, self._device)
-        return extractor, _load_reference(self._path, extractor, self._batch_size)
+        extractor = Inception(self.inception_weights, self.device)
+        return extractor, _load_reference(self.reference, extractor, self.batch_size)
 
     @functools.cached_property
     def _reference_summary(self) -> tuple[np.ndarray, np.ndarray]:
-        assert self._dinov2 is not None, "the caller has checked"
-        return _summary_moments(open_images(self._path).batches(self._batch_size), self._dinov2)
+        assert self.dinov2 is not None, "the caller has checked"
+        return _summary_moments(open_images(self.reference).batches(self.batch_size), self.dinov2)
 
     def evaluate_sets(
         self, sets: Sequence[tuple[str, int]], num_samples: int | None, sampler: Callable[[str], str]
     ) -> list[dict[str, float]]:
         """The named numbers of each of the `sample_sets`; sampler(path) is how a set was drawn."""
-        _compare_sets(self._path, open_images(sets[0][0]), num_samples)
+        _compare_sets(self.reference, open_images(sets[0][0]), num_samples)
         found: list[dict[str, float]] = []
         for path, first in sets:
             count, numbers = self.evaluate(path, num_samples=num_samples, first=first)
@@ -133,11 +128,11 @@ class SampleEvaluator:
             )
         if count < 2:
             raise UsageError(f"{source.path}: the distances need at least 2 images, found {count}; draw more samples")
-        if self._dinov2 is not None and not _load_statistics(self._path)[1]:
-            raise UsageError(f"{self._path} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
+        if self.dinov2 is not None and not _load_statistics(self.reference)[1]:
+            raise UsageError(f"{self.reference} holds statistics alone; FD-DINOv2 needs the reference's images (arr_0)")
         extractor, reference = self._loaded
         pools, rows, spatial = [], [], FeatureMoments()
-        for images in counted("samples", count, source.batches(self._batch_size, count, first)):
+        for images in counted("samples", count, source.batches(self.batch_size, count, first)):
             features = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
             pools.append(features.pool.cpu().numpy())
             rows.append(features.probabilities.cpu().numpy())
@@ -152,12 +147,12 @@ class SampleEvaluator:
         _warn_of_splits(probabilities, numbers["is"], str(source.path))
         if reference.features is not None:
             numbers["precision"], numbers["recall"] = metrics.precision_recall(
-                reference.features, pool, device=self._device
+                reference.features, pool, device=self.device
             )
             subset = min(KID_SUBSET, count, len(reference.features))
             numbers["kid"] = metrics.kernel_distance(reference.features, pool, subset_size=subset)
-        if self._dinov2 is not None:
-            drawn = _summary_moments(source.batches(self._batch_size, count, first), self._dinov2)
+        if self.dinov2 is not None:
+            drawn = _summary_moments(source.batches(self.batch_size, count, first), self.dinov2)
             numbers["fd_dinov2"] = metrics.frechet_distance(*self._reference_summary, *drawn)
         return count, numbers
 

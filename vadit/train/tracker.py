@@ -19,6 +19,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,30 +34,26 @@ _COLLECTIVES = (
 GOAL_EPOCHS = 64  # epochs of the paper's headline
 
 
+@dataclass(eq=False)
 class Tracker:
     """Loss terms and clocks of one start of a run; every process has one, and reads it at the same steps."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        batch_size: int,
-        total_images: int,
-        num_samples: int,
-        flops_per_image: float | None = None,
-        peak_flops: float | None = None,
-        communication_known: bool = True,
-    ) -> None:
-        self._device, self._communication_known = device, communication_known
-        self._batch_size, self._total_images, self._num_samples = batch_size, total_images, num_samples
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self.waiting = Stopwatch(device)  # for data
-        self.communication = Stopwatch(device)  # in collectives of the engines
+    device: torch.device
+    batch_size: int
+    total_images: int
+    num_samples: int
+    flops_per_image: float | None = None
+    peak_flops: float | None = None
+    communication_known: bool = True
+
+    def __post_init__(self) -> None:
+        self.waiting = Stopwatch(self.device)  # for data
+        self.communication = Stopwatch(self.device)  # in collectives of the engines
         self._pace: tuple[float, int] | None = None  # time of the first log point of this start, and its images
         self._peak_gib = 0.0
         self._begin()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def batches(self, stream: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what the device waits for them is counted."""
@@ -75,17 +72,17 @@ class Tracker:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """A save or an evaluation: its time is none of the steps, nor are its collectives and its memory."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # what the steps left to do is theirs
-            self._peak_gib = max(self._peak_gib, _memory_gib(self._device))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what the steps left to do is theirs
+            self._peak_gib = max(self._peak_gib, _memory_gib(self.device))
         begin = time.perf_counter()
         self.waiting.stopped = self.communication.stopped = True
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-                torch.cuda.reset_peak_memory_stats(self._device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
             self.waiting.stopped = self.communication.stopped = False
             self._paused_s += time.perf_counter() - begin
 
@@ -97,18 +94,18 @@ class Tracker:
             values |= zip(self._sums, distributed.all_mean(means).tolist(), strict=True)
         now = time.perf_counter()
         seconds = max(now - self._start - self._paused_s, 1e-9)
-        rate = self._steps * self._batch_size / seconds
+        rate = self._steps * self.batch_size / seconds
         values |= {"images_per_s": rate, "images_per_s_per_gpu": rate / distributed.world_size()}
-        if self._flops_per_image is not None and self._peak_flops is not None:
-            values["mfu"] = values["images_per_s_per_gpu"] * self._flops_per_image / self._peak_flops
+        if self.flops_per_image is not None and self.peak_flops is not None:
+            values["mfu"] = values["images_per_s_per_gpu"] * self.flops_per_image / self.peak_flops
         clocks = [self.waiting.read(), self.communication.read()]
-        shares = torch.tensor(clocks, device=self._device) / seconds
+        shares = torch.tensor(clocks, device=self.device) / seconds
         waited, communicated = distributed.all_mean(shares).tolist()
         values["data_wait_share"] = min(waited, 1.0)
-        if self._communication_known:
+        if self.communication_known:
             values["comm_share"] = min(communicated, 1.0)
-        peak_gib = max(self._peak_gib, _memory_gib(self._device))
-        values["memory_gib"] = distributed.any_most(peak_gib, self._device)
+        peak_gib = max(self._peak_gib, _memory_gib(self.device))
+        values["memory_gib"] = distributed.any_most(peak_gib, self.device)
         values |= self._distances(images_seen, now)
         self._begin()
         return values
@@ -132,11 +129,11 @@ class Tracker:
         if self._pace is not None and images_seen > self._pace[1]:
             pace = (now - self._pace[0]) / (images_seen - self._pace[1])
         else:  # the first point: its steps may hold a compilation, so that the pace is counted from here on
-            pace = (now - self._start) / max(self._steps * self._batch_size, 1)
+            pace = (now - self._start) / max(self._steps * self.batch_size, 1)
             self._pace = (now, images_seen)
-        values = {"epochs": images_seen / self._num_samples}
-        values["hours_left"] = max(self._total_images - images_seen, 0) * pace / 3600
-        goal = GOAL_EPOCHS * self._num_samples
+        values = {"epochs": images_seen / self.num_samples}
+        values["hours_left"] = max(self.total_images - images_seen, 0) * pace / 3600
+        goal = GOAL_EPOCHS * self.num_samples
         if images_seen < goal:
             values["hours_to_64_epochs"] = (goal - images_seen) * pace / 3600
         return values
