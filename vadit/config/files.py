@@ -62,8 +62,6 @@ def _read_run_config(path: Path) -> Config:
     values = read_json(path, dict[str, Any], error=UsageError)
     if (name := values.get("kind")) not in ("tokenizer", "dit"):
         raise UsageError(f"{path}: kind is {name!r}; needed: tokenizer or dit")
-    if isinstance(guard := values.get("guard"), dict):
-        guard.pop("jump_factor", None)  # of runs from when there was this setting
     kind: type[Config] = TokenizerConfig if name == "tokenizer" else DiTConfig
     return from_dict(kind, values, origin=str(path))
 
