@@ -260,7 +260,7 @@ def test_surrogate_equals_autograd_at_the_weights(
     plain = PlainTokenizer(config)
     plain.loss, plain.perceptual = spec, Perceptual()
     tokenizer.runs.seed_everything(config.run)
-    built = tokenizer._build(config, tmp_path, CPU)
+    built = tokenizer._build(config, None, tmp_path, CPU)
     assert built.discriminator is not None
     networks = dataclasses.replace(built, perceptual=plain.perceptual)
     images = torch.rand(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -288,7 +288,7 @@ def test_surrogate_equals_autograd_at_the_weights(
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_frozen_networks_multiply_in_bf16_where_the_trained_ones_do(precision: str, tmp_path: Path) -> None:
     config = tiny_tokenizer(tmp_path, precision=precision, zero_stage=1)
-    networks = dataclasses.replace(tokenizer._build(config, tmp_path, CPU), perceptual=Perceptual())
+    networks = dataclasses.replace(tokenizer._build(config, None, tmp_path, CPU), perceptual=Perceptual())
     assert networks.perceptual is not None and networks.foundation is not None
     seen = []
     for convolution in (networks.perceptual.conv, networks.foundation.model.patch_embed.proj):
