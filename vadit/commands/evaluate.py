@@ -103,13 +103,8 @@ def samples(options: EvaluateSamplesOptions) -> None:
     dinov2 = None
     if options.dinov2_weights is not None:
         dinov2 = ImageSummary(FoundationSpec(name="dinov2", weights=options.dinov2_weights)).to(device)
-    evaluator = SampleEvaluator(
-        Path(options.reference),
-        inception_weights=options.inception_weights,
-        dinov2=dinov2,
-        device=device,
-        batch_size=options.batch_size,
-    )
+    reference, weights = Path(options.reference), options.inception_weights
+    evaluator = SampleEvaluator(reference, weights, dinov2, device, options.batch_size)
     found = evaluator.evaluate_sets(
         sets, options.num_samples, lambda path: options.sampler or noted_sampler(path) or "unnamed"
     )
@@ -118,8 +113,8 @@ def samples(options: EvaluateSamplesOptions) -> None:
         "num_samples": options.num_samples,
         "precision": "fp32",  # of what judges
         "reference": options.reference,
-        "num_references": reference_size(Path(options.reference)),
-        **inception.provenance(options.inception_weights),
+        "num_references": reference_size(reference),
+        **inception.provenance(weights),
         "dinov2_weights": options.dinov2_weights,
         "protocol": "ADM: Inception of 2015, TF1 bilinear resize to 299, splits of 5,000, k 3, 10,000 references",
     }
@@ -202,15 +197,8 @@ def make_reference(options: MakeReferenceOptions) -> None:
 
     _check_outputs(options)
     images = open_images(image_data(options), options.image_size)
-    write_reference(
-        options.out,
-        images,
-        inception_weights=options.inception_weights,
-        device=distributed.device(options.device),
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        keep=options.keep,
-    )
+    settings = {name: getattr(options, name) for name in ("inception_weights", "batch_size", "num_workers", "keep")}
+    write_reference(options.out, images, device=distributed.device(options.device), **settings)
     say(f"{options.out}: statistics of {len(images):,} images, and {min(options.keep, len(images)):,} of them")
 
 

@@ -41,15 +41,8 @@ def run(options: PrepareOptions) -> None:
     from vadit.runtime.console import say
 
     check_output("OUT", options.out, folder=False)
-    summary = prepare_images(
-        image_data(options),
-        options.out,
-        size=options.size,
-        encode=options.encode,
-        quality=options.quality,
-        num_workers=options.num_workers,
-        verify=options.verify,
-    )
+    settings = {name: getattr(options, name) for name in ("size", "encode", "quality", "num_workers", "verify")}
+    summary = prepare_images(image_data(options), options.out, **settings)
     for place, why in list(summary.bad.items())[:NAMED_BAD]:
         say(f"left out: {place}: {why}")
     if summary.bad:

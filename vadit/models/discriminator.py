@@ -14,17 +14,8 @@ class _BatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             self.num_batches_tracked.add_(1)
-        normal = F.batch_norm(
-            input.float(),
-            self.running_mean,
-            self.running_var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training,
-            self.momentum,
-            self.eps,
-        )
-        return normal.to(input.dtype)
+        settings = self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps
+        return F.batch_norm(input.float(), self.running_mean, self.running_var, *settings).to(input.dtype)
 
 
 class PatchDiscriminator(nn.Module):

@@ -1,6 +1,7 @@
 """Train the generator: latents -> LightningDiT under DeepSpeed."""
 
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,29 +83,18 @@ def _train(config: DiTConfig, dataset: LatentDataset | DebugLatents, title: str)
     )
     engines = {"model": engine}
     chosen += [*automatic, engine.optimizer, *choices.kernels(device)]
-    loader = LatentLoader(
-        dataset,
-        batch_size,
-        seed=config.run.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        device=device,
-    )
+    place = distributed.rank(), distributed.world_size()
+    loader = LatentLoader(dataset, batch_size, config.run.seed, *place, device)
     ema = ShardedEMA(engine, config.engine.ema_decays)
     guard = Guard(config.guard, folder)
     evaluation = Samples(config, dataset, ema, folder) if config.evaluation.every_images else None
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
-    task = loop.Task(
-        title=title,
-        engines=engines,
-        ema=ema,
-        guard=guard,
-        loader=loader,
-        step=lambda batches, position: train_step(engine, ema, guard, config, batches, position, features),
-        save_start=lambda: runs.save_start([asked], engines, chosen),
-        evaluation=evaluation,
-    )
-    loop.run(task, config=config)
+
+    def step(batches: Iterator[Any], position: Position) -> dict[str, Tensor]:
+        return train_step(engine, ema, guard, config, batches, position, features)
+
+    save_start = partial(runs.save_start, [asked], engines, chosen)
+    loop.run(loop.Task(title, engines, ema, guard, loader, step, save_start, evaluation), config=config)
     return folder
 
 

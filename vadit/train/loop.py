@@ -119,16 +119,10 @@ class _Run:
         self.checkpoints.read_config()
         self.before = self.position.images_seen  # images at the start of the step
         overlaps = self.device.type == "cuda" and task.engine.spec.overlap_comm and distributed.world_size() > 1
-        self.tracker = Tracker(
-            self.device,
-            batch_size=spec.batch_size,
-            total_images=spec.total_images,
-            num_samples=task.loader.num_samples,
-            flops_per_image=flops.tracked_flops(config),
-            peak_flops=flops.peak_flops(config, self.device),
-            # On a stream beside the arithmetic a collective's time is not what the run waits for.
-            communication_known=not overlaps,
-        )
+        counts = spec.batch_size, spec.total_images, task.loader.num_samples
+        work = flops.tracked_flops(config), flops.peak_flops(config, self.device)
+        # On a stream beside the arithmetic a collective's time is not what the run waits for.
+        self.tracker = Tracker(self.device, *counts, *work, communication_known=not overlaps)
 
     def begin(self, stream: Iterator[Any], watchdog: Watchdog, bar: ProgressBar) -> None:
         """Before the first step. Collective."""

@@ -8,6 +8,7 @@ goes through the engine: the same numbers as VQGAN's, with one backward pass ove
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,9 @@ def _train_stage(
     guard = Guard(config.guard, folder)
     evaluation = Reconstructions(config, images, ema, folder) if config.evaluation.every_images else None
     torch.manual_seed(rng.fold(config.run.seed, distributed.rank()))
-    task = loop.Task(
-        title=title,
-        engines=engines,
-        ema=ema,
-        guard=guard,
-        loader=loader,
-        step=lambda batches, position: train_step(networks, ema, guard, config, batches, position),
-        save_start=lambda: runs.save_start(configs, engines, chosen),
-        evaluation=evaluation,
-    )
+    step = partial(train_step, networks, ema, guard, config)
+    save_start = partial(runs.save_start, configs, engines, chosen)
+    task = loop.Task(title, engines, ema, guard, loader, step, save_start, evaluation)
     loop.run(task, config=config, watchdog=watchdog)
     return folder
 
