@@ -41,11 +41,7 @@ COMMANDS = {
 }
 """Function in `vadit.commands` and summary of each command."""
 
-OUT_OF_MEMORY = {
-    "train": LESS_MEMORY,
-    "encode": "lower --batch-size",
-    "evaluate": "lower --batch-size",
-}
+OUT_OF_MEMORY = {"train": LESS_MEMORY, "encode": "lower --batch-size", "evaluate": "lower --batch-size"}
 """What helps a command that the GPU is too small for."""
 
 USAGE_CODE, RUN_CODE, STOP_CODE = 2, 1, 130

@@ -45,9 +45,7 @@ OPTIONAL_PACKAGES = {
         "./flash-attention/hopper  (builds for hours; needs nvcc)",
     ),
     "torchao": Finding(
-        "torchao",
-        "float8 in the generator's blocks: engine.float8",
-        remedy="pip install -c constraints.txt torchao",
+        "torchao", "float8 in the generator's blocks: engine.float8", remedy="pip install -c constraints.txt torchao"
     ),
     r"nvidia[-_]dali[-_]cuda\d+": Finding(
         "DALI",

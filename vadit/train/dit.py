@@ -72,15 +72,7 @@ def _train(config: DiTConfig, dataset: LatentDataset | DebugLatents, title: str)
     if config.engine.float8 is not None:
         start(device)  # for the processes to agree on whether they have it
     chosen = _equip(model, config, batch_size, device)
-    engine = Engine(
-        model.train(),
-        optimizer=config.optimizer,
-        spec=config.engine,
-        global_batch=config.run.batch_size,
-        device=device,
-        blocks=model.compiled_blocks,
-        forward=model.forward_features,
-    )
+    engine = runs.engine(model, config, device, blocks=model.compiled_blocks, forward=model.forward_features)
     engines = {"model": engine}
     chosen += [*automatic, engine.optimizer, *choices.kernels(device)]
     place = distributed.rank(), distributed.world_size()

@@ -184,12 +184,9 @@ class Engine:
                 weight.data = weight.data.bfloat16()
             masters = [nn.Parameter(weight.detach().float()) for weight in trained]
             self._copies = dict(zip(masters, trained, strict=True))
+        matrices = [weight for block in blocks for weight in block.parameters() if weight.ndim == 2]
         adam, self.optimizer = optimizers.build(
-            masters,
-            optimizer,
-            device=device,
-            matrices=[weight for block in blocks for weight in block.parameters() if weight.ndim == 2],
-            copies=self._copies,
+            masters, optimizer, device=device, matrices=matrices, copies=self._copies
         )
         with _local_rank(), quiet():  # of an optimizer that is not on its list DeepSpeed warns at every start
             self._engine, *_ = deepspeed.initialize(

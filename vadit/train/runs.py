@@ -152,6 +152,12 @@ def settle(config: C, device: torch.device) -> tuple[C, list[Choice]]:
     return found, taken
 
 
+def engine(network: nn.Module, config: Config, device: torch.device, **rest: Any) -> Engine:
+    """A network that the run trains, under the engine of its settings; `rest` is the engine's own."""
+    settings: dict[str, Any] = {"optimizer": config.optimizer, "spec": config.engine, **rest}
+    return Engine(network.train(), global_batch=config.run.batch_size, device=device, **settings)
+
+
 def save_start(configs: Sequence[Config], engines: dict[str, Engine], chosen: list[Choice]) -> None:
     """Keep the config, in its run folder, DeepSpeed's own of each network and what was chosen. Collective.
 

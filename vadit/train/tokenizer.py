@@ -130,17 +130,9 @@ def _build(config: TokenizerConfig, images: ImageSet, folder: Path, device: torc
             runs.initialise_discriminator(discriminator, config.run.init_from)
     if config.engine.compile is True:
         compile_each(frozen_parts(foundation, perceptual))
-
-    def engine(module: nn.Module) -> Engine:
-        return Engine(
-            module.train(),
-            optimizer=config.optimizer,
-            spec=config.engine,
-            global_batch=config.run.batch_size,
-            device=device,
-        )
-
-    return Networks(engine(model), None if discriminator is None else engine(discriminator), foundation, perceptual)
+    trained = runs.engine(model, config, device)
+    critic = None if discriminator is None else runs.engine(discriminator, config, device)
+    return Networks(trained, critic, foundation, perceptual)
 
 
 def frozen_parts(foundation: FoundationModel | None, perceptual: LPIPS | None) -> list[nn.Module]:
@@ -246,13 +238,7 @@ def _adversarial(
         logits = discriminator.module.network(fake.to(discriminator.compute_dtype()))  # type: ignore[union-attr, operator]
     gan = objective.generator_hinge_loss(logits.float())
     (gan_grad,) = torch.autograd.grad(gan, fake)
-    inputs, shape = network.conv_inputs["decoder"], _weight_shape(network.decoder.conv_out)
-    weight = objective.adaptive_weight(
-        objective.conv_weight_grad_norm(inputs, nll_grad, shape),
-        objective.conv_weight_grad_norm(inputs, gan_grad, shape),
-        maximum=objective.MAX_GAN_WEIGHT,
-    )
-    return gan.detach(), gan_grad, weight
+    return gan.detach(), gan_grad, _ratio(network, "decoder", nll_grad, gan_grad, objective.MAX_GAN_WEIGHT)
 
 
 def _alignment_weight(network: AlignedAutoencoder, nll_grad: Tensor, spec: TokenizerLossSpec) -> Tensor:
@@ -264,19 +250,16 @@ def _alignment_weight(network: AlignedAutoencoder, nll_grad: Tensor, spec: Token
         inner.images_BCHW, inner.moments_BEhw, nll_grad.to(inner.images_BCHW.dtype), retain_graph=True
     )
     (from_alignment,) = torch.autograd.grad(alignment, inner.moments_BEhw, retain_graph=True)
-    inputs, shape = network.conv_inputs["encoder"], _weight_shape(network.encoder.conv_out)
-    return objective.adaptive_weight(
-        objective.conv_weight_grad_norm(inputs, from_nll, shape),
-        objective.conv_weight_grad_norm(inputs, from_alignment, shape),
-        maximum=objective.MAX_VF_WEIGHT,
-    )
+    return _ratio(network, "encoder", from_nll, from_alignment, objective.MAX_VF_WEIGHT)
 
 
-def _weight_shape(layer: Any) -> torch.Size:
-    """Shape of a layer's whole weight, also where ZeRO-3 has taken it away."""
-    weight = layer.weight
-    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
-    return shape
+def _ratio(network: AlignedAutoencoder, part: str, from_nll: Tensor, from_other: Tensor, maximum: float) -> Tensor:
+    """The adaptive weight of a loss, by its gradient and nll's at the output of `conv_out` of encoder or decoder."""
+    weight = getattr(network, part).conv_out.weight
+    shape = getattr(weight, "ds_shape", weight.shape)  # the whole one's, also where ZeRO-3 has taken it away
+    inputs = network.conv_inputs[part]
+    norms = (objective.conv_weight_grad_norm(inputs, each, shape) for each in (from_nll, from_other))
+    return objective.adaptive_weight(*norms, maximum=maximum)
 
 
 def discriminator_step(networks: Networks, images: Tensor, fake: Tensor) -> dict[str, Tensor]:
