@@ -225,7 +225,7 @@ def _state(engine: Engine) -> dict[str, Tensor]:
 
 def test_a_loader_that_counts_otherwise_ends_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
     loader = dit.LatentLoader
-    monkeypatch.setattr(dit, "LatentLoader", lambda dataset, size, **rest: loader(dataset, size // 2, **rest))
+    monkeypatch.setattr(dit, "LatentLoader", lambda dataset, size, *rest: loader(dataset, size // 2, *rest))
     assert cli.main(["train", *GENERATOR, "--run.out", str(tmp_path)]) == 1
     assert "from 0 to 4 images and the loader's own from 0 to 2" in capsys.readouterr().err
     assert publish.newest(tmp_path / "checkpoints") is None
