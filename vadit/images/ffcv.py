@@ -130,12 +130,8 @@ class _Pipeline:
         try:
             numbers = np.array([handle, pixels.shape[1]], np.int64)
             memory = (pixels.reshape(len(pixels), -1), scratch, places, plan, statuses, numbers)
-            self._code(
-                batch_indices=indices,
-                metadata=self._rows,
-                storage_state=self._storage,
-                **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
-            )
+            own = {f"memory_{self._node}": memory, f"shared_memory_{self._node}": None}
+            self._code(batch_indices=indices, metadata=self._rows, storage_state=self._storage, **own)
         finally:
             self._library.tjDestroy(handle)
         return statuses
