@@ -95,23 +95,10 @@ def run(options: EncodeOptions) -> None:
         choices.report(chosen)
         classes = describe_classes(images.source.classes, images.source.labels)
         say_once(f"{len(images):,} images by {chosen.name}; {classes}")
+        names = ("batch_size", "flip", "dtype", "store", "seed", "shard_size", "precision", "stats_samples")
+        settings = {name: getattr(options, name) for name in names} | {"features": features, "decoder": decoder}
         with ProgressBar("encode", len(images)) as bar:
-            summary = encode(
-                autoencoder,
-                images,
-                options.out,
-                batch_size=options.batch_size,
-                flip=options.flip,
-                dtype=options.dtype,
-                store=options.store,
-                seed=options.seed,
-                shard_size=options.shard_size,
-                features=features,
-                decoder=decoder,
-                precision=options.precision,
-                stats_samples=options.stats_samples,
-                progress=bar.update,
-            )
+            summary = encode(autoencoder, images, options.out, **settings, progress=bar.update)
     rate = f"{summary.images_per_s:,.1f} images/s in {precision}"
     say_once(f"{options.out}: {summary.num_images:,} images encoded here, {rate}")
 
