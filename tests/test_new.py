@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_the_documents_commands_end_with_samples_and_the_project_may_be_moved(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     moved = [word.replace("mine", "../yours") for word in generator]
-    assert run(*moved, "--evaluation.grid-images", "4", "--evaluation.steps", "2") == 0
+    for said in ("run folder ../yours/generator", "../yours/generator has been trained to its end"):
+        assert run(*moved, "--evaluation.grid-images", "4", "--evaluation.steps", "2") == 0
+        assert said in "".join(capsys.readouterr())
     assert run(*(word.replace("mine", "../yours") for word in sample), "--num-samples", "12", "--num-steps", "2") == 0
     (drawn,) = Path("../yours").rglob("samples.npz")
     assert Npz(drawn).array("arr_0", (12, 32, 32, 3), "u").std() > 1
@@ -132,6 +135,22 @@ def test_what_is_no_project_is_left_alone(tmp_path: Path, capsys: Any) -> None:
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
     assert run("train", str(tmp_path / "full")) == 2
     assert "full is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--foundation-weights needs --foundation"),
+        (["--foundation", "vit_tiny_patch16_224"], "foundation.weights .*none.pth is no file"),
+    ],
+)
+def test_wrong_foundation_weights_are_refused_before_anything_is_written(
+    flags: list[str], words: str, tmp_path: Path, capsys: Any
+) -> None:
+    picture(tmp_path / "photos" / "1.png")
+    flags = [*flags, "--foundation-weights", str(tmp_path / "none.pth"), "--size", "32"]
+    assert run("new", str(tmp_path / "mine"), "--images", str(tmp_path / "photos"), *flags) == 2
+    assert re.search(words, capsys.readouterr().err) and not (tmp_path / "mine").exists()
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:

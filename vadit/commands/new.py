@@ -50,6 +50,8 @@ def run(options: NewOptions) -> None:
     check_output("OUT", out)
     if options.size and options.size % 16:
         raise UsageError(f"--size {options.size} is no multiple of 16; set it to {options.size // 16 * 16}")
+    if options.foundation == "own" and options.foundation_weights != "hub":
+        raise UsageError("--foundation-weights needs --foundation: name the model that they are of, such as dinov2")
     from vadit.images.backends import open_images
     from vadit.project.measure import find_machine, look, speed
     from vadit.project.plan import Planner

@@ -78,7 +78,8 @@ def speed(config: Config) -> float:
         run = {"out": f"{folder}/run", "total_images": STEPS * batch, "log_every_images": PART * batch}
         parts = {"run": run | {"save_every_images": STEPS * batch}, "data": {"path": f"debug:{2 * batch}"}}
         if isinstance(config, TokenizerConfig):
-            weights = {"weights": "random"}  # of a foundation model: its arithmetic is the same
+            given = config.foundation.weights not in ("hub", "own")  # a file is looked at: it may be a wrong one
+            weights = {} if given else {"weights": "random"}  # of a foundation model: its arithmetic is the same
             tokenizer.train(vary(config, **parts, loss={"disc_start_step": 1}, foundation=weights))
         else:
             dit.train(vary(config, **parts, engine={"compile": False}))
