@@ -69,6 +69,7 @@ def run(task: Task, *, config: DiTConfig | TokenizerConfig, watchdog: Watchdog |
     this = _Run(task, config)
     spec = config.run
     if this.last:
+        note_once(f"  {this.folder} has been trained to its end, run.total_images {spec.total_images:,}", "dim")
         return
     distributed.set_collective_timeout(spec.hang_timeout_s)
     with (
