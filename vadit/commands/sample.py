@@ -124,7 +124,7 @@ def run(arguments: list[str]) -> None:
             )
         mean, std = _statistics(options, source, info, generator.in_channels)
         known = trained_classes(generator).tolist()
-        if unknown := sorted(set(labels or ()).difference(known)):
+        if unknown := sorted(set(labels or ()).intersection(range(generator.num_classes)).difference(known)):
             named = info.class_name(unknown[0])
             note_once(f"class {named} of --classes was not trained: the generator's data had no sample of it")
         elif len(known) < generator.num_classes and labels is None:
