@@ -133,6 +133,8 @@ def test_what_is_no_project_is_left_alone(tmp_path: Path, capsys: Any) -> None:
     assert run("new", str(tmp_path / "full"), "--images", str(tmp_path / "photos")) == 2
     assert "full holds something that is no project of `vadit new`" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+    assert run("train", str(tmp_path / "ful" / "tokenizer")) == 2
+    assert "ful/tokenizer', and there is no such folder" in capsys.readouterr().err
     assert run("train", str(tmp_path / "full")) == 2
     assert "full is no run folder" in capsys.readouterr().err
 

@@ -106,6 +106,6 @@ def _refuse(out: Path, images: str) -> None:
         raise UsageError(f"{out} lies inside --images {images}, which would take its pictures in; name another folder")
     for name in (TOKENIZER, GENERATOR):
         if runs.has_checkpoint(runs.final_folder(out / name)):
-            raise UsageError(f"{out / name} has been trained; name another folder, or train it with other flags")
+            raise UsageError(f"{out / name} has been trained; name another folder")
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise UsageError(f"{out} holds something that is no project of `vadit new`; name a new folder")

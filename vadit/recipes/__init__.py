@@ -83,5 +83,6 @@ def get_recipe(name: str) -> Config:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"unknown recipe {name!r}; {hint}`vadit recipes` lists them")
+        folder = ", and there is no such folder" if "/" in name else ""
+        raise UsageError(f"unknown recipe {name!r}{folder}; {hint}`vadit recipes` lists them")
     return RECIPES[name]()
