@@ -42,7 +42,6 @@ from cost_steps import Case, Counted, configure, count, count_optimizer
 from virtual_gpu import Launch, OtherInternals
 
 from vadit.config import DiTConfig
-from vadit.recipes import get_recipe
 from vadit.runtime.errors import UsageError
 
 BUDGET = Path(__file__).with_name("cost_budget.json")
@@ -285,22 +284,24 @@ def main() -> int:
             print("\n" + json.dumps(call(Case(**{**fields, "settings": tuple(fields["settings"])}))))
             return 0
     ceilings = Ceilings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ceilings)})
-    try:
-        for recipe in options.recipe:
-            get_recipe(recipe)
-    except UsageError as error:
-        parser.error(str(error))
     choices = (options.recipe, options.what, options.batch, options.precision, options.kernels, options.compile)
+    cases = [
+        Case(*choice, compiled == "on", tuple(options.settings)) for *choice, compiled in itertools.product(*choices)
+    ]
+    try:
+        for case in cases:
+            configure(case)
+    except (UsageError, SystemExit) as error:  # SystemExit: of a setting that there is not
+        parser.error(str(error))
     budget = {}
-    for recipe, what, batch, precision, kernels, compiled in itertools.product(*choices):
-        case = Case(recipe, what, batch, precision, kernels, compiled == "on", tuple(options.settings))
+    for case in cases:
         try:
             counted = rows_of(case, ceilings)
         except OtherInternals as error:
             parser.error(str(error))
         for row, block, step in counted:
             show(row, block, step, ceilings, options.launches)
-            budget[precision] = {name: row[name] for name in LIMITED}
+            budget[case.precision] = {name: row[name] for name in LIMITED}
             if options.save:
                 harness.append(harness.RESULTS / "cost-modelled.csv", [row])
     if options.budget:

@@ -30,6 +30,14 @@ def test_it_finds_its_neighbours_on_a_safe_path() -> None:
     assert done.returncode == 2 and "unknown recipe 'none'" in done.stderr
 
 
+def test_settings_that_are_refused_are_refused_before_anything_is_counted(bench: Any, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "rows_of", lambda *_: pytest.fail("counted"))
+    for given in (["--batch", "0"], ["--batch", "8", "-4"], ["--with", "model.depth=0"], ["--with", "nonsense"]):
+        monkeypatch.setattr(sys, "argv", ["bench_cost.py", *given])
+        assert pytest.raises(SystemExit, bench.main).value.code == 2, given
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("bench_cost.py: error: ")
+
+
 def test_a_step_stays_within_its_budget(bench: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("the virtual GPU is for machines without one")
