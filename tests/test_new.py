@@ -24,6 +24,7 @@ from vadit.runtime.errors import UsageError
 from vadit.runtime.npz_files import Npz
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STAMPS = Path("/usr/share/tuxpaint/stamps")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,22 @@ def test_the_documents_commands_end_with_samples_and_the_project_may_be_moved(
         assert f"| {name} |" in reasons
     assert run("new", "../yours", "--images", "../photos") == 2
     assert "../yours/tokenizer has been trained; name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not STAMPS.is_dir(), reason="Debian's tuxpaint-stamps-default is not installed")
+def test_drawings_with_transparency_in_nested_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    classes = sorted(path.name for path in STAMPS.iterdir() if any(path.rglob("*.png")))
+    assert run("new", "mine", "--images", str(STAMPS), "--size", "32", "--minutes", "0.01") == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"{len(list(STAMPS.rglob('*.png')))} pictures, {len(classes)} classes" in said and "transparen" in said
+    assert run("train", "mine/tokenizer", "--evaluation.every-images", "0") == 0
+    assert run("train", "mine/generator", "--evaluation.every-images", "0") == 0
+    assert run("sample", "mine", "--classes", classes[0].title(), classes[-1], "--num-steps", "2") == 0
+    (drawn,) = Path("mine").rglob("samples.npz")
+    assert set(Npz(drawn).array("labels", (64,), "iu").tolist()) == {0, len(classes) - 1}
 
 
 def modelled(name: str, config: Config, processes: int = 1) -> Any:
