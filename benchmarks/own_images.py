@@ -11,7 +11,6 @@ themselves with their patches shuffled are compared in the same way. Row: result
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import re
 import shlex
@@ -135,12 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"size": options.size, "minutes": options.minutes, "per_class": options.per_class}
         found = measure(options.keep or Path(folder), **sizes)
-    stamp = {
-        "date": datetime.date.today().isoformat(),
-        "commit": harness.commit("../csrc", "../kernels", "../vadit"),
-        "hardware": harness.hardware("cpu"),
-        "versions": harness.versions("cpu", "deepspeed"),
-    }
+    stamp = harness.stamp("cpu", ("../csrc", "../kernels", "../vadit"), "deepspeed")
     harness.append(harness.RESULTS / "own-images.csv", [stamp | sizes | found])
     print(found)
     if found["samples"] > min(found["noise"], found["shuffled"]) / 2:

@@ -140,6 +140,11 @@ def _unknown(kind: type, token: str, prog: str) -> str:
     return f"unknown setting {token.split('=')[0]}; {hint}`{prog} --help` lists them"
 
 
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The flags among the words of a command, spelled as `flags_of` gives them."""
+    return {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+
+
 def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
     """Every flag that the fields of dataclass `kind` give."""
     hints = typing.get_type_hints(kind, include_extras=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from vadit.commands.arguments import parse, reported_once
+from vadit.commands.arguments import given_flags, parse, reported_once
 from vadit.commands.common import Arithmetic, Device, load_tokenizer, processes
 from vadit.config import DiTConfig, FlowSpec, MaskSpec, SampleSpec, TokenizerConfig
 from vadit.config.ranges import Checked, Count, Decay, Factor, PathName
@@ -177,7 +177,7 @@ def _statistics(options: SampleOptions, source: str, info: SamplingInfo, channel
 
 def _say_sampler(options: SampleOptions, arguments: list[str], classes: list[str]) -> None:
     """A line with what the sampler is and where each setting comes from."""
-    typed = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    typed = given_flags(arguments)
     found: dict[str, list[str]] = {"flag": [], "recipe's": [], "default": []}
     for name, value in vars(options.sampler).items():
         source = "default" if value == getattr(SampleSpec(), name) else "recipe's"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vadit.commands.about import recipe_table
-from vadit.commands.arguments import parse, reported_once
+from vadit.commands.arguments import given_flags, parse, reported_once
 from vadit.config import Config, DiTConfig, TokenizerConfig, settled, vary
 from vadit.config.ranges import Checked, Count
 from vadit.recipes import RECIPES, get_recipe
@@ -104,8 +104,8 @@ def _asked(name: str | None, arguments: list[str]) -> set[str] | None:
     """The settings of the model that flags name; None, for all, where help is asked for."""
     if name is None:
         return None
-    flags = (argument.partition("=")[0].replace("-", "_") for argument in arguments)
-    return {flag.removeprefix("__model.") for flag in flags if flag.startswith("__model.")}
+    settings = (flag.lstrip("-").replace("-", "_") for flag in given_flags(arguments))
+    return {setting.removeprefix("model.") for setting in settings if setting.startswith("model.")}
 
 
 def _of_folder(name: str) -> Config:

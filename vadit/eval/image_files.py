@@ -32,9 +32,7 @@ class PngFolder:
                 f"{other[0]} is no PNG; store all images of {self.path} as PNG, or as one .npz with arr_0 "
                 "(a JPEG's losses change every score)"
             )
-        # Folder by folder; 2.png before 10.png, so that the splits of the inception score are those of the indices.
-        number = lambda file: int(file.stem) if file.stem.isdecimal() else -1  # noqa: E731
-        self.files = sorted(files, key=lambda file: (str(file.parent), number(file), file.name))
+        self.files = sorted(files, key=_file_order)
         if not self.files:
             raise UsageError(f"{self.path} holds no PNG files; name a folder of PNGs or an .npz with arr_0")
         if (self.path.parent / "settings.json").is_file():
@@ -120,3 +118,8 @@ def _check_complete(files: list[Path]) -> None:
                 f"{file.parent} lacks image {index:06d}.png, though later ones are there; "
                 "run the same `vadit sample` again to draw what is missing"
             )
+
+
+def _file_order(path: Path) -> tuple[str, int, str]:
+    """Folder by folder; 2.png before 10.png, so that the splits of the inception score are those of the indices."""
+    return str(path.parent), int(path.stem) if path.stem.isdecimal() else -1, path.name

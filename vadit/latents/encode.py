@@ -126,8 +126,8 @@ def encode(
                         if not part.listed:  # of before there were lists
                             growth.list_images(part, images.source, classes)
                     else:
-                        batches = load_in_order(images, part.indices, batch_size, active)
-                        rows = (_rows(autoencoder, features, batch, settings, part, relabel) for batch in batches)
+                        batches, ids = load_in_order(images, part.indices, batch_size, active), part.ids_by_index()
+                        rows = (_rows(autoencoder, features, batch, settings, ids, relabel) for batch in batches)
                         num_encoded += _write_shard(part, rows, settings, images.source, classes, report)
                         num_written += 1
                     num_done += len(part.ids)
@@ -201,12 +201,11 @@ def _rows(
     features: FoundationModel | None,
     batch: ImageBatch,
     settings: LatentSettings,
-    part: growth.Part,
+    ids_by_index: dict[int, int],
     relabel: Tensor,
 ) -> dict[str, Tensor]:
     """What is stored of a batch of images and of their mirror images, by name, with ids and labels of the folder."""
-    known = dict(zip(part.indices, part.ids, strict=True))
-    ids = torch.tensor([known[index] for index in batch.ids.tolist()])
+    ids = torch.tensor([ids_by_index[index] for index in batch.ids.tolist()])
     weight = next(autoencoder.parameters())
     pixels = to_signed(batch.images.to(weight.device, non_blocking=True))
     rows = {"labels": relabel[batch.labels], "ids": ids}

@@ -36,6 +36,10 @@ class Part:
     indices: list[int]  # of its images in the source, now
     listed: bool
 
+    def ids_by_index(self) -> dict[int, int]:
+        """The ids of its images by their indices."""
+        return dict(zip(self.indices, self.ids, strict=True))
+
 
 def plan(out: Path, source: ImageSource, shard_size: int) -> tuple[list[str], list[Part]]:
     """The folder's classes, and its shards: listed ones, and new ones for all images that none of these has.
@@ -81,9 +85,9 @@ def list_images(part: Part, source: ImageSource, classes: list[str]) -> None:
     if isinstance(source, FolderSource):
         with ThreadPoolExecutor(8) as pool:
             digests = pool.map(lambda index: _digest(source, index), part.indices)
-        rows = []
+        rows, places = [], {name: label for label, name in enumerate(classes)}
         for number, index, digest in zip(part.ids, part.indices, digests, strict=True):
-            label = classes.index(source.classes[int(source.labels[index])])
+            label = places[source.classes[int(source.labels[index])]]
             rows.append((number, label, _name(source, index), _stamp(source, index), digest))
         save_json(part.path.with_suffix(".json"), asdict(_List(classes, rows)))
 

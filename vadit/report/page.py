@@ -44,9 +44,8 @@ class Section:
     title: str
     gallery: Sequence[Row] = ()
     charts: Sequence[Chart] = ()  # wide ones first; flat and empty ones are left out
-    table: Sequence[
-        tuple[str, ...]
-    ] = ()  # rows; the first cell of a row is its name, one alone heads those below; lines of a cell: `_lines`
+    table: Sequence[tuple[str, ...]] = ()
+    """Rows; the first cell of a row is its name, one alone heads those below. Lines of a cell: `_lines`."""
     header: tuple[str, ...] = ()  # names of the table's columns, where it has more than name and value
     text: str = ""  # a paragraph above all else
     notes: Sequence[str] = ()  # sentences in small type at the end
