@@ -483,3 +483,17 @@ def test_a_run_that_found_no_memory_says_so_when_it_goes_on(tmp_path: Path, monk
     dit.train(config)
     assert "ended in step 1 (training), where the GPU's memory was used up" in capfd.readouterr().err
     assert not (tmp_path / "run" / ".running").exists()
+
+
+def test_a_run_starts_where_the_kernel_does_not_count_kills_for_memory(tmp_path: Path, monkeypatch) -> None:
+    read = Path.read_text
+
+    def missing(path: Path, *arguments: Any, **options: Any) -> str:
+        if str(path) == "/proc/vmstat":
+            raise FileNotFoundError(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    with oom.explaining_oom(tmp_path, lambda: (3, "training")):
+        pass
+    assert not (tmp_path / ".running").exists()
